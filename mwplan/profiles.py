@@ -1,0 +1,204 @@
+"""What each way of handling each layer costs: plain values, no JAX.
+
+A `Profile` is all that the solvers and the ledger know about a network. `mwplan.measure` makes one from a
+chain on this device. The meaning of every field in an event's accounting is in docs/accounting.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from mwplan import serial
+from mwplan.errors import ArgumentError
+
+SCHEMA = 1
+_INT64 = 2**63 - 1
+
+
+def _check_counts(obj: Any, where: str) -> None:
+    """Raises `ArgumentError` unless every `_bytes` and `_ns` field of `obj` is an int in [0, 2^63)."""
+    for f in dataclasses.fields(obj):
+        value = getattr(obj, f.name)
+        if not f.name.endswith(("_bytes", "_ns")):
+            continue
+        values = value if isinstance(value, tuple) else (value,)
+        for v in values:
+            if isinstance(v, bool) or not isinstance(v, int) or not 0 <= v <= _INT64:
+                raise ArgumentError(
+                    f"`{where}.{f.name}={v!r}` must be an integer from 0 to 2^63 - 1: round up before building it"
+                )
+
+
+def _check_error(value: float, where: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value) or value < 0:
+        raise ArgumentError(f"`{where}={value!r}` must be a number, at least 0 (infinity for unusable)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreOption:
+    """One way to store a layer's residuals (strategy STORE).
+
+    `residual_bytes` counts what is new: not parameters, nor the layer's input or output, which
+    `keeps_input` and `keeps_output` say are kept too.
+    """
+
+    name: str
+    residual_bytes: int
+    keeps_input: bool
+    keeps_output: bool
+    forward_ns: int
+    backward_ns: int
+    forward_workspace_bytes: int = 0
+    backward_workspace_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        _check_counts(self, f"StoreOption({self.name})")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoonwalkOption:
+    """One way to take a layer through a moonwalk run: strategy VIJP if it keeps no fragment, else FRAGMENT.
+
+    `residual_bytes`, `keeps_input`, `keeps_output`: its input residuals, as in `StoreOption`. `fragment_bytes`: the part
+    of the cotangent kept from the R sweep to the M sweep. `rebuild_ns`: vijp and parameter gradient together.
+    `local_error`, `growth`: section 3 of the design, relative; both 0 for a whole-cotangent fragment.
+    """
+
+    name: str
+    residual_bytes: int
+    keeps_input: bool
+    keeps_output: bool
+    fragment_bytes: int
+    forward_ns: int
+    reverse_ns: int
+    rebuild_ns: int
+    forward_workspace_bytes: int = 0
+    reverse_workspace_bytes: int = 0
+    rebuild_workspace_bytes: int = 0
+    local_error: float = 0.0
+    growth: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_counts(self, f"MoonwalkOption({self.name})")
+        _check_error(self.local_error, f"MoonwalkOption({self.name}).local_error")
+        _check_error(self.growth, f"MoonwalkOption({self.name}).growth")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InvertOption:
+    """How to rebuild a layer's input from its output and differentiate there (strategy INVERT).
+
+    `backward_ns` and `backward_workspace_bytes` cover the inverse and the vjp; `local_error` and `growth` are those of
+    the rebuilt activation.
+    """
+
+    name: str
+    backward_ns: int
+    backward_workspace_bytes: int = 0
+    local_error: float = 0.0
+    growth: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_counts(self, f"InvertOption({self.name})")
+        _check_error(self.local_error, f"InvertOption({self.name}).local_error")
+        _check_error(self.growth, f"InvertOption({self.name}).growth")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerProfile:
+    """One layer: its plain forward, and the options it has for each kind of run.
+
+    Equal `LayerProfile`s are interchangeable; the solvers exploit it. `store` holds at least one option.
+    """
+
+    name: str
+    forward_ns: int
+    forward_workspace_bytes: int = 0
+    parameter_bytes: int = 0
+    store: tuple[StoreOption, ...]
+    moonwalk: tuple[MoonwalkOption, ...] = ()
+    invert: tuple[InvertOption, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check_counts(self, f"LayerProfile({self.name})")
+        if not self.store:
+            raise ArgumentError(
+                f"`LayerProfile({self.name}).store` is empty: every layer can at least be stored"
+            )
+        for kind in ("store", "moonwalk", "invert"):
+            names = [o.name for o in getattr(self, kind)]
+            if len(set(names)) != len(names):
+                raise ArgumentError(f"`LayerProfile({self.name}).{kind}` repeats an option's name: {names}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Profile:
+    """A chain of layers as the planner sees it, on one device, for one shape of input.
+
+    `activation_bytes`, `cotangent_bytes`, `sweep_cotangent_bytes` have one entry per position 0..L.
+    `fixed_bytes` are the arguments and outputs of the gradient step: parameters, input, gradients.
+    `fingerprint` identifies the chain's structure and input shapes; a schedule made from this profile carries it on.
+    """
+
+    layers: tuple[LayerProfile, ...]
+    activation_bytes: tuple[int, ...]
+    cotangent_bytes: tuple[int, ...]
+    sweep_cotangent_bytes: tuple[int, ...]
+    fixed_bytes: int = 0
+    fingerprint: str = ""
+    device: str = ""
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        _check_counts(self, "Profile")
+        if not self.layers:
+            raise ArgumentError("`Profile.layers` is empty: a chain needs at least one layer")
+        for name in ("activation_bytes", "cotangent_bytes", "sweep_cotangent_bytes"):
+            got, want = len(getattr(self, name)), len(self.layers) + 1
+            if got != want:
+                raise ArgumentError(f"`Profile.{name}` has {got} entries; {want - 1} layers need {want}")
+        if self.bytes_bound() > _INT64 or self.time_bound() > _INT64:
+            raise ArgumentError(
+                "the sums over this `Profile` pass 2^63 - 1: state times or bytes in a larger unit before planning"
+            )
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def bytes_bound(self) -> int:
+        """An upper bound on the live bytes at any event of any schedule: everything at once."""
+        total = self.fixed_bytes + sum(self.activation_bytes) + sum(self.cotangent_bytes)
+        total += 2 * sum(self.sweep_cotangent_bytes)
+        for layer in self.layers:
+            total += layer.forward_workspace_bytes
+            for o in _options(layer):
+                total += sum(getattr(o, f.name) for f in dataclasses.fields(o) if f.name.endswith("_bytes"))
+        return total
+
+    def time_bound(self) -> int:
+        """An upper bound on the time of any schedule that nests recomputation no deeper than its length."""
+        total = 0
+        for layer in self.layers:
+            total += (len(self.layers) + 1) * layer.forward_ns
+            for o in _options(layer):
+                total += sum(getattr(o, f.name) for f in dataclasses.fields(o) if f.name.endswith("_ns"))
+        return total
+
+    def to_json(self) -> str:
+        """This profile as JSON with a schema number."""
+        return serial.dump(self, kind="profile", schema=SCHEMA)
+
+    @classmethod
+    def from_json(cls, text: str) -> Profile:
+        """Reads what `to_json` wrote. Raises `FileFormatError` on anything else."""
+        return serial.load(text, cls, kind="profile", schema=SCHEMA)
+
+
+def _options(layer: LayerProfile) -> Iterator[StoreOption | MoonwalkOption | InvertOption]:
+    yield from layer.store
+    yield from layer.moonwalk
+    yield from layer.invert

@@ -1,0 +1,205 @@
+"""What a layer can do in the sweeps: rules for storing, for moonwalk runs and for inversion.
+
+A *rule* is a small frozen object, named as an option of the profile and of the schedule. Any callable pytree has two
+without doing anything: `VjpStore`, whatever `jax.vjp` keeps, and `WholeFragment`, the input residuals that
+`jax.vjp` with respect to the input keeps, with the whole cotangent as the fragment. A layer with more to offer
+(see `mwplan.layers`) says so by three optional methods, each of which gets the input's
+`jax.ShapeDtypeStruct` pytree and returns a sequence of rules:
+
+- `vijp_rules(x)`: `VijpRule`s, and an `Unavailable` with the reason for each that the shapes forbid;
+- `store_rules(x)`: leaner `StoreRule`s than the generic one;
+- `invert_rules(x)`: `InvertRule`s.
+
+Residuals are plain pytrees of arrays. A leaf that *is* a parameter, the layer's input or its output (the same object) is not
+new memory: `mwplan.residuals` finds and shares it.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+
+from mwplan import trees
+
+PyTree = Any
+
+
+@dataclass(frozen=True)
+class Unavailable:
+    """A rule that a layer does not have, and why: what `explain` prints. Never offered to a planner."""
+
+    name: str
+    reason: str
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class InputVjp:
+    """The vjp of a layer with respect to its input alone, called in the working precision of a moonwalk run.
+
+    `dtypes` are those of the layer's output leaves, which the vjp was traced for.
+    """
+
+    vjp: Any
+    dtypes: tuple[str, ...] = field(metadata={"static": True})
+
+    def __call__(self, ct_out: PyTree) -> PyTree:
+        """`ct_in`, widened, from `ct_out` of any precision."""
+        leaves, treedef = jax.tree.flatten(ct_out)
+        narrow = [
+            leaf.astype(dtype) if trees.is_inexact(leaf) else leaf for leaf, dtype in zip(leaves, self.dtypes)
+        ]
+        (ct_in,) = self.vjp(jax.tree.unflatten(treedef, narrow))
+        return trees.widen(ct_in)
+
+
+class StoreRule(abc.ABC):
+    """A way to keep what a layer's backward needs (strategy STORE)."""
+
+    name: str
+
+    @abc.abstractmethod
+    def forward(self, layer: PyTree, x: PyTree) -> tuple[PyTree, PyTree]:
+        """Returns `(layer(x), residuals)`."""
+
+    @abc.abstractmethod
+    def backward(self, layer: PyTree, residuals: PyTree, ct_out: PyTree) -> tuple[list[Any], PyTree]:
+        """Returns the cotangents of `trees.parameters(layer)`, in that order, and of the input."""
+
+
+class VijpRule(abc.ABC):
+    """A way to take a layer through a moonwalk run: F, R and M sweeps.
+
+    Cotangents inside a run are in `trees.working_dtype` of the activations' dtype (float32 or wider), in `reverse` and
+    `rebuild` alike; fragments too. `has_fragment` is False where `fragment` is always `()`: strategy VIJP.
+    """
+
+    name: str
+    has_fragment: bool = False
+
+    def check(self, layer: PyTree, x: PyTree) -> str | None:
+        """The reason why this layer's present weights do not allow the rule, or None. Concrete values only.
+
+        `x` is the input's shape pytree.
+        """
+        return None
+
+    def forward(self, layer: PyTree, x: PyTree) -> tuple[PyTree, PyTree]:
+        """F sweep: returns `(layer(x), input residuals)`.
+
+        By default what `jax.vjp` with respect to the input alone keeps: nothing for a linear layer.
+        """
+        y, vjp = jax.vjp(layer, x)
+        return y, InputVjp(vjp, tuple(leaf.dtype.name for leaf in jax.tree.leaves(y)))
+
+    def reverse(self, layer: PyTree, residuals: PyTree, ct_out: PyTree) -> tuple[PyTree, PyTree]:
+        """R sweep: returns `(ct_in, fragment)`.
+
+        By default applies the vjp from `forward` in its own dtype and calls `fragment`.
+        """
+        return residuals(ct_out), self.fragment(layer, residuals, ct_out)
+
+    def fragment(self, layer: PyTree, residuals: PyTree, ct_out: PyTree) -> PyTree:
+        """The part of `ct_out` that `rebuild` cannot recover from `ct_in`; `()` where there is none."""
+        return ()
+
+    @abc.abstractmethod
+    def rebuild(self, layer: PyTree, x: PyTree, ct_in: PyTree, fragment: PyTree) -> PyTree:
+        """M sweep, the vijp: `ct_out` from `ct_in`, the fragment and the layer's input."""
+
+
+class InvertRule(abc.ABC):
+    """A way to rebuild a layer's input from its output (strategy INVERT)."""
+
+    name: str
+
+    def check(self, layer: PyTree, x: PyTree) -> str | None:
+        """As `VijpRule.check`."""
+        return None
+
+    @abc.abstractmethod
+    def inverse(self, layer: PyTree, y: PyTree) -> PyTree:
+        """`x` with `layer(x) == y`, up to rounding."""
+
+
+@dataclass(frozen=True)
+class VjpStore(StoreRule):
+    """Whatever `jax.vjp` keeps. Every layer has it.
+
+    With a `jax.checkpoint` policy (`policy`), only what the policy saves is kept, and the rest recomputed.
+    """
+
+    name: str = "vjp"
+    policy: Callable[..., Any] | None = None
+
+    def forward(self, layer: PyTree, x: PyTree) -> tuple[PyTree, PyTree]:
+        """`jax.vjp` with respect to parameters and input."""
+
+        def call(params: list[Any], x: PyTree) -> PyTree:
+            return trees.with_parameters(layer, params)(x)
+
+        if self.policy is not None:
+            call = jax.checkpoint(call, policy=self.policy)  # type: ignore[assignment]
+        return jax.vjp(call, trees.parameters(layer), x)
+
+    def backward(self, layer: PyTree, residuals: PyTree, ct_out: PyTree) -> tuple[list[Any], PyTree]:
+        """Applies the vjp."""
+        params, ct_in = residuals(ct_out)
+        return params, ct_in
+
+
+@dataclass(frozen=True)
+class WholeFragment(VijpRule):
+    """The whole cotangent as the fragment: any layer may stand in a moonwalk run, and its error restarts there.
+
+    Fragment bytes: those of `ct_out`. The vijp costs nothing, growth and local error are 0.
+    """
+
+    name: str = "whole"
+    has_fragment: bool = True
+
+    def fragment(self, layer: PyTree, residuals: PyTree, ct_out: PyTree) -> PyTree:
+        """All of `ct_out`."""
+        return ct_out
+
+    def rebuild(self, layer: PyTree, x: PyTree, ct_in: PyTree, fragment: PyTree) -> PyTree:
+        """The fragment itself."""
+        return fragment
+
+
+def parameter_gradient(layer: PyTree, x: PyTree, ct_out: PyTree) -> list[Any]:
+    """The cotangents of `trees.parameters(layer)` at `(x, ct_out)`: the M sweep's gradient.
+
+    `ct_out` may be wider than the layer's output; it is cast. Cost: one parameter vjp, and whatever of the forward pass it needs.
+    """
+    params = trees.parameters(layer)
+    y, vjp = jax.vjp(lambda p: trees.with_parameters(layer, p)(x), params)
+    (grads,) = vjp(trees.cast_like(ct_out, y))
+    return grads
+
+
+def _collect(layer: PyTree, x: PyTree, method: str) -> tuple[Any, ...]:
+    offer = getattr(layer, method, None)
+    return tuple(offer(trees.struct(x))) if callable(offer) else ()
+
+
+def store_rules(layer: PyTree, x: PyTree) -> tuple[StoreRule, ...]:
+    """All the ways to store `layer`'s residuals at input `x` (arrays or shapes): its own, and the generic one."""
+    return (*_collect(layer, x, "store_rules"), VjpStore())
+
+
+def vijp_rules(layer: PyTree, x: PyTree) -> tuple[VijpRule | Unavailable, ...]:
+    """All the ways through a moonwalk run, the unavailable ones with their reasons; `WholeFragment` last."""
+    own = _collect(layer, x, "vijp_rules")
+    if not own:
+        own = (Unavailable("vijp", f"{type(layer).__name__} has no vijp rule (it defines no `vijp_rules`)"),)
+    return (*own, WholeFragment())
+
+
+def invert_rules(layer: PyTree, x: PyTree) -> tuple[InvertRule | Unavailable, ...]:
+    """All the ways to rebuild `layer`'s input from its output."""
+    return _collect(layer, x, "invert_rules")

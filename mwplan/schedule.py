@@ -1,0 +1,177 @@
+"""What a solver returns and the executor runs: plain values, no JAX.
+
+A schedule is a sequence of runs that covers the chain; a RECOMPUTE run holds an inner sequence, to any depth.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from mwplan import serial
+from mwplan.errors import ArgumentError
+
+SCHEMA = 1
+
+
+class Strategy(enum.Enum):
+    """The way chosen for one layer."""
+
+    STORE = "store"
+    RECOMPUTE = "recompute"
+    FRAGMENT = "fragment"
+    VIJP = "vijp"
+    INVERT = "invert"
+
+
+class RunKind(enum.Enum):
+    """How consecutive layers are handled together (docs/accounting.md)."""
+
+    STORE = "store"
+    MOONWALK = "moonwalk"
+    RECOMPUTE = "recompute"
+    INVERT = "invert"
+
+
+class Status(enum.Enum):
+    """What was proved about a solution.
+
+    OPTIMAL: no schedule of the plan space is better. FEASIBLE: it fits, and `gap` says how far from proof.
+    INFEASIBLE: proved that nothing fits. UNKNOWN: the time limit came before any plan or proof.
+    """
+
+    OPTIMAL = "optimal"
+    FEASIBLE = "feasible"
+    INFEASIBLE = "infeasible"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """The layers `start+1 .. stop`, handled together.
+
+    `options`: for STORE the one option's name; for MOONWALK and INVERT one name a layer, from the input on; for
+    RECOMPUTE empty. `inner`: for RECOMPUTE the runs that cover `(start, stop]` when it is re-executed, else empty.
+    """
+
+    kind: RunKind
+    start: int
+    stop: int
+    options: tuple[str, ...] = ()
+    inner: tuple[Run, ...] = ()
+
+    def __post_init__(self) -> None:
+        size = self.stop - self.start
+        if self.start < 0 or size < 1:
+            raise ArgumentError(f"a run must cover at least one layer, got ({self.start}, {self.stop}]")
+        if self.kind is RunKind.RECOMPUTE:
+            if self.options or not self.inner:
+                raise ArgumentError("a RECOMPUTE run has inner runs and no options of its own")
+            check_cover(self.inner, self.start, self.stop)
+        else:
+            want = 1 if self.kind is RunKind.STORE else size
+            if self.inner or len(self.options) != want or (self.kind is RunKind.STORE and size != 1):
+                raise ArgumentError(
+                    f"a {self.kind.name} run over ({self.start}, {self.stop}] needs one option a layer and no inner runs, "
+                    f"got options={self.options}"
+                )
+
+
+def check_cover(runs: Sequence[Run], start: int, stop: int) -> None:
+    """Raises `ArgumentError` unless `runs`, in order, cover the layers `start+1..stop` exactly once."""
+    at = start
+    for run in runs:
+        if run.start != at:
+            raise ArgumentError(
+                f"runs must follow one another: expected one from {at}, got ({run.start}, {run.stop}]"
+            )
+        at = run.stop
+    if at != stop:
+        raise ArgumentError(f"runs must cover ({start}, {stop}], got up to {at}")
+
+
+def walk(runs: Sequence[Run]) -> Iterator[Run]:
+    """All runs, outer before inner, in order of position."""
+    for run in runs:
+        yield run
+        yield from walk(run.inner)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Solution:
+    """What a solver claims. The ledger recomputes time, peak and error of `runs` before anybody uses them.
+
+    `runs` is None unless `status` is OPTIMAL or FEASIBLE. `time_ns`, `peak_bytes` (temporaries), `error`: of `runs`.
+    `bound_ns`: no schedule within the budget is faster. `least_bytes`: the least temporaries with which any schedule
+    exists, where the solver knows it. `stats`: name and value pairs for people.
+    """
+
+    status: Status
+    runs: tuple[Run, ...] | None = None
+    time_ns: int = 0
+    peak_bytes: int = 0
+    error: float = 0.0
+    bound_ns: int = 0
+    least_bytes: int | None = None
+    solver: str = ""
+    stats: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def gap(self) -> float:
+        """(objective - bound) / objective, 0 when proved optimal."""
+        return 0.0 if self.time_ns == 0 else max(0.0, (self.time_ns - self.bound_ns) / self.time_ns)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """A plan for one chain: runs, what they are predicted to cost, and what was proved.
+
+    `peak_bytes`: predicted temporaries; `fixed_bytes`: parameters, input and gradients; `budget_bytes`: the total asked for.
+    `time_ns`: predicted, without the loss. `error`: predicted relative error of the cotangents, `max_error` the tolerance.
+    `least_bytes`: the least feasible total. `binding`: the event at which the peak stands. `next_gain`: what a little more memory would buy, in words.
+    `fingerprint`: that of the profile; `apply` refuses another chain.
+    """
+
+    runs: tuple[Run, ...]
+    fingerprint: str = ""
+    status: Status = Status.FEASIBLE
+    budget_bytes: int | None = None
+    fixed_bytes: int = 0
+    peak_bytes: int = 0
+    time_ns: int = 0
+    bound_ns: int = 0
+    error: float = 0.0
+    max_error: float = 1e-4
+    least_bytes: int | None = None
+    binding: str = ""
+    next_gain: str = ""
+    solver: str = ""
+    stats: tuple[tuple[str, float], ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.runs:
+            raise ArgumentError("`runs` is empty: a schedule covers at least one layer")
+        check_cover(self.runs, 0, self.runs[-1].stop)
+
+    def __len__(self) -> int:
+        return self.runs[-1].stop
+
+    @property
+    def total_bytes(self) -> int:
+        """Predicted device bytes of the whole gradient step: fixed part and temporaries."""
+        return self.fixed_bytes + self.peak_bytes
+
+    @property
+    def gap(self) -> float:
+        """(time - bound) / time, 0 when proved optimal."""
+        return 0.0 if self.time_ns == 0 else max(0.0, (self.time_ns - self.bound_ns) / self.time_ns)
+
+    def to_json(self) -> str:
+        """This schedule as JSON with a schema number."""
+        return serial.dump(self, kind="schedule", schema=SCHEMA)
+
+    @classmethod
+    def from_json(cls, text: str) -> Schedule:
+        """Reads what `to_json` wrote. Raises `FileFormatError` on anything else."""
+        return serial.load(text, cls, kind="schedule", schema=SCHEMA)

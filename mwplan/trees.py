@@ -1,0 +1,67 @@
+"""Pytree helpers: a layer's parameters apart from the rest, sizes in bytes, working precision."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def is_inexact(leaf: Any) -> bool:
+    """Whether `leaf` is a floating or complex array, a tracer of one, or a `jax.ShapeDtypeStruct` of one."""
+    return hasattr(leaf, "dtype") and hasattr(leaf, "shape") and jnp.issubdtype(leaf.dtype, jnp.inexact)
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether `leaf` is an array (or a tracer) that may be an argument of a compiled function."""
+    return isinstance(leaf, (jax.Array, np.ndarray, np.generic))
+
+
+def parameters(layer: Any) -> list[Any]:
+    """The inexact-array leaves of `layer`, in order: what a gradient is taken of."""
+    return [leaf for leaf in jax.tree.leaves(layer) if is_inexact(leaf)]
+
+
+def with_parameters(layer: Any, params: list[Any]) -> Any:
+    """`layer` with its inexact-array leaves replaced by `params`, in the order of `parameters`."""
+    leaves, treedef = jax.tree.flatten(layer)
+    new = iter(params)
+    return jax.tree.unflatten(treedef, [next(new) if is_inexact(leaf) else leaf for leaf in leaves])
+
+
+def nbytes(tree: Any) -> int:
+    """Bytes of all array leaves of `tree` (arrays, tracers or `jax.ShapeDtypeStruct`s)."""
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        if hasattr(leaf, "dtype") and hasattr(leaf, "shape"):
+            total += (
+                math.prod(leaf.shape) * np.dtype(jax.dtypes.canonicalize_dtype(leaf.dtype)).itemsize
+                if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended)
+                else math.prod(leaf.shape) * 16
+            )
+    return total
+
+
+def struct(tree: Any) -> Any:
+    """The same pytree with a `jax.ShapeDtypeStruct` for every array leaf."""
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(jnp.shape(a), jnp.result_type(a)), tree)
+
+
+def working_dtype(dtype: Any) -> Any:
+    """The dtype that cotangents have inside a moonwalk run: `dtype`, or float32 where that is wider."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def widen(tree: Any) -> Any:
+    """`tree` with its inexact leaves in `working_dtype`."""
+    return jax.tree.map(lambda a: a.astype(working_dtype(a.dtype)) if is_inexact(a) else a, tree)
+
+
+def cast_like(tree: Any, like: Any) -> Any:
+    """`tree` with each inexact leaf in the dtype of the matching leaf of `like`."""
+    return jax.tree.map(
+        lambda a, b: a.astype(b.dtype) if is_inexact(a) and a.dtype != b.dtype else a, tree, like
+    )

@@ -1,0 +1,1 @@
+"""Solvers of the planning problem: no JAX here, and OR-tools only where it is called."""
