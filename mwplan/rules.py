@@ -143,7 +143,7 @@ class VjpStore(StoreRule):
             return trees.with_parameters(layer, params)(x)
 
         if self.policy is not None:
-            call = jax.checkpoint(call, policy=self.policy)  # type: ignore[assignment]
+            call = jax.checkpoint(call, policy=self.policy)
         return jax.vjp(call, trees.parameters(layer), x)
 
     def backward(self, layer: PyTree, residuals: PyTree, ct_out: PyTree) -> tuple[list[Any], PyTree]:
