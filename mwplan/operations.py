@@ -1,0 +1,63 @@
+"""The operations of a step, one function each: what is executed, timed and traced is the same code.
+
+Each takes the layer as its first argument, arrays after it, and returns arrays; rules are bound by keyword. Residuals cross
+from forward to backward as `Residuals`, which hold what is new and look up the rest.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from mwplan import residuals as res
+from mwplan import rules, trees
+
+PyTree = Any
+
+
+def plain_forward(layer: PyTree, x: PyTree) -> PyTree:
+    """`y`: F sweep of RECOMPUTE and INVERT runs."""
+    return layer(x)
+
+
+def forward(
+    layer: PyTree, x: PyTree, *, rule: rules.StoreRule | rules.VijpRule
+) -> tuple[PyTree, res.Residuals]:
+    """`y` and what `rule` keeps: F sweep of STORE and MOONWALK runs."""
+    y, kept = rule.forward(layer, x)
+    return y, res.split(kept, layer, x, y)
+
+
+def store_backward(
+    layer: PyTree, held: res.Residuals, x: PyTree, y: PyTree, ct_out: PyTree, *, rule: rules.StoreRule
+) -> tuple[list[Any], PyTree]:
+    """`(parameter gradients, ct_in)`. `x`, `y`: None unless the residuals share them."""
+    return rule.backward(layer, res.restore(held, layer, x, y), ct_out)
+
+
+def reverse(
+    layer: PyTree, held: res.Residuals, x: PyTree, y: PyTree, ct_out: PyTree, *, rule: rules.VijpRule
+) -> tuple[PyTree, PyTree]:
+    """R sweep: `(ct_in, fragment)`."""
+    return rule.reverse(layer, res.restore(held, layer, x, y), ct_out)
+
+
+def rebuild(
+    layer: PyTree, x: PyTree, ct_in: PyTree, fragment: PyTree, *, rule: rules.VijpRule, last: bool
+) -> tuple[PyTree, PyTree, list[Any]]:
+    """M sweep: `(y, ct_out, parameter gradients)`; `y` is None in the `last` layer of a run, which needs none."""
+    ct_out = rule.rebuild(layer, x, ct_in, fragment)
+    return None if last else layer(x), ct_out, rules.parameter_gradient(layer, x, ct_out)
+
+
+def invert_backward(
+    layer: PyTree, y: PyTree, ct_out: PyTree, x: PyTree, *, rule: rules.InvertRule
+) -> tuple[PyTree, list[Any], PyTree]:
+    """`(x, parameter gradients, ct_in)`, with `x` rebuilt from `y` unless it is given."""
+    if x is None:
+        x = rule.inverse(layer, y)
+    params = trees.parameters(layer)
+    _, vjp = jax.vjp(lambda p, x: trees.with_parameters(layer, p)(x), params, x)
+    grads, ct_in = vjp(ct_out)
+    return x, grads, ct_in
