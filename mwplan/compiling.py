@@ -51,6 +51,14 @@ def jit(function: Callable[..., Any], **kwargs: Any) -> Any:
     return jax.jit(call, compiler_options=options or None, **kwargs)
 
 
+def temporaries(compiled: Any) -> int:
+    """Temporary bytes of a compiled program: what it needs beside its arguments and outputs.
+
+    `compiled` is what `jax.jit(f).lower(...).compile()` returns. (`peak_memory_in_bytes` reads a constant on CPU; this does not.)
+    """
+    return int(compiled.memory_analysis().temp_size_in_bytes)
+
+
 def warn_if_undone(*trees: Any) -> None:
     """Warns, once, where a planned step is traced by a `jax.jit` that cannot be known to have the options."""
     if _knows or _inside_jit.get() or jax.default_backend() != "cpu":

@@ -203,19 +203,13 @@ class Interpreter:
         del held
         box.append(trees.cast_like(ct, self.structs[run.start]))
         for layer in layers:
-            operation = functools.partial(
-                operations.rebuild, rule=self.rule(run, layer), last=layer == run.stop
+            one, rule = self.chain[layer - 1], self.rule(run, layer)
+            operation = functools.partial(operations.vijp, rule=rule)
+            ct = self.perform(
+                "vijp", layer, depth, operation, one, self.x[layer - 1], ct, fragments.pop(layer)
             )
-            y, ct, grads[layer - 1] = self.perform(
-                "rebuild",
-                layer,
-                depth,
-                operation,
-                self.chain[layer - 1],
-                self.x[layer - 1],
-                ct,
-                fragments.pop(layer),
-            )
+            operation = functools.partial(operations.advance, last=layer == run.stop)
+            y, grads[layer - 1] = self.perform("advance", layer, depth, operation, one, self.x[layer - 1], ct)
             if layer < run.stop:
                 self.claim(layer, y)
             del y

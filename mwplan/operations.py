@@ -43,12 +43,17 @@ def reverse(
     return rule.reverse(layer, res.restore(held, layer, x, y), ct_out)
 
 
-def rebuild(
-    layer: PyTree, x: PyTree, ct_in: PyTree, fragment: PyTree, *, rule: rules.VijpRule, last: bool
-) -> tuple[PyTree, PyTree, list[Any]]:
-    """M sweep: `(y, ct_out, parameter gradients)`; `y` is None in the `last` layer of a run, which needs none."""
-    ct_out = rule.rebuild(layer, x, ct_in, fragment)
-    return None if last else layer(x), ct_out, rules.parameter_gradient(layer, x, ct_out)
+def vijp(layer: PyTree, x: PyTree, ct_in: PyTree, fragment: PyTree, *, rule: rules.VijpRule) -> PyTree:
+    """M sweep, first half: `ct_out`."""
+    return rule.rebuild(layer, x, ct_in, fragment)
+
+
+def advance(layer: PyTree, x: PyTree, ct_out: PyTree, *, last: bool) -> tuple[PyTree, list[Any]]:
+    """M sweep, second half: `(y, parameter gradients)`; `y` is None in the `last` layer of a run, which needs none.
+
+    Apart from `vijp`, so that `ct_in` is gone before `y` exists.
+    """
+    return None if last else layer(x), rules.parameter_gradient(layer, x, ct_out)
 
 
 def invert_backward(

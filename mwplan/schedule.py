@@ -6,11 +6,13 @@ A schedule is a sequence of runs that covers the chain; a RECOMPUTE run holds an
 from __future__ import annotations
 
 import enum
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from mwplan import serial
 from mwplan.errors import ArgumentError
+from mwplan.sizes import show_bytes, show_ns
 
 SCHEMA = 1
 
@@ -130,10 +132,11 @@ class Schedule:
     `peak_bytes`: predicted temporaries; `fixed_bytes`: parameters, input and gradients; `budget_bytes`: the total asked for.
     `time_ns`: predicted, without the loss. `error`: predicted relative error of the cotangents, `max_error` the tolerance.
     `least_bytes`: the least feasible total. `binding`: the event at which the peak stands. `next_gain`: what a little more memory would buy, in words.
-    `fingerprint`: that of the profile; `apply` refuses another chain.
+    `fingerprint`: that of the profile; `apply` refuses another chain. `strategies`: of each layer, outermost, for people.
     """
 
     runs: tuple[Run, ...]
+    strategies: tuple[Strategy, ...] = ()
     fingerprint: str = ""
     status: Status = Status.FEASIBLE
     budget_bytes: int | None = None
@@ -167,6 +170,9 @@ class Schedule:
         """(time - bound) / time, 0 when proved optimal."""
         return 0.0 if self.time_ns == 0 else max(0.0, (self.time_ns - self.bound_ns) / self.time_ns)
 
+    def __str__(self) -> str:
+        return describe(self)
+
     def to_json(self) -> str:
         """This schedule as JSON with a schema number."""
         return serial.dump(self, kind="schedule", schema=SCHEMA)
@@ -175,3 +181,51 @@ class Schedule:
     def from_json(cls, text: str) -> Schedule:
         """Reads what `to_json` wrote. Raises `FileFormatError` on anything else."""
         return serial.load(text, cls, kind="schedule", schema=SCHEMA)
+
+
+_LETTERS = {
+    Strategy.STORE: "S",
+    Strategy.RECOMPUTE: "R",
+    Strategy.FRAGMENT: "F",
+    Strategy.VIJP: "V",
+    Strategy.INVERT: "I",
+}
+
+
+def strip(schedule: Schedule) -> str:
+    """One letter a layer, from the input on, runs apart by `|`: "SS|VVFV|RRR"."""
+    strategies = schedule.strategies or (None,) * len(schedule)
+    letters = ["?" if s is None else _LETTERS[s] for s in strategies]
+    out = ""
+    for before, run in zip((None, *schedule.runs), schedule.runs):
+        stored = before is not None and before.kind is RunKind.STORE and run.kind is RunKind.STORE
+        out += ("" if before is None or stored else "|") + "".join(letters[run.start : run.stop])
+    return out
+
+
+def describe(schedule: Schedule) -> str:
+    """The schedule for people: strip, predictions, proof, what binds and what more memory would buy."""
+    used = [s for s in Strategy if s in schedule.strategies]
+    legend = ", ".join(f"{_LETTERS[s]} {s.value} {schedule.strategies.count(s)}" for s in used)
+    lines = [
+        f"{len(schedule)} layers: {legend or 'strategies not stated'}",
+        *textwrap.wrap(strip(schedule), 96, initial_indent="  ", subsequent_indent="  "),
+        f"predicted peak   {show_bytes(schedule.total_bytes)}"
+        f" = {show_bytes(schedule.fixed_bytes)} fixed + {show_bytes(schedule.peak_bytes)} temporaries"
+        + ("" if schedule.budget_bytes is None else f"; budget {show_bytes(schedule.budget_bytes)}"),
+        f"predicted time   {show_ns(schedule.time_ns)}",
+        f"predicted error  {schedule.error:.1e} relative (tolerance {schedule.max_error:.0e})",
+    ]
+    if schedule.status is Status.OPTIMAL:
+        lines.append("proof            optimal: no schedule of the plan space is faster within the budget")
+    else:
+        lines.append(
+            f"proof            {schedule.status.value}, at most {schedule.gap:.2%} above the optimum"
+        )
+    if schedule.least_bytes is not None:
+        lines.append(f"least budget     {show_bytes(schedule.least_bytes)}")
+    if schedule.binding:
+        lines.append(f"binding          {schedule.binding}")
+    if schedule.next_gain:
+        lines.append(f"more memory      {schedule.next_gain}")
+    return "\n".join(lines)

@@ -1,0 +1,219 @@
+"""From a profile and a budget to a schedule: solve, replay in the ledger, state what was proved."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mwplan.errors import ArgumentError, InfeasibleError, MwplanError
+from mwplan.ledger import Replay, replay, strategies
+from mwplan.profiles import Profile
+from mwplan.schedule import Schedule, Solution, Status, Strategy
+from mwplan.sizes import parse_bytes, show_bytes, show_ns
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+    from mwplan.solvers import frontier as frontier_solver
+
+EVERY_STRATEGY = frozenset(Strategy)
+
+
+class SolverMismatchError(MwplanError, AssertionError):
+    """A solver claimed what the ledger does not confirm: a bug in mwplan, never the user's."""
+
+
+def plan(
+    profile: Profile,
+    budget: int | str,
+    *,
+    max_error: float = 1e-4,
+    allowed: Iterable[Strategy] = EVERY_STRATEGY,
+    pins: Mapping[int, Strategy] | None = None,
+    max_distinct_runs: int | None = None,
+    time_limit_s: float = 30.0,
+    seed: int = 0,
+) -> Schedule:
+    """The fastest schedule whose gradient step fits the budget, with a certificate.
+
+    **Arguments:** `profile`; `budget`, device bytes of the whole step (parameters, input, gradients, temporaries), an integer or a text such
+    as "2GiB"; `max_error`, the largest predicted relative error of any reconstructed cotangent; `allowed`, the
+    strategies to choose from; `pins`, a strategy forced on some layers (1 to L, from the input); `max_distinct_runs`, a limit on
+    different runs (compile time); `time_limit_s` and `seed`, of the integer program.
+    **Returns:** a `Schedule` that the ledger has replayed; `status` says whether it is proved optimal, else `gap` how far it may be from it.
+    **Raises:** `InfeasibleError` with the least feasible budget and what binds there; `ArgumentError`.
+    **Cost:** the frontier of the chain, and the proof on top (seconds at 100 layers).
+    """
+    from mwplan.solvers import integer_program
+
+    budget_bytes = parse_bytes(budget)
+    solved = frontier(profile, max_error=max_error, allowed=allowed)
+    room = budget_bytes - profile.fixed_bytes
+    if solved.solved.least_bytes is None or room < solved.solved.least_bytes:
+        raise solved.infeasible(budget_bytes, budget)
+    solution = integer_program.solve(
+        profile,
+        room,
+        max_error=max_error,
+        allowed=frozenset(allowed),
+        pins=dict(pins or {}),
+        max_distinct_runs=max_distinct_runs,
+        time_limit_s=time_limit_s,
+        seed=seed,
+        frontier=solved.solved,
+    )
+    if solution.runs is None:
+        if solution.status is Status.UNKNOWN:
+            raise InfeasibleError(
+                f"no schedule found within `time_limit_s={time_limit_s}`, and none excluded: allow more time",
+                budget_bytes=budget_bytes,
+            )
+        least = None if solution.least_bytes is None else solution.least_bytes + profile.fixed_bytes
+        raise InfeasibleError(
+            f"`budget={budget!r}` is infeasible with these side conditions"
+            + ("" if least is None else f": the leanest schedule under them needs {show_bytes(least)}"),
+            budget_bytes=budget_bytes,
+            least_bytes=least,
+        )
+    return solved.schedule(solution, budget_bytes)
+
+
+def frontier(
+    profile: Profile,
+    *,
+    max_error: float = 1e-4,
+    allowed: Iterable[Strategy] = EVERY_STRATEGY,
+    thin: float = 0.0,
+) -> Frontier:
+    """Every budget at once: the exact trade of memory against time.
+
+    **Arguments:** as `plan`; `thin`, a relative loss of time that may be traded for speed (0 is exact).
+    **Raises:** `ArgumentError`.
+    """
+    from mwplan.solvers.frontier import solve_frontier
+
+    if not isinstance(profile, Profile):
+        raise ArgumentError(
+            f"`profile` is a {type(profile).__name__}: make one with `mw.profile(chain, x)`, or load it with `Profile.from_json`"
+        )
+    if isinstance(max_error, bool) or not isinstance(max_error, (int, float)) or not max_error >= 0:
+        raise ArgumentError(f"`max_error={max_error!r}` must be a number, at least 0 (1e-4 by default)")
+    chosen = frozenset(allowed)
+    if not chosen or not all(isinstance(s, Strategy) for s in chosen):
+        raise ArgumentError(f"`allowed={allowed!r}` must hold at least one `Strategy`")
+    solved = solve_frontier(profile, max_error=float(max_error), allowed=chosen, thin=thin)
+    return Frontier(profile, solved, float(max_error))
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """The least time at every budget. `points` are `(total bytes, ns)`, cheapest memory first."""
+
+    profile: Profile
+    solved: frontier_solver.Frontier
+    max_error: float
+
+    @property
+    def points(self) -> tuple[tuple[int, int], ...]:
+        """`(total device bytes, ns)` of every schedule that no other beats in both."""
+        return tuple((need + self.profile.fixed_bytes, time) for need, time in self.solved.points)
+
+    @property
+    def least_bytes(self) -> int | None:
+        """The least feasible budget, or None where no schedule keeps the error."""
+        least = self.solved.least_bytes
+        return None if least is None else least + self.profile.fixed_bytes
+
+    def at(self, budget: int | str) -> Schedule:
+        """The fastest schedule at `budget`, by the frontier alone. Raises `InfeasibleError`."""
+        budget_bytes = parse_bytes(budget)
+        solution = self.solved.at(budget_bytes - self.profile.fixed_bytes)
+        if solution.runs is None:
+            raise self.infeasible(budget_bytes, budget)
+        return self.schedule(solution, budget_bytes)
+
+    def infeasible(self, budget_bytes: int, budget: int | str) -> InfeasibleError:
+        """The error for a budget below the least feasible one: says that, and which event needs it."""
+        least = self.least_bytes
+        if least is None or self.solved.least_bytes is None:
+            return InfeasibleError(
+                f"no schedule keeps `max_error={self.max_error}` with the strategies allowed, at any budget",
+                budget_bytes=budget_bytes,
+            )
+        leanest = self.solved.at(self.solved.least_bytes)
+        binding = str(replay(self.profile, leanest.runs or ()).binding)
+        return InfeasibleError(
+            f"`budget={budget!r}` is infeasible: the leanest schedule needs {least:_} bytes ({show_bytes(least)}, of which "
+            f"{show_bytes(self.profile.fixed_bytes)} are parameters, input and gradients), in {binding}. "
+            f"Raise the budget to that, or lower the batch size",
+            budget_bytes=budget_bytes,
+            least_bytes=least,
+            binding=binding,
+        )
+
+    def schedule(self, solution: Solution, budget_bytes: int | None = None) -> Schedule:
+        """A solver's solution as a schedule, once the ledger agrees with it. Raises `SolverMismatchError`."""
+        assert solution.runs is not None
+        checked = replay(self.profile, solution.runs)
+        _confirm(solution, checked, self.max_error)
+        if budget_bytes is not None and checked.peak_bytes + self.profile.fixed_bytes > budget_bytes:
+            raise SolverMismatchError(
+                f"{solution.solver} returned a schedule of {checked.peak_bytes} temporary bytes, above the budget"
+            )
+        return Schedule(
+            runs=solution.runs,
+            strategies=strategies(self.profile, solution.runs),
+            fingerprint=self.profile.fingerprint,
+            status=solution.status,
+            budget_bytes=budget_bytes,
+            fixed_bytes=self.profile.fixed_bytes,
+            peak_bytes=checked.peak_bytes,
+            time_ns=checked.time_ns,
+            bound_ns=solution.bound_ns,
+            error=checked.error,
+            max_error=self.max_error,
+            least_bytes=self.least_bytes,
+            binding=f"{checked.binding}: {show_bytes(checked.binding.live_bytes)} alive",
+            next_gain=self._next_gain(checked),
+            solver=solution.solver,
+            stats=solution.stats,
+        )
+
+    def _next_gain(self, checked: Replay) -> str:
+        for need, time in self.solved.points:
+            if time < checked.time_ns and need > checked.peak_bytes:
+                more, saved = need - checked.peak_bytes, checked.time_ns - time
+                return f"{show_bytes(more)} more would save {show_ns(saved)} ({saved / checked.time_ns:.1%})"
+        return "none would make it faster"
+
+    def table(self) -> pd.DataFrame:
+        """One row a point: total bytes, temporary bytes, ns, and time relative to the fastest."""
+        import pandas as pd
+
+        frame = pd.DataFrame(self.points, columns=["total_bytes", "time_ns"])
+        frame["temporary_bytes"] = frame["total_bytes"] - self.profile.fixed_bytes
+        frame["relative_time"] = frame["time_ns"] / max(1, min((t for _, t in self.points), default=1))
+        return frame
+
+    def plot(self, ax: Axes | None = None, **line: Any) -> Axes:
+        """Draws time against memory as a step line; returns the axes."""
+        from mwplan.plots import plot_frontier
+
+        return plot_frontier(self.points, ax, **line)
+
+
+def _confirm(solution: Solution, checked: Replay, max_error: float) -> None:
+    claims = (solution.peak_bytes, solution.time_ns)
+    found = (checked.peak_bytes, checked.time_ns)
+    # A solver may claim a need it rounded up, never one that is too small.
+    if claims[0] < found[0] or claims[1] != found[1]:
+        raise SolverMismatchError(
+            f"{solution.solver} claims (bytes, ns) = {claims} and the ledger finds {found}: please report this profile"
+        )
+    if checked.error > max_error * (1 + 1e-9) or math.isnan(checked.error):
+        raise SolverMismatchError(
+            f"{solution.solver} returned a schedule with predicted error {checked.error}, above {max_error}"
+        )
