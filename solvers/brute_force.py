@@ -1,0 +1,187 @@
+"""Exhaustive search over tiny chains: the oracle that the solvers are held to. It shares no code with them.
+
+`every_plan` lists all plans one by one, for the ledger to cost. `every_cost` walks the same plans but merges those that agree
+exactly in what a later run can see (node, held bytes, peak, time), so that chains of six layers with all options take milliseconds; nothing is
+dropped for being worse. It goes forward, adding up events as docs/accounting.md writes them, where the solvers go backward.
+
+One kind of plan is left out: a RECOMPUTE run whose inner schedule is a single RECOMPUTE run of the same layers, which could go on for ever.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+
+from mwplan.profiles import InvertOption, MoonwalkOption, Profile
+from mwplan.schedule import Run, RunKind, Strategy
+
+EVERY = frozenset(Strategy)
+Cost = tuple[int, int]
+
+
+def every_plan(
+    profile: Profile, *, max_error: float = 1e-4, allowed: frozenset[Strategy] = EVERY
+) -> Iterator[tuple[Run, ...]]:
+    """All plans of the space, nested to any depth. Their number grows like a power of the chain's length: up to 3 or 4 layers."""
+    yield from _plans(profile, 0, len(profile), max_error, allowed, whole=True)
+
+
+def _plans(
+    p: Profile, start: int, stop: int, max_error: float, allowed: frozenset[Strategy], *, whole: bool
+) -> Iterator[tuple[Run, ...]]:
+    if start == stop:
+        yield ()
+        return
+    for at in range(start + 1, stop + 1):
+        firsts = list(_plain_runs(p, start, at, max_error, allowed))
+        if Strategy.RECOMPUTE in allowed and (whole or (start, at) != (start, stop)):
+            for inner in _plans(p, start, at, max_error, allowed, whole=False):
+                firsts.append(Run(kind=RunKind.RECOMPUTE, start=start, stop=at, inner=inner))
+        for rest in _plans(p, at, stop, max_error, allowed, whole=True):
+            for first in firsts:
+                yield (first, *rest)
+
+
+def _plain_runs(
+    p: Profile, start: int, stop: int, max_error: float, allowed: frozenset[Strategy]
+) -> Iterator[Run]:
+    """STORE, MOONWALK and INVERT runs over `(start, stop]`."""
+    if stop == start + 1 and Strategy.STORE in allowed:
+        for o in p.layers[start].store:
+            yield Run(kind=RunKind.STORE, start=start, stop=stop, options=(o.name,))
+    moonwalk = [[o for o in x.moonwalk if _strategy(o) in allowed] for x in p.layers[start:stop]]
+    for options in itertools.product(*moonwalk):
+        if _error(options) <= max_error:
+            names = tuple(o.name for o in options)
+            yield Run(kind=RunKind.MOONWALK, start=start, stop=stop, options=names)
+    if Strategy.INVERT in allowed:
+        for inverses in itertools.product(*(x.invert for x in p.layers[start:stop])):
+            if _error(inverses[::-1]) <= max_error:
+                names = tuple(o.name for o in inverses)
+                yield Run(kind=RunKind.INVERT, start=start, stop=stop, options=names)
+
+
+def _strategy(o: MoonwalkOption) -> Strategy:
+    return Strategy.VIJP if o.fragment_bytes == 0 else Strategy.FRAGMENT
+
+
+def _error(options: tuple[MoonwalkOption | InvertOption, ...]) -> float:
+    error = worst = 0.0
+    for o in options:
+        if not (math.isfinite(o.growth) and math.isfinite(o.local_error)):
+            return math.inf
+        error = math.sqrt((o.growth * error) ** 2 + o.local_error**2)
+        worst = max(worst, error)
+    return worst
+
+
+def every_cost(
+    profile: Profile, *, max_error: float = 1e-4, allowed: frozenset[Strategy] = EVERY
+) -> dict[int, int]:
+    """The least time at every need that some plan has: `{need_bytes: time_ns}`, slower plans of the same need left out."""
+    search = _Search(profile, max_error, allowed)
+    out: dict[int, int] = {}
+    for need, time in search.stretch(0, len(profile), True, None):
+        out[need] = min(time, out.get(need, time))
+    return out
+
+
+class _Search:
+    def __init__(self, p: Profile, max_error: float, allowed: frozenset[Strategy]) -> None:
+        self.p, self.max_error, self.allowed = p, max_error, allowed
+        self.known: dict[tuple[int, int, bool, int | None], set[Cost]] = {}
+        self.plain: dict[tuple[int, int], list[Run]] = {}
+
+    def stretch(self, start: int, stop: int, kept: bool, waiting: int | None) -> set[Cost]:
+        """All `(peak, time)` of the schedules over `(start, stop]`; `waiting` is K, None at the top level."""
+        key = (start, stop, kept, waiting)
+        if key in self.known:
+            return self.known[key]
+        p = self.p
+        states: list[set[tuple[bool, int, int, int]]] = [set() for _ in range(stop + 1)]
+        states[start].add((kept, 0, 0, 0))
+        for s in range(start, stop):
+            for e in {state[0] for state in states[s]}:
+                for r in range(s + 1, stop + 1):
+                    whole = waiting is not None and (s, r) == (start, stop)
+                    for peak, held, time, keeps in self.runs(s, r, e, waiting or 0, whole):
+                        for e0, held0, peak0, time0 in states[s]:
+                            if e0 == e:
+                                states[r].add((keeps, held0 + held, max(peak0, held0 + peak), time0 + time))
+        out = set()
+        for keeps, held, peak, time in states[stop]:
+            turn = p.cotangent_bytes[stop] + (0 if keeps else p.activation_bytes[stop])
+            out.add((max(peak, held + turn) if waiting is None else peak, time))
+        self.known[key] = out
+        return out
+
+    def runs(self, s: int, r: int, e: bool, k: int, whole: bool) -> set[tuple[int, int, int, bool]]:
+        """`(peak, held, time, keeps_end)` of every run over `(s, r]`; no RECOMPUTE run if it would be the `whole` stretch."""
+        p = self.p
+        a = list(p.activation_bytes)
+        a[s] = 0 if e else a[s]
+        if (s, r) not in self.plain:
+            self.plain[s, r] = list(_plain_runs(p, s, r, self.max_error, self.allowed))
+        out = set()
+        for run in self.plain[s, r]:
+            if run.kind is RunKind.STORE:
+                out.add(self._store(run, a, k))
+            elif run.kind is RunKind.MOONWALK:
+                out.add(self._moonwalk(run, a, k))
+            else:
+                out.add(self._invert(run, a, k))
+        if Strategy.RECOMPUTE in self.allowed and not whole:
+            peak = 0
+            for layer in range(s + 1, r + 1):
+                start = a[s] if layer - 1 > s else 0
+                workspace = p.layers[layer - 1].forward_workspace_bytes
+                peak = max(peak, k + start + a[layer - 1] + a[layer] + workspace)
+            forward = sum(x.forward_ns for x in p.layers[s:r])
+            for need, time in self.stretch(s, r, e, p.cotangent_bytes[r]):
+                out.add((max(peak, need), a[s], forward + time, False))
+        return out
+
+    def _store(self, run: Run, a: list[int], k: int) -> tuple[int, int, int, bool]:
+        c, s, r = self.p.cotangent_bytes, run.start, run.stop
+        o = next(o for o in self.p.layers[s].store if o.name == run.options[0])
+        held = o.residual_bytes + (a[s] if o.keeps_input else 0) + (a[r] if o.keeps_output else 0)
+        forward = k + a[s] + a[r] + o.residual_bytes + o.forward_workspace_bytes
+        back = held + c[r] + c[s] + o.backward_workspace_bytes
+        return max(forward, back), held, o.forward_ns + o.backward_ns, o.keeps_output
+
+    def _moonwalk(self, run: Run, a: list[int], k: int) -> tuple[int, int, int, bool]:
+        d, s, r = self.p.sweep_cotangent_bytes, run.start, run.stop
+        layers = self.p.layers
+        o = {
+            s + 1 + i: next(o for o in layers[s + i].moonwalk if o.name == name)
+            for i, name in enumerate(run.options)
+        }
+        kept = {j: a[j] if o[j].keeps_output or o[j + 1].keeps_input else 0 for j in range(s + 1, r)}
+        events = []
+        for at in range(s + 1, r + 1):
+            q = sum(o[j].residual_bytes for j in range(s + 1, at + 1))
+            fragments = sum(o[j].fragment_bytes for j in range(at, r + 1))
+            forward = k + a[s] + q + sum(kept[j] for j in range(s + 1, at - 1)) + a[at]
+            forward += (a[at - 1] if at - 1 > s else 0) + o[at].forward_workspace_bytes
+            reverse = a[s] + q + sum(kept[j] for j in range(s + 1, at)) + fragments + d[at] + d[at - 1]
+            reverse += (a[at] if o[at].keeps_output else 0) + o[at].reverse_workspace_bytes
+            rebuild = a[at - 1] + (a[at] if at < r else 0) + d[s] + (d[at - 1] if at - 1 > s else 0) + d[at]
+            rebuild += fragments + o[at].rebuild_workspace_bytes
+            events += [forward, reverse, rebuild]
+        held = a[s] + sum(x.residual_bytes for x in o.values()) + sum(kept.values())
+        held += a[r] if o[r].keeps_output else 0
+        time = sum(x.forward_ns + x.reverse_ns + x.rebuild_ns for x in o.values())
+        time += sum(layers[at - 1].forward_ns for at in range(s + 1, r))
+        return max(events), held, time, o[r].keeps_output
+
+    def _invert(self, run: Run, a: list[int], k: int) -> tuple[int, int, int, bool]:
+        c, s, r = self.p.cotangent_bytes, run.start, run.stop
+        peak = time = 0
+        for at, name in enumerate(run.options, start=s + 1):
+            layer = self.p.layers[at - 1]
+            o = next(o for o in layer.invert if o.name == name)
+            peak = max(peak, k + a[at - 1] + a[at] + layer.forward_workspace_bytes)
+            peak = max(peak, a[at] + a[at - 1] + c[at] + c[at - 1] + o.backward_workspace_bytes)
+            time += layer.forward_ns + o.backward_ns
+        return peak, a[r], time, True

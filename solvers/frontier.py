@@ -1,0 +1,350 @@
+r"""The exact time-memory frontier: every budget at once, recomputation nested to any depth.
+
+For a stretch `(s, r]`, entered at the node `(s, e)`, let `T[s, r, e]` be the Pareto set of `(need, time)` of its inner schedules,
+with `K = C[r]` waiting. With the runs `c` of `mwplan.solvers.runs` and RECOMPUTE runs,
+
+    T[s, r, e] = Pareto of  (max(F_c + K, B_c, H_c + n), t_c + t)               c from (s, e) to (j, e'),  (n, t) in T[j, r, e'],
+                            (max(P_j + K, n1, A[s] + n2), fwd(s, j) + t1 + t2)  (n1, t1) in T[s, j, e],  (n2, t2) in T[j, r, 0],
+
+`P_j` the forward peak of RECOMPUTE `(s, j]`, `T[r, r, .] = {(0, 0)}`, and `A[s]` nothing where `e`. At the top level `K = 0` and the
+empty suffix is the turn. Both lines are exact because a run's cost depends on `s, e, j, K` alone, and a later run's events see of an
+earlier one its held bytes only; so is keeping Pareto sets, because `need` and `time` are non-decreasing in those of the parts.
+A RECOMPUTE run that ends its stretch is left out: its inner schedule in its place needs no more and saves the forward.
+
+The recursion for persistent schedules is that of Beaumont et al. (ACM TOMS 2024); exact bytes, all budgets at once, nodes `(s, e)`,
+moonwalk and invert runs are ours.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from mwplan.errors import ArgumentError
+from mwplan.profiles import Profile
+from mwplan.schedule import Run, RunKind, Solution, Status, Strategy
+from mwplan.solvers.pareto import INF, Ints, staircase, value_at
+from mwplan.solvers.runs import ALL_STRATEGIES, Atoms, Candidates
+
+Stairs = tuple[Ints, Ints]
+_NOTHING: Stairs = (np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
+_DONE: Stairs = (np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64))
+
+
+class _Buffer:
+    """Staircases one after another, each element keyed by `group * span + need`."""
+
+    __slots__ = ("group", "key", "size", "time")
+
+    def __init__(self) -> None:
+        self.size = 0
+        self.key = np.empty(64, dtype=np.int64)
+        self.time = np.empty(64, dtype=np.int64)
+        self.group = np.empty(64, dtype=np.int64)
+
+    def append(self, group: int, offset: int, stairs: Stairs) -> None:
+        need, time = stairs
+        end = self.size + need.size
+        if end > self.key.size:
+            for name in ("key", "time", "group"):
+                old = getattr(self, name)
+                new = np.empty(max(end, 2 * old.size), dtype=np.int64)
+                new[: self.size] = old[: self.size]
+                setattr(self, name, new)
+        self.key[self.size : end] = need + offset
+        self.time[self.size : end] = time
+        self.group[self.size : end] = group
+        self.size = end
+
+
+class Tables:
+    """`T[s, r, e]` for all stretches inside the chain (`r < L`), and the top level's suffixes.
+
+    **Arguments:** `candidates`; `depth`, how many levels of RECOMPUTE the schedules may hold, None for any.
+    **Cost:** O(L^3) combinations of staircases, each linear in their sizes up to a sort. Equal stretches are solved once.
+    """
+
+    def __init__(self, candidates: Candidates, depth: int | None) -> None:
+        self.candidates = candidates
+        self.size = candidates.size
+        self.depth = depth if Strategy.RECOMPUTE in candidates.allowed else 0
+        self.cap = candidates.fastest_need()
+        self.levels = 1 if self.depth is None else self.depth
+        p = candidates.profile
+        self.span = 1 << (p.bytes_bound() - p.fixed_bytes + 1).bit_length()
+        if self.span * (self.size + 2) >= 2**63:
+            raise ArgumentError(
+                f"`profile` has {self.size} layers and up to {p.bytes_bound()} bytes: their product must stay below 2^62; "
+                "state bytes in a larger unit"
+            )
+        # stairs[level][(s, r, e)]; with no limit on depth there is one level, which refers to itself.
+        self.stairs: list[dict[tuple[int, int, bool], Stairs]] = [{} for _ in range(self.levels)]
+        self._memo: list[dict[tuple[Any, ...], Stairs]] = [{} for _ in range(self.levels)]
+        self._content: dict[tuple[int, int], int] = {}
+        self._left: list[dict[tuple[int, bool], _Buffer]] = [{} for _ in range(self.levels)]
+        for level in range(self.levels):
+            self._fill(level)
+        self.top = self._fill_top()
+
+    def source(self, level: int) -> int | None:
+        """The level whose schedules may stand inside RECOMPUTE runs of `level` (`levels` is the top); None if none may."""
+        if self.depth is None:
+            return 0
+        return level - 1 if level > 0 else None
+
+    def kept_states(self, position: int) -> tuple[bool, ...]:
+        """The values of `e` that occur at `position`."""
+        if position == 0:
+            return (True,)
+        return (False, True) if self.candidates.kept_nodes[position] else (False,)
+
+    def suffix(self, level: int, start: int, stop: int, kept: bool) -> Stairs:
+        """The staircase of the stretch `(start, stop]` from `(start, kept)` at `level`, the top's included."""
+        if level == self.levels:
+            return self.top.get((start, kept), _NOTHING)
+        if start == stop:
+            return _DONE
+        return self.stairs[level].get((start, stop, kept), _NOTHING)
+
+    # -- filling -------------------------------------------------------------------------------------------------
+
+    def _fill(self, level: int) -> None:
+        c, memo, stairs = self.candidates, self._memo[level], self.stairs[level]
+        ids: dict[tuple[int, int], int] = {}
+        p = c.profile
+        boundary = list(zip(p.activation_bytes, p.cotangent_bytes, p.sweep_cotangent_bytes))
+        for stop in range(1, self.size):
+            right = _Buffer()
+            nodes: dict[tuple[int, bool], Stairs] = {(stop, False): _DONE, (stop, True): _DONE}
+            content = -c.layer_class[stop]
+            for start in range(stop - 1, -1, -1):
+                content = ids.setdefault((c.layer_class[start + 1], content), len(ids) + 1)
+                for kept in self.kept_states(start):
+                    key = (content, kept, boundary[start])
+                    found = memo.get(key)
+                    if found is None:
+                        k = int(c.cotangent[stop])
+                        found = memo[key] = self._merge(level, start, stop, kept, k, nodes, right)
+                    stairs[start, stop, kept] = nodes[start, kept] = found
+                    if found[0].size:
+                        left = self._left[level].setdefault((start, kept), _Buffer())
+                        left.append(stop, stop * self.span, found)
+                if (start, False) in nodes and start:
+                    right.append(start, (self.size - start) * self.span, nodes[start, False])
+
+    def _fill_top(self) -> dict[tuple[int, bool], Stairs]:
+        c, right, stop = self.candidates, _Buffer(), self.size
+        nodes: dict[tuple[int, bool], Stairs] = {}
+        for kept in (False, True):
+            nodes[stop, kept] = (np.array([c.turn_bytes(kept)]), np.zeros(1, dtype=np.int64))
+        for start in range(stop - 1, -1, -1):
+            for kept in self.kept_states(start):
+                nodes[start, kept] = self._merge(self.levels, start, stop, kept, 0, nodes, right)
+            if start:
+                right.append(start, (self.size - start) * self.span, nodes[start, False])
+        return nodes
+
+    def _merge(
+        self,
+        level: int,
+        start: int,
+        stop: int,
+        kept: bool,
+        k: int,
+        nodes: dict[tuple[int, bool], Stairs],
+        right: _Buffer,
+    ) -> Stairs:
+        """One application of the recursion: `nodes` holds the suffixes, `right` those with `e` false, keyed from the right."""
+        needs: list[Ints] = []
+        times: list[Ints] = []
+        self._merge_atoms(self.candidates.atoms(start, kept), stop, k, nodes, needs, times)
+        source = self.source(level)
+        if source is not None and stop - start > 1:
+            left = self._left[source].get((start, kept))
+            if left is not None and left.size and right.size:
+                self._merge_recompute(left, right, start, stop, kept, k, needs, times)
+        if not needs:
+            return _NOTHING
+        need, time = staircase(np.concatenate(needs), np.concatenate(times))
+        if self.cap is not None and need.size and need[-1] > self.cap:
+            need, time = need[need <= self.cap], time[: int(np.searchsorted(need, self.cap, side="right"))]
+        return need, time
+
+    def _merge_atoms(
+        self,
+        atoms: Atoms,
+        stop: int,
+        k: int,
+        nodes: dict[tuple[int, bool], Stairs],
+        needs: list[Ints],
+        times: list[Ints],
+    ) -> None:
+        end = int(np.searchsorted(atoms.stop, stop, side="right"))
+        low = 0
+        for at, keeps, high in atoms.groups:
+            if high > end:
+                break
+            n, t = nodes.get((at, keeps), _NOTHING)
+            if n.size:
+                peak = np.maximum(atoms.forward_peak[low:high] + k, atoms.backward_peak[low:high])
+                held, spent = atoms.held[low:high], atoms.time[low:high]
+                needs.append(np.maximum(peak[:, None], held[:, None] + n[None, :]).ravel())
+                times.append((spent[:, None] + t[None, :]).ravel())
+            low = high
+
+    def _merge_recompute(
+        self,
+        left: _Buffer,
+        right: _Buffer,
+        start: int,
+        stop: int,
+        kept: bool,
+        k: int,
+        needs: list[Ints],
+        times: list[Ints],
+    ) -> None:
+        c, span = self.candidates, self.span
+        own = 0 if kept else int(c.activation[start])
+        peak = c.recompute_forward_peak(start, kept)
+        forward = c.forward_sum - c.forward_sum[start]
+        # Left parts with stop < `stop`; they are in order of stop.
+        n_left = int(np.searchsorted(left.key[: left.size], stop * span))
+        lk, lt, lg = left.key[:n_left], left.time[:n_left], left.group[:n_left]
+        rk, rt, rg = right.key[: right.size], right.time[: right.size], right.group[: right.size]
+        # Right parts' needs with A[s] added, keyed like the left's and the other way round.
+        rneed = rk - (self.size - rg) * span + own
+        lneed = lk - lg * span
+        at = np.searchsorted(rk + own, lneed + (self.size - lg) * span, side="right") - 1
+        ok = at >= 0
+        ok &= rg[at] == lg
+        g = lg[ok]
+        needs.append(np.maximum(lneed[ok], peak[g - start - 1] + k))
+        times.append(lt[ok] + rt[at[ok]] + forward[g])
+        at = np.searchsorted(lk, rneed + rg * span, side="right") - 1
+        ok = at >= 0
+        if n_left:
+            ok &= lg[at] == rg
+            g = rg[ok]
+            needs.append(np.maximum(rneed[ok], peak[g - start - 1] + k))
+            times.append(rt[ok] + lt[at[ok]] + forward[g])
+
+    # -- reading -------------------------------------------------------------------------------------------------
+
+    def runs(self, level: int, start: int, stop: int, kept: bool, budget: int) -> tuple[Run, ...]:
+        """The runs of the fastest schedule of the stretch within `budget`, which must hold at least one."""
+        out: list[Run] = []
+        k = 0 if level == self.levels else int(self.candidates.cotangent[stop])
+        while start < stop:
+            time = value_at(*self.suffix(level, start, stop, kept), budget)
+            run, kept, budget = self._first_run(level, start, stop, kept, k, budget, time)
+            out.append(run)
+            start = run.stop
+        return tuple(out)
+
+    def _first_run(
+        self, level: int, start: int, stop: int, kept: bool, k: int, budget: int, time: int
+    ) -> tuple[Run, bool, int]:
+        """A run that begins a schedule of exactly `time` within `budget`, the next node's `e`, and the budget left there."""
+        c = self.candidates
+        atoms = c.atoms(start, kept)
+        peak = np.maximum(atoms.forward_peak + k, atoms.backward_peak)
+        for row in np.flatnonzero((peak <= budget) & (atoms.stop <= stop)):
+            at, keeps = int(atoms.stop[row]), bool(atoms.keeps_end[row])
+            rest = budget - int(atoms.held[row])
+            if int(atoms.time[row]) + value_at(*self.suffix(level, at, stop, keeps), rest) == time:
+                return c.run(start, kept, int(row)), keeps, rest
+        source = self.source(level)
+        assert source is not None
+        own = 0 if kept else int(c.activation[start])
+        peaks = c.recompute_forward_peak(start, kept)
+        for at in range(start + 1, stop):
+            if peaks[at - start - 1] + k > budget:
+                break
+            inner = value_at(*self.suffix(source, start, at, kept), budget)
+            rest = value_at(*self.suffix(level, at, stop, False), budget - own)
+            if inner + rest + int(c.forward_sum[at] - c.forward_sum[start]) == time:
+                runs = self.runs(source, start, at, kept, budget)
+                return Run(kind=RunKind.RECOMPUTE, start=start, stop=at, inner=runs), False, budget - own
+        raise AssertionError("a staircase's point has no run behind it")
+
+
+class Frontier:
+    """The Pareto set of `(need, time)` of all schedules of a profile, and the schedules themselves.
+
+    `points`: tuples `(need_bytes, time_ns)` of temporaries and time, need increasing, time decreasing.
+    `least_bytes`: the least budget with any schedule, None if none exists at any.
+    """
+
+    def __init__(self, tables: Tables) -> None:
+        self.tables = tables
+        self.candidates = tables.candidates
+        self._need, self._time = tables.top[0, True]
+        self.points: tuple[tuple[int, int], ...] = tuple(zip(self._need.tolist(), self._time.tolist()))
+
+    @property
+    def least_bytes(self) -> int | None:
+        """The least budget that any schedule fits, in bytes of temporaries."""
+        return self.points[0][0] if self.points else None
+
+    def at(self, budget_bytes: int) -> Solution:
+        """The fastest schedule within `budget_bytes` of temporaries; INFEASIBLE, with `least_bytes`, where none fits.
+
+        **Raises:** `ArgumentError` unless `budget_bytes` is an integer. **Cost:** one pass over the candidates of each run chosen.
+        """
+        if isinstance(budget_bytes, bool) or not isinstance(budget_bytes, (int, np.integer)):
+            raise ArgumentError(f"`budget_bytes={budget_bytes!r}` must be an integer")
+        k = bisect.bisect_right(self.points, (int(budget_bytes), INF)) - 1
+        if k < 0:
+            return Solution(status=Status.INFEASIBLE, least_bytes=self.least_bytes, solver="frontier")
+        need, time = self.points[k]
+        t = self.tables
+        runs = t.runs(t.levels, 0, t.size, True, need)
+        return Solution(
+            status=Status.OPTIMAL,
+            runs=runs,
+            time_ns=time,
+            peak_bytes=need,
+            error=self.candidates.error_of(runs),
+            bound_ns=time,
+            least_bytes=self.least_bytes,
+            solver="frontier",
+        )
+
+    def next_gain(self, budget_bytes: int) -> tuple[int, int] | None:
+        """What a little more memory buys: `(further bytes, ns saved)` up to the next faster point; None at the fastest.
+
+        Below the least budget: the bytes missing, and 0.
+        """
+        k = bisect.bisect_right(self.points, (int(budget_bytes), INF)) - 1
+        if k + 1 >= len(self.points):
+            return None
+        more = self.points[k + 1][0] - int(budget_bytes)
+        return (more, self.points[k][1] - self.points[k + 1][1]) if k >= 0 else (more, 0)
+
+
+def solve_frontier(
+    profile: Profile,
+    *,
+    max_error: float = 1e-4,
+    allowed: Iterable[Strategy] = ALL_STRATEGIES,
+    thin: float = 0.0,
+    max_recompute_depth: int | None = None,
+) -> Frontier:
+    """The frontier of `profile` under `max_error` with the strategies `allowed`.
+
+    **Arguments:** `max_recompute_depth`, how deep RECOMPUTE runs may stand inside one another: 0 for none, None for any.
+    **Returns:** a `Frontier`. **Raises:** `ArgumentError`. **Cost:** see `Tables`.
+    """
+    if not isinstance(profile, Profile):
+        raise ArgumentError(f"`profile` must be a `Profile`, got {type(profile).__name__}")
+    if isinstance(thin, bool) or not isinstance(thin, (int, float)) or not 0 <= thin < 1:
+        raise ArgumentError(
+            f"`thin={thin!r}` must be a number from 0 up to 1: the relative loss of time allowed"
+        )
+    depth = max_recompute_depth
+    if depth is not None and (isinstance(depth, bool) or not isinstance(depth, int) or depth < 0):
+        raise ArgumentError(f"`max_recompute_depth={depth!r}` must be None or an integer, at least 0")
+    return Frontier(Tables(Candidates(profile, max_error=max_error, allowed=allowed), depth))

@@ -1,0 +1,421 @@
+r"""Candidate runs: everything that may stand between two nodes of a chain, with its exact bytes and time.
+
+A chain is a path over nodes `(position, e)`, `e` true where the boundary activation is kept by the run to the left
+(docs/accounting.md). A run `c` from `(s, e)` to `(r, e')` is known to a solver by five integers: forward peak `F`, without the
+waiting cotangent `K`; backward peak `B`; held bytes `H`; time `t`; and `e'`. Prepended to a suffix plan it gives
+
+    need = max(F + K, B, H + need_rest),   time = t + time_rest.
+
+`Candidates` lists the STORE, MOONWALK and INVERT runs from a node, dominated ones left out; RECOMPUTE runs need the table of
+inner schedules, which `mwplan.solvers.frontier` builds, and only their forward part is here.
+
+**Moonwalk runs** (ours). From `(s, e)` labels grow to the right, one option a layer. A label is `(t, h, b, F, err)`: time, held
+bytes, backward peak, forward peak, error. Appending layer `l` with fragment `f` adds `f` to every R and M event before it, since
+these events come while the fragments to their right are alive, so `b' = max(b + f, R_l, M_l)`: prefixes are all that is needed,
+and a label that is no better in any of the five numbers can be dropped whatever follows. This is exact. Whether layer `l`
+`keeps_output` decides what the next layer sees, so labels compete only within that class.
+
+**Invert runs** grow to the left from `r`, with labels `(t, B, err)`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mwplan.errors import ArgumentError
+from mwplan.profiles import InvertOption, MoonwalkOption, Profile
+from mwplan.schedule import Run, RunKind, Strategy, walk
+from mwplan.solvers.pareto import Bools, Floats, Ints, nondominated
+
+ALL_STRATEGIES = frozenset(Strategy)
+_STORE, _MOONWALK, _INVERT = 0, 1, 2
+
+
+@dataclass(frozen=True, slots=True)
+class Atoms:
+    """The STORE, MOONWALK and INVERT runs from one node, one row each, sorted by `stop`.
+
+    `forward_peak` is without `K`. `kind` and `handle` say how `Candidates.run` spells the run out.
+    """
+
+    stop: Ints
+    keeps_end: Bools
+    forward_peak: Ints
+    backward_peak: Ints
+    held: Ints
+    time: Ints
+    kind: NDArray[np.int8]
+    handle: Ints
+    #: `(stop, keeps_end, end row)` of each stretch of rows that lead to one node
+    groups: list[tuple[int, bool, int]]
+
+    def __len__(self) -> int:
+        return len(self.stop)
+
+
+@dataclass(slots=True)
+class _Labels:
+    """Moonwalk labels over one stretch: `last_*` if it ends here, `back` if it goes on; options by parent links."""
+
+    time: Ints
+    held: Ints
+    back: Ints
+    forward: Ints
+    error: Floats
+    keeps: Bools
+    parent: Ints
+    option: Ints
+    last_back: Ints
+
+
+def check_max_error(max_error: float) -> None:
+    """Raises `ArgumentError` unless `max_error` is a number, at least 0."""
+    if isinstance(max_error, bool) or not isinstance(max_error, (int, float)) or not max_error >= 0:
+        raise ArgumentError(f"`max_error={max_error!r}` must be a number, at least 0")
+
+
+def check_allowed(allowed: Iterable[Strategy]) -> frozenset[Strategy]:
+    """`allowed` as a frozen set. Raises `ArgumentError` if it is empty or holds something else than strategies."""
+    allowed = frozenset(allowed)
+    if not allowed or not all(isinstance(s, Strategy) for s in allowed):
+        raise ArgumentError(f"`allowed={set(allowed)!r}` must hold at least one `Strategy` and nothing else")
+    return allowed
+
+
+def moonwalk_strategy(option: MoonwalkOption) -> Strategy:
+    """VIJP if the option keeps no fragment, else FRAGMENT."""
+    return Strategy.FRAGMENT if option.fragment_bytes else Strategy.VIJP
+
+
+class Candidates:
+    """The candidate runs of a profile under `max_error` and `allowed`.
+
+    **Arguments:** `max_error`, the largest error that any run may predict; `allowed`, the strategies that may be used, at any depth.
+    **Cost:** moonwalk labels are grown on first use, once for each distinct stretch of layers (equal layers at different depths
+    share them); their number is that of the five-way trade-offs among the options, small when options are few or ordered.
+    **Assumes** (checked by `Profile`): byte and time sums fit 63 bits.
+    """
+
+    def __init__(
+        self, profile: Profile, *, max_error: float = 1e-4, allowed: Iterable[Strategy] = ALL_STRATEGIES
+    ) -> None:
+        check_max_error(max_error)
+        self.profile = profile
+        self.max_error = float(max_error)
+        self.allowed = check_allowed(allowed)
+        self.size = len(profile)
+        self.activation = np.array(profile.activation_bytes, dtype=np.int64)
+        self.cotangent = np.array(profile.cotangent_bytes, dtype=np.int64)
+        self.sweep = np.array(profile.sweep_cotangent_bytes, dtype=np.int64)
+        self.forward_ns = np.array([layer.forward_ns for layer in profile.layers], dtype=np.int64)
+        # forward_sum[j] - forward_sum[s] is one forward of the layers s+1..j.
+        self.forward_sum = np.concatenate([[0], np.cumsum(self.forward_ns)]).astype(np.int64)
+        self._workspace = np.array([x.forward_workspace_bytes for x in profile.layers], dtype=np.int64)
+        self.layer_class = self._classes()
+        self._usable = [self._options(layer.moonwalk) for layer in profile.layers]
+        self._usable_invert = [self._options(layer.invert) for layer in profile.layers]
+        self._labels: dict[tuple[Any, ...], _Labels] = {}
+        self._atoms: dict[tuple[int, bool], Atoms] = {}
+        self._invert: list[list[tuple[Ints, Ints, Ints, Ints]]] = []
+        self._inverts = self._invert_runs()
+        self.kept_nodes = self._kept_nodes()
+
+    # -- what the other solvers ask for -------------------------------------------------------------------------
+
+    def turn_bytes(self, keeps_end: bool) -> int:
+        """Bytes above the held ones when the loss is differentiated."""
+        p = self.profile
+        return (0 if keeps_end else p.activation_bytes[-1]) + p.cotangent_bytes[-1]
+
+    def atoms(self, start: int, kept: bool) -> Atoms:
+        """The STORE, MOONWALK and INVERT runs from the node `(start, kept)`."""
+        key = (start, kept)
+        if key not in self._atoms:
+            self._atoms[key] = self._make_atoms(start, kept)
+        return self._atoms[key]
+
+    def run(self, start: int, kept: bool, row: int) -> Run:
+        """Row `row` of `atoms(start, kept)` as a `Run`."""
+        atoms = self.atoms(start, kept)
+        stop, kind, handle = int(atoms.stop[row]), int(atoms.kind[row]), int(atoms.handle[row])
+        if kind == _STORE:
+            name = self.profile.layers[start].store[handle].name
+            return Run(kind=RunKind.STORE, start=start, stop=stop, options=(name,))
+        names: list[str] = []
+        if kind == _MOONWALK:
+            for at in range(stop, start, -1):
+                labels = self._labels[self._label_key(start, kept, at)]
+                names.append(self._usable[at - 1][labels.option[handle]].name)
+                handle = int(labels.parent[handle])
+            return Run(kind=RunKind.MOONWALK, start=start, stop=stop, options=tuple(reversed(names)))
+        for at in range(start, stop):
+            option, parent = self._invert[stop][stop - 1 - at][2:]
+            names.append(self._usable_invert[at][option[handle]].name)
+            handle = int(parent[handle])
+        return Run(kind=RunKind.INVERT, start=start, stop=stop, options=tuple(names))
+
+    def recompute_forward_peak(self, start: int, kept: bool) -> Ints:
+        """Forward peak of RECOMPUTE runs from `(start, kept)` to `start+1, start+2, ..., L`, without `K`."""
+        own = 0 if kept else int(self.activation[start])
+        event = self.activation[start + 1 :] + self._workspace[start:]
+        event[1:] += self.activation[start + 1 : -1]
+        return np.maximum.accumulate(event) + own
+
+    def fastest_need(self) -> int | None:
+        """Bytes beyond which no schedule gains time, where that is plain: the peak of the fastest all-STORE schedule.
+
+        None where some layer has a way faster than its fastest STORE option, or STORE is not allowed: then nothing is cut.
+        """
+        if Strategy.STORE not in self.allowed:
+            return None
+        held, peak, kept = 0, 0, True
+        for at, layer in enumerate(self.profile.layers):
+            best = min(layer.store, key=lambda o: (o.forward_ns + o.backward_ns, o.residual_bytes))
+            time = best.forward_ns + best.backward_ns
+            others = [o.forward_ns + o.reverse_ns + o.rebuild_ns for o in self._usable[at]]
+            others += [layer.forward_ns + o.backward_ns for o in self._usable_invert[at]]
+            if any(t < time for t in others):
+                return None
+            names = [o.name for o in layer.store]
+            f, b, h, keeps = self._store_cost(at, kept, names.index(best.name))
+            peak = max(peak, held + f, held + b)
+            held, kept = held + h, keeps
+        return max(peak, held + self.turn_bytes(kept))
+
+    def error_of(self, runs: Iterable[Run]) -> float:
+        """The predicted error of `runs`: the largest of the runs', inner ones included."""
+        worst = 0.0
+        for run in walk(tuple(runs)):
+            if run.kind not in (RunKind.MOONWALK, RunKind.INVERT):
+                continue
+            layers = list(range(run.start, run.stop))
+            error = 0.0
+            pairs = list(zip(layers, run.options))
+            for at, name in pairs if run.kind is RunKind.MOONWALK else reversed(pairs):
+                usable = self._usable[at] if run.kind is RunKind.MOONWALK else self._usable_invert[at]
+                o = next(o for o in usable if o.name == name)
+                error = math.hypot(o.growth * error, o.local_error)
+                worst = max(worst, error)
+        return worst
+
+    # -- construction --------------------------------------------------------------------------------------------
+
+    def _classes(self) -> list[int]:
+        """`classes[l]`, equal for positions whose layer and boundary cost the same; `classes[0]` is the input's."""
+        seen: dict[Any, int] = {}
+        p = self.profile
+        out = []
+        for at in range(self.size + 1):
+            layer = dataclasses.replace(p.layers[at - 1], name="") if at else None
+            key = (layer, p.activation_bytes[at], p.cotangent_bytes[at], p.sweep_cotangent_bytes[at])
+            out.append(seen.setdefault(key, len(seen)))
+        return out
+
+    def _options(self, options: Iterable[Any]) -> list[Any]:
+        """Those of a layer's MOONWALK or INVERT options that may be used at all."""
+        out = []
+        for o in options:
+            strategy = Strategy.INVERT if isinstance(o, InvertOption) else moonwalk_strategy(o)
+            if strategy in self.allowed and np.isfinite([o.growth, o.local_error]).all():
+                out.append(o)
+        return [o for o in out if not self.max_error < o.local_error]
+
+    def _kept_nodes(self) -> Bools:
+        """`[i]`: whether some run may keep its end `i`, so that the node `(i, True)` exists."""
+        out = np.zeros(self.size + 1, dtype=np.bool_)
+        out[0] = True
+        for at, layer in enumerate(self.profile.layers):
+            stores = layer.store if Strategy.STORE in self.allowed else ()
+            out[at + 1] = any(o.keeps_output for o in (*stores, *self._usable[at]))
+            out[at + 1] |= bool(self._usable_invert[at])
+        return out
+
+    def _store_cost(self, start: int, kept: bool, index: int) -> tuple[int, int, int, bool]:
+        """Forward peak, backward peak, held bytes and keeps_end of STORE option `index` of layer `start+1`."""
+        p, o = self.profile, self.profile.layers[start].store[index]
+        own = 0 if kept else p.activation_bytes[start]
+        held = o.residual_bytes + own * o.keeps_input + p.activation_bytes[start + 1] * o.keeps_output
+        forward = own + p.activation_bytes[start + 1] + o.residual_bytes + o.forward_workspace_bytes
+        back = held + p.cotangent_bytes[start + 1] + p.cotangent_bytes[start] + o.backward_workspace_bytes
+        return forward, back, held, o.keeps_output
+
+    def _make_atoms(self, start: int, kept: bool) -> Atoms:
+        rows: list[tuple[Ints, ...]] = []
+
+        def add(stop: int, keeps: Any, f: Any, b: Any, h: Any, t: Any, kind: int, handle: Any) -> None:
+            n = len(t)
+            full = [np.full(n, stop), np.broadcast_to(keeps, n), np.broadcast_to(f, n), np.broadcast_to(b, n)]
+            full += [np.broadcast_to(h, n), t, np.full(n, kind), handle]
+            rows.append(tuple(np.asarray(x, dtype=np.int64) for x in full))
+
+        if Strategy.STORE in self.allowed:
+            for k, o in enumerate(self.profile.layers[start].store):
+                f, b, h, keeps = self._store_cost(start, kept, k)
+                add(
+                    start + 1, keeps, f, b, h, np.array([o.forward_ns + o.backward_ns]), _STORE, np.array([k])
+                )
+        for stop in range(start + 1, self.size + 1):
+            labels = self._grow(start, kept, stop)
+            if labels is None:
+                break
+            held = labels.held + labels.keeps * self.activation[stop]
+            index = np.arange(len(held))
+            add(stop, labels.keeps, labels.forward, labels.last_back, held, labels.time, _MOONWALK, index)
+        for stop, f, b, t, handles in self._inverts.get((start, kept), ()):
+            add(stop, True, f, b, self.activation[stop], t, _INVERT, handles)
+        if not rows:
+            empty = np.zeros(0, dtype=np.int64)
+            none = empty.astype(np.bool_)
+            return Atoms(empty, none, empty, empty, empty, empty, empty.astype(np.int8), empty, [])
+        stop_, keeps_, f_, b_, h_, t_, kind_, handle_ = (np.concatenate(c) for c in zip(*rows))
+        # Runs between the same two nodes compete; F and B stay apart because K is added to one of them only.
+        good: list[NDArray[np.intp]] = []
+        groups: list[tuple[int, bool, int]] = []
+        node = 2 * stop_ + keeps_
+        order = np.argsort(node, kind="stable")
+        for index in np.split(order, np.flatnonzero(np.diff(node[order])) + 1):
+            good.append(index[nondominated([x[index] for x in (t_, f_, b_, h_)])])
+            groups.append(
+                (
+                    int(stop_[index[0]]),
+                    bool(keeps_[index[0]]),
+                    len(good[-1]) + (groups[-1][2] if groups else 0),
+                )
+            )
+        g = np.concatenate(good)
+        return Atoms(
+            stop_[g],
+            keeps_[g].astype(bool),
+            f_[g],
+            b_[g],
+            h_[g],
+            t_[g],
+            kind_[g].astype(np.int8),
+            handle_[g],
+            groups,
+        )
+
+    def _error(
+        self, before: Floats, option: MoonwalkOption | InvertOption
+    ) -> tuple[Floats, NDArray[np.intp]]:
+        """Errors after one more layer, and the indices of those within `max_error`.
+
+        Where two errors are added the last digits depend on who computes them, so a sum must stay 1e-12 (relative) below the limit.
+        """
+        with np.errstate(over="ignore"):
+            grown = option.growth * before
+            error = np.hypot(grown, option.local_error)
+        limit = np.where(grown == 0, self.max_error, self.max_error * (1 - 1e-12))
+        return error, np.flatnonzero(error <= limit)
+
+    def _label_key(self, start: int, kept: bool, stop: int) -> tuple[Any, ...]:
+        return (start, kept, stop)
+
+    def _grow(self, start: int, kept: bool, stop: int) -> _Labels | None:
+        """Moonwalk labels of `(start, stop]`, from those of `(start, stop - 1]`; None where no option survives."""
+        key = self._label_key(start, kept, stop)
+        if key in self._labels:
+            return self._labels[key]
+        a, d = self.activation, self.sweep
+        at = stop - 1
+        options = self._usable[at]
+        if not options:
+            return None
+        layer_ns = self.forward_ns[at - 1] if at else 0
+        first = at == start
+        if first:
+            own = 0 if kept else int(a[start])
+            zero = np.zeros(1, dtype=np.int64)
+            old = _Labels(zero, zero + own, zero, zero, np.zeros(1), np.zeros(1, bool), zero, zero, zero)
+        else:
+            known = self._grow(start, kept, stop - 1)
+            if known is None:
+                return None
+            old = known
+        parts = []
+        for k, o in enumerate(options):
+            error, ok = self._error(old.error, o)
+            if not ok.size:
+                continue
+            held, keeps = old.held[ok], old.keeps[ok]
+            out = o.keeps_output * int(a[stop])
+            if first:
+                # x_s is in `held` unless e; F counts it once.
+                forward = held + a[stop] + o.residual_bytes + o.forward_workspace_bytes
+                new_held = held + o.residual_bytes
+                rebuild = held + d[start] + d[stop]
+                time = old.time[ok]
+            else:
+                forward = held + a[at] + a[stop] + o.residual_bytes + o.forward_workspace_bytes
+                new_held = held + o.residual_bytes + (keeps | o.keeps_input) * a[at]
+                rebuild = np.full(ok.size, a[at] + d[start] + d[at] + d[stop])
+                time = old.time[ok] + layer_ns
+            reverse = new_held + out + d[stop] + d[at] + o.reverse_workspace_bytes
+            rebuild = rebuild + o.rebuild_workspace_bytes
+            before = old.back[ok]
+            last_back = np.maximum(before, np.maximum(reverse, rebuild)) + o.fragment_bytes
+            back = np.maximum(last_back, rebuild + a[stop] + o.fragment_bytes)
+            parts.append(
+                (
+                    time + (o.forward_ns + o.reverse_ns + o.rebuild_ns),
+                    new_held,
+                    back,
+                    np.maximum(old.forward[ok], forward),
+                    error[ok] if np.isfinite(self.max_error) else np.zeros(ok.size),
+                    np.full(ok.size, o.keeps_output),
+                    ok,
+                    np.full(ok.size, k),
+                    last_back,
+                )
+            )
+        if not parts:
+            return None
+        columns = [np.concatenate(c) for c in zip(*parts)]
+        time, held, back, forward, error, keeps, _, _, last_back = columns
+        # `last_back` (the run ends here) and `back` (it goes on) order labels differently: both must be worse to be dropped.
+        index = nondominated([keeps, ~keeps, time, held, back, last_back, forward, error])
+        labels = _Labels(*(x[index] for x in columns))
+        self._labels[key] = labels
+        return labels
+
+    def _invert_runs(self) -> dict[tuple[int, bool], list[tuple[int, int, Ints, Ints, Ints]]]:
+        """For each node, the INVERT runs from it: `(stop, forward peak, backward peaks, times, label indices)`."""
+        out: dict[tuple[int, bool], list[tuple[int, int, Ints, Ints, Ints]]] = {}
+        a, c = self.activation, self.cotangent
+        self._invert = [[] for _ in range(self.size + 1)]
+        for stop in range(1, self.size + 1):
+            time, back = np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64)
+            error, forward = np.zeros(1), 0
+            for at in range(stop - 1, -1, -1):
+                parts = []
+                for k, o in enumerate(self._usable_invert[at]):
+                    err, ok = self._error(error, o)
+                    live = int(a[at + 1] + c[at + 1] + c[at]) + o.backward_workspace_bytes
+                    spent = time[ok] + (self.forward_ns[at] + o.backward_ns)
+                    bare = np.maximum(back[ok], live)
+                    parts.append(
+                        (spent, np.maximum(bare, live + a[at]), bare, err[ok], np.full(ok.size, k), ok)
+                    )
+                if not parts or not sum(len(x[0]) for x in parts):
+                    break
+                columns = [np.concatenate(x) for x in zip(*parts)]
+                if not np.isfinite(self.max_error):
+                    columns[3] = np.zeros(len(columns[3]))
+                columns = [x[nondominated(columns[:4])] for x in columns]
+                time, back, bare, error, option, parent = columns
+                self._invert[stop].append((time, back, option, parent))
+                event = int(a[at + 1] + self._workspace[at])
+                index = np.arange(len(time))
+                for kept in (False, True):
+                    own = 0 if kept else int(a[at])
+                    here = (stop, max(forward, event + own), bare if kept else back, time, index)
+                    out.setdefault((at, kept), []).append(here)
+                forward = max(forward, event + int(a[at]))
+        return out

@@ -1,0 +1,94 @@
+"""Random profiles for the solvers' tests: small sizes, all options, every irregularity the accounting knows."""
+
+from __future__ import annotations
+
+import random
+
+from mwplan.profiles import InvertOption, LayerProfile, MoonwalkOption, Profile, StoreOption
+
+
+def random_profile(
+    rng: random.Random,
+    size: int,
+    *,
+    stores: int = 2,
+    moonwalks: int = 2,
+    inverts: int = 1,
+    scale: int = 8,
+    flags: float = 0.25,
+    plain: bool = False,
+) -> Profile:
+    """A chain of `size` layers with up to so many options each; byte and time costs up to a few times `scale`.
+
+    `flags` is the chance of each of `keeps_input`, `keeps_output`. `plain`: one STORE option only, input kept.
+    """
+
+    def n(top: int) -> int:
+        return rng.randint(0, top)
+
+    def flag() -> bool:
+        return rng.random() < flags
+
+    layers = []
+    for _ in range(size):
+        forward = 1 + n(scale)
+        store = tuple(
+            StoreOption(
+                name=f"s{k}",
+                residual_bytes=n(2 * scale),
+                keeps_input=plain or flag(),
+                keeps_output=not plain and flag(),
+                forward_ns=forward,
+                backward_ns=forward + n(2 * scale),
+                forward_workspace_bytes=n(scale),
+                backward_workspace_bytes=n(scale),
+            )
+            for k in range(1 if plain else rng.randint(1, stores))
+        )
+        moonwalk = tuple(
+            MoonwalkOption(
+                name=f"m{k}",
+                residual_bytes=n(scale // 4),
+                keeps_input=flag(),
+                keeps_output=flag(),
+                fragment_bytes=rng.choice([0, n(scale)]),
+                forward_ns=forward + n(2),
+                reverse_ns=n(scale),
+                rebuild_ns=n(2 * scale),
+                forward_workspace_bytes=n(scale),
+                reverse_workspace_bytes=n(scale),
+                rebuild_workspace_bytes=n(scale),
+                local_error=rng.choice([0.0, 1e-6, 2e-5, 2e-4]),
+                growth=rng.choice([0.0, 0.9, 2.0, 5.0, float("inf")]),
+            )
+            for k in range(0 if plain else n(moonwalks))
+        )
+        invert = tuple(
+            InvertOption(
+                name=f"i{k}",
+                backward_ns=forward + n(3 * scale),
+                backward_workspace_bytes=n(scale),
+                local_error=rng.choice([0.0, 1e-6, 5e-5]),
+                growth=rng.choice([0.0, 1.0, 3.0]),
+            )
+            for k in range(0 if plain else n(inverts))
+        )
+        layers.append(
+            LayerProfile(
+                name=f"layer{rng.randint(0, 1)}",
+                forward_ns=forward,
+                forward_workspace_bytes=n(scale),
+                store=store,
+                moonwalk=moonwalk,
+                invert=invert,
+            )
+        )
+    activation = tuple(1 + n(scale) for _ in range(size + 1))
+    cotangent = tuple(max(0, a + rng.choice([0, 0, -1])) for a in activation)
+    sweep = tuple(c * rng.choice([1, 1, 2]) for c in cotangent)
+    return Profile(
+        layers=tuple(layers),
+        activation_bytes=activation,
+        cotangent_bytes=cotangent,
+        sweep_cotangent_bytes=sweep,
+    )
