@@ -1,4 +1,4 @@
-"""Elementwise and order activations, and their vijps."""
+"""ReLU, leaky ReLU, MaxMin and GroupSort: activations whose derivative needs a few bits."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
+from mwplan.errors import ArgumentError
+from mwplan.layers import bits
 from mwplan.layers.base import layer, static
-from mwplan.rules import StoreRule, Unavailable, VijpRule
+from mwplan.layers.linear import InputShape
+from mwplan.rules import InvertRule, StoreRule, Unavailable, VijpRule
+from mwplan.trees import widen
 
 
 @layer
@@ -25,13 +29,29 @@ class LeakyReLU:
 
     def vijp_rules(self, x: Any) -> Sequence[VijpRule | Unavailable]:
         """Division by the derivative, for slopes away from zero."""
-        if abs(self.slope) < 1e-3:
-            return [Unavailable("divide", f"slope {self.slope} erases the cotangent where x <= 0")]
+        if not abs(self.slope) >= 1e-3:
+            return [
+                Unavailable(
+                    "divide",
+                    f"`slope={self.slope}` erases the cotangent where x <= 0 (needs abs(slope) >= 1e-3)",
+                )
+            ]
         return [LeakyDivide()]
 
     def store_rules(self, x: Any) -> Sequence[StoreRule]:
         """One bit an element."""
         return [LeakyBits()]
+
+    def invert_rules(self, x: Any) -> Sequence[InvertRule | Unavailable]:
+        """Division, for positive slopes."""
+        if not self.slope >= 1e-3:
+            return [
+                Unavailable(
+                    "divide",
+                    f"`slope={self.slope}`: only increasing activations are inverted (needs slope >= 1e-3)",
+                )
+            ]
+        return [LeakyInverse()]
 
 
 @dataclass(frozen=True)
@@ -51,7 +71,12 @@ class LeakyBits(StoreRule):
 
 @dataclass(frozen=True)
 class LeakyDivide(VijpRule):
-    """Divides by the derivative: 1 bit an element, no fragment."""
+    r"""Divides by the derivative: $\bar x = \bar y \odot f'(x)$, $\bar y = \bar x / f'(x)$ with $f' \in \{1, slope\}$.
+
+    Nothing is erased while the slope is not 0. **Residuals:** one bit an element, the sign of `x`. **Cost:** one pass. **Growth:** about
+    $\sqrt{(1 + slope^{-2}) (1 + slope^2)} / 2$ for random signs: 1.25 at slope 0.5, 1.8 at 0.3.
+    **Source:** arXiv:2402.14212.
+    """
 
     name: str = "divide"
 
@@ -61,8 +86,218 @@ class LeakyDivide(VijpRule):
 
     def reverse(self, layer: LeakyReLU, residuals: Any, ct_out: Any) -> tuple[Any, Any]:
         """The cotangent times the derivative."""
+        ct_out = widen(ct_out)
         return jnp.where(residuals, ct_out, ct_out * layer.slope), ()
 
     def rebuild(self, layer: LeakyReLU, x: Any, ct_in: Any, fragment: Any) -> Any:
         """`ct_in` over the derivative at `x`."""
         return jnp.where(x > 0, ct_in, ct_in / layer.slope)
+
+
+@dataclass(frozen=True)
+class LeakyInverse(InvertRule):
+    """`y` where positive, `y / slope` elsewhere."""
+
+    name: str = "divide"
+
+    def inverse(self, layer: LeakyReLU, y: Any) -> Any:
+        """`x`."""
+        return jnp.where(y > 0, y, y / layer.slope)
+
+
+@layer
+class ReLU:
+    """`x` where positive, 0 elsewhere.
+
+    It erases a part of the cotangent that depends on the data, so no fragment of fixed size but the whole restores it. One bit an
+    element is all that any strategy keeps for it.
+    """
+
+    def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        """Applies the activation."""
+        return jnp.where(x > 0, x, jnp.zeros((), x.dtype))
+
+    def vijp_rules(self, x: Any) -> Sequence[VijpRule | Unavailable]:
+        """None: the whole cotangent only."""
+        return [
+            Unavailable(
+                "divide", "ReLU erases the cotangent wherever x <= 0, and where that is depends on the data"
+            )
+        ]
+
+    def store_rules(self, x: Any) -> Sequence[StoreRule]:
+        """One bit an element."""
+        return [ReLUBits()]
+
+
+@dataclass(frozen=True)
+class ReLUBits(StoreRule):
+    """Keeps the sign of the input: one bit an element."""
+
+    name: str = "bits"
+
+    def forward(self, layer: ReLU, x: Any) -> tuple[Any, Any]:
+        """The activation, and where the input was positive."""
+        return layer(x), x > 0
+
+    def backward(self, layer: ReLU, residuals: Any, ct_out: Any) -> tuple[list[Any], Any]:
+        """No parameters; the cotangent where the input was positive."""
+        return [], jnp.where(residuals, ct_out, jnp.zeros((), ct_out.dtype))
+
+
+@layer
+class MaxMin:
+    """The larger and the smaller of each pair of channels: channel `c` of the first half and channel `c` of the second.
+
+    1-Lipschitz and norm-preserving for cotangents, not invertible forward. Needs an even number of channels, last.
+    """
+
+    def __call__(self, x: Float[Array, "*batch channels"]) -> Float[Array, "*batch channels"]:
+        """Applies the activation: maxima in the first half, minima in the second."""
+        a, b = _halves(x)
+        swap = a < b
+        return jnp.concatenate([jnp.where(swap, b, a), jnp.where(swap, a, b)], -1)
+
+    def vijp_rules(self, x: Any) -> Sequence[VijpRule | Unavailable]:
+        """Undoing the permutation."""
+        return [MaxMinUndo()]
+
+    def store_rules(self, x: Any) -> Sequence[StoreRule]:
+        """One bit a pair."""
+        return [MaxMinBits()]
+
+    def invert_rules(self, x: Any) -> Sequence[InvertRule | Unavailable]:
+        """None."""
+        return [Unavailable("undo", "the output does not tell which of a pair was the larger")]
+
+
+def _halves(x: Array) -> tuple[Array, Array]:
+    if x.ndim < 1 or x.shape[-1] % 2:
+        raise ArgumentError(f"`x.shape={x.shape}`: MaxMin needs an even number of channels on the last axis")
+    half = x.shape[-1] // 2
+    return x[..., :half], x[..., half:]
+
+
+def _exchange(
+    ct: Float[Array, "*batch channels"], swap: Bool[Array, "*batch pairs"]
+) -> Float[Array, "*batch channels"]:
+    """Exchanges the halves where `swap`: its own inverse and transpose."""
+    a, b = _halves(ct)
+    return jnp.concatenate([jnp.where(swap, b, a), jnp.where(swap, a, b)], -1)
+
+
+@dataclass(frozen=True)
+class MaxMinBits(StoreRule):
+    """Keeps which of each pair was the larger: one bit a pair."""
+
+    name: str = "bits"
+
+    def forward(self, layer: MaxMin, x: Any) -> tuple[Any, Any]:
+        """The activation, and where the pair was exchanged."""
+        a, b = _halves(x)
+        return layer(x), a < b
+
+    def backward(self, layer: MaxMin, residuals: Any, ct_out: Any) -> tuple[list[Any], Any]:
+        """No parameters; the cotangent, exchanged back."""
+        return [], _exchange(ct_out, residuals)
+
+
+@dataclass(frozen=True)
+class MaxMinUndo(VijpRule):
+    r"""The Jacobian is a permutation $P$: $\bar x = \bar y P^\top$, $\bar y = \bar x P$.
+
+    Nothing is erased. **Residuals:** one bit a pair. **Cost:** one pass. **Growth:** exactly 1, local error 0.
+    **Source:** ours.
+    """
+
+    name: str = "undo"
+
+    def forward(self, layer: MaxMin, x: Any) -> tuple[Any, Any]:
+        """The activation, and where the pair was exchanged."""
+        a, b = _halves(x)
+        return layer(x), a < b
+
+    def reverse(self, layer: MaxMin, residuals: Any, ct_out: Any) -> tuple[Any, Any]:
+        """The cotangent, exchanged back."""
+        return _exchange(widen(ct_out), residuals), ()
+
+    def rebuild(self, layer: MaxMin, x: Any, ct_in: Any, fragment: Any) -> Any:
+        """The cotangent, exchanged as the forward exchanged at `x`."""
+        a, b = _halves(x)
+        return _exchange(ct_in, a < b)
+
+
+@layer
+class GroupSort:
+    """Sorts each group of `size` channels, ascending: the channels `c, c + C/size, c + 2C/size, ...` of `C`, last."""
+
+    size: int = static(default=4)
+
+    def order(self, x: Float[Array, "*batch channels"]) -> Int[Array, "*batch size groups"]:
+        """Where each sorted value comes from, within its group."""
+        return jnp.argsort(self.split(x), axis=-2, stable=True)
+
+    def split(self, x: Float[Array, "*batch channels"]) -> Float[Array, "*batch size groups"]:
+        """The groups along the last axis, their members along the one before."""
+        if x.ndim < 1 or x.shape[-1] % self.size:
+            raise ArgumentError(
+                f"`x.shape={x.shape}`: GroupSort({self.size}) needs a multiple of {self.size} channels, last"
+            )
+        return x.reshape(*x.shape[:-1], self.size, x.shape[-1] // self.size)
+
+    def __call__(self, x: Float[Array, "*batch channels"]) -> Float[Array, "*batch channels"]:
+        """Applies the activation."""
+        return jnp.take_along_axis(self.split(x), self.order(x), axis=-2).reshape(x.shape)
+
+    def vijp_rules(self, x: Any) -> Sequence[VijpRule | Unavailable]:
+        """Undoing the permutation."""
+        if self.size > 256:
+            return [Unavailable("undo", f"groups of {self.size} are not packed: at most 256")]
+        return [GroupSortUndo()]
+
+    def store_rules(self, x: Any) -> Sequence[StoreRule]:
+        """The permutation in the fewest bits."""
+        return [GroupSortBits()] if self.size <= 256 else []
+
+
+def _unsort(layer: GroupSort, ct: Array, order: Array) -> Array:
+    """Puts each sorted cotangent back where its value came from."""
+    inverse = jnp.argsort(order, axis=-2)
+    return jnp.take_along_axis(layer.split(ct), inverse, axis=-2).reshape(ct.shape)
+
+
+@dataclass(frozen=True)
+class GroupSortBits(StoreRule):
+    """Keeps the permutation: `log2(size)` bits an element, rounded up to 1, 2, 4 or 8."""
+
+    name: str = "bits"
+
+    def forward(self, layer: GroupSort, x: Any) -> tuple[Any, Any]:
+        """The activation and the packed permutation."""
+        return layer(x), (bits.pack(layer.order(x), layer.size), InputShape.of(x))
+
+    def backward(self, layer: GroupSort, residuals: Any, ct_out: Any) -> tuple[list[Any], Any]:
+        """No parameters; the cotangent, unsorted."""
+        packed, was = residuals
+        order = bits.unpack(packed, layer.size, (*was.shape[:-1], layer.size, was.shape[-1] // layer.size))
+        return [], _unsort(layer, ct_out, order)
+
+
+@dataclass(frozen=True)
+class GroupSortUndo(VijpRule):
+    r"""The Jacobian is a permutation: as MaxMin, with `log2(size)` bits an element for residuals. Growth exactly 1, local error 0."""
+
+    name: str = "undo"
+
+    def forward(self, layer: GroupSort, x: Any) -> tuple[Any, Any]:
+        """The activation and the packed permutation."""
+        return GroupSortBits().forward(layer, x)
+
+    def reverse(self, layer: GroupSort, residuals: Any, ct_out: Any) -> tuple[Any, Any]:
+        """The cotangent, unsorted."""
+        _, ct_in = GroupSortBits().backward(layer, residuals, widen(ct_out))
+        return ct_in, ()
+
+    def rebuild(self, layer: GroupSort, x: Any, ct_in: Any, fragment: Any) -> Any:
+        """The cotangent, sorted as the forward sorted `x`."""
+        return jnp.take_along_axis(layer.split(ct_in), layer.order(x), axis=-2).reshape(ct_in.shape)

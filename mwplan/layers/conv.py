@@ -1,0 +1,294 @@
+r"""Convolutions in one and two dimensions: the layers. Their vijps are in `spectral`, `pointwise` and `block`.
+
+Channels last: `*batch *space channels`. Any stride, dilation, number of groups, and zero or circular padding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float
+
+from mwplan.errors import ArgumentError
+from mwplan.layers import block, pointwise, spectral
+from mwplan.layers.base import layer, static
+from mwplan.layers.geometry import Geometry, Padding, geometry
+from mwplan.rules import InvertRule, Unavailable, VijpRule
+
+
+class _Conv:
+    """What both share; `dims` spatial axes."""
+
+    weight: Array
+    bias: Array | None
+    basis: spectral.Basis | None
+    stride: tuple[int, ...]
+    padding: Padding
+    dilation: tuple[int, ...]
+    groups: int
+
+    @property
+    def dims(self) -> int:
+        """The number of spatial axes."""
+        return self.weight.ndim - 2
+
+    def geometry(self, shape: Sequence[int]) -> Geometry:
+        """Where the taps fall for an input of `shape`. Raises `ArgumentError` where the layer does not take it."""
+        channels = self.weight.shape[-2] * self.groups
+        if len(shape) < self.dims + 1 or shape[-1] != channels:
+            raise ArgumentError(
+                f"`x.shape={tuple(shape)}`: this {type(self).__name__} takes {self.dims} spatial axes and {channels} channels, last"
+            )
+        return geometry(
+            shape[-1 - self.dims : -1],
+            self.weight.shape[: self.dims],
+            self.stride,
+            self.padding,
+            self.dilation,
+        )
+
+    def pad(self, x: Array, g: Geometry) -> Array:
+        """The padded input, for one leading axis."""
+        widths = [(0, 0), *g.pads, (0, 0)]
+        return jnp.pad(x, widths, mode="wrap" if g.circular else "constant")
+
+    def valid(self, padded: Array) -> Array:
+        """The convolution of an input that is padded already, for one leading axis; no bias."""
+        names = {1: ("NHC", "HIO", "NHC"), 2: ("NHWC", "HWIO", "NHWC")}[self.dims]
+        return lax.conv_general_dilated(
+            padded,
+            self.weight.astype(padded.dtype),
+            self.stride,
+            "VALID",
+            rhs_dilation=self.dilation,
+            dimension_numbers=names,
+            feature_group_count=self.groups,
+        )
+
+    def linear(self, x: Array) -> Array:
+        """The layer without its bias, any leading axes."""
+        g = self.geometry(x.shape)
+        lead = x.shape[: -1 - self.dims]
+        flat = x.reshape(math.prod(lead), *x.shape[len(lead) :])
+        if g.circular:
+            y = self.valid(self.pad(flat, g))
+        else:
+            names = {1: ("NHC", "HIO", "NHC"), 2: ("NHWC", "HWIO", "NHWC")}[self.dims]
+            y = lax.conv_general_dilated(
+                flat,
+                self.weight.astype(flat.dtype),
+                self.stride,
+                g.pads,
+                rhs_dilation=self.dilation,
+                dimension_numbers=names,
+                feature_group_count=self.groups,
+            )
+        return y.reshape(*lead, *y.shape[1:])
+
+    def __call__(self, x: Array) -> Array:
+        """Applies the layer."""
+        y = self.linear(x)
+        return y if self.bias is None else y + self.bias
+
+    def with_basis(self, x: Any, fraction: float = 0.5) -> Self:
+        """This layer with a basis for the `cokernel_*` options, for inputs like `x` (array or struct). An SVD a frequency."""
+        if not 0 < fraction <= 1:
+            raise ArgumentError(f"`fraction={fraction!r}` must be above 0 and at most 1")
+        basis = spectral.make_basis(self, self.geometry(x.shape), fraction)
+        return dataclasses.replace(self, basis=basis)  # type: ignore[type-var]
+
+    def refresh(self) -> Self:
+        """This layer with its basis made anew from the present weight; itself where it has none."""
+        if self.basis is None:
+            return self
+        return dataclasses.replace(self, basis=spectral.renew_basis(self, self.basis))  # type: ignore[type-var]
+
+    def vijp_rules(self, x: Any) -> Sequence[VijpRule | Unavailable]:
+        """The pointwise, the spectral, the block and the cokernel rules, as the shapes allow."""
+        g = self.geometry(x.shape)
+        return [*pointwise.rules(self, g), *spectral.rules(self, g), *block.rules(self, g)]
+
+    def invert_rules(self, x: Any) -> Sequence[InvertRule | Unavailable]:
+        """Circular convolutions can be inverted in the Fourier domain."""
+        return spectral.invert_rules(self, self.geometry(x.shape), x)
+
+
+def _delta(
+    key: Array, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int], inner: int, outer: int
+) -> Array:
+    """Delta-orthogonal taps: a semi-orthogonal matrix over the centre taps, one for each phase of the stride, zero elsewhere."""
+    one = any(d > 1 for d in dilation)
+    width = [1 if one else min(k, s) for k, s in zip(kernel, stride)]
+    matrix = jax.nn.initializers.orthogonal()(key, (math.prod(width) * inner, outer))
+    start = [(k - w) // 2 for k, w in zip(kernel, width)]
+    pads = [(a, k - w - a) for a, k, w in zip(start, kernel, width)]
+    return jnp.pad(matrix.reshape(*width, inner, outer), [*pads, (0, 0), (0, 0)])
+
+
+def _make(
+    cls: type[Any],
+    key: Array,
+    inner: int,
+    outer: int,
+    kernel: tuple[int, ...],
+    he: float | None,
+    stride: tuple[int, ...],
+    padding: Padding,
+    dilation: tuple[int, ...],
+    groups: int,
+    bias: bool,
+    dtype: Any,
+) -> Any:
+    if inner % groups or outer % groups:
+        raise ArgumentError(f"`groups={groups}` must divide both {inner} inputs and {outer} outputs")
+    if he is None:
+        keys = jax.random.split(key, groups)
+        taps = [_delta(k, kernel, stride, dilation, inner // groups, outer // groups) for k in keys]
+        weight = jnp.concatenate(taps, -1)
+    else:
+        fan = math.prod(kernel) * inner // groups
+        scale = math.sqrt(2.0 / (1.0 + he**2) / fan)
+        weight = scale * jax.random.normal(key, (*kernel, inner // groups, outer))
+    b = jnp.zeros((outer,), dtype) if bias else None
+    return cls(weight.astype(dtype), b, None, stride, padding, dilation, groups)
+
+
+def _tuple(value: int | Sequence[int], dims: int) -> tuple[int, ...]:
+    made = (value,) * dims if isinstance(value, int | np.integer) else tuple(value)
+    if len(made) != dims or any(v < 1 for v in made):
+        raise ArgumentError(f"`{value!r}` must be a positive number, or {dims} of them")
+    return made
+
+
+def _padding(value: Any, dims: int) -> Padding:
+    if isinstance(value, str):
+        return value.upper()
+    pairs = (
+        ((value, value),) * dims if isinstance(value, int) else tuple((int(lo), int(hi)) for lo, hi in value)
+    )
+    if len(pairs) != dims or any(lo < 0 or hi < 0 for lo, hi in pairs):
+        raise ArgumentError(
+            f"`padding={value!r}` must be a name, a count, or {dims} pairs of counts, none negative"
+        )
+    return pairs
+
+
+@layer
+class Conv1D(_Conv):
+    """A convolution over one spatial axis: `*batch space inner` to `*batch space' outer`.
+
+    `basis`: the directions that the `cokernel_*` options keep, see `with_basis`; its gradient is zero.
+    """
+
+    weight: Float[Array, "kernel inner_per_group outer"]
+    bias: Float[Array, " outer"] | None = None
+    basis: spectral.Basis | None = None
+    stride: tuple[int, ...] = static(default=(1,))
+    padding: Padding = static(default="SAME")
+    dilation: tuple[int, ...] = static(default=(1,))
+    groups: int = static(default=1)
+
+    @staticmethod
+    def init(
+        key: Array,
+        inner: int,
+        outer: int,
+        kernel: int = 3,
+        *,
+        stride: int = 1,
+        padding: str | int | Sequence[tuple[int, int]] = "SAME",
+        dilation: int = 1,
+        groups: int = 1,
+        bias: bool = True,
+        dtype: Any = jnp.float32,
+    ) -> Conv1D:
+        """Delta-orthogonal taps, zero bias: every singular value is 1 at every frequency."""
+        return _make(
+            Conv1D, key, inner, outer, _tuple(kernel, 1), None, _tuple(stride, 1), _padding(padding, 1),
+            _tuple(dilation, 1), groups, bias, dtype,
+        )  # fmt: skip
+
+    @staticmethod
+    def he(
+        key: Array,
+        inner: int,
+        outer: int,
+        kernel: int = 3,
+        *,
+        slope: float = 0.0,
+        stride: int = 1,
+        padding: str | int | Sequence[tuple[int, int]] = "SAME",
+        dilation: int = 1,
+        groups: int = 1,
+        bias: bool = True,
+        dtype: Any = jnp.float32,
+    ) -> Conv1D:
+        """He initialisation for a leaky ReLU of `slope`: ill-conditioned, so give it a basis (`with_basis`)."""
+        return _make(
+            Conv1D, key, inner, outer, _tuple(kernel, 1), slope, _tuple(stride, 1), _padding(padding, 1),
+            _tuple(dilation, 1), groups, bias, dtype,
+        )  # fmt: skip
+
+
+@layer
+class Conv2D(_Conv):
+    """A convolution over two spatial axes: `*batch height width inner` to `*batch height' width' outer`.
+
+    `basis`: the directions that the `cokernel_*` options keep, see `with_basis`; its gradient is zero.
+    """
+
+    weight: Float[Array, "kernel_h kernel_w inner_per_group outer"]
+    bias: Float[Array, " outer"] | None = None
+    basis: spectral.Basis | None = None
+    stride: tuple[int, ...] = static(default=(1, 1))
+    padding: Padding = static(default="SAME")
+    dilation: tuple[int, ...] = static(default=(1, 1))
+    groups: int = static(default=1)
+
+    @staticmethod
+    def init(
+        key: Array,
+        inner: int,
+        outer: int,
+        kernel: int | tuple[int, int] = 3,
+        *,
+        stride: int | tuple[int, int] = 1,
+        padding: str | int | Sequence[tuple[int, int]] = "SAME",
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        dtype: Any = jnp.float32,
+    ) -> Conv2D:
+        """Delta-orthogonal taps, zero bias: every singular value is 1 at every frequency."""
+        return _make(
+            Conv2D, key, inner, outer, _tuple(kernel, 2), None, _tuple(stride, 2), _padding(padding, 2),
+            _tuple(dilation, 2), groups, bias, dtype,
+        )  # fmt: skip
+
+    @staticmethod
+    def he(
+        key: Array,
+        inner: int,
+        outer: int,
+        kernel: int | tuple[int, int] = 3,
+        *,
+        slope: float = 0.0,
+        stride: int | tuple[int, int] = 1,
+        padding: str | int | Sequence[tuple[int, int]] = "SAME",
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        dtype: Any = jnp.float32,
+    ) -> Conv2D:
+        """He initialisation for a leaky ReLU of `slope`: ill-conditioned, so give it a basis (`with_basis`)."""
+        return _make(
+            Conv2D, key, inner, outer, _tuple(kernel, 2), slope, _tuple(stride, 2), _padding(padding, 2),
+            _tuple(dilation, 2), groups, bias, dtype,
+        )  # fmt: skip

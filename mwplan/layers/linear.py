@@ -1,0 +1,142 @@
+r"""What the rules of linear layers share: the transposed map, left inverses, and refinement.
+
+A linear layer $y = xJ + b$ keeps nothing for its input vjp, $\bar x = \bar y J^\top$; its vijp applies a left inverse of
+$J^\top$'s transpose. Everything here computes in float32 or wider, whatever the activations' dtype.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Inexact
+
+from mwplan import trees
+from mwplan.rules import VijpRule
+
+
+class LinearLayer(Protocol):
+    """A layer with `linear`, the layer without its bias, in the dtype of its argument."""
+
+    def __call__(self, x: Any) -> Any:
+        """The layer."""
+
+    def linear(self, x: Any) -> Any:
+        """The layer without its bias."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class InputShape:
+    """Input residuals of a linear layer: no arrays, only what its input looked like."""
+
+    shape: tuple[int, ...] = field(metadata={"static": True})
+    dtype: str = field(metadata={"static": True})
+
+    @staticmethod
+    def of(x: Any) -> InputShape:
+        """The shape and dtype of an array."""
+        return InputShape(tuple(x.shape), jnp.dtype(x.dtype).name)
+
+    def wide(self) -> jax.ShapeDtypeStruct:
+        """The struct of the cotangent inside a moonwalk run."""
+        return jax.ShapeDtypeStruct(self.shape, trees.working_dtype(self.dtype))
+
+
+def transpose(layer: LinearLayer, x: InputShape, ct_out: Array) -> Array:
+    """`ct_in = ct_out J^T` of a linear layer, in working precision. Cost: one input vjp."""
+    wide = trees.widen(layer)
+    (ct_in,) = jax.linear_transpose(wide.linear, x.wide())(trees.widen(ct_out))
+    return ct_in
+
+
+class LinearRule(VijpRule):
+    """Base of the vijps of linear layers: no input residuals, and a reverse in working precision."""
+
+    def forward(self, layer: Any, x: Any) -> tuple[Any, Any]:
+        """The layer's output; nothing is kept but the input's shape."""
+        return layer(x), InputShape.of(x)
+
+    def reverse(self, layer: Any, residuals: Any, ct_out: Any) -> tuple[Any, Any]:
+        """The transposed map."""
+        return transpose(layer, residuals, ct_out), self.fragment(layer, residuals, trees.widen(ct_out))
+
+
+def left_inverse(a: Inexact[Array, "*batch rows cols"]) -> Inexact[Array, "*batch cols rows"]:
+    r"""$A^+$ with $A^+ A = I$, for `rows >= cols` and full column rank.
+
+    Square: LU. Tall: $A = QR$ (Householder), $A^+ = R^{-1} Q^H$, so the error grows with the condition number and not with
+    its square, as it would from the normal equations. Cost: about $4\,rows\,cols^2$ flop a matrix (four times that if
+    complex), once a step. A singular matrix gives non-finite or huge entries; `check` finds it beforehand.
+    """
+    rows, cols = a.shape[-2:]
+    if rows == cols:
+        return jnp.linalg.inv(a)
+    q, r = jnp.linalg.qr(a)
+    qh = jnp.conj(jnp.swapaxes(q, -1, -2))
+    return jax.lax.linalg.triangular_solve(r, qh, left_side=True, lower=False)
+
+
+def rank_problem(a: Any, what: str) -> str | None:
+    """Why `a` (..., rows, cols), concrete, has no usable left inverse, or None: for `VijpRule.check`.
+
+    Non-finite entries, or a smallest singular value below 100 eps of the largest (eps of the working precision), over all matrices
+    of the batch.
+    """
+    dtype = trees.working_dtype(np.asarray(a).dtype)
+    eps = float(jnp.finfo(dtype).eps)
+    a = np.asarray(a).astype(np.complex128 if jnp.issubdtype(dtype, jnp.complexfloating) else np.float64)
+    if not np.isfinite(a).all():
+        return f"{what} has non-finite entries"
+    s = np.linalg.svd(a, compute_uv=False)
+    largest, smallest = float(s.max(initial=0.0)), float(s.min(initial=math.inf))
+    if not smallest > 100 * eps * largest:
+        return f"{what} is singular in working precision: smallest singular value {smallest:.1e}, largest {largest:.1e}"
+    return None
+
+
+def percent_of(percent: int, count: int) -> int:
+    """The number of directions that a fraction of `count` stands for, rounded up."""
+    return -(-percent * count // 100)
+
+
+@dataclass(frozen=True)
+class Refined(VijpRule):
+    r"""A vijp followed by one step of iterative refinement.
+
+    With $V$ the vijp and $J$ the layer's Jacobian, $\bar y_1 = \bar y_0 + V(\bar x - \bar y_0 J^\top)$, the residual of the fragment
+    taken along. It removes the part of the local error that comes from an inexact factorisation (the error of the error is
+    of second order) and leaves growth as it is. Cost: one more forward of what the residuals need, an input vjp and a vijp.
+    """
+
+    base: VijpRule
+    name: str = field(init=False)
+    has_fragment: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", f"{self.base.name}+refine")
+        object.__setattr__(self, "has_fragment", self.base.has_fragment)
+
+    def check(self, layer: Any, x: Any) -> str | None:
+        """That of the rule refined."""
+        return self.base.check(layer, x)
+
+    def forward(self, layer: Any, x: Any) -> tuple[Any, Any]:
+        """That of the rule refined."""
+        return self.base.forward(layer, x)
+
+    def reverse(self, layer: Any, residuals: Any, ct_out: Any) -> tuple[Any, Any]:
+        """That of the rule refined."""
+        return self.base.reverse(layer, residuals, ct_out)
+
+    def rebuild(self, layer: Any, x: Any, ct_in: Any, fragment: Any) -> Any:
+        """The vijp, and the vijp of what it missed."""
+        first = self.base.rebuild(layer, x, ct_in, fragment)
+        _, residuals = self.base.forward(layer, x)
+        back = self.base.reverse(layer, residuals, first)
+        missed = jax.tree.map(jnp.subtract, (ct_in, fragment), back)
+        return jax.tree.map(jnp.add, first, self.base.rebuild(layer, x, *missed))

@@ -1,0 +1,208 @@
+"""Layers that move numbers and change none: flatten, reshape, permute, space to depth, channel padding.
+
+All act on trailing axes and accept any leading ones. Their transposes are their inverses, so the vijp is the layer itself applied
+to the cotangent: exact, no residuals, growth 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from mwplan import trees
+from mwplan.errors import ArgumentError
+from mwplan.layers.base import layer, static
+from mwplan.layers.linear import LinearRule
+from mwplan.rules import InvertRule, Unavailable, VijpRule
+
+
+class _Moves:
+    """What layers that only move numbers share: `linear` and `undo`."""
+
+    def linear(self, x: Array) -> Array:
+        """The layer itself."""
+        raise NotImplementedError
+
+    def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*moved"]:
+        """Applies the layer."""
+        return self.linear(x)
+
+    def vijp_rules(self, x: Any) -> Sequence[VijpRule | Unavailable]:
+        """The layer itself, applied to the cotangent."""
+        return [Move()]
+
+    def invert_rules(self, x: Any) -> Sequence[InvertRule | Unavailable]:
+        """Moving back."""
+        return [MoveBack(tuple(x.shape))]
+
+
+@dataclass(frozen=True)
+class Move(LinearRule):
+    r"""The Jacobian is a permutation $P$: $\bar y = \bar x P$. Nothing is erased or kept, growth 1, local error 0."""
+
+    name: str = "move"
+
+    def rebuild(self, layer: Any, x: Any, ct_in: Any, fragment: Any) -> Any:
+        """The layer, applied to the cotangent."""
+        return layer.linear(ct_in)
+
+
+@dataclass(frozen=True)
+class MoveBack(InvertRule):
+    """The transpose of a permutation is its inverse. `shape`: of one input; only its trailing axes matter."""
+
+    shape: tuple[int, ...]
+    name: str = "move"
+
+    def inverse(self, layer: Any, y: Any) -> Any:
+        """`x`."""
+        return layer.undo(y, self.shape)
+
+
+@layer
+class Flatten(_Moves):
+    """Joins the last `axes` axes into one."""
+
+    axes: int = static(default=3)
+
+    def linear(self, x: Array) -> Array:
+        """The layer itself."""
+        if x.ndim < self.axes:
+            raise ArgumentError(f"`x.shape={x.shape}`: Flatten({self.axes}) needs {self.axes} axes")
+        lead = x.shape[: x.ndim - self.axes]
+        return x.reshape(*lead, math.prod(x.shape[len(lead) :]))
+
+    def undo(self, y: Array, shape: tuple[int, ...]) -> Array:
+        """The inverse, for an input of `shape`."""
+        return y.reshape(*y.shape[:-1], *shape[len(shape) - self.axes :])
+
+
+@layer
+class Reshape(_Moves):
+    """Trailing axes of shape `before` become `after`."""
+
+    before: tuple[int, ...] = static()
+    after: tuple[int, ...] = static()
+
+    def linear(self, x: Array) -> Array:
+        """The layer itself."""
+        if math.prod(self.before) != math.prod(self.after):
+            raise ArgumentError(f"`before={self.before}` and `after={self.after}` differ in size")
+        lead = x.ndim - len(self.before)
+        if lead < 0 or x.shape[lead:] != self.before:
+            raise ArgumentError(f"`x.shape={x.shape}`: this Reshape takes trailing axes {self.before}")
+        return x.reshape(*x.shape[:lead], *self.after)
+
+    def undo(self, y: Array, shape: tuple[int, ...]) -> Array:
+        """The inverse."""
+        return y.reshape(*y.shape[: y.ndim - len(self.after)], *self.before)
+
+
+@layer
+class Permute(_Moves):
+    """Permutes the trailing axes: axis `a` of the output's trailing axes is axis `order[a]` of the input's."""
+
+    order: tuple[int, ...] = static()
+
+    def linear(self, x: Array) -> Array:
+        """The layer itself."""
+        return _permute(x, self.order)
+
+    def undo(self, y: Array, shape: tuple[int, ...]) -> Array:
+        """The inverse."""
+        return _permute(y, tuple(self.order.index(a) for a in range(len(self.order))))
+
+
+def _permute(x: Array, order: tuple[int, ...]) -> Array:
+    lead = x.ndim - len(order)
+    if lead < 0 or sorted(order) != list(range(len(order))):
+        raise ArgumentError(f"`order={order}` must be a permutation of at most {x.ndim} axes")
+    return x.transpose(*range(lead), *(lead + a for a in order))
+
+
+@layer
+class SpaceToDepth(_Moves):
+    """Moves each block of `block` positions, one entry a spatial axis, into the channels: positions first, channels last."""
+
+    block: tuple[int, ...] = static(default=(2, 2))
+
+    def linear(self, x: Array) -> Array:
+        """The layer itself."""
+        dims = len(self.block)
+        lead = x.ndim - dims - 1
+        if lead < 0 or any(n % s for n, s in zip(x.shape[lead:-1], self.block)):
+            raise ArgumentError(
+                f"`x.shape={x.shape}`: the spatial sizes must be multiples of {self.block}, channels last"
+            )
+        counts = [n // s for n, s in zip(x.shape[lead:-1], self.block)]
+        split = x.reshape(
+            *x.shape[:lead], *(p for c, s in zip(counts, self.block) for p in (c, s)), x.shape[-1]
+        )
+        order = (*(2 * a for a in range(dims)), *(2 * a + 1 for a in range(dims)), 2 * dims)
+        return _permute(split, order).reshape(*x.shape[:lead], *counts, math.prod(self.block) * x.shape[-1])
+
+    def undo(self, y: Array, shape: tuple[int, ...]) -> Array:
+        """The inverse: depth to space."""
+        dims = len(self.block)
+        lead = y.ndim - dims - 1
+        counts = y.shape[lead:-1]
+        split = y.reshape(*y.shape[:lead], *counts, *self.block, -1)
+        order = (*(p for a in range(dims) for p in (a, dims + a)), 2 * dims)
+        return _permute(split, order).reshape(
+            *y.shape[:lead], *(c * s for c, s in zip(counts, self.block)), split.shape[-1]
+        )
+
+
+@layer
+class PadChannels:
+    """Appends `extra` channels of zeros."""
+
+    extra: int = static(default=1)
+
+    def linear(self, x: Array) -> Array:
+        """The layer itself."""
+        return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, self.extra)])
+
+    def __call__(self, x: Float[Array, "*batch channels"]) -> Float[Array, "*batch more"]:
+        """Applies the layer."""
+        return self.linear(x)
+
+    def vijp_rules(self, x: Any) -> Sequence[VijpRule | Unavailable]:
+        """The cotangent of the padded channels as the fragment."""
+        return [PadAppend()]
+
+    def invert_rules(self, x: Any) -> Sequence[InvertRule | Unavailable]:
+        """Cutting off."""
+        return [PadCut()]
+
+
+@dataclass(frozen=True)
+class PadAppend(LinearRule):
+    """The kept channels are `ct_in`; erased is the cotangent of the padded ones, which is the fragment. Growth 1, local error 0."""
+
+    name: str = "padded"
+    has_fragment: bool = True
+
+    def fragment(self, layer: PadChannels, residuals: Any, ct_out: Any) -> Any:
+        """The last `extra` channels."""
+        return trees.widen(ct_out)[..., ct_out.shape[-1] - layer.extra :]
+
+    def rebuild(self, layer: PadChannels, x: Any, ct_in: Any, fragment: Any) -> Any:
+        """`ct_in` and the fragment, side by side."""
+        return jnp.concatenate([ct_in, fragment], -1)
+
+
+@dataclass(frozen=True)
+class PadCut(InvertRule):
+    """Drops the padded channels."""
+
+    name: str = "cut"
+
+    def inverse(self, layer: PadChannels, y: Any) -> Any:
+        """`x`."""
+        return y[..., : y.shape[-1] - layer.extra]
