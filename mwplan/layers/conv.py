@@ -20,6 +20,7 @@ from mwplan.errors import ArgumentError
 from mwplan.layers import block, pointwise, spectral
 from mwplan.layers.base import layer, static
 from mwplan.layers.geometry import Geometry, Padding, geometry
+from mwplan.layers.linear import cast
 from mwplan.rules import InvertRule, Unavailable, VijpRule
 
 
@@ -64,7 +65,7 @@ class _Conv:
         names = {1: ("NHC", "HIO", "NHC"), 2: ("NHWC", "HWIO", "NHWC")}[self.dims]
         return lax.conv_general_dilated(
             padded,
-            self.weight.astype(padded.dtype),
+            cast(self.weight, padded.dtype),
             self.stride,
             "VALID",
             rhs_dilation=self.dilation,
@@ -83,7 +84,7 @@ class _Conv:
             names = {1: ("NHC", "HIO", "NHC"), 2: ("NHWC", "HWIO", "NHWC")}[self.dims]
             y = lax.conv_general_dilated(
                 flat,
-                self.weight.astype(flat.dtype),
+                cast(self.weight, flat.dtype),
                 self.stride,
                 g.pads,
                 rhs_dilation=self.dilation,

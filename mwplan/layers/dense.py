@@ -108,15 +108,16 @@ class Dense:
                 )
             )
             rules.append(DenseNull())
-        kept = 0 if self.basis is None else self.basis.shape[1]
+        if self.basis is None:
+            return [*rules, Unavailable("cokernel", "the layer has no basis: see `with_basis`")]
+        kept = self.basis.shape[1]
         for percent in PERCENTS:
             count = percent_of(percent, outer)
             if kept < count:
-                have = "no basis" if not kept else f"a basis of {kept} directions"
                 rules.append(
                     Unavailable(
                         f"cokernel_{percent}",
-                        f"needs {count} directions and the layer has {have}: see `with_basis`",
+                        f"needs {count} directions and the basis has {kept}: see `with_basis`",
                     )
                 )
             elif outer - count > inner:

@@ -54,6 +54,11 @@ def transpose(layer: LinearLayer, x: InputShape, ct_out: Array) -> Array:
     return ct_in
 
 
+def cast(a: Array, dtype: Any) -> Array:
+    """`a` in `dtype`: the same object where it is already, so that residuals know a parameter by identity."""
+    return a if a.dtype == dtype else a.astype(dtype)
+
+
 class LinearRule(VijpRule):
     """Base of the vijps of linear layers: no input residuals, and a reverse in working precision."""
 
@@ -92,7 +97,18 @@ def rank_problem(a: Any, what: str) -> str | None:
     a = np.asarray(a).astype(np.complex128 if jnp.issubdtype(dtype, jnp.complexfloating) else np.float64)
     if not np.isfinite(a).all():
         return f"{what} has non-finite entries"
+    if eps > 1e-12 and a.size:
+        # Cheap and sufficient: Gram - (100 eps |A|_F)^2 I positive definite, in float64. What fails is looked at closely.
+        bound = 100 * eps * np.sqrt(np.sum(np.abs(a) ** 2, axis=(-2, -1)).max())
+        gram = np.conj(np.swapaxes(a, -1, -2)) @ a
+        try:
+            np.linalg.cholesky(gram - bound**2 * np.eye(a.shape[-1]))
+            return None
+        except np.linalg.LinAlgError:
+            pass
     s = np.linalg.svd(a, compute_uv=False)
+    if s.shape[-1] < a.shape[-1]:
+        return f"{what} has fewer rows than columns: {a.shape[-2:]}"
     largest, smallest = float(s.max(initial=0.0)), float(s.min(initial=math.inf))
     if not smallest > 100 * eps * largest:
         return f"{what} is singular in working precision: smallest singular value {smallest:.1e}, largest {largest:.1e}"

@@ -121,11 +121,11 @@ def rules(layer: Any, g: Geometry) -> list[VijpRule | Unavailable]:
     else:
         reason = f"{rows} inputs a frequency (stride^d * channels) do not determine {outer} output channels a group"
         found.append(Unavailable(base.name, reason))
+    if layer.basis is None:
+        return [*found, Unavailable("cokernel", "the layer has no basis: see `with_basis`")]
     for percent in PERCENTS:
         name = f"cokernel_{percent}"
-        if layer.basis is None:
-            found.append(Unavailable(name, "the layer has no basis: see `with_basis`"))
-        elif layer.basis.geometry != g:
+        if layer.basis.geometry != g:
             found.append(
                 Unavailable(
                     name, f"the basis is for inputs of size {layer.basis.geometry.size}, not {g.size}"
