@@ -206,7 +206,7 @@ class Interpreter:
             one, rule = self.chain[layer - 1], self.rule(run, layer)
             operation = functools.partial(operations.vijp, rule=rule)
             ct = self.perform(
-                "vijp", layer, depth, operation, one, self.x[layer - 1], ct, fragments.pop(layer)
+                "rebuild", layer, depth, operation, one, self.x[layer - 1], ct, fragments.pop(layer)
             )
             operation = functools.partial(operations.advance, last=layer == run.stop)
             y, grads[layer - 1] = self.perform("advance", layer, depth, operation, one, self.x[layer - 1], ct)
@@ -216,6 +216,10 @@ class Interpreter:
             self.release(layer - 1)
         if truth is not None:
             self.report[run.start, run.stop] = sketch.discrepancy(truth, sketch.take(ct))
+        # The runs to the left need only what R found: without this tie XLA may start them before M is done.
+        # (Tying the last `ct` would not do: what nobody uses is dropped from a barrier.)
+        if run.start > 0:
+            box[0], grads[run.start : run.stop] = self.gate((box[0], grads[run.start : run.stop]))
 
     def _recompute(self, run: Run, box: list[PyTree], grads: list[Any], depth: int) -> None:
         # Nothing but this tie keeps XLA from recomputing at once, or from not recomputing at all.

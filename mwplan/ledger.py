@@ -21,7 +21,7 @@ from mwplan.schedule import Run, RunKind, Strategy, check_cover
 class Event:
     """One moment of the step: what is being done, to which layer, and the bytes alive while it is done.
 
-    `sweep`: "forward", "turn", "backward" (of STORE and INVERT runs), "reverse" and "rebuild" (the R and M sweeps). `depth`: how many
+    `sweep`: "forward", "turn", "backward" (of STORE and INVERT runs), "reverse" (R), "rebuild" and "advance" (M, the vijp and what follows it). `depth`: how many
     RECOMPUTE runs enclose it. `live_bytes` includes `workspace_bytes`.
     """
 
@@ -195,8 +195,10 @@ class _Ledger:
         for layer in reversed(layers):  # R
             o = self.moonwalk(run, layer)
             self.live["sweep", layer - 1, depth] = p.sweep_cotangent_bytes[layer - 1]
-            self.live["fragment", layer, depth] = o.fragment_bytes
+            if not o.fragment_is_cotangent:
+                self.live["fragment", layer, depth] = o.fragment_bytes
             self.event("reverse", layer, depth, o.reverse_workspace_bytes, o.reverse_ns)
+            self.live["fragment", layer, depth] = o.fragment_bytes
             del self.live["sweep", layer, depth]
             self.live.pop(("q", layer, depth), None)
             if o.keeps_output:
@@ -206,15 +208,17 @@ class _Ledger:
         error = 0.0
         for layer in layers:  # M
             o = self.moonwalk(run, layer)
-            time = o.rebuild_ns
+            if o.fragment_is_cotangent:
+                del self.live["fragment", layer, depth]
+            self.live["rebuilt", layer, depth] = p.sweep_cotangent_bytes[layer]
+            self.event("rebuild", layer, depth, o.rebuild_workspace_bytes, o.rebuild_ns)
+            self.live.pop(("rebuilt", layer - 1, depth), None)
+            self.live.pop(("fragment", layer, depth), None)
             if layer < run.stop:
                 self.claim(layer)
-                time += p.layers[layer - 1].forward_ns
-            self.live["rebuilt", layer, depth] = p.sweep_cotangent_bytes[layer]
-            self.event("rebuild", layer, depth, o.rebuild_workspace_bytes, time)
+            forward_ns = p.layers[layer - 1].forward_ns if layer < run.stop else 0
+            self.event("advance", layer, depth, o.advance_workspace_bytes, forward_ns)
             self.release(layer - 1)
-            self.live.pop(("rebuilt", layer - 1, depth), None)
-            del self.live["fragment", layer, depth]
             # A growth of infinity times an error of 0 is no error; times any other it is infinite.
             grown = o.growth * error if error else 0.0
             error = math.hypot(grown, o.local_error)

@@ -126,9 +126,9 @@ class _Costs:
             if isinstance(rule, rules.VijpRule):
                 got = growth.measure(one, rule, x, bench.key)
             else:
-                got = bench.run(functools.partial(_invert_errors, rule=rule), one, x, bench.key)
+                got = growth.measure_inverse(one, rule, x, bench.key)
             # Not a number is an error of unknown size: unusable.
-            local_error, factor = (math.inf if math.isnan(float(value)) else float(value) for value in got)
+            local_error, factor = (math.inf if math.isnan(value) else value for value in got)
             seen = self.errors.get(rule.name, (0.0, 0.0))
             self.errors[rule.name] = max(seen[0], local_error), max(seen[1], factor)
 
@@ -148,40 +148,6 @@ class _Costs:
             moonwalk=tuple(option(r, o) for r, o in self.moonwalk if r.name not in unusable),
             invert=tuple(option(r, o) for r, o in self.invert if r.name not in unusable),
         )
-
-
-def _invert_errors(
-    one: PyTree, x: PyTree, key: jax.Array, *, rule: rules.InvertRule
-) -> tuple[jax.Array, jax.Array]:
-    """Local error of one inversion, and the factor by which it multiplies the relative size of white noise."""
-    y = one(x)
-    leaves, treedef = jax.tree.flatten(y)
-    keys = jax.random.split(key, len(leaves))
-    noise = [
-        jax.random.normal(k, a.shape, a.dtype) * 1e-3 * _norm(a) / math.sqrt(a.size)
-        if trees.is_inexact(a)
-        else a * 0
-        for k, a in zip(keys, leaves)
-    ]
-    moved = jax.tree.unflatten(treedef, [a + n.astype(a.dtype) for a, n in zip(leaves, noise)])
-    back, away = rule.inverse(one, y), rule.inverse(one, moved)
-    size = _norm(x)
-    # A perturbation of 1e-3 keeps the quotient above rounding and inside the linear range.
-    return _norm(_minus(back, x)) / size, (_norm(_minus(away, back)) / size) / (
-        _norm(_minus(moved, y)) / _norm(y)
-    )
-
-
-def _norm(tree: PyTree) -> jax.Array:
-    return jnp.sqrt(
-        sum((jnp.sum(jnp.abs(trees.widen(a)) ** 2) for a in trees.parameters(tree)), jnp.zeros(()))
-    )
-
-
-def _minus(left: PyTree, right: PyTree) -> PyTree:
-    return jax.tree.map(
-        lambda a, b: trees.widen(a) - trees.widen(b) if trees.is_inexact(a) else a, left, right
-    )
 
 
 class _Bench:
@@ -312,5 +278,7 @@ def _moonwalk_option(
         rebuild_ns=vijp_ns + advance_ns,
         forward_workspace_bytes=forward_workspace,
         reverse_workspace_bytes=reverse_workspace,
-        rebuild_workspace_bytes=max(vijp_workspace, advance_workspace),
+        rebuild_workspace_bytes=vijp_workspace,
+        advance_workspace_bytes=advance_workspace,
+        fragment_is_cotangent=isinstance(rule, rules.WholeFragment),
     )

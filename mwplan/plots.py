@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    from mwplan.training import TrainResult
 
 PLAN, BACKPROP, LIMIT = "#2a6f97", "#c1121f", "#555555"
 
 
 def new_axes() -> Axes:
     """Axes on a figure of its own, independent of any interactive backend."""
-    from matplotlib.figure import Figure
-
     return Figure(figsize=(6, 4), layout="constrained").subplots()
 
 
@@ -24,3 +27,46 @@ def plot_frontier(points: Sequence[tuple[int, int]], ax: Axes | None = None, **l
     ax.step([need / 2**20 for need, _ in points], [time / 1e6 for _, time in points], **style)
     ax.set(xlabel="device memory of the step (MiB)", ylabel="predicted time of a step (ms)")
     return ax
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    return buffer.getvalue()
+
+
+def plot_training(result: TrainResult) -> bytes:
+    """Loss curves of plain and planned training, and the memory of their gradient steps beside the budget; a PNG."""
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    curves, bars = figure.subplots(1, 2, width_ratios=(3, 2))
+    curves.plot(result.losses_plain, color=BACKPROP, lw=2.5, alpha=0.45, label="backpropagation")
+    curves.plot(result.losses_planned, color=PLAN, lw=1, label="planned")
+    for step in result.replans:
+        curves.axvline(step, color=LIMIT, lw=0.8, ls=":", label="planned again")
+    curves.set(xlabel="step", ylabel="training loss (cross entropy)", yscale="log")
+    curves.set_title(
+        f"test accuracy {result.accuracy_planned:.1%} planned, {result.accuracy_plain:.1%} backpropagation",
+        fontsize=10,
+    )
+    curves.legend(frameon=False)
+    rows = [
+        ("backpropagation\nmeasured", result.backprop_temporary_bytes, BACKPROP),
+        ("plan\npredicted", result.predicted_temporary_bytes, "#a9d6e5"),
+        ("plan\nmeasured", result.measured_temporary_bytes, PLAN),
+    ]
+    drawn = bars.bar(
+        [name for name, _, _ in rows], [size / 2**20 for _, size, _ in rows], color=[c for *_, c in rows]
+    )
+    bars.bar_label(drawn, fmt="%.1f", padding=2)
+    room = (result.budget_bytes - result.fixed_bytes) / 2**20
+    bars.axhline(room, color=LIMIT, ls="--", lw=1)
+    bars.annotate(f"budget {room:.1f}", (2.42, room), ha="right", va="bottom", color=LIMIT)
+    bars.set(ylabel="temporaries of one gradient step (MiB)")
+    bars.set_title(
+        f"{result.planned_step_seconds / result.backprop_step_seconds:.2f} x backpropagation's time a step",
+        fontsize=10,
+    )
+    for ax in (curves, bars):
+        ax.spines[["top", "right"]].set_visible(False)
+    return png(figure)

@@ -64,7 +64,8 @@ class MoonwalkOption:
     """One way to take a layer through a moonwalk run: strategy VIJP if it keeps no fragment, else FRAGMENT.
 
     `residual_bytes`, `keeps_input`, `keeps_output`: its input residuals, as in `StoreOption`. `fragment_bytes`: the part
-    of the cotangent kept from the R sweep to the M sweep. `rebuild_ns`: vijp and parameter gradient together.
+    of the cotangent kept from the R sweep to the M sweep; `fragment_is_cotangent`: it is all of it, the same array.
+    `rebuild_ns`: vijp and parameter gradient together; their workspaces are `rebuild_` and `advance_workspace_bytes`.
     `local_error`, `growth`: section 3 of the design, relative; both 0 for a whole-cotangent fragment.
     """
 
@@ -79,6 +80,8 @@ class MoonwalkOption:
     forward_workspace_bytes: int = 0
     reverse_workspace_bytes: int = 0
     rebuild_workspace_bytes: int = 0
+    advance_workspace_bytes: int = 0
+    fragment_is_cotangent: bool = False
     local_error: float = 0.0
     growth: float = 0.0
 

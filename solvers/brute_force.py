@@ -161,14 +161,18 @@ class _Search:
         events = []
         for at in range(s + 1, r + 1):
             q = sum(o[j].residual_bytes for j in range(s + 1, at + 1))
-            fragments = sum(o[j].fragment_bytes for j in range(at, r + 1))
             forward = k + a[s] + q + sum(kept[j] for j in range(s + 1, at - 1)) + a[at]
             forward += (a[at - 1] if at - 1 > s else 0) + o[at].forward_workspace_bytes
-            reverse = a[s] + q + sum(kept[j] for j in range(s + 1, at)) + fragments + d[at] + d[at - 1]
+            own = 0 if o[at].fragment_is_cotangent else o[at].fragment_bytes
+            later = sum(o[j].fragment_bytes for j in range(at + 1, r + 1))
+            reverse = a[s] + q + sum(kept[j] for j in range(s + 1, at)) + own + later + d[at] + d[at - 1]
             reverse += (a[at] if o[at].keeps_output else 0) + o[at].reverse_workspace_bytes
-            rebuild = a[at - 1] + (a[at] if at < r else 0) + d[s] + (d[at - 1] if at - 1 > s else 0) + d[at]
-            rebuild += fragments + o[at].rebuild_workspace_bytes
-            events += [forward, reverse, rebuild]
+            rebuild = a[at - 1] + d[s] + (d[at - 1] if at - 1 > s else 0) + d[at]
+            rebuild += own + later + o[at].rebuild_workspace_bytes
+            advance = (
+                a[at - 1] + (a[at] if at < r else 0) + d[s] + d[at] + later + o[at].advance_workspace_bytes
+            )
+            events += [forward, reverse, rebuild, advance]
         held = a[s] + sum(x.residual_bytes for x in o.values()) + sum(kept.values())
         held += a[r] if o[r].keeps_output else 0
         time = sum(x.forward_ns + x.reverse_ns + x.rebuild_ns for x in o.values())

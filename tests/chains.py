@@ -58,6 +58,8 @@ def random_profile(
                 forward_workspace_bytes=n(scale),
                 reverse_workspace_bytes=n(scale),
                 rebuild_workspace_bytes=n(scale),
+                advance_workspace_bytes=n(scale),
+                fragment_is_cotangent=flag(),
                 local_error=rng.choice([0.0, 1e-6, 2e-5, 2e-4]),
                 growth=rng.choice([0.0, 0.9, 2.0, 5.0, float("inf")]),
             )

@@ -1,0 +1,252 @@
+"""The command line: profile, plan, frontier, explain, train."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from mwplan.errors import ArgumentError, MwplanError
+from mwplan.sizes import show_bytes, show_ns
+
+if TYPE_CHECKING:
+    from mwplan.chain import Chain
+    from mwplan.profiles import Profile
+    from mwplan.training import TrainResult
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help="Plans the gradient of a deep network within a memory budget, and runs the plan in JAX.",
+)
+out = Console()
+err = Console(stderr=True)
+
+Network = Annotated[
+    str,
+    typer.Argument(
+        help="a saved profile (a .json file), or MODULE:NAME, a function without arguments that returns (chain, x)"
+    ),
+]
+Budget = Annotated[str, typer.Option(help="device bytes of the gradient step: 2GiB, 300MB, 1_000_000")]
+MaxError = Annotated[float, typer.Option(help="largest predicted relative error of a rebuilt cotangent")]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of text")]
+
+
+@contextlib.contextmanager
+def _bar() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar on stderr with one row a phase."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=err) as bar:
+        rows: dict[str, Any] = {}
+
+        def advance(phase: str, done: int, total: int) -> None:
+            if phase not in rows or bar.tasks[rows[phase]].finished:
+                rows[phase] = bar.add_task(phase, total=total)
+            bar.update(rows[phase], completed=done, total=total)
+
+        yield advance
+
+
+def _network(source: str) -> tuple[Chain, Any]:
+    """The chain and input that MODULE:NAME returns."""
+    module, _, name = source.partition(":")
+    if not name:
+        raise ArgumentError(
+            f"`{source}` is neither a .json file that exists nor MODULE:NAME: name a function that returns (chain, x)"
+        )
+    sys.path.insert(0, "")
+    try:
+        made = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ArgumentError(f"`{source}` cannot be imported: {error}") from error
+    made = made() if callable(made) else made
+    if not isinstance(made, tuple) or len(made) != 2:
+        raise ArgumentError(f"`{source}` returned {type(made).__name__}: it must return a pair (chain, x)")
+    from mwplan.chain import check_chain
+
+    return check_chain(made[0]), made[1]
+
+
+def _profile(source: str) -> Profile:
+    from mwplan import measure
+    from mwplan.profiles import Profile
+
+    if source.endswith(".json") or Path(source).is_file():
+        if not Path(source).is_file():
+            raise ArgumentError(f"`{source}` does not exist: save a profile there with `mwplan profile`")
+        return Profile.from_json(Path(source).read_text())
+    chain, x = _network(source)
+    with _bar() as advance:
+        return measure.profile(
+            chain, x, progress=lambda done, total, name: advance("profiling layers", done, total)
+        )
+
+
+@app.command()
+def profile(network: Network, to: Annotated[Path, typer.Option(help="where to save it")]) -> None:
+    """Measure every layer on this device and save the profile."""
+    from mwplan import serial
+
+    measured = _profile(network)
+    serial.write_atomically(to, measured.to_json())
+    out.print(f"{len(measured)} layers on {measured.device}, saved to {to}")
+
+
+@app.command()
+def plan(
+    network: Network,
+    budget: Budget,
+    max_error: MaxError = 1e-4,
+    to: Annotated[Path | None, typer.Option(help="save the schedule as JSON")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """The fastest schedule within a budget, with its proof."""
+    from mwplan import planning, serial
+
+    schedule = planning.plan(_profile(network), budget, max_error=max_error)
+    if to is not None:
+        serial.write_atomically(to, schedule.to_json())
+    print(schedule.to_json() if as_json else schedule)
+
+
+@app.command()
+def frontier(
+    network: Network,
+    max_error: MaxError = 1e-4,
+    plot: Annotated[Path | None, typer.Option(help="draw it into this PNG")] = None,
+    rows: Annotated[int, typer.Option(help="rows of the table at most")] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """Every budget at once: least time against memory."""
+    from mwplan import planning, plots, serial
+
+    found = planning.frontier(_profile(network), max_error=max_error)
+    if plot is not None:
+        serial.write_atomically(plot, plots.png(found.plot().figure))  # type: ignore[arg-type]
+    if as_json:
+        print(json.dumps([{"total_bytes": need, "time_ns": time} for need, time in found.points]))
+        return
+    fastest = min((time for _, time in found.points), default=1)
+    table = Table(title=f"{len(found.points)} schedules that no other beats", title_justify="left")
+    for name in ("budget", "predicted time", "relative"):
+        table.add_column(name, justify="right")
+    shown = found.points
+    if len(shown) > rows:
+        last = len(shown) - 1
+        shown = tuple(shown[round(i * last / (rows - 1))] for i in range(rows))
+    for need, time in shown:
+        table.add_row(show_bytes(need), show_ns(time), f"{time / fastest:.2f}")
+    out.print(table)
+
+
+@app.command()
+def explain(network: Network) -> None:
+    """Which strategies each layer has, at what price, and why not the others."""
+    from mwplan.operator import explain as explain_layer
+
+    chain, x = _network(network)
+    seen = set()
+    for position, layer in enumerate(chain.layers, start=1):
+        text = str(explain_layer(layer, x))
+        if text not in seen:
+            out.print(f"layer {position}", style="bold")
+            out.print(text, markup=False, highlight=False)
+            seen.add(text)
+        x = layer(x)
+
+
+@app.command()
+def train(
+    budget: Annotated[
+        str | None,
+        typer.Option(help="device bytes of the gradient step; by default half of what storing needs"),
+    ] = None,
+    max_error: MaxError = 1e-4,
+    batch: Annotated[int, typer.Option(help="images a step")] = 512,
+    epochs: Annotated[int, typer.Option(help="passes over the training images")] = 60,
+    depth: Annotated[int, typer.Option(help="convolutions at each of the two resolutions")] = 4,
+    seed: Annotated[int, typer.Option(help="of weights, batches and split")] = 0,
+    to: Annotated[Path, typer.Option("--out", help="folder for training.json and training.png")] = Path(
+        "results/demo"
+    ),
+    as_json: AsJson = False,
+) -> None:
+    """Train on handwritten digits within a budget that backpropagation exceeds."""
+    from mwplan import training
+
+    config = training.TrainConfig(
+        budget=budget, max_error=max_error, batch=batch, epochs=epochs, depth=depth, seed=seed
+    )
+    with _bar() as advance:
+        result = training.train(config, advance, lambda text: err.print(text, markup=False, highlight=False))
+    files = training.write(result, to)
+    if as_json:
+        print(result.to_json())
+        return
+    out.print(_training_table(result))
+    out.print(f"wrote {files[0]} and {files[1]}")
+
+
+def _training_table(result: TrainResult) -> Table:
+    """What was predicted and measured, beside backpropagation's."""
+    table = Table(title="planned and plain training, side by side", title_justify="left")
+    for name in ("", "plan", "backpropagation", "ratio"):
+        table.add_column(name, justify="left" if not name else "right")
+
+    def row(name: str, planned: float, plain: float, show: Callable[[float], str]) -> None:
+        table.add_row(name, show(planned), show(plain), f"{planned / plain:.2f}")
+
+    def size(value: float) -> str:
+        return show_bytes(int(value))
+
+    room = result.budget_bytes - result.fixed_bytes
+    table.add_row("temporaries, budget", size(room), "", "")
+    table.add_row("temporaries, predicted", size(result.predicted_temporary_bytes), "", "")
+    row("temporaries, measured", result.measured_temporary_bytes, result.backprop_temporary_bytes, size)
+    fixed = result.fixed_bytes
+    row(
+        "all device memory",
+        fixed + result.measured_temporary_bytes,
+        fixed + result.backprop_temporary_bytes,
+        size,
+    )
+    table.add_row("gradient, predicted", f"{result.predicted_step_seconds * 1e3:.1f} ms", "", "")
+    row("step", result.planned_step_seconds, result.backprop_step_seconds, lambda s: f"{s * 1e3:.1f} ms")
+    row(
+        "compilation", result.planned_compile_seconds, result.backprop_compile_seconds, lambda s: f"{s:.1f} s"
+    )
+    table.add_row("gradient error, first step", f"{result.gradient_error_first:.1e}", "", "")
+    table.add_row("gradient error, last step", f"{result.gradient_error_last:.1e}", "", "")
+    table.add_row("largest reported discrepancy", f"{max(result.discrepancies, default=0.0):.1e}", "", "")
+    table.add_row("times planned again", str(len(result.replans)), "", "")
+    table.add_row("final loss", f"{result.losses_planned[-1]:.4f}", f"{result.losses_plain[-1]:.4f}", "")
+    table.add_row("test accuracy", f"{result.accuracy_planned:.2%}", f"{result.accuracy_plain:.2%}", "")
+    return table
+
+
+def main() -> None:
+    """Runs the command line; an error of mwplan is one message and exit status 2."""
+    try:
+        app()
+    except MwplanError as error:
+        err.print(f"error: {error}", style="red", markup=False, highlight=False)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()
