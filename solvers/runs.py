@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,19 +97,29 @@ def moonwalk_strategy(option: MoonwalkOption) -> Strategy:
 class Candidates:
     """The candidate runs of a profile under `max_error` and `allowed`.
 
-    **Arguments:** `max_error`, the largest error that any run may predict; `allowed`, the strategies that may be used, at any depth.
+    **Arguments:** `max_error`, the largest error that any run may predict; `allowed`, the strategies that may be used, at any depth; `per_layer`,
+    a narrower choice for some layers (1 to L).
     **Cost:** moonwalk labels are grown on first use, once for each distinct stretch of layers (equal layers at different depths
     share them); their number is that of the five-way trade-offs among the options, small when options are few or ordered.
     **Assumes** (checked by `Profile`): byte and time sums fit 63 bits.
     """
 
     def __init__(
-        self, profile: Profile, *, max_error: float = 1e-4, allowed: Iterable[Strategy] = ALL_STRATEGIES
+        self,
+        profile: Profile,
+        *,
+        max_error: float = 1e-4,
+        allowed: Iterable[Strategy] = ALL_STRATEGIES,
+        per_layer: Mapping[int, frozenset[Strategy]] | None = None,
     ) -> None:
         check_max_error(max_error)
         self.profile = profile
         self.max_error = float(max_error)
         self.allowed = check_allowed(allowed)
+        #: what each layer may use, index 0 being layer 1
+        self.layer_allowed = [
+            self.allowed & (per_layer or {}).get(at + 1, self.allowed) for at in range(len(profile))
+        ]
         self.size = len(profile)
         self.activation = np.array(profile.activation_bytes, dtype=np.int64)
         self.cotangent = np.array(profile.cotangent_bytes, dtype=np.int64)
@@ -119,8 +129,8 @@ class Candidates:
         self.forward_sum = np.concatenate([[0], np.cumsum(self.forward_ns)]).astype(np.int64)
         self._workspace = np.array([x.forward_workspace_bytes for x in profile.layers], dtype=np.int64)
         self.layer_class = self._classes()
-        self._usable = [self._options(layer.moonwalk) for layer in profile.layers]
-        self._usable_invert = [self._options(layer.invert) for layer in profile.layers]
+        self._usable = [self._options(at, layer.moonwalk) for at, layer in enumerate(profile.layers)]
+        self._usable_invert = [self._options(at, layer.invert) for at, layer in enumerate(profile.layers)]
         self._labels: dict[tuple[Any, ...], _Labels] = {}
         self._atoms: dict[tuple[int, bool], Atoms] = {}
         self._invert: list[list[tuple[Ints, Ints, Ints, Ints]]] = []
@@ -161,6 +171,14 @@ class Candidates:
             handle = int(parent[handle])
         return Run(kind=RunKind.INVERT, start=start, stop=stop, options=tuple(names))
 
+    def recompute_reach(self) -> Ints:
+        """`[s]`: the largest `j` such that all layers `s+1..j` may be recomputed."""
+        out = np.arange(self.size + 1)
+        for at in range(self.size - 1, -1, -1):
+            if Strategy.RECOMPUTE in self.layer_allowed[at]:
+                out[at] = out[at + 1]
+        return out
+
     def recompute_forward_peak(self, start: int, kept: bool) -> Ints:
         """Forward peak of RECOMPUTE runs from `(start, kept)` to `start+1, start+2, ..., L`, without `K`."""
         own = 0 if kept else int(self.activation[start])
@@ -169,11 +187,12 @@ class Candidates:
         return np.maximum.accumulate(event) + own
 
     def fastest_need(self) -> int | None:
-        """Bytes beyond which no schedule gains time, where that is plain: the peak of the fastest all-STORE schedule.
+        """Bytes beyond which no schedule of any stretch gains time, where that is plain: the peak of the fastest all-STORE schedule, with
+        the largest `K` waiting.
 
         None where some layer has a way faster than its fastest STORE option, or STORE is not allowed: then nothing is cut.
         """
-        if Strategy.STORE not in self.allowed:
+        if not all(Strategy.STORE in allowed for allowed in self.layer_allowed):
             return None
         held, peak, kept = 0, 0, True
         for at, layer in enumerate(self.profile.layers):
@@ -185,7 +204,7 @@ class Candidates:
                 return None
             names = [o.name for o in layer.store]
             f, b, h, keeps = self._store_cost(at, kept, names.index(best.name))
-            peak = max(peak, held + f, held + b)
+            peak = max(peak, held + f + max(self.profile.cotangent_bytes), held + b)
             held, kept = held + h, keeps
         return max(peak, held + self.turn_bytes(kept))
 
@@ -218,12 +237,12 @@ class Candidates:
             out.append(seen.setdefault(key, len(seen)))
         return out
 
-    def _options(self, options: Iterable[Any]) -> list[Any]:
+    def _options(self, at: int, options: Iterable[Any]) -> list[Any]:
         """Those of a layer's MOONWALK or INVERT options that may be used at all."""
         out = []
         for o in options:
             strategy = Strategy.INVERT if isinstance(o, InvertOption) else moonwalk_strategy(o)
-            if strategy in self.allowed and np.isfinite([o.growth, o.local_error]).all():
+            if strategy in self.layer_allowed[at] and np.isfinite([o.growth, o.local_error]).all():
                 out.append(o)
         return [o for o in out if not self.max_error < o.local_error]
 
@@ -232,7 +251,7 @@ class Candidates:
         out = np.zeros(self.size + 1, dtype=np.bool_)
         out[0] = True
         for at, layer in enumerate(self.profile.layers):
-            stores = layer.store if Strategy.STORE in self.allowed else ()
+            stores = layer.store if Strategy.STORE in self.layer_allowed[at] else ()
             out[at + 1] = any(o.keeps_output for o in (*stores, *self._usable[at]))
             out[at + 1] |= bool(self._usable_invert[at])
         return out
@@ -255,7 +274,7 @@ class Candidates:
             full += [np.broadcast_to(h, n), t, np.full(n, kind), handle]
             rows.append(tuple(np.asarray(x, dtype=np.int64) for x in full))
 
-        if Strategy.STORE in self.allowed:
+        if Strategy.STORE in self.layer_allowed[start]:
             for k, o in enumerate(self.profile.layers[start].store):
                 f, b, h, keeps = self._store_cost(start, kept, k)
                 add(
@@ -351,17 +370,20 @@ class Candidates:
                 forward = held + a[stop] + o.residual_bytes + o.forward_workspace_bytes
                 new_held = held + o.residual_bytes
                 rebuild = held + d[start] + d[stop]
+                advance = held + d[start] + d[stop] + o.advance_workspace_bytes
                 time = old.time[ok]
             else:
                 forward = held + a[at] + a[stop] + o.residual_bytes + o.forward_workspace_bytes
                 new_held = held + o.residual_bytes + (keeps | o.keeps_input) * a[at]
                 rebuild = np.full(ok.size, a[at] + d[start] + d[at] + d[stop])
+                advance = np.full(ok.size, a[at] + d[start] + d[stop] + o.advance_workspace_bytes)
                 time = old.time[ok] + layer_ns
             reverse = new_held + out + d[stop] + d[at] + o.reverse_workspace_bytes
             rebuild = rebuild + o.rebuild_workspace_bytes
             before = old.back[ok]
-            last_back = np.maximum(before, np.maximum(reverse, rebuild)) + o.fragment_bytes
-            back = np.maximum(last_back, rebuild + a[stop] + o.fragment_bytes)
+            own = np.maximum(reverse, rebuild) + (0 if o.fragment_is_cotangent else o.fragment_bytes)
+            last_back = np.maximum(np.maximum(before + o.fragment_bytes, own), advance)
+            back = np.maximum(last_back, advance + a[stop])
             parts.append(
                 (
                     time + (o.forward_ns + o.reverse_ns + o.rebuild_ns),
