@@ -56,8 +56,13 @@ def working_dtype(dtype: Any) -> Any:
 
 
 def widen(tree: Any) -> Any:
-    """`tree` with its inexact leaves in `working_dtype`."""
-    return jax.tree.map(lambda a: a.astype(working_dtype(a.dtype)) if is_inexact(a) else a, tree)
+    """`tree` with its inexact leaves in `working_dtype`: the same object where one is already."""
+
+    def one(a: Any) -> Any:
+        wide = working_dtype(a.dtype) if is_inexact(a) else None
+        return a if wide is None or a.dtype == wide else a.astype(wide)
+
+    return jax.tree.map(one, tree)
 
 
 def cast_like(tree: Any, like: Any) -> Any:
