@@ -42,6 +42,12 @@ class Row:
     options: tuple[str, ...]
 
 
+def branch(seed: int, size: int, scale: float = 1.0) -> Any:
+    a, b = jax.random.split(K(seed))
+    first = ml.Dense(scale * jax.random.normal(a, (size, size)), jnp.zeros(size))
+    return ml.Sequential((first, ml.Smooth("tanh"), ml.Dense(jax.random.normal(b, (size, size)), None)))
+
+
 def he_conv(cls: Any, shape: tuple[int, ...], *args: Any, **kw: Any) -> Any:
     return cls.he(K(1), *args, **kw).with_basis(jax.ShapeDtypeStruct(shape, jnp.float32))
 
@@ -136,6 +142,35 @@ ROWS = {
     "permute": Row(lambda: ml.Permute((2, 0, 1)), (2, 3, 4), ("move",)),
     "space-to-depth": Row(lambda: ml.SpaceToDepth((2, 3)), (4, 6, 2), ("move",)),
     "pad-channels": Row(lambda: ml.PadChannels(2), (3, 4), ("padded",)),
+    "orthogonal": Row(lambda: ml.OrthogonalDense.init(K(1), 6, 6), (6,), ("jvp",)),
+    "orthogonal-tall": Row(lambda: ml.OrthogonalDense.init(K(1), 6, 4, method="expm"), (6,), ("jvp",)),
+    "orthogonal-wide": Row(
+        lambda: ml.OrthogonalDense.init(K(1), 4, 6, method="householder"), (4,), ("null",)
+    ),
+    "orthogonal-conv1d": Row(lambda: ml.OrthogonalConv.init(K(1), 4, 3, dims=1), (7, 4), ("jvp",)),
+    "orthogonal-conv2d": Row(lambda: ml.OrthogonalConv.init(K(1), 4, 4), (6, 5, 4), ("jvp",)),
+    "smooth-gelu": Row(lambda: ml.Smooth("gelu", 0.3), (5,), ("divide", "whole_input")),
+    "smooth-softplus": Row(lambda: ml.Smooth("softplus", 0.2), (5,), ("divide", "whole_input")),
+    "gelu": Row(lambda: ml.Smooth("gelu"), (5,), ("whole_input",)),
+    "tanh": Row(lambda: ml.Smooth("tanh"), (5,), ("whole_input",)),
+    "layernorm": Row(lambda: jiggle(ml.LayerNorm.init(None, 7), 0.2), (7,), ("moments",)),
+    "rmsnorm": Row(lambda: jiggle(ml.RMSNorm.init(None, 7), 0.2), (7,), ("moments",)),
+    "coupling": Row(lambda: ml.Coupling(branch(1, 4), branch(2, 4)), (8,), ("subtract", "subtract_vjps")),
+    "residual": Row(lambda: ml.Residual(branch(1, 4, 0.03)), (4,), ("fixed_16", "fixed_32")),
+    "sequential": Row(
+        lambda: ml.Sequential(
+            (jiggle(ml.Dense.init(K(1), 6, 6)), ml.LeakyReLU(0.5), ml.Dense.he(K(2), 6, 6), ml.ReLU())
+        ),
+        (6,),
+        ("parts", "parts.cokernel_50"),
+    ),
+    "sequential-conv": Row(
+        lambda: ml.Sequential(
+            (jiggle(ml.Conv2D.init(K(1), 4, 4)), ml.MaxMin(), ml.MaxPool((2, 2)), ml.Flatten(3))
+        ),
+        (5, 4, 4),
+        ("parts",),
+    ),
 }
 OPTIONS = [(name, option) for name, row in ROWS.items() for option in row.options]
 

@@ -2,26 +2,40 @@
 
 from mwplan.layers.activations import GroupSort, LeakyReLU, MaxMin, ReLU
 from mwplan.layers.base import layer, static
+from mwplan.layers.blocks import Coupling, Residual, Sequential, refresh, with_bases
 from mwplan.layers.conv import Conv1D, Conv2D
 from mwplan.layers.dense import Dense
+from mwplan.layers.norm import LayerNorm, RMSNorm
+from mwplan.layers.orthogonal import OrthogonalConv, OrthogonalDense
 from mwplan.layers.pooling import AveragePool, MaxPool
 from mwplan.layers.shapes import Flatten, PadChannels, Permute, Reshape, SpaceToDepth
+from mwplan.layers.smooth import Smooth
 
 __all__ = [
     "AveragePool",
     "Conv1D",
     "Conv2D",
+    "Coupling",
     "Dense",
     "Flatten",
     "GroupSort",
+    "LayerNorm",
     "LeakyReLU",
     "MaxMin",
     "MaxPool",
+    "OrthogonalConv",
+    "OrthogonalDense",
     "PadChannels",
     "Permute",
+    "RMSNorm",
     "ReLU",
     "Reshape",
+    "Residual",
+    "Sequential",
+    "Smooth",
     "SpaceToDepth",
     "layer",
+    "refresh",
     "static",
+    "with_bases",
 ]

@@ -1,0 +1,266 @@
+r"""Layers that are orthogonal by construction: their vijp is their jvp, and growth is 1 at any depth.
+
+With $Q^\top Q = I$, $\bar x = \bar y Q^\top$ gives $\bar y = \bar x Q$: the layer itself, without its bias, applied to the cotangent. **Source:** ours,
+from linear algebra; the Cayley transform of a convolution in the Fourier domain is Trockman and Kolter, arXiv:2104.07167.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Complex, Float
+
+from mwplan.errors import ArgumentError
+from mwplan.layers.base import layer, static
+from mwplan.layers.linear import LinearRule
+from mwplan.rules import InvertRule, Unavailable, VijpRule
+from mwplan.trees import widen
+
+METHODS = ("cayley", "householder", "expm")
+
+
+def _solve(a: Array, b: Array) -> Array:
+    """`a^-1 b` for `a = I + S` with skew `S`: its condition number is that of `I + S`, its eigenvalues at least 1 in modulus."""
+    return jnp.linalg.solve(a, b)
+
+
+@layer
+class OrthogonalDense:
+    r"""`y = x @ Q[:inner, :outer] + bias` with $Q$ square and orthogonal, made from `raw` by `method`.
+
+    - `cayley`: $S = R - R^\top$, $Q = (I + S)^{-1}(I - S)$; `raw` is $R$, square.
+    - `expm`: $Q = e^S$.
+    - `householder`: $Q = \prod_i (I - 2 v_i v_i^\top / |v_i|^2)$ over the columns of `raw`, any number of them, by the compact form
+      $I - V T V^\top$ with $T^{-1} = \mathrm{striu}(V^\top V) + \mathrm{diag}(|v_i|^2)/2$.
+
+    $Q$ is made anew in every sweep, about $2 n^3$ flop for $n = \max(inner, outer)$, and is never kept.
+    """
+
+    raw: Float[Array, "size columns"]
+    bias: Float[Array, " outer"] | None = None
+    inner: int = static(default=0)
+    outer: int = static(default=0)
+    method: str = static(default="cayley")
+
+    @staticmethod
+    def init(
+        key: Array,
+        inner: int,
+        outer: int,
+        *,
+        method: str = "cayley",
+        reflections: int | None = None,
+        bias: bool = True,
+        dtype: Any = jnp.float32,
+    ) -> OrthogonalDense:
+        """White `raw`, zero bias. `reflections`: columns of the householder method, all by default."""
+        if method not in METHODS:
+            raise ArgumentError(f"`method={method!r}` is none of {METHODS}")
+        size = max(inner, outer)
+        columns = size if method != "householder" or reflections is None else reflections
+        raw = (jax.random.normal(key, (size, columns)) / math.sqrt(size)).astype(dtype)
+        return OrthogonalDense(raw, jnp.zeros((outer,), dtype) if bias else None, inner, outer, method)
+
+    def matrix(self) -> Float[Array, "size size"]:
+        """$Q$, in float32 or wider."""
+        raw = widen(self.raw)
+        eye = jnp.eye(raw.shape[0], dtype=raw.dtype)
+        if self.method == "householder":
+            gram = raw.T @ raw
+            half = jnp.triu(gram, 1) + jnp.diag(jnp.diag(gram)) / 2
+            return eye - raw @ jax.scipy.linalg.solve_triangular(half, raw.T)
+        skew = raw - raw.T
+        if self.method == "expm":
+            return jax.scipy.linalg.expm(skew)
+        return _solve(eye + skew, eye - skew)
+
+    def linear(self, x: Float[Array, "*batch inner"]) -> Float[Array, "*batch outer"]:
+        """The layer without its bias."""
+        if x.ndim < 1 or x.shape[-1] != self.inner:
+            raise ArgumentError(
+                f"`x.shape={x.shape}`: this OrthogonalDense takes {self.inner} features on the last axis"
+            )
+        return x @ self.matrix()[: self.inner, : self.outer].astype(x.dtype)
+
+    def __call__(self, x: Float[Array, "*batch inner"]) -> Float[Array, "*batch outer"]:
+        """Applies the layer."""
+        y = self.linear(x)
+        return y if self.bias is None else y + self.bias
+
+    def vijp_rules(self, x: Any) -> Sequence[VijpRule | Unavailable]:
+        """The jvp; with the rest of the rows as fragment where `outer > inner`."""
+        return [OrthogonalJvp()] if self.outer <= self.inner else [OrthogonalNull()]
+
+    def invert_rules(self, x: Any) -> Sequence[InvertRule | Unavailable]:
+        """The transpose, for `outer >= inner`."""
+        if self.outer < self.inner:
+            return [Unavailable("transpose", f"{self.outer} outputs do not determine {self.inner} inputs")]
+        return [OrthogonalInverse()]
+
+
+def _finite(layer: Any) -> str | None:
+    leaves = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(layer)]
+    return (
+        None if all(np.isfinite(leaf).all() for leaf in leaves) else "its parameters have non-finite entries"
+    )
+
+
+@dataclass(frozen=True)
+class OrthogonalJvp(LinearRule):
+    r"""$\bar y = \bar x Q$: the layer applied to the cotangent. Nothing is erased or kept; cost of a forward; growth 1."""
+
+    name: str = "jvp"
+
+    def check(self, layer: Any, x: Any) -> str | None:
+        """Finite parameters."""
+        return _finite(layer)
+
+    def rebuild(self, layer: Any, x: Any, ct_in: Any, fragment: Any) -> Any:
+        """`ct_out`."""
+        return widen(layer).linear(ct_in)
+
+
+@dataclass(frozen=True)
+class OrthogonalNull(LinearRule):
+    r"""`outer > inner`: the layer is the first rows of $Q$, and the rest, $N^\top$, spans what is erased.
+
+    The fragment is $c = \bar y N$, `(outer - inner) / outer` of the cotangent; $\bar y = [\bar x\ \ c]\,Q$. Growth below 1.
+    """
+
+    name: str = "null"
+    has_fragment: bool = True
+
+    def check(self, layer: OrthogonalDense, x: Any) -> str | None:
+        """Finite parameters."""
+        return _finite(layer)
+
+    def fragment(self, layer: OrthogonalDense, residuals: Any, ct_out: Any) -> Any:
+        """`ct_out @ N`."""
+        return ct_out @ layer.matrix()[layer.inner :].T
+
+    def rebuild(self, layer: OrthogonalDense, x: Any, ct_in: Any, fragment: Any) -> Any:
+        """`ct_out`."""
+        return jnp.concatenate([ct_in, fragment], -1) @ layer.matrix()
+
+
+@dataclass(frozen=True)
+class OrthogonalInverse(InvertRule):
+    r"""$x = (y - b)\,Q^\top$, the transposed layer."""
+
+    name: str = "transpose"
+
+    def check(self, layer: OrthogonalDense, x: Any) -> str | None:
+        """Finite parameters."""
+        return _finite(layer)
+
+    def inverse(self, layer: OrthogonalDense, y: Any) -> Any:
+        """`x`, in the dtype of `y`."""
+        wide = widen(y) if layer.bias is None else widen(y) - widen(layer.bias)
+        return (wide @ layer.matrix()[: layer.inner, : layer.outer].T).astype(y.dtype)
+
+
+@layer
+class OrthogonalConv:
+    r"""A circular convolution of stride 1 in one or two dimensions whose symbol is unitary at every frequency: the Cayley transform.
+
+    With $A(\omega)$ the transform of the taps, $S = A - A^H$, $Q(\omega) = (I + S)^{-1}(I - S)$, of which the first `outer` columns are used. As a
+    filter it reaches across the whole input, with taps that decay. Channels last; `outer <= inner`. A stride is had by a `SpaceToDepth` in front.
+
+    **Cost:** transforms of input and output, $8\,inner\,outer$ flop a frequency and example on half the frequencies, and a complex solve of
+    `inner` a frequency once a sweep.
+    """
+
+    weight: Float[Array, "*kernel inner inner"]
+    bias: Float[Array, " outer"] | None = None
+    outer: int = static(default=0)
+
+    @staticmethod
+    def init(
+        key: Array,
+        inner: int,
+        outer: int,
+        kernel: int = 3,
+        *,
+        dims: int = 2,
+        bias: bool = True,
+        dtype: Any = jnp.float32,
+    ) -> OrthogonalConv:
+        """White taps, zero bias."""
+        if outer > inner or dims not in (1, 2):
+            raise ArgumentError(
+                f"`outer={outer}`, `dims={dims}`: needs outer <= inner={inner}, and 1 or 2 dimensions"
+            )
+        shape = (kernel,) * dims + (inner, inner)
+        weight = (jax.random.normal(key, shape) / math.sqrt(inner * kernel**dims)).astype(dtype)
+        return OrthogonalConv(weight, jnp.zeros((outer,), dtype) if bias else None, outer)
+
+    @property
+    def dims(self) -> int:
+        """The number of spatial axes."""
+        return self.weight.ndim - 2
+
+    def symbol(self, size: tuple[int, ...]) -> Complex[Array, "*frequencies inner outer"]:
+        """$Q$ at every frequency of the half grid for an input of `size`."""
+        weight = widen(self.weight)
+        if any(k > n for k, n in zip(weight.shape, size)):
+            raise ArgumentError(f"spatial size {size} is smaller than the kernel {weight.shape[: self.dims]}")
+        a = jnp.fft.rfftn(weight, s=size, axes=range(self.dims))
+        skew = a - jnp.conj(jnp.swapaxes(a, -1, -2))
+        eye = jnp.eye(weight.shape[-1], dtype=skew.dtype)
+        return _solve(eye + skew, eye - skew)[..., : self.outer]
+
+    def linear(self, x: Array) -> Array:
+        """The layer without its bias."""
+        dims, inner = self.dims, self.weight.shape[-1]
+        if x.ndim < dims + 1 or x.shape[-1] != inner:
+            raise ArgumentError(
+                f"`x.shape={x.shape}`: this OrthogonalConv takes {dims} spatial axes and {inner} channels, last"
+            )
+        size = x.shape[-1 - dims : -1]
+        lead = x.shape[: -1 - dims]
+        axes = range(1, dims + 1)
+        flat = widen(x).reshape(math.prod(lead), *size, inner)
+        hat = jnp.einsum("n...i,...io->n...o", jnp.fft.rfftn(flat, axes=axes), self.symbol(size))
+        return jnp.fft.irfftn(hat, s=size, axes=axes).reshape(*lead, *size, self.outer).astype(x.dtype)
+
+    def __call__(self, x: Array) -> Array:
+        """Applies the layer."""
+        y = self.linear(x)
+        return y if self.bias is None else y + self.bias
+
+    def vijp_rules(self, x: Any) -> Sequence[VijpRule | Unavailable]:
+        """The jvp."""
+        return [OrthogonalJvp()]
+
+    def invert_rules(self, x: Any) -> Sequence[InvertRule | Unavailable]:
+        """The transpose, for as many outputs as inputs."""
+        if self.outer < self.weight.shape[-1]:
+            return [
+                Unavailable(
+                    "transpose", f"{self.outer} outputs do not determine {self.weight.shape[-1]} inputs"
+                )
+            ]
+        return [OrthogonalConvInverse()]
+
+
+@dataclass(frozen=True)
+class OrthogonalConvInverse(InvertRule):
+    """The transposed layer."""
+
+    name: str = "transpose"
+
+    def check(self, layer: OrthogonalConv, x: Any) -> str | None:
+        """Finite parameters."""
+        return _finite(layer)
+
+    def inverse(self, layer: OrthogonalConv, y: Any) -> Any:
+        """`x`, in the dtype of `y`."""
+        wide = widen(y) if layer.bias is None else widen(y) - widen(layer.bias)
+        (x,) = jax.linear_transpose(widen(layer).linear, jax.ShapeDtypeStruct(wide.shape, wide.dtype))(wide)
+        return x.astype(y.dtype)
