@@ -9,22 +9,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import math
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from mwplan import growth, operations, rules, trees
+from mwplan.bench import Bench
 from mwplan.chain import Chain, boundaries, check_chain, fingerprint, layer_name, layer_signature
-from mwplan.compiling import options_of, temporaries
 from mwplan.errors import ArgumentError
 from mwplan.profiles import InvertOption, LayerProfile, MoonwalkOption, Profile, StoreOption
-from mwplan.residuals import new_bytes
+from mwplan.residuals import Residuals, new_bytes
 
 PyTree = Any
 GROWTH_SAMPLES = 8  # layers of one signature whose growth is measured; the largest counts for all
@@ -54,21 +50,21 @@ def profile(
     if repeats < 1:
         raise ArgumentError(f"`repeats={repeats}` must be at least 1")
     structs = boundaries(chain, x)
-    bench = _Bench(repeats, seed)
+    bench = Bench(repeats, seed)
     keys = [layer_signature(one) + str(structs[i]) for i, one in enumerate(chain.layers)]
     sampled = _spread(keys, GROWTH_SAMPLES)
     measured: dict[str, _Costs] = {}
     unusable: list[frozenset[str]] = []  # by layer: the rules that its present weights forbid
     for i, one in enumerate(chain.layers):
         if keys[i] not in measured:
-            measured[keys[i]] = _costs(bench, one, x)
+            measured[keys[i]] = _measure(bench, one, x)
         costs = measured[keys[i]]
         unusable.append(
             frozenset(rule.name for rule in costs.checked() if rule.check(one, structs[i]) is not None)
         )
         if i in sampled:
             costs.add_errors(bench, one, x, unusable[i])
-        x = bench.run(operations.plain_forward, one, x)
+        x = bench.forward(one, x)
         if progress is not None:
             progress(i + 1, len(chain), layer_name(one))
     profiles = tuple(
@@ -118,7 +114,7 @@ class _Costs:
         """The rules that have preconditions on values."""
         return [rule for rule, _ in self.moonwalk] + [rule for rule, _ in self.invert]
 
-    def add_errors(self, bench: _Bench, one: PyTree, x: PyTree, unusable: frozenset[str]) -> None:
+    def add_errors(self, bench: Bench, one: PyTree, x: PyTree, unusable: frozenset[str]) -> None:
         """Measures local error and growth of every usable rule at one layer, and keeps the largest."""
         for rule in self.checked():
             if rule.name in unusable:
@@ -150,135 +146,95 @@ class _Costs:
         )
 
 
-class _Bench:
-    """Compiles and times single operations; equal programs are measured once."""
-
-    def __init__(self, repeats: int, seed: int) -> None:
-        self.repeats = repeats
-        self.key = jax.random.key(seed)
-        self.known: dict[str, tuple[int, int]] = {}
-        self.jitted: dict[Any, Any] = {}
-        self.options = options_of() or None
-        self.overhead_ns = 0
-        empty = self.compile(lambda a: a, jnp.zeros(()))
-        self.overhead_ns = self.median_ns(empty, (jnp.zeros(()),), repeats=50)
-
-    def compile(self, operation: Callable[..., Any], *args: Any) -> Any:
-        """The operation compiled for `args`."""
-        return jax.jit(operation, compiler_options=self.options).lower(*args).compile()
-
-    def run(self, operation: Callable[..., Any], *args: Any) -> Any:
-        """The operation's result, jitted, without measuring."""
-        if operation not in self.jitted:
-            self.jitted[operation] = jax.jit(operation, compiler_options=self.options)
-        return self.jitted[operation](*args)
-
-    def median_ns(self, compiled: Any, args: tuple[Any, ...], repeats: int) -> int:
-        """Median wall time of one call, after a warm-up, less an empty call's."""
-        jax.block_until_ready(compiled(*args))
-        times = []
-        for _ in range(repeats):
-            start = time.perf_counter_ns()
-            jax.block_until_ready(compiled(*args))
-            times.append(time.perf_counter_ns() - start)
-        return max(0, math.ceil(statistics.median(times)) - self.overhead_ns)
-
-    def cost(self, operation: Callable[..., Any], *args: Any) -> tuple[int, int]:
-        """`(time_ns, workspace_bytes)` of the operation at `args`."""
-        lowered = jax.jit(operation, compiler_options=self.options).lower(*args)
-        text = hashlib.sha256(lowered.as_text().encode()).hexdigest()
-        if text not in self.known:
-            compiled = lowered.compile()
-            workspace = temporaries(compiled)
-            self.known[text] = self.median_ns(compiled, args, self.repeats), workspace
-        return self.known[text]
-
-    def cotangent(self, struct: PyTree) -> PyTree:
-        """White noise of the given shapes and dtypes (float0 for what has no cotangent)."""
-        leaves, treedef = jax.tree.flatten(struct)
-        keys = jax.random.split(self.key, len(leaves) or 1)
-        return jax.tree.unflatten(
-            treedef,
-            [
-                jax.random.normal(k, leaf.shape, leaf.dtype)
-                if trees.is_inexact(leaf)
-                else jnp.zeros(leaf.shape, jax.dtypes.float0)
-                for k, leaf in zip(keys, leaves)
-            ],
-        )
-
-
-def _costs(bench: _Bench, one: PyTree, x: PyTree) -> _Costs:
+def _measure(bench: Bench, one: PyTree, x: PyTree) -> _Costs:
     """Measures all options of one layer at its input."""
+    plain = bench.program(operations.plain_forward, one, x)
+    y = plain.result
+    ct_out = bench.cotangent(y)
+    stores = [_StorePrograms(bench, rule, one, x, ct_out) for rule in rules.store_rules(one, x)]
+    walks = [
+        _MoonwalkPrograms(bench, rule, one, x, ct_out)
+        for rule in rules.vijp_rules(one, x)
+        if isinstance(rule, rules.VijpRule)
+    ]
+    inverses = [
+        (rule, bench.program(functools.partial(operations.invert_backward, rule=rule), one, y, ct_out, None))
+        for rule in rules.invert_rules(one, x)
+        if isinstance(rule, rules.InvertRule)
+    ]
+    bench.settle()
     costs = _Costs()
-    costs.forward_ns, costs.forward_workspace_bytes = bench.cost(operations.plain_forward, one, x)
+    costs.forward_ns, costs.forward_workspace_bytes = plain.time_ns, plain.workspace_bytes
     costs.parameter_bytes = trees.nbytes(trees.parameters(one))
-    y = bench.run(operations.plain_forward, one, x)
-    ct_out = bench.cotangent(trees.struct(y))
-    for store in rules.store_rules(one, x):
-        costs.store.append(_store_option(bench, store, one, x, ct_out))
-    for rule in rules.vijp_rules(one, x):
-        if isinstance(rule, rules.VijpRule):
-            costs.moonwalk.append((rule, _moonwalk_option(bench, rule, one, x, ct_out)))
-    for inverse in rules.invert_rules(one, x):
-        if isinstance(inverse, rules.InvertRule):
-            operation = functools.partial(operations.invert_backward, rule=inverse)
-            backward_ns, workspace = bench.cost(operation, one, y, ct_out, None)
-            option = InvertOption(
-                name=inverse.name, backward_ns=backward_ns, backward_workspace_bytes=workspace
-            )
-            costs.invert.append((inverse, option))
+    costs.store = [programs.option() for programs in stores]
+    costs.moonwalk = [(programs.rule, programs.option()) for programs in walks]
+    costs.invert = [
+        (
+            rule,
+            InvertOption(name=rule.name, backward_ns=p.time_ns, backward_workspace_bytes=p.workspace_bytes),
+        )
+        for rule, p in inverses
+    ]
     return costs
 
 
-def _store_option(
-    bench: _Bench, rule: rules.StoreRule, one: PyTree, x: PyTree, ct_out: PyTree
-) -> StoreOption:
-    forward = functools.partial(operations.forward, rule=rule)
-    forward_ns, forward_workspace = bench.cost(forward, one, x)
-    y, held = bench.run(forward, one, x)
-    shared = (x if held.keeps_input else None, y if held.keeps_output else None)
-    backward = functools.partial(operations.store_backward, rule=rule)
-    backward_ns, backward_workspace = bench.cost(backward, one, held, *shared, ct_out)
-    return StoreOption(
-        name=rule.name,
-        residual_bytes=new_bytes(held),
-        keeps_input=held.keeps_input,
-        keeps_output=held.keeps_output,
-        forward_ns=forward_ns,
-        backward_ns=backward_ns,
-        forward_workspace_bytes=forward_workspace,
-        backward_workspace_bytes=backward_workspace,
-    )
+class _StorePrograms:
+    """The operations of one way to store a layer."""
+
+    def __init__(self, bench: Bench, rule: rules.StoreRule, one: PyTree, x: PyTree, ct_out: PyTree) -> None:
+        self.name = rule.name
+        self.forward = bench.program(functools.partial(operations.forward, rule=rule), one, x)
+        y, self.held = self.forward.result
+        shared = _shared(self.held, x, y)
+        backward = functools.partial(operations.store_backward, rule=rule)
+        self.backward = bench.program(backward, one, self.held, *shared, ct_out)
+
+    def option(self) -> StoreOption:
+        """What was measured."""
+        return StoreOption(
+            name=self.name,
+            residual_bytes=new_bytes(self.held),
+            keeps_input=self.held.keeps_input,
+            keeps_output=self.held.keeps_output,
+            forward_ns=self.forward.time_ns,
+            backward_ns=self.backward.time_ns,
+            forward_workspace_bytes=self.forward.workspace_bytes,
+            backward_workspace_bytes=self.backward.workspace_bytes,
+        )
 
 
-def _moonwalk_option(
-    bench: _Bench, rule: rules.VijpRule, one: PyTree, x: PyTree, ct_out: PyTree
-) -> MoonwalkOption:
-    forward = functools.partial(operations.forward, rule=rule)
-    forward_ns, forward_workspace = bench.cost(forward, one, x)
-    y, held = bench.run(forward, one, x)
-    shared = (x if held.keeps_input else None, y if held.keeps_output else None)
-    reverse = functools.partial(operations.reverse, rule=rule)
-    wide = trees.widen(ct_out)
-    reverse_ns, reverse_workspace = bench.cost(reverse, one, held, *shared, wide)
-    ct_in, fragment = bench.run(reverse, one, held, *shared, wide)
-    vijp = functools.partial(operations.vijp, rule=rule)
-    vijp_ns, vijp_workspace = bench.cost(vijp, one, x, ct_in, fragment)
-    advance = functools.partial(operations.advance, last=True)
-    advance_ns, advance_workspace = bench.cost(advance, one, x, wide)
-    return MoonwalkOption(
-        name=rule.name,
-        residual_bytes=new_bytes(held),
-        keeps_input=held.keeps_input,
-        keeps_output=held.keeps_output,
-        fragment_bytes=trees.nbytes(fragment),
-        forward_ns=forward_ns,
-        reverse_ns=reverse_ns,
-        rebuild_ns=vijp_ns + advance_ns,
-        forward_workspace_bytes=forward_workspace,
-        reverse_workspace_bytes=reverse_workspace,
-        rebuild_workspace_bytes=vijp_workspace,
-        advance_workspace_bytes=advance_workspace,
-        fragment_is_cotangent=isinstance(rule, rules.WholeFragment),
-    )
+class _MoonwalkPrograms:
+    """The operations of one way through a moonwalk run."""
+
+    def __init__(self, bench: Bench, rule: rules.VijpRule, one: PyTree, x: PyTree, ct_out: PyTree) -> None:
+        self.rule = rule
+        self.forward = bench.program(functools.partial(operations.forward, rule=rule), one, x)
+        y, self.held = self.forward.result
+        wide = trees.widen(ct_out)
+        reverse = functools.partial(operations.reverse, rule=rule)
+        self.reverse = bench.program(reverse, one, self.held, *_shared(self.held, x, y), wide)
+        ct_in, self.fragment = self.reverse.result
+        self.vijp = bench.program(functools.partial(operations.vijp, rule=rule), one, x, ct_in, self.fragment)
+        self.advance = bench.program(functools.partial(operations.advance, last=True), one, x, wide)
+
+    def option(self) -> MoonwalkOption:
+        """What was measured."""
+        return MoonwalkOption(
+            name=self.rule.name,
+            residual_bytes=new_bytes(self.held),
+            keeps_input=self.held.keeps_input,
+            keeps_output=self.held.keeps_output,
+            fragment_bytes=trees.nbytes(self.fragment),
+            forward_ns=self.forward.time_ns,
+            reverse_ns=self.reverse.time_ns,
+            rebuild_ns=self.vijp.time_ns + self.advance.time_ns,
+            forward_workspace_bytes=self.forward.workspace_bytes,
+            reverse_workspace_bytes=self.reverse.workspace_bytes,
+            rebuild_workspace_bytes=self.vijp.workspace_bytes,
+            advance_workspace_bytes=self.advance.workspace_bytes,
+            fragment_is_cotangent=isinstance(self.rule, rules.WholeFragment),
+        )
+
+
+def _shared(held: Residuals, x: PyTree, y: PyTree) -> tuple[PyTree, PyTree]:
+    return x if held.keeps_input else None, y if held.keeps_output else None

@@ -6,6 +6,7 @@ from forward to backward as `Residuals`, which hold what is new and look up the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -66,3 +67,7 @@ def invert_backward(
     _, vjp = jax.vjp(lambda p, x: trees.with_parameters(layer, p)(x), params, x)
     grads, ct_in = vjp(ct_out)
     return x, grads, ct_in
+
+
+#: Which of an operation's results are parameter gradients: outputs of the step, not temporaries.
+GRADIENTS: dict[Callable[..., Any], int] = {store_backward: 0, advance: 1, invert_backward: 1}

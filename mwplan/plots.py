@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 if TYPE_CHECKING:
+    from mwplan.tracing import Timeline
     from mwplan.training import TrainResult
 
 PLAN, BACKPROP, LIMIT = "#2a6f97", "#c1121f", "#555555"
@@ -26,6 +27,21 @@ def plot_frontier(points: Sequence[tuple[int, int]], ax: Axes | None = None, **l
     style = {"color": PLAN, "where": "post", "label": "frontier"} | line
     ax.step([need / 2**20 for need, _ in points], [time / 1e6 for _, time in points], **style)
     ax.set(xlabel="device memory of the step (MiB)", ylabel="predicted time of a step (ms)")
+    return ax
+
+
+def plot_timeline(timeline: Timeline, ax: Axes | None = None) -> Axes:
+    """Live bytes over the events of one step: measured as a line, the ledger's as an area behind it."""
+    ax = new_axes() if ax is None else ax
+    at = range(len(timeline.events))
+    predicted = [e.predicted.live_bytes / 2**20 for e in timeline.events if e.predicted is not None]
+    if len(predicted) == len(timeline.events):
+        ax.fill_between(at, predicted, step="mid", color="#a9d6e5", label="predicted (ledger)")
+    ax.step(
+        at, [e.live_bytes / 2**20 for e in timeline.events], where="mid", color=PLAN, lw=1, label="measured"
+    )
+    ax.set(xlabel="operation of the step", ylabel="bytes alive (MiB)", ylim=(0, None))
+    ax.legend(frameon=False)
     return ax
 
 

@@ -1,0 +1,126 @@
+"""Compiles single operations, times them, and reads their workspace off the compiled program."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mwplan import operations, trees
+from mwplan.compiling import options_of, temporaries
+from mwplan.growth import random_cotangent
+
+PyTree = Any
+
+
+class Program:
+    """One compiled operation: its result at the arguments it was made with, workspace, and time once settled."""
+
+    def __init__(self, compiled: Any, leaves: list[Any], overhead_ns: int) -> None:
+        self.compiled = compiled
+        self.leaves = leaves
+        self.overhead_ns = overhead_ns
+        self.workspace_bytes = temporaries(compiled)
+        self.samples: list[int] = []
+
+    @property
+    def time_ns(self) -> int:
+        """Median time of a run, less what an empty call costs."""
+        return max(0, math.ceil(statistics.median(self.samples)) - self.overhead_ns)
+
+    def sample(self, recycled: list[Any]) -> list[Any]:
+        """Runs once and notes the time. The outputs take the place of `recycled`, which a later run takes."""
+        start = time.perf_counter_ns()
+        outputs = jax.block_until_ready(self.compiled(recycled, self.leaves))
+        self.samples.append(time.perf_counter_ns() - start)
+        return outputs
+
+
+class Handle:
+    """A `Program` as one caller sees it: with the result at its own arguments."""
+
+    def __init__(self, program: Program, result: Any) -> None:
+        self.program = program
+        self.result = result
+
+    @property
+    def time_ns(self) -> int:
+        """As `Program.time_ns`."""
+        return self.program.time_ns
+
+    @property
+    def workspace_bytes(self) -> int:
+        """As `Program.workspace_bytes`."""
+        return self.program.workspace_bytes
+
+
+class Bench:
+    """Times operations in rounds, so that a slow moment hits all alike; equal programs are compiled and timed once.
+
+    Outputs are donated back as the next run's output buffers: in a compiled step an operation writes into memory that is there
+    already, and fresh pages would be counted against it here.
+    """
+
+    def __init__(self, repeats: int, seed: int) -> None:
+        self.repeats = repeats
+        self.key = jax.random.key(seed)
+        self.options = options_of() or None
+        self.known: dict[str, Program] = {}
+        self.unsettled: list[Program] = []
+        self.plain = jax.jit(operations.plain_forward, compiler_options=self.options)
+        self.overhead_ns = 0
+        empty = self.program(lambda a: a + 1, jnp.zeros(()))
+        self.settle(rounds=50)
+        self.overhead_ns = empty.time_ns
+
+    def forward(self, one: PyTree, x: PyTree) -> PyTree:
+        """The layer's output, not timed."""
+        return self.plain(one, x)
+
+    def cotangent(self, y: PyTree) -> PyTree:
+        """White noise like `y`."""
+        return random_cotangent(trees.struct(y), self.key)
+
+    def program(self, operation: Callable[..., Any], *args: Any) -> Handle:
+        """Compiles the operation for `args` and runs it once; `settle` times it."""
+
+        leaves, treedef = jax.tree.flatten(args)  # programs are compared without their callers' classes
+
+        def recycling(recycled: list[Any], leaves: list[Any]) -> list[Any]:
+            return jax.tree.leaves(operation(*jax.tree.unflatten(treedef, leaves)))
+
+        out = jax.eval_shape(operation, *args)
+        jitted = jax.jit(recycling, donate_argnums=0, keep_unused=True, compiler_options=self.options)
+        lowered = jitted.lower(jax.tree.leaves(out), leaves)
+        key = hashlib.sha256(lowered.as_text().encode()).hexdigest()
+        fresh = [jnp.zeros(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(out)]
+        if key not in self.known:
+            with warnings.catch_warnings():
+                warnings.filterwarnings(
+                    "ignore", message=".*donated.*"
+                )  # an output that is an input needs no buffer
+                self.known[key] = Program(lowered.compile(), leaves, self.overhead_ns)
+            self.unsettled.append(self.known[key])
+        program = self.known[key]
+        flat = program.compiled(fresh, leaves)
+        return Handle(program, jax.tree.unflatten(jax.tree.structure(out), flat))
+
+    def settle(self, rounds: int | None = None) -> None:
+        """Times every new program: one warm-up and `repeats` rounds over all of them."""
+        recycled = [
+            [jnp.zeros(leaf.shape, leaf.dtype) for leaf in program.compiled.out_info]
+            for program in self.unsettled
+        ]
+        for _ in range(1 + (rounds or self.repeats)):
+            recycled = [program.sample(buffers) for program, buffers in zip(self.unsettled, recycled)]
+        for program in self.unsettled:
+            del program.samples[0]
+            program.leaves = []  # what it was timed on need not be kept
+        self.unsettled.clear()

@@ -1,0 +1,173 @@
+"""Executes a schedule operation by operation and looks at what is alive: the measured memory timeline."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from matplotlib.axes import Axes
+
+from mwplan import operations
+from mwplan.chain import Chain, boundaries
+from mwplan.compiling import options_of, temporaries
+from mwplan.errors import ArgumentError
+from mwplan.execute import Interpreter, check_match
+from mwplan.ledger import Event, replay
+from mwplan.profiles import Profile
+from mwplan.schedule import Schedule
+
+PyTree = Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TracedEvent:
+    """One operation as it ran.
+
+    `array_bytes`: every array alive just after it that is not an argument of the step or a parameter's gradient: what the operation read and
+    wrote, and what is held. `workspace_bytes`: its compiled program's temporaries. `predicted`: the ledger's event, where a profile was given.
+    """
+
+    sweep: str
+    layer: int
+    depth: int
+    array_bytes: int
+    workspace_bytes: int
+    time_ns: int
+    predicted: Event | None = None
+
+    @property
+    def live_bytes(self) -> int:
+        """Arrays and workspace together, as in `ledger.Event`."""
+        return self.array_bytes + self.workspace_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timeline:
+    """A step's events as measured, and its gradients."""
+
+    events: tuple[TracedEvent, ...]
+    gradients: Any
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most bytes alive at any event."""
+        return max(event.live_bytes for event in self.events)
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Measured live bytes over the events, and the ledger's behind them; returns the axes."""
+        from mwplan.plots import plot_timeline
+
+        return plot_timeline(self, ax)
+
+
+def trace(
+    schedule: Schedule,
+    chain: Chain,
+    x: PyTree,
+    loss: Callable[..., Any],
+    *args: Any,
+    profile: Profile | None = None,
+) -> Timeline:
+    """Runs one gradient step of `loss(y, *args)` by `schedule`, every operation dispatched alone, and measures it.
+
+    **Arguments:** as `mw.value_and_grad`; `profile`, the one the schedule was made from, to set the ledger's events beside.
+    **Returns:** a `Timeline`. Its live bytes come from the arrays that exist on the device, on any backend.
+    **Raises:** `ScheduleMismatchError`; `ArgumentError` where called under `jax.jit`.
+    **Cost:** each distinct operation is compiled once, and run twice (the second run is timed).
+    """
+    check_match(schedule, chain)
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((chain, x, args))):
+        raise ArgumentError("`trace` measures concrete arrays: call it outside `jax.jit`")
+    expected = () if profile is None else replay(profile, schedule.runs).events
+    watch = _Watch()
+    interpreter = Interpreter(chain, boundaries(chain, x), watch.perform, lambda tree: tree)
+    interpreter.claim(0, x)
+    interpreter.claim(0)
+    kept = interpreter.forward(schedule.runs, 0)
+    y = interpreter.x[len(chain)]
+    cotangent = jax.jit(jax.grad(lambda y: loss(y, *args)), compiler_options=watch.options)
+    box = [jax.block_until_ready(cotangent(y))]
+    watch.note("turn", len(chain), 0, 0, 0)
+    del y
+    interpreter.release(len(chain))
+    grads: list[Any] = watch.gradients
+    grads += [None] * len(chain)
+    interpreter.backward(schedule.runs, kept, box, grads, 0)
+    events = tuple(
+        TracedEvent(
+            sweep=sweep,
+            layer=layer,
+            depth=depth,
+            array_bytes=live,
+            workspace_bytes=workspace,
+            time_ns=taken,
+            predicted=expected[i] if i < len(expected) else None,
+        )
+        for i, (sweep, layer, depth, live, workspace, taken) in enumerate(watch.events)
+    )
+    return Timeline(events=events, gradients=grads)
+
+
+class _Watch:
+    """A performer that dispatches every operation alone and counts the bytes alive after it."""
+
+    def __init__(self) -> None:
+        self.options = options_of() or None
+        self.gradients: list[Any] = []
+        self.events: list[tuple[str, int, int, int, int, int]] = []
+        self.compiled: dict[Any, Any] = {}
+        # Whatever exists before the step begins is an argument, or none of its business.
+        gc.collect()
+        self.before = {array.unsafe_buffer_pointer(): array for array in jax.live_arrays()}
+
+    def perform(self, sweep: str, layer: int, depth: int, operation: Callable[..., Any], *args: Any) -> Any:
+        """Runs the operation twice, times the second run, and notes what is alive."""
+        key = (
+            getattr(operation, "func", operation),
+            tuple(sorted(getattr(operation, "keywords", {}).items())),
+            jax.tree.structure(args),
+            tuple((leaf.shape, leaf.dtype.name) for leaf in jax.tree.leaves(args)),
+        )
+        if key not in self.compiled:
+            compiled = jax.jit(operation, compiler_options=self.options).lower(*args).compile()
+            self.compiled[key] = compiled, _passed_through(operation, args)
+        run, same = self.compiled[key]
+        jax.block_until_ready(run(*args))
+        start = time.perf_counter_ns()
+        result = jax.block_until_ready(run(*args))
+        taken = time.perf_counter_ns() - start
+        if same:
+            leaves, treedef = jax.tree.flatten(result)
+            inputs = jax.tree.leaves(args)
+            result = jax.tree.unflatten(
+                treedef, [inputs[same[i]] if i in same else leaf for i, leaf in enumerate(leaves)]
+            )
+            del leaves
+        where = operations.GRADIENTS.get(getattr(operation, "func", operation))
+        self.note(sweep, layer, depth, temporaries(run), taken, () if where is None else result[where])
+        return result
+
+    def note(
+        self, sweep: str, layer: int, depth: int, workspace: int, taken: int, new_gradients: Any = ()
+    ) -> None:
+        """Counts the bytes of all live arrays but arguments and gradients, buffers once."""
+        skip = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves((self.gradients, new_gradients))}
+        buffers = {array.unsafe_buffer_pointer(): array.nbytes for array in jax.live_arrays()}
+        for known in skip | self.before.keys():
+            buffers.pop(known, None)
+        self.events.append((sweep, layer, depth, sum(buffers.values()), workspace, taken))
+
+
+def _passed_through(operation: Callable[..., Any], args: tuple[Any, ...]) -> dict[int, int]:
+    """Outputs of the operation that are inputs of it, by index: one buffer within a step, but a copy when dispatched alone."""
+    jaxpr = jax.make_jaxpr(operation)(*args).jaxpr
+    where = {var: i for i, var in enumerate(jaxpr.invars)}
+    return {
+        i: where[var]
+        for i, var in enumerate(jaxpr.outvars)
+        if isinstance(var, type(jaxpr.invars[0])) and var in where
+    }
