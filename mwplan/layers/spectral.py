@@ -206,7 +206,7 @@ class SpectralHalo(Spectral):
 
 def _vectors(basis: Basis) -> Complex[Array, "*frequencies groups outer kept"]:
     """The normalised directions."""
-    v = jax.lax.stop_gradient(basis.vectors)
+    v = jax.lax.stop_gradient(trees.widen(basis.vectors))
     v = jax.lax.complex(v[0], v[1])
     return v / jnp.linalg.norm(v, axis=-2, keepdims=True)
 
