@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -60,8 +61,21 @@ class _Buffer:
         self.size = end
 
 
+@dataclass(frozen=True, slots=True)
+class Top:
+    """The staircases of the suffixes `(s, r]` of one stretch, by node, and what its runs may be.
+
+    `reach[s]`: up to where a RECOMPUTE run from `s` may go; `closing`: whether it may end the stretch.
+    """
+
+    candidates: Candidates
+    nodes: dict[tuple[int, bool], Stairs]
+    reach: Ints
+    closing: bool
+
+
 class Tables:
-    """`T[s, r, e]` for all stretches inside the chain (`r < L`), and the top level's suffixes.
+    """`T[s, r, e]` for all stretches; `solve_top` adds the top level.
 
     **Arguments:** `candidates`; `depth`, how many levels of RECOMPUTE the schedules may hold, None for any.
     **Cost:** O(L^3) combinations of staircases, each linear in their sizes up to a sort. Equal stretches are solved once.
@@ -87,7 +101,6 @@ class Tables:
         self._left: list[dict[tuple[int, bool], _Buffer]] = [{} for _ in range(self.levels)]
         for level in range(self.levels):
             self._fill(level)
-        self.top = self._fill_top()
 
     def source(self, level: int) -> int | None:
         """The level whose schedules may stand inside RECOMPUTE runs of `level` (`levels` is the top); None if none may."""
@@ -102,9 +115,7 @@ class Tables:
         return (False, True) if self.candidates.kept_nodes[position] else (False,)
 
     def suffix(self, level: int, start: int, stop: int, kept: bool) -> Stairs:
-        """The staircase of the stretch `(start, stop]` from `(start, kept)` at `level`, the top's included."""
-        if level == self.levels:
-            return self.top.get((start, kept), _NOTHING)
+        """The staircase of the stretch `(start, stop]` from `(start, kept)` inside RECOMPUTE runs of `level + 1`."""
         if start == stop:
             return _DONE
         return self.stairs[level].get((start, stop, kept), _NOTHING)
@@ -116,9 +127,11 @@ class Tables:
         ids: dict[tuple[int, int], int] = {}
         p = c.profile
         boundary = list(zip(p.activation_bytes, p.cotangent_bytes, p.sweep_cotangent_bytes))
-        for stop in range(1, self.size):
+        reach = c.recompute_reach()
+        for stop in range(1, self.size + 1):
             right = _Buffer()
             nodes: dict[tuple[int, bool], Stairs] = {(stop, False): _DONE, (stop, True): _DONE}
+            top = Top(c, nodes, reach, False)
             content = -c.layer_class[stop]
             for start in range(stop - 1, -1, -1):
                 content = ids.setdefault((c.layer_class[start + 1], content), len(ids) + 1)
@@ -127,7 +140,7 @@ class Tables:
                     found = memo.get(key)
                     if found is None:
                         k = int(c.cotangent[stop])
-                        found = memo[key] = self._merge(level, start, stop, kept, k, nodes, right)
+                        found = memo[key] = self._merge(level, start, stop, kept, k, top, right)
                     stairs[start, stop, kept] = nodes[start, kept] = found
                     if found[0].size:
                         left = self._left[level].setdefault((start, kept), _Buffer())
@@ -135,17 +148,26 @@ class Tables:
                 if (start, False) in nodes and start:
                     right.append(start, (self.size - start) * self.span, nodes[start, False])
 
-    def _fill_top(self) -> dict[tuple[int, bool], Stairs]:
-        c, right, stop = self.candidates, _Buffer(), self.size
+    def solve_top(self, candidates: Candidates | None = None, *, closing: bool = False) -> Top:
+        """The staircases of all suffixes of the chain at the top level.
+
+        **Arguments:** `candidates`, if other than inside RECOMPUTE runs (layers pinned); `closing`, whether a RECOMPUTE run may end the
+        chain, which is never better but may be asked for.
+        """
+        c = candidates or self.candidates
+        right, stop = _Buffer(), self.size
         nodes: dict[tuple[int, bool], Stairs] = {}
         for kept in (False, True):
             nodes[stop, kept] = (np.array([c.turn_bytes(kept)]), np.zeros(1, dtype=np.int64))
+        top = Top(c, nodes, c.recompute_reach(), closing)
+        if closing:
+            right.append(stop, 0, nodes[stop, False])
         for start in range(stop - 1, -1, -1):
             for kept in self.kept_states(start):
-                nodes[start, kept] = self._merge(self.levels, start, stop, kept, 0, nodes, right)
+                nodes[start, kept] = self._merge(self.levels, start, stop, kept, 0, top, right)
             if start:
                 right.append(start, (self.size - start) * self.span, nodes[start, False])
-        return nodes
+        return top
 
     def _merge(
         self,
@@ -154,22 +176,23 @@ class Tables:
         stop: int,
         kept: bool,
         k: int,
-        nodes: dict[tuple[int, bool], Stairs],
+        top: Top,
         right: _Buffer,
     ) -> Stairs:
-        """One application of the recursion: `nodes` holds the suffixes, `right` those with `e` false, keyed from the right."""
+        """One application of the recursion: `top` holds the suffixes, `right` those with `e` false, keyed from the right."""
         needs: list[Ints] = []
         times: list[Ints] = []
-        self._merge_atoms(self.candidates.atoms(start, kept), stop, k, nodes, needs, times)
+        self._merge_atoms(top.candidates.atoms(start, kept), stop, k, top.nodes, needs, times)
         source = self.source(level)
-        if source is not None and stop - start > 1:
+        limit = min(stop if top.closing else stop - 1, int(top.reach[start]))
+        if source is not None and limit > start:
             left = self._left[source].get((start, kept))
             if left is not None and left.size and right.size:
-                self._merge_recompute(left, right, start, stop, kept, k, needs, times)
+                self._merge_recompute(left, right, start, limit, kept, k, needs, times)
         if not needs:
             return _NOTHING
         need, time = staircase(np.concatenate(needs), np.concatenate(times))
-        if self.cap is not None and need.size and need[-1] > self.cap:
+        if self.cap is not None and need.size and need[-1] > self.cap and top.candidates is self.candidates:
             need, time = need[need <= self.cap], time[: int(np.searchsorted(need, self.cap, side="right"))]
         return need, time
 
@@ -200,20 +223,24 @@ class Tables:
         left: _Buffer,
         right: _Buffer,
         start: int,
-        stop: int,
+        limit: int,
         kept: bool,
         k: int,
         needs: list[Ints],
         times: list[Ints],
     ) -> None:
+        """Adds the points of RECOMPUTE runs from `start` to at most `limit`, each with every suffix."""
         c, span = self.candidates, self.span
         own = 0 if kept else int(c.activation[start])
         peak = c.recompute_forward_peak(start, kept)
         forward = c.forward_sum - c.forward_sum[start]
-        # Left parts with stop < `stop`; they are in order of stop.
-        n_left = int(np.searchsorted(left.key[: left.size], stop * span))
+        # Left parts with stop <= `limit`; they are in order of stop, the right ones against it.
+        n_left = int(np.searchsorted(left.key[: left.size], (limit + 1) * span))
+        low = int(np.searchsorted(right.key[: right.size], (self.size - limit) * span))
         lk, lt, lg = left.key[:n_left], left.time[:n_left], left.group[:n_left]
-        rk, rt, rg = right.key[: right.size], right.time[: right.size], right.group[: right.size]
+        rk, rt, rg = right.key[low : right.size], right.time[low : right.size], right.group[low : right.size]
+        if not n_left or not rk.size:
+            return
         # Right parts' needs with A[s] added, keyed like the left's and the other way round.
         rneed = rk - (self.size - rg) * span + own
         lneed = lk - lg * span
@@ -225,48 +252,64 @@ class Tables:
         times.append(lt[ok] + rt[at[ok]] + forward[g])
         at = np.searchsorted(lk, rneed + rg * span, side="right") - 1
         ok = at >= 0
-        if n_left:
-            ok &= lg[at] == rg
-            g = rg[ok]
-            needs.append(np.maximum(rneed[ok], peak[g - start - 1] + k))
-            times.append(rt[ok] + lt[at[ok]] + forward[g])
+        ok &= lg[at] == rg
+        g = rg[ok]
+        needs.append(np.maximum(rneed[ok], peak[g - start - 1] + k))
+        times.append(rt[ok] + lt[at[ok]] + forward[g])
 
     # -- reading -------------------------------------------------------------------------------------------------
 
-    def runs(self, level: int, start: int, stop: int, kept: bool, budget: int) -> tuple[Run, ...]:
-        """The runs of the fastest schedule of the stretch within `budget`, which must hold at least one."""
+    def runs(self, top: Top, budget: int) -> tuple[Run, ...]:
+        """The runs of the fastest schedule of the chain within `budget`, which must hold at least one."""
+        return self._read(self.levels, 0, self.size, True, budget, top)
+
+    def inner_runs(self, level: int, start: int, stop: int, kept: bool, budget: int) -> tuple[Run, ...]:
+        """The runs of the fastest inner schedule of `(start, stop]` within `budget`."""
+        return self._read(level, start, stop, kept, budget, None)
+
+    def _read(
+        self, level: int, start: int, stop: int, kept: bool, budget: int, top: Top | None
+    ) -> tuple[Run, ...]:
         out: list[Run] = []
-        k = 0 if level == self.levels else int(self.candidates.cotangent[stop])
         while start < stop:
-            time = value_at(*self.suffix(level, start, stop, kept), budget)
-            run, kept, budget = self._first_run(level, start, stop, kept, k, budget, time)
+            run, kept, budget = self._first_run(level, start, stop, kept, budget, top)
             out.append(run)
             start = run.stop
         return tuple(out)
 
     def _first_run(
-        self, level: int, start: int, stop: int, kept: bool, k: int, budget: int, time: int
+        self, level: int, start: int, stop: int, kept: bool, budget: int, top: Top | None
     ) -> tuple[Run, bool, int]:
-        """A run that begins a schedule of exactly `time` within `budget`, the next node's `e`, and the budget left there."""
-        c = self.candidates
+        """A run that begins a fastest schedule within `budget`, the next node's `e`, and the budget left there."""
+        c = top.candidates if top else self.candidates
+        k = 0 if top else int(c.cotangent[stop])
+
+        def rest_time(at: int, keeps: bool, budget: int) -> int:
+            stairs = top.nodes.get((at, keeps), _NOTHING) if top else self.suffix(level, at, stop, keeps)
+            return value_at(*stairs, budget)
+
+        time = rest_time(start, kept, budget)
         atoms = c.atoms(start, kept)
         peak = np.maximum(atoms.forward_peak + k, atoms.backward_peak)
         for row in np.flatnonzero((peak <= budget) & (atoms.stop <= stop)):
             at, keeps = int(atoms.stop[row]), bool(atoms.keeps_end[row])
             rest = budget - int(atoms.held[row])
-            if int(atoms.time[row]) + value_at(*self.suffix(level, at, stop, keeps), rest) == time:
+            if int(atoms.time[row]) + rest_time(at, keeps, rest) == time:
                 return c.run(start, kept, int(row)), keeps, rest
         source = self.source(level)
         assert source is not None
         own = 0 if kept else int(c.activation[start])
         peaks = c.recompute_forward_peak(start, kept)
-        for at in range(start + 1, stop):
+        limit = stop if top is not None and top.closing else stop - 1
+        for at in range(start + 1, limit + 1):
             if peaks[at - start - 1] + k > budget:
                 break
             inner = value_at(*self.suffix(source, start, at, kept), budget)
-            rest = value_at(*self.suffix(level, at, stop, False), budget - own)
-            if inner + rest + int(c.forward_sum[at] - c.forward_sum[start]) == time:
-                runs = self.runs(source, start, at, kept, budget)
+            if (
+                inner + rest_time(at, False, budget - own) + int(c.forward_sum[at] - c.forward_sum[start])
+                == time
+            ):
+                runs = self.inner_runs(source, start, at, kept, budget)
                 return Run(kind=RunKind.RECOMPUTE, start=start, stop=at, inner=runs), False, budget - own
         raise AssertionError("a staircase's point has no run behind it")
 
@@ -281,8 +324,9 @@ class Frontier:
     def __init__(self, tables: Tables) -> None:
         self.tables = tables
         self.candidates = tables.candidates
-        self._need, self._time = tables.top[0, True]
-        self.points: tuple[tuple[int, int], ...] = tuple(zip(self._need.tolist(), self._time.tolist()))
+        self.top = tables.solve_top()
+        need, time = self.top.nodes[0, True]
+        self.points: tuple[tuple[int, int], ...] = tuple(zip(need.tolist(), time.tolist()))
 
     @property
     def least_bytes(self) -> int | None:
@@ -300,8 +344,7 @@ class Frontier:
         if k < 0:
             return Solution(status=Status.INFEASIBLE, least_bytes=self.least_bytes, solver="frontier")
         need, time = self.points[k]
-        t = self.tables
-        runs = t.runs(t.levels, 0, t.size, True, need)
+        runs = self.tables.runs(self.top, need)
         return Solution(
             status=Status.OPTIMAL,
             runs=runs,
