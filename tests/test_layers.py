@@ -19,13 +19,15 @@ from mwplan import residuals, rules, trees
 K = jax.random.key
 
 
+def noise(seed: int, shape: tuple[int, ...]) -> Any:
+    """White noise in float32, by NumPy: `jax.random` compiles anew for every shape."""
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
 def jiggle(layer: Any, scale: float = 0.02, seed: int = 9) -> Any:
     """`layer` with its parameters moved a little: well-conditioned, not special. Bases stay."""
     params = trees.parameters(layer)
-    keys = jax.random.split(K(seed), len(params) + 1)
-    return trees.with_parameters(
-        layer, [p + scale * jax.random.normal(k, p.shape, p.dtype) for k, p in zip(keys, params)]
-    )
+    return trees.with_parameters(layer, [p + scale * noise(seed + i, p.shape) for i, p in enumerate(params)])
 
 
 def causal(layer: Any) -> Any:
@@ -44,14 +46,13 @@ class Row:
     def arrays(self) -> tuple[Any, Any, Any]:
         """The layer, an input with two batch axes, and a cotangent of its output."""
         layer = self.make()
-        x = jax.random.normal(K(2), (2, 3, *self.shape))
-        return layer, x, jax.random.normal(K(3), jax.eval_shape(layer, x).shape)
+        x = noise(2, (2, 3, *self.shape))
+        return layer, x, noise(3, jax.eval_shape(layer, x).shape)
 
 
 def branch(seed: int, size: int, scale: float = 1.0) -> Any:
-    a, b = jax.random.split(K(seed))
-    first = ml.Dense(scale * jax.random.normal(a, (size, size)), jnp.zeros(size))
-    return ml.Sequential((first, ml.Smooth("tanh"), ml.Dense(jax.random.normal(b, (size, size)), None)))
+    first = ml.Dense(scale * noise(seed, (size, size)), jnp.zeros(size))
+    return ml.Sequential((first, ml.Smooth("tanh"), ml.Dense(noise(seed + 9, (size, size)), None)))
 
 
 def he_conv(cls: Any, shape: tuple[int, ...], *args: Any, **kw: Any) -> Any:

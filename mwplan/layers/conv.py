@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Self
 
 import jax
@@ -121,6 +122,7 @@ class _Conv:
         return spectral.invert_rules(self, self.geometry(x.shape), x)
 
 
+@partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
 def _delta(
     key: Array, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int], inner: int, outer: int
 ) -> Array:
@@ -151,7 +153,10 @@ def _make(
         raise ArgumentError(f"`groups={groups}` must divide both {inner} inputs and {outer} outputs")
     if he is None:
         keys = jax.random.split(key, groups)
-        taps = [_delta(k, kernel, stride, dilation, inner // groups, outer // groups) for k in keys]
+        taps = [
+            _delta(k, tuple(kernel), tuple(stride), tuple(dilation), inner // groups, outer // groups)
+            for k in keys
+        ]
         weight = jnp.concatenate(taps, -1)
     else:
         fan = math.prod(kernel) * inner // groups

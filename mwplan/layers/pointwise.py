@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -77,7 +78,8 @@ class Pointwise(LinearRule):
 
     def check(self, layer: Any, x: Any) -> str | None:
         """Full column rank of the stack, finite."""
-        return rank_problem(self.matrix(layer, layer.geometry(x.shape)), "the stack of the lone taps")
+        g = layer.geometry(x.shape)
+        return rank_problem(jax.jit(lambda one: self.matrix(one, g))(layer), "the stack of the lone taps")
 
     def rebuild(self, layer: Any, x: Any, ct_in: Any, fragment: Any) -> Any:
         """`ct_out`."""

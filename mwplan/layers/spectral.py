@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import jax
@@ -50,6 +51,7 @@ class Basis:
     geometry: Geometry = field(metadata={"static": True})
 
 
+@partial(jax.jit, static_argnums=(1, 2))
 def symbol(weight: Array, g: Geometry, groups: int) -> Complex[Array, "*frequencies groups rows outer"]:
     """$A$ at every frequency of the half grid; `rows` counts phases and then channels of the group."""
     dims = len(g.size)
@@ -256,9 +258,8 @@ class SpectralCokernel(LinearRule):
     def check(self, layer: Any, x: Any) -> str | None:
         """Full column rank of the stack at every frequency, finite."""
         g = layer.geometry(x.shape)
-        return rank_problem(
-            self.stacked(layer, g)[0], f"`weight` with its basis at some frequency of the grid {g.grid}"
-        )
+        stacked, _ = jax.jit(lambda one: self.stacked(one, g))(layer)
+        return rank_problem(stacked, f"`weight` with its basis at some frequency of the grid {g.grid}")
 
     def reverse(self, layer: Any, residuals: Any, ct_out: Any) -> tuple[Any, Any]:
         """`ct_in`, and the halo's slabs with the kept coefficients, real parts and then imaginary parts."""
