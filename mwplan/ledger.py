@@ -22,7 +22,8 @@ class Event:
     """One moment of the step: what is being done, to which layer, and the bytes alive while it is done.
 
     `sweep`: "forward", "turn", "backward" (of STORE and INVERT runs), "reverse" (R), "rebuild" and "advance" (M, the vijp and what follows it). `depth`: how many
-    RECOMPUTE runs enclose it. `live_bytes` includes `workspace_bytes`.
+    RECOMPUTE runs enclose it. `live_bytes` = arrays + `workspace_bytes` -
+    `saving_bytes`.
     """
 
     sweep: str
@@ -30,6 +31,7 @@ class Event:
     depth: int
     live_bytes: int
     workspace_bytes: int
+    saving_bytes: int
     time_ns: int
 
     def __str__(self) -> str:
@@ -98,9 +100,9 @@ class _Ledger:
         if self.claims[position] == 0:
             self.live.pop(("x", position, 0), None)
 
-    def event(self, sweep: str, layer: int, depth: int, workspace: int, time: int) -> None:
+    def event(self, sweep: str, layer: int, depth: int, workspace: int, time: int, saving: int = 0) -> None:
         """Notes what is alive now."""
-        live = sum(self.live.values()) + workspace
+        live = sum(self.live.values()) + workspace - saving
         self.events.append(
             Event(
                 sweep=sweep,
@@ -108,6 +110,7 @@ class _Ledger:
                 depth=depth,
                 live_bytes=live,
                 workspace_bytes=workspace,
+                saving_bytes=saving,
                 time_ns=time,
             )
         )
@@ -181,7 +184,9 @@ class _Ledger:
         o, layer, p = self.store(run), run.stop, self.profile
         self.live["ct", layer, depth] = p.cotangent_bytes[layer]
         self.live["ct", layer - 1, depth] = p.cotangent_bytes[layer - 1]
-        self.event("backward", layer, depth, o.backward_workspace_bytes, o.backward_ns)
+        shared = o.keeps_input and (layer == 1 or self.claims[layer - 1] > 1)
+        saving = 0 if shared else o.backward_saving_bytes
+        self.event("backward", layer, depth, o.backward_workspace_bytes, o.backward_ns, saving)
         del self.live["ct", layer, depth], self.live["ct", layer - 1, depth]
         self.live.pop(("q", layer, depth), None)
         if o.keeps_output:
@@ -197,7 +202,9 @@ class _Ledger:
             self.live["sweep", layer - 1, depth] = p.sweep_cotangent_bytes[layer - 1]
             if not o.fragment_is_cotangent:
                 self.live["fragment", layer, depth] = o.fragment_bytes
-            self.event("reverse", layer, depth, o.reverse_workspace_bytes, o.reverse_ns)
+            self.event(
+                "reverse", layer, depth, o.reverse_workspace_bytes, o.reverse_ns, o.reverse_saving_bytes
+            )
             self.live["fragment", layer, depth] = o.fragment_bytes
             del self.live["sweep", layer, depth]
             self.live.pop(("q", layer, depth), None)
@@ -211,13 +218,18 @@ class _Ledger:
             if o.fragment_is_cotangent:
                 del self.live["fragment", layer, depth]
             self.live["rebuilt", layer, depth] = p.sweep_cotangent_bytes[layer]
-            self.event("rebuild", layer, depth, o.rebuild_workspace_bytes, o.rebuild_ns)
+            saving = (
+                o.rebuild_saving_bytes if layer - 1 > run.start else 0
+            )  # ct_start stays: it is the result
+            self.event("rebuild", layer, depth, o.rebuild_workspace_bytes, o.rebuild_ns, saving)
             self.live.pop(("rebuilt", layer - 1, depth), None)
             self.live.pop(("fragment", layer, depth), None)
             if layer < run.stop:
                 self.claim(layer)
             forward_ns = p.layers[layer - 1].forward_ns if layer < run.stop else 0
-            self.event("advance", layer, depth, o.advance_workspace_bytes, forward_ns)
+            alone = 1 < layer < run.stop and self.claims[layer - 1] == 1
+            saving = o.advance_saving_bytes if alone else 0
+            self.event("advance", layer, depth, o.advance_workspace_bytes, forward_ns, saving)
             self.release(layer - 1)
             # A growth of infinity times an error of 0 is no error; times any other it is infinite.
             grown = o.growth * error if error else 0.0
@@ -230,9 +242,10 @@ class _Ledger:
         self.live["ct", run.stop, depth] = p.cotangent_bytes[run.stop]
         for layer in range(run.stop, run.start, -1):
             o = self.invert(run, layer)
+            saving = 0 if layer == 1 or self.claims.get(layer - 1) else o.backward_saving_bytes
             self.claim(layer - 1)
             self.live["ct", layer - 1, depth] = p.cotangent_bytes[layer - 1]
-            self.event("backward", layer, depth, o.backward_workspace_bytes, o.backward_ns)
+            self.event("backward", layer, depth, o.backward_workspace_bytes, o.backward_ns, saving)
             self.release(layer)
             del self.live["ct", layer, depth]
             grown = o.growth * error if error else 0.0

@@ -54,6 +54,7 @@ class StoreOption:
     backward_ns: int
     forward_workspace_bytes: int = 0
     backward_workspace_bytes: int = 0
+    backward_saving_bytes: int = 0
 
     def __post_init__(self) -> None:
         _check_counts(self, f"StoreOption({self.name})")
@@ -81,6 +82,9 @@ class MoonwalkOption:
     reverse_workspace_bytes: int = 0
     rebuild_workspace_bytes: int = 0
     advance_workspace_bytes: int = 0
+    reverse_saving_bytes: int = 0
+    rebuild_saving_bytes: int = 0
+    advance_saving_bytes: int = 0
     fragment_is_cotangent: bool = False
     local_error: float = 0.0
     growth: float = 0.0
@@ -102,6 +106,7 @@ class InvertOption:
     name: str
     backward_ns: int
     backward_workspace_bytes: int = 0
+    backward_saving_bytes: int = 0
     local_error: float = 0.0
     growth: float = 0.0
 

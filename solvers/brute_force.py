@@ -126,11 +126,11 @@ class _Search:
         out = set()
         for run in self.plain[s, r]:
             if run.kind is RunKind.STORE:
-                out.add(self._store(run, a, k))
+                out.add(self._store(run, a, k, e))
             elif run.kind is RunKind.MOONWALK:
-                out.add(self._moonwalk(run, a, k))
+                out.add(self._moonwalk(run, a, k, e))
             else:
-                out.add(self._invert(run, a, k))
+                out.add(self._invert(run, a, k, e))
         if Strategy.RECOMPUTE in self.allowed and not whole:
             peak = 0
             for layer in range(s + 1, r + 1):
@@ -142,15 +142,16 @@ class _Search:
                 out.add((max(peak, need), a[s], forward + time, False))
         return out
 
-    def _store(self, run: Run, a: list[int], k: int) -> tuple[int, int, int, bool]:
+    def _store(self, run: Run, a: list[int], k: int, e: bool) -> tuple[int, int, int, bool]:
         c, s, r = self.p.cotangent_bytes, run.start, run.stop
         o = next(o for o in self.p.layers[s].store if o.name == run.options[0])
         held = o.residual_bytes + (a[s] if o.keeps_input else 0) + (a[r] if o.keeps_output else 0)
         forward = k + a[s] + a[r] + o.residual_bytes + o.forward_workspace_bytes
         back = held + c[r] + c[s] + o.backward_workspace_bytes
+        back -= 0 if e and o.keeps_input else o.backward_saving_bytes
         return max(forward, back), held, o.forward_ns + o.backward_ns, o.keeps_output
 
-    def _moonwalk(self, run: Run, a: list[int], k: int) -> tuple[int, int, int, bool]:
+    def _moonwalk(self, run: Run, a: list[int], k: int, e: bool) -> tuple[int, int, int, bool]:
         d, s, r = self.p.sweep_cotangent_bytes, run.start, run.stop
         layers = self.p.layers
         o = {
@@ -167,11 +168,14 @@ class _Search:
             later = sum(o[j].fragment_bytes for j in range(at + 1, r + 1))
             reverse = a[s] + q + sum(kept[j] for j in range(s + 1, at)) + own + later + d[at] + d[at - 1]
             reverse += (a[at] if o[at].keeps_output else 0) + o[at].reverse_workspace_bytes
+            reverse -= o[at].reverse_saving_bytes
             rebuild = a[at - 1] + d[s] + (d[at - 1] if at - 1 > s else 0) + d[at]
             rebuild += own + later + o[at].rebuild_workspace_bytes
+            rebuild -= o[at].rebuild_saving_bytes if at - 1 > s else 0
             advance = (
                 a[at - 1] + (a[at] if at < r else 0) + d[s] + d[at] + later + o[at].advance_workspace_bytes
             )
+            advance -= 0 if at == r or (e and at - 1 == s) else o[at].advance_saving_bytes
             events += [forward, reverse, rebuild, advance]
         held = a[s] + sum(x.residual_bytes for x in o.values()) + sum(kept.values())
         held += a[r] if o[r].keeps_output else 0
@@ -179,13 +183,14 @@ class _Search:
         time += sum(layers[at - 1].forward_ns for at in range(s + 1, r))
         return max(events), held, time, o[r].keeps_output
 
-    def _invert(self, run: Run, a: list[int], k: int) -> tuple[int, int, int, bool]:
+    def _invert(self, run: Run, a: list[int], k: int, e: bool) -> tuple[int, int, int, bool]:
         c, s, r = self.p.cotangent_bytes, run.start, run.stop
         peak = time = 0
         for at, name in enumerate(run.options, start=s + 1):
             layer = self.p.layers[at - 1]
             o = next(o for o in layer.invert if o.name == name)
             peak = max(peak, k + a[at - 1] + a[at] + layer.forward_workspace_bytes)
-            peak = max(peak, a[at] + a[at - 1] + c[at] + c[at - 1] + o.backward_workspace_bytes)
+            live = a[at] + a[at - 1] + c[at] + c[at - 1] + o.backward_workspace_bytes
+            peak = max(peak, live - (0 if e and at - 1 == s else o.backward_saving_bytes))
             time += layer.forward_ns + o.backward_ns
         return peak, a[r], time, True

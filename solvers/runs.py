@@ -263,6 +263,7 @@ class Candidates:
         held = o.residual_bytes + own * o.keeps_input + p.activation_bytes[start + 1] * o.keeps_output
         forward = own + p.activation_bytes[start + 1] + o.residual_bytes + o.forward_workspace_bytes
         back = held + p.cotangent_bytes[start + 1] + p.cotangent_bytes[start] + o.backward_workspace_bytes
+        back -= 0 if kept and o.keeps_input else o.backward_saving_bytes
         return forward, back, held, o.keeps_output
 
     def _make_atoms(self, start: int, kept: bool) -> Atoms:
@@ -299,12 +300,12 @@ class Candidates:
         groups: list[tuple[int, bool, int]] = []
         node = 2 * stop_ + keeps_
         order = np.argsort(node, kind="stable")
-        for index in np.split(order, np.flatnonzero(np.diff(node[order])) + 1):
-            good.append(index[nondominated([x[index] for x in (t_, f_, b_, h_)])])
+        for rows_ in np.split(order, np.flatnonzero(np.diff(node[order])) + 1):
+            good.append(rows_[nondominated([x[rows_] for x in (t_, f_, b_, h_)])])
             groups.append(
                 (
-                    int(stop_[index[0]]),
-                    bool(keeps_[index[0]]),
+                    int(stop_[rows_[0]]),
+                    bool(keeps_[rows_[0]]),
                     len(good[-1]) + (groups[-1][2] if groups else 0),
                 )
             )
@@ -377,13 +378,15 @@ class Candidates:
                 new_held = held + o.residual_bytes + (keeps | o.keeps_input) * a[at]
                 rebuild = np.full(ok.size, a[at] + d[start] + d[at] + d[stop])
                 advance = np.full(ok.size, a[at] + d[start] + d[stop] + o.advance_workspace_bytes)
+                rebuild = rebuild - o.rebuild_saving_bytes
                 time = old.time[ok] + layer_ns
-            reverse = new_held + out + d[stop] + d[at] + o.reverse_workspace_bytes
+            reverse = new_held + out + d[stop] + d[at] + o.reverse_workspace_bytes - o.reverse_saving_bytes
             rebuild = rebuild + o.rebuild_workspace_bytes
             before = old.back[ok]
             own = np.maximum(reverse, rebuild) + (0 if o.fragment_is_cotangent else o.fragment_bytes)
             last_back = np.maximum(np.maximum(before + o.fragment_bytes, own), advance)
-            back = np.maximum(last_back, advance + a[stop])
+            saving = 0 if first and kept else o.advance_saving_bytes
+            back = np.maximum(np.maximum(before + o.fragment_bytes, own), advance + a[stop] - saving)
             parts.append(
                 (
                     time + (o.forward_ns + o.reverse_ns + o.rebuild_ns),
@@ -423,7 +426,14 @@ class Candidates:
                     spent = time[ok] + (self.forward_ns[at] + o.backward_ns)
                     bare = np.maximum(back[ok], live)
                     parts.append(
-                        (spent, np.maximum(bare, live + a[at]), bare, err[ok], np.full(ok.size, k), ok)
+                        (
+                            spent,
+                            np.maximum(back[ok], live + a[at] - o.backward_saving_bytes),
+                            bare,
+                            err[ok],
+                            np.full(ok.size, k),
+                            ok,
+                        )
                     )
                 if not parts or not sum(len(x[0]) for x in parts):
                     break

@@ -42,6 +42,7 @@ def random_profile(
                 backward_ns=forward + n(2 * scale),
                 forward_workspace_bytes=n(scale),
                 backward_workspace_bytes=n(scale),
+                backward_saving_bytes=n(scale // 4),
             )
             for k in range(1 if plain else rng.randint(1, stores))
         )
@@ -60,6 +61,9 @@ def random_profile(
                 rebuild_workspace_bytes=n(scale),
                 advance_workspace_bytes=n(scale),
                 fragment_is_cotangent=flag(),
+                reverse_saving_bytes=n(scale // 4),
+                rebuild_saving_bytes=n(scale // 4),
+                advance_saving_bytes=n(scale // 4),
                 local_error=rng.choice([0.0, 1e-6, 2e-5, 2e-4]),
                 growth=rng.choice([0.0, 0.9, 2.0, 5.0, float("inf")]),
             )
@@ -70,6 +74,7 @@ def random_profile(
                 name=f"i{k}",
                 backward_ns=forward + n(3 * scale),
                 backward_workspace_bytes=n(scale),
+                backward_saving_bytes=n(scale // 4),
                 local_error=rng.choice([0.0, 1e-6, 5e-5]),
                 growth=rng.choice([0.0, 1.0, 3.0]),
             )
