@@ -11,7 +11,9 @@ cotangents on the layer's present weights, in working precision; seeds are the c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -19,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from mwplan import trees
-from mwplan.rules import InvertRule, VijpRule, WholeFragment
+from mwplan.rules import InvertRule, VijpRule, WholeFragment, parameter_gradient
 
 PyTree = Any
 
@@ -86,7 +88,8 @@ def _compiled(
     return jax.jit(call)
 
 
-def _run(function: Callable[..., Any], rule: Any, layer: PyTree, *args: Any) -> tuple[float, float]:
+def _call(function: Callable[..., Any], rule: Any, layer: PyTree, *args: Any) -> Any:
+    """`function(rule, layer, *args)`, compiled."""
     leaves, treedef = jax.tree.flatten(layer)
     fixed = tuple((True, None) if trees.is_array(leaf) else (False, leaf) for leaf in leaves)
     arrays = [leaf for leaf in leaves if trees.is_array(leaf)]
@@ -94,9 +97,17 @@ def _run(function: Callable[..., Any], rule: Any, layer: PyTree, *args: Any) -> 
         call = _compiled(function, rule, treedef, fixed)
     except TypeError:  # something in the layer cannot be hashed: compiled for this call alone
         call = _compiled.__wrapped__(function, rule, treedef, fixed)
-    local, growth = jax.device_get(call(arrays, *args)).tolist()
-    finite = jnp.isfinite(jnp.asarray([local, growth]))
-    return (local if finite[0] else float("inf")), (growth if finite[1] else float("inf"))
+    return call(arrays, *args)
+
+
+def _finite(value: Any) -> float:
+    number = float(value)
+    return number if math.isfinite(number) else math.inf
+
+
+def _run(function: Callable[..., Any], rule: Any, layer: PyTree, *args: Any) -> tuple[float, float]:
+    local, growth = jax.device_get(_call(function, rule, layer, *args))
+    return _finite(local), _finite(growth)
 
 
 def measure(
@@ -127,3 +138,73 @@ def predict(options: Iterable[tuple[float, float]]) -> list[float]:
         error = ((growth * error) ** 2 + local**2) ** 0.5 if growth * error < 1e150 else float("inf")
         errors.append(error)
     return errors
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Followed:
+    """One moonwalk run, followed layer by layer from its input.
+
+    `predicted`, `measured`: relative error of each layer's rebuilt output cotangent; `growth`, `local_error`: of each layer's option;
+    `gradient`: relative error of all parameter gradients together, `worst_gradient`: of the worst layer's.
+    """
+
+    predicted: tuple[float, ...]
+    measured: tuple[float, ...]
+    growth: tuple[float, ...]
+    local_error: tuple[float, ...]
+    gradient: float
+    worst_gradient: float
+
+
+def _forward(rule: VijpRule, layer: PyTree, x: PyTree) -> Any:
+    return rule.forward(layer, x)
+
+
+def _reverse(rule: VijpRule, layer: PyTree, residuals: Any, ct_out: PyTree) -> Any:
+    return rule.reverse(layer, residuals, ct_out)
+
+
+def _rebuild(rule: VijpRule, layer: PyTree, x: PyTree, ct_in: PyTree, fragment: PyTree) -> Any:
+    return rule.rebuild(layer, x, ct_in, fragment)
+
+
+def _gradients(rule: Any, layer: PyTree, x: PyTree, true: PyTree, rebuilt: PyTree) -> Any:
+    """`(error of the cotangent, its norm, error of the parameter gradient, its norm)`, absolute."""
+    wants, gots = parameter_gradient(layer, x, true), parameter_gradient(layer, x, rebuilt)
+    pairs = ((true, rebuilt), (wants, gots))
+    return [norm for a, b in pairs for norm in (_norm(jax.tree.map(jnp.subtract, b, a)), _norm(a))]
+
+
+def follow(
+    layers: Sequence[PyTree], options: Sequence[VijpRule], x: PyTree, ct_out: PyTree, key: jax.Array
+) -> Followed:
+    """Takes `layers` through one moonwalk run, an operation at a time, and compares it with what R knew and with the prediction.
+
+    `ct_out`: the cotangent at the run's end, white noise from `key` where None. Holds every activation and cotangent: for study, not for use.
+    """
+    xs, kept = [x], []
+    for one, rule in zip(layers, options, strict=True):
+        y, residuals = _call(_forward, rule, one, xs[-1])
+        xs.append(y)
+        kept.append(residuals)
+    ct = trees.widen(random_cotangent(xs[-1], key) if ct_out is None else ct_out)
+    cts, fragments = [ct], []
+    for one, rule, residuals in zip(reversed(layers), reversed(options), reversed(kept)):
+        ct, fragment = _call(_reverse, rule, one, residuals, ct)
+        cts.append(ct)
+        fragments.append(fragment)
+    cts, fragments = cts[::-1], fragments[::-1]
+    rows, pairs = [], []
+    for i, (one, rule) in enumerate(zip(layers, options)):
+        ct = _call(_rebuild, rule, one, xs[i], ct, fragments[i])
+        rows.append([float(v) for v in _call(_gradients, None, one, xs[i], cts[i + 1], ct)])
+        pairs.append(measure(one, rule, xs[i], jax.random.fold_in(key, i), cts[i + 1]))
+    total = math.sqrt(sum(row[3] ** 2 for row in rows))
+    return Followed(
+        predicted=tuple(predict(pairs)),
+        measured=tuple(_finite(e / n) if n else 0.0 for e, n, _, _ in rows),
+        growth=tuple(g for _, g in pairs),
+        local_error=tuple(e for e, _ in pairs),
+        gradient=_finite(math.sqrt(sum(row[2] ** 2 for row in rows)) / total) if total else 0.0,
+        worst_gradient=max((_finite(e / n) for _, _, e, n in rows if n), default=0.0),
+    )
