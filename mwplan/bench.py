@@ -18,6 +18,7 @@ from mwplan.compiling import options_of, temporaries
 from mwplan.growth import random_cotangent
 
 PyTree = Any
+SMALL = 1 << 14  # bytes: below, a saving is not worth a compilation
 
 
 class Program:
@@ -73,6 +74,7 @@ class Bench:
         self.key = jax.random.key(seed)
         self.options = options_of() or None
         self.known: dict[str, Program] = {}
+        self.needs: dict[str, int] = {}
         self.unsettled: list[Program] = []
         self.plain = jax.jit(operations.plain_forward, compiler_options=self.options)
         self.overhead_ns = 0
@@ -124,3 +126,49 @@ class Bench:
             del program.samples[0]
             program.leaves = []  # what it was timed on need not be kept
         self.unsettled.clear()
+
+    def saving(
+        self,
+        handle: Handle,
+        operation: Callable[..., Any],
+        *args: Any,
+        dead: Any,
+        outputs: Callable[[Any], Any],
+    ) -> int:
+        """Bytes that the operation needs less than inputs + outputs + workspace where it is the last user of `dead`.
+
+        `dead` are leaves of `args` (found by identity); `outputs` picks from the result what is temporary (not gradients). A program is
+        compiled, and not run, in which both are temporaries: XLA then places outputs where dead inputs were, as it will within
+        a step, and its temporaries are what the operation really needs.
+        """
+        leaves, treedef = jax.tree.flatten(args)
+        gone = {id(leaf) for leaf in jax.tree.leaves(dead)}
+        mine = [id(leaf) in gone for leaf in leaves]
+        inputs = sum(trees.nbytes(leaf) for leaf, dies in zip(leaves, mine) if dies)
+        made = trees.nbytes(outputs(handle.result))
+        if inputs < SMALL or made < SMALL:
+            return 0
+
+        def step(leaves: list[Any], zero: Any) -> Any:
+            fresh = [_moved(leaf, zero) if dies else leaf for leaf, dies in zip(leaves, mine)]
+            result = operation(*jax.tree.unflatten(treedef, jax.lax.optimization_barrier(fresh)))
+            result = jax.tree.unflatten(
+                jax.tree.structure(result), jax.lax.optimization_barrier(jax.tree.leaves(result))
+            )
+            temporary = jax.tree.leaves(outputs(result))
+            inside = {id(leaf) for leaf in temporary}
+            rest = [leaf for leaf in jax.tree.leaves(result) if id(leaf) not in inside]
+            return [jnp.sum(leaf.astype(jnp.float32)) for leaf in temporary], rest
+
+        lowered = jax.jit(step, compiler_options=self.options).lower(leaves, jnp.zeros((), jnp.int32))
+        key = hashlib.sha256(lowered.as_text().encode()).hexdigest()
+        if key not in self.needs:
+            self.needs[key] = temporaries(lowered.compile())
+        return max(0, inputs + made + handle.workspace_bytes - self.needs[key])
+
+
+def _moved(leaf: Any, zero: Any) -> Any:
+    """A copy that the compiler must make: `zero` is 0, and only known when the program runs."""
+    if leaf.dtype == jnp.bool_:
+        return leaf ^ (zero != 0)
+    return leaf + zero.astype(leaf.dtype)

@@ -158,7 +158,7 @@ def _measure(bench: Bench, one: PyTree, x: PyTree) -> _Costs:
         if isinstance(rule, rules.VijpRule)
     ]
     inverses = [
-        (rule, bench.program(functools.partial(operations.invert_backward, rule=rule), one, y, ct_out, None))
+        _InvertPrograms(bench, rule, one, y, ct_out)
         for rule in rules.invert_rules(one, x)
         if isinstance(rule, rules.InvertRule)
     ]
@@ -168,13 +168,7 @@ def _measure(bench: Bench, one: PyTree, x: PyTree) -> _Costs:
     costs.parameter_bytes = trees.nbytes(trees.parameters(one))
     costs.store = [programs.option() for programs in stores]
     costs.moonwalk = [(programs.rule, programs.option()) for programs in walks]
-    costs.invert = [
-        (
-            rule,
-            InvertOption(name=rule.name, backward_ns=p.time_ns, backward_workspace_bytes=p.workspace_bytes),
-        )
-        for rule, p in inverses
-    ]
+    costs.invert = [(programs.rule, programs.option()) for programs in inverses]
     return costs
 
 
@@ -188,6 +182,16 @@ class _StorePrograms:
         shared = _shared(self.held, x, y)
         backward = functools.partial(operations.store_backward, rule=rule)
         self.backward = bench.program(backward, one, self.held, *shared, ct_out)
+        self.saving = bench.saving(
+            self.backward,
+            backward,
+            one,
+            self.held,
+            *shared,
+            ct_out,
+            dead=(self.held.own, shared, ct_out),
+            outputs=lambda result: result[1],
+        )
 
     def option(self) -> StoreOption:
         """What was measured."""
@@ -200,6 +204,7 @@ class _StorePrograms:
             backward_ns=self.backward.time_ns,
             forward_workspace_bytes=self.forward.workspace_bytes,
             backward_workspace_bytes=self.backward.workspace_bytes,
+            backward_saving_bytes=self.saving,
         )
 
 
@@ -212,10 +217,41 @@ class _MoonwalkPrograms:
         y, self.held = self.forward.result
         wide = trees.widen(ct_out)
         reverse = functools.partial(operations.reverse, rule=rule)
-        self.reverse = bench.program(reverse, one, self.held, *_shared(self.held, x, y), wide)
+        args = (one, self.held, *_shared(self.held, x, y), wide)
+        self.reverse = bench.program(reverse, *args)
+        whole = isinstance(rule, rules.WholeFragment)
+        self.savings = [
+            bench.saving(
+                self.reverse,
+                reverse,
+                *args,
+                dead=(self.held.own, () if whole else wide),
+                outputs=lambda result: result[0] if whole else result,
+            )
+        ]
         ct_in, self.fragment = self.reverse.result
-        self.vijp = bench.program(functools.partial(operations.vijp, rule=rule), one, x, ct_in, self.fragment)
+        vijp = functools.partial(operations.vijp, rule=rule)
+        self.vijp = bench.program(vijp, one, x, ct_in, self.fragment)
+        self.savings.append(
+            0
+            if whole
+            else bench.saving(
+                self.vijp,
+                vijp,
+                one,
+                x,
+                ct_in,
+                self.fragment,
+                dead=(ct_in, self.fragment),
+                outputs=lambda result: result,
+            )
+        )
         self.advance = bench.program(functools.partial(operations.advance, last=True), one, x, wide)
+        going_on = functools.partial(operations.advance, last=False)
+        self.going_on = bench.program(going_on, one, x, wide)
+        self.savings.append(
+            bench.saving(self.going_on, going_on, one, x, wide, dead=x, outputs=lambda result: result[0])
+        )
 
     def option(self) -> MoonwalkOption:
         """What was measured."""
@@ -231,8 +267,39 @@ class _MoonwalkPrograms:
             forward_workspace_bytes=self.forward.workspace_bytes,
             reverse_workspace_bytes=self.reverse.workspace_bytes,
             rebuild_workspace_bytes=self.vijp.workspace_bytes,
-            advance_workspace_bytes=self.advance.workspace_bytes,
+            advance_workspace_bytes=max(self.advance.workspace_bytes, self.going_on.workspace_bytes),
+            reverse_saving_bytes=self.savings[0],
+            rebuild_saving_bytes=self.savings[1],
+            advance_saving_bytes=self.savings[2],
             fragment_is_cotangent=isinstance(self.rule, rules.WholeFragment),
+        )
+
+
+class _InvertPrograms:
+    """The operation of one way to invert a layer."""
+
+    def __init__(self, bench: Bench, rule: rules.InvertRule, one: PyTree, y: PyTree, ct_out: PyTree) -> None:
+        self.rule = rule
+        backward = functools.partial(operations.invert_backward, rule=rule)
+        self.backward = bench.program(backward, one, y, ct_out, None)
+        self.saving = bench.saving(
+            self.backward,
+            backward,
+            one,
+            y,
+            ct_out,
+            None,
+            dead=(y, ct_out),
+            outputs=lambda result: (result[0], result[2]),
+        )
+
+    def option(self) -> InvertOption:
+        """What was measured."""
+        return InvertOption(
+            name=self.rule.name,
+            backward_ns=self.backward.time_ns,
+            backward_workspace_bytes=self.backward.workspace_bytes,
+            backward_saving_bytes=self.saving,
         )
 
 
