@@ -18,7 +18,7 @@ moonwalk and invert runs are ours.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,11 +27,12 @@ import numpy as np
 from mwplan.errors import ArgumentError
 from mwplan.profiles import Profile
 from mwplan.schedule import Run, RunKind, Solution, Status, Strategy
-from mwplan.solvers.pareto import INF, Ints, staircase, value_at
-from mwplan.solvers.runs import ALL_STRATEGIES, Atoms, Candidates
+from mwplan.solvers.pareto import INF, Ints, staircase, thinned, value_at
+from mwplan.solvers.runs import ALL_STRATEGIES, Candidates
 
 Stairs = tuple[Ints, Ints]
 _NOTHING: Stairs = (np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
+_SHORT = 4
 _DONE: Stairs = (np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64))
 
 
@@ -77,11 +78,15 @@ class Top:
 class Tables:
     """`T[s, r, e]` for all stretches; `solve_top` adds the top level.
 
-    **Arguments:** `candidates`; `depth`, how many levels of RECOMPUTE the schedules may hold, None for any.
+    **Arguments:** `candidates`; `depth`, how many levels of RECOMPUTE the schedules may hold, None for any; `loss`, what `thinned` may lose at
+    each stretch of `_SHORT` layers or more; `optimistic`, whether the tables are then a bound instead of schedules.
     **Cost:** O(L^3) combinations of staircases, each linear in their sizes up to a sort. Equal stretches are solved once.
     """
 
-    def __init__(self, candidates: Candidates, depth: int | None) -> None:
+    def __init__(
+        self, candidates: Candidates, depth: int | None, *, loss: float = 0.0, optimistic: bool = False
+    ) -> None:
+        self.loss, self.optimistic = loss, optimistic
         self.candidates = candidates
         self.size = candidates.size
         self.depth = depth if Strategy.RECOMPUTE in candidates.allowed else 0
@@ -98,6 +103,7 @@ class Tables:
         self.stairs: list[dict[tuple[int, int, bool], Stairs]] = [{} for _ in range(self.levels)]
         self._memo: list[dict[tuple[Any, ...], Stairs]] = [{} for _ in range(self.levels)]
         self._content: dict[tuple[int, int], int] = {}
+        self._survivors: list[dict[tuple[int, bool], list[Any]]] = [{} for _ in range(self.levels + 1)]
         self._left: list[dict[tuple[int, bool], _Buffer]] = [{} for _ in range(self.levels)]
         for level in range(self.levels):
             self._fill(level)
@@ -182,8 +188,20 @@ class Tables:
         """One application of the recursion: `top` holds the suffixes, `right` those with `e` false, keyed from the right."""
         needs: list[Ints] = []
         times: list[Ints] = []
-        self._merge_atoms(top.candidates.atoms(start, kept), stop, k, top.nodes, needs, times)
         source = self.source(level)
+        for at, keeps, f, b, held, spent in self._runs_from(level, source, start, stop, kept, top):
+            n, t = top.nodes.get((at, keeps), _NOTHING)
+            if n.size and spent.size:
+                peak = np.maximum(f + k, b)
+                need, time = (
+                    np.maximum(peak[:, None], held[:, None] + n[None, :]),
+                    spent[:, None] + t[None, :],
+                )
+                need, time = need.ravel(), time.ravel()
+                if need.size > 8192:
+                    need, time = staircase(need, time)
+                needs.append(need)
+                times.append(time)
         limit = min(stop if top.closing else stop - 1, int(top.reach[start]))
         if source is not None and limit > start:
             left = self._left[source].get((start, kept))
@@ -193,30 +211,58 @@ class Tables:
             return _NOTHING
         need, time = staircase(np.concatenate(needs), np.concatenate(times))
         if self.cap is not None and need.size and need[-1] > self.cap and top.candidates is self.candidates:
-            need, time = need[need <= self.cap], time[: int(np.searchsorted(need, self.cap, side="right"))]
+            fits = need <= self.cap
+            need, time = need[fits], time[fits]
+        # Short stretches have few points, and their losses would add up over the chain.
+        if self.loss and stop - start >= _SHORT:
+            need, time = thinned(need, time, self.loss, optimistic=self.optimistic)
         return need, time
 
-    def _merge_atoms(
-        self,
-        atoms: Atoms,
-        stop: int,
-        k: int,
-        nodes: dict[tuple[int, bool], Stairs],
-        needs: list[Ints],
-        times: list[Ints],
-    ) -> None:
-        end = int(np.searchsorted(atoms.stop, stop, side="right"))
-        low = 0
-        for at, keeps, high in atoms.groups:
-            if high > end:
+    def _runs_from(
+        self, level: int, source: int | None, start: int, stop: int, kept: bool, top: Top
+    ) -> Iterator[tuple[int, bool, Ints, Ints, Ints, Ints]]:
+        """The STORE, MOONWALK and INVERT runs from a node up to `stop`, by where they lead: `(stop, e', F, B, H, t)`.
+
+        A run that does not reach `stop` is left out if the RECOMPUTE run in its place, with the best inner schedule that fits its backward
+        peak, is as good in every respect: so go most moonwalk runs that are longer than memory asks for.
+        """
+        atoms = top.candidates.atoms(start, kept)
+        usual = top.candidates is self.candidates and source is not None and not top.closing
+        known = self._survivors[level].setdefault((start, kept), []) if usual else []
+        low = known[-1][6] if known else 0
+        for at, keeps, high in atoms.groups[len(known) :]:
+            if at > stop or (usual and at == stop):
                 break
-            n, t = nodes.get((at, keeps), _NOTHING)
-            if n.size:
-                peak = np.maximum(atoms.forward_peak[low:high] + k, atoms.backward_peak[low:high])
-                held, spent = atoms.held[low:high], atoms.time[low:high]
-                needs.append(np.maximum(peak[:, None], held[:, None] + n[None, :]).ravel())
-                times.append((spent[:, None] + t[None, :]).ravel())
+            columns = [x[low:high] for x in (atoms.forward_peak, atoms.backward_peak, atoms.held, atoms.time)]
+            if usual and not keeps:
+                assert source is not None
+                columns = self._undominated(columns, source, start, at, kept)
+            known.append((at, keeps, *columns, high))
             low = high
+        yield from (x[:6] for x in known)
+        if usual:
+            for at, keeps, high in atoms.groups[len(known) :]:
+                if at > stop:
+                    break
+                f, b, h, t = (
+                    x[low:high] for x in (atoms.forward_peak, atoms.backward_peak, atoms.held, atoms.time)
+                )
+                yield at, keeps, f, b, h, t
+                low = high
+
+    def _undominated(self, columns: list[Ints], source: int, start: int, stop: int, kept: bool) -> list[Ints]:
+        """Those of the runs `(F, B, H, t)` from `(start, kept)` to `(stop, False)` that no RECOMPUTE run beats."""
+        f, b, held, time = columns
+        c = self.candidates
+        n, t = self.suffix(source, start, stop, kept)
+        if not n.size:
+            return columns
+        at = np.searchsorted(n, b, side="right") - 1
+        forward = int(c.forward_sum[stop] - c.forward_sum[start])
+        own = 0 if kept else int(c.activation[start])
+        beaten = (at >= 0) & (t[at] + forward <= time) & (held >= own)
+        beaten &= f >= int(c.recompute_forward_peak(start, kept)[stop - start - 1])
+        return [x[~beaten] for x in columns]
 
     def _merge_recompute(
         self,
@@ -284,11 +330,16 @@ class Tables:
         c = top.candidates if top else self.candidates
         k = 0 if top else int(c.cotangent[stop])
 
-        def rest_time(at: int, keeps: bool, budget: int) -> int:
-            stairs = top.nodes.get((at, keeps), _NOTHING) if top else self.suffix(level, at, stop, keeps)
-            return value_at(*stairs, budget)
+        def stairs(at: int, keeps: bool) -> Stairs:
+            return top.nodes.get((at, keeps), _NOTHING) if top else self.suffix(level, at, stop, keeps)
 
-        time = rest_time(start, kept, budget)
+        def rest_time(at: int, keeps: bool, budget: int) -> int:
+            return value_at(*stairs(at, keeps), budget)
+
+        # At a point's own need, thinned staircases too give its time exactly.
+        need, times = stairs(start, kept)
+        step = int(np.searchsorted(need, budget, side="right")) - 1
+        budget, time = int(need[step]), int(times[step])
         atoms = c.atoms(start, kept)
         peak = np.maximum(atoms.forward_peak + k, atoms.backward_peak)
         for row in np.flatnonzero((peak <= budget) & (atoms.stop <= stop)):
@@ -317,25 +368,53 @@ class Tables:
 class Frontier:
     """The Pareto set of `(need, time)` of all schedules of a profile, and the schedules themselves.
 
-    `points`: tuples `(need_bytes, time_ns)` of temporaries and time, need increasing, time decreasing.
-    `least_bytes`: the least budget with any schedule, None if none exists at any.
+    `points`: tuples `(need_bytes, time_ns)` of temporaries and time, need increasing, time decreasing; all of them if `thin` is 0.
     """
 
-    def __init__(self, tables: Tables) -> None:
+    def __init__(self, tables: Tables, thin: float = 0.0) -> None:
         self.tables = tables
+        self.thin = thin
         self.candidates = tables.candidates
         self.top = tables.solve_top()
         need, time = self.top.nodes[0, True]
         self.points: tuple[tuple[int, int], ...] = tuple(zip(need.tolist(), time.tolist()))
+        self._bound: tuple[tuple[int, int], ...] | None = self.points if thin == 0 else None
 
     @property
     def least_bytes(self) -> int | None:
-        """The least budget that any schedule fits, in bytes of temporaries."""
+        """The least budget that any schedule fits, in bytes of temporaries; None if there is none at any. Exact when thinned too."""
         return self.points[0][0] if self.points else None
+
+    @property
+    def bound_points(self) -> tuple[tuple[int, int], ...]:
+        """Points `(need, time)` such that no schedule within `need` is faster: `points` themselves, or, if thinned, a staircase at or below
+        them, from tables whose steps are merged downwards. **Cost:** that of the frontier again, once, if thinned.
+        """
+        if self._bound is None:
+            t = self.tables
+            lower = Tables(self.candidates, t.depth, loss=t.loss, optimistic=True)
+            need, time = lower.solve_top().nodes[0, True]
+            self._bound = tuple(zip(need.tolist(), time.tolist()))
+        return self._bound
+
+    def bound_ns(self, budget_bytes: int) -> int:
+        """No schedule within `budget_bytes` is faster than this."""
+        k = bisect.bisect_right(self.bound_points, (int(budget_bytes), INF)) - 1
+        return self.bound_points[max(k, 0)][1] if self.bound_points else 0
+
+    def loss(self) -> float:
+        """The largest relative loss of time at any budget, proved: 0 if exact."""
+        budgets = {need for need, _ in self.points} | {need for need, _ in self.bound_points}
+        worst = 0.0
+        for budget in budgets:
+            k = bisect.bisect_right(self.points, (budget, INF)) - 1
+            worst = max(worst, self.points[k][1] / max(1, self.bound_ns(budget)) - 1)
+        return worst
 
     def at(self, budget_bytes: int) -> Solution:
         """The fastest schedule within `budget_bytes` of temporaries; INFEASIBLE, with `least_bytes`, where none fits.
 
+        OPTIMAL if the frontier is exact; if thinned, FEASIBLE with the bound of `bound_points` (unless that is reached).
         **Raises:** `ArgumentError` unless `budget_bytes` is an integer. **Cost:** one pass over the candidates of each run chosen.
         """
         if isinstance(budget_bytes, bool) or not isinstance(budget_bytes, (int, np.integer)):
@@ -345,13 +424,14 @@ class Frontier:
             return Solution(status=Status.INFEASIBLE, least_bytes=self.least_bytes, solver="frontier")
         need, time = self.points[k]
         runs = self.tables.runs(self.top, need)
+        bound = self.bound_ns(budget_bytes)
         return Solution(
-            status=Status.OPTIMAL,
+            status=Status.OPTIMAL if bound >= time else Status.FEASIBLE,
             runs=runs,
             time_ns=time,
             peak_bytes=need,
             error=self.candidates.error_of(runs),
-            bound_ns=time,
+            bound_ns=bound,
             least_bytes=self.least_bytes,
             solver="frontier",
         )
@@ -378,7 +458,9 @@ def solve_frontier(
 ) -> Frontier:
     """The frontier of `profile` under `max_error` with the strategies `allowed`.
 
-    **Arguments:** `max_recompute_depth`, how deep RECOMPUTE runs may stand inside one another: 0 for none, None for any.
+    **Arguments:** `thin`, the relative loss of time aimed at, 0 for exact: stretches keep at most one point for each factor `1 + thin / 3` of time,
+    so a schedule of `k` runs, inner ones included, is at most `(1 + thin / 3)^k` times the optimum; measured losses are
+    below `thin`, and `Frontier.loss` proves a bound for the profile at hand. Needs stay exact. `max_recompute_depth`, how deep RECOMPUTE runs may stand inside one another: 0 for none, None for any.
     **Returns:** a `Frontier`. **Raises:** `ArgumentError`. **Cost:** see `Tables`.
     """
     if not isinstance(profile, Profile):
@@ -390,4 +472,5 @@ def solve_frontier(
     depth = max_recompute_depth
     if depth is not None and (isinstance(depth, bool) or not isinstance(depth, int) or depth < 0):
         raise ArgumentError(f"`max_recompute_depth={depth!r}` must be None or an integer, at least 0")
-    return Frontier(Tables(Candidates(profile, max_error=max_error, allowed=allowed), depth))
+    candidates = Candidates(profile, max_error=max_error, allowed=allowed)
+    return Frontier(Tables(candidates, depth, loss=thin / 3), thin)

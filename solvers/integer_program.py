@@ -406,7 +406,9 @@ def _search(problem: _Problem, budget: int | None, limit_ns: int | None, slack: 
             break
         if outcome.status is Status.INFEASIBLE:
             bound = max(bound, theta + 1)
-            if theta >= INF // 2 or theta >= last:
+            if theta >= last and problem.frontier.thin:
+                break
+            if theta >= last:
                 return Solution(
                     status=Status.INFEASIBLE, least_bytes=least if unlimited else None, solver=name
                 )
@@ -416,10 +418,16 @@ def _search(problem: _Problem, budget: int | None, limit_ns: int | None, slack: 
     stats["solves"] = float(solves)
     stats["seconds"] = clock.monotonic() - began
     if best is None:
-        known = bound if budget is not None else 0
+        known = bound if budget is not None and not problem.frontier.thin else 0
         return Solution(
             status=Status.UNKNOWN, bound_ns=known, least_bytes=least, solver=name, stats=_pairs(stats)
         )
+    if problem.frontier.thin and budget is not None:
+        # Thinned staircases are schedules, not bounds.
+        bound = min(bound, problem.frontier.bound_ns(budget))
+    elif problem.frontier.thin:
+        assert limit_ns is not None
+        bound = min([bound, *[n for n, t in problem.frontier.bound_points if t <= limit_ns][:1]])
     done = bound >= (best.time_ns if budget is not None else best.peak_bytes)
     return Solution(
         status=Status.OPTIMAL if done else Status.FEASIBLE,

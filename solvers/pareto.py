@@ -16,13 +16,26 @@ Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 Floats = NDArray[np.float64]
 INF = np.iinfo(np.int64).max // 2
+_CELLS = 512
 
 
 def staircase(need: Ints, time: Ints) -> tuple[Ints, Ints]:
-    """The Pareto set of the points `(need, time)`, both minimised. Cost: one sort."""
+    """The Pareto set of the points `(need, time)`, both minimised.
+
+    **Cost:** linear for most of the points, which a grid of needs shows to be dominated; one sort of the rest.
+    """
     if need.size <= 1:
         return need, time
-    order = np.argsort(need, kind="stable")
+    if need.size > 4 * _CELLS:
+        low = int(need.min())
+        shift = max(0, int(int(need.max()) - low).bit_length() - _CELLS.bit_length() + 1)
+        cell = (need - low) >> shift
+        best = np.full(_CELLS + 1, INF, dtype=np.int64)
+        np.minimum.at(best, cell + 1, time)
+        # A point no faster than one in a lower cell, whose need is smaller, is dominated.
+        keep = time < np.minimum.accumulate(best)[cell]
+        need, time = need[keep], time[keep]
+    order = np.argsort(need)
     need, time = need[order], time[order]
     best = np.minimum.accumulate(time)
     keep = np.empty(need.size, dtype=np.bool_)
@@ -34,6 +47,26 @@ def staircase(need: Ints, time: Ints) -> tuple[Ints, Ints]:
     last[-1] = True
     np.not_equal(need[1:], need[:-1], out=last[:-1])
     return need[last], time[last]
+
+
+def thinned(need: Ints, time: Ints, loss: float, *, optimistic: bool) -> tuple[Ints, Ints]:
+    """The staircase with at most one step for each factor `1 + loss` of time.
+
+    Steps within such a factor become one: at the least of their needs, with the largest of their times (a schedule that exists), or, if
+    `optimistic`, with the least (a bound that none beats). Least need and least time stay exact. **Cost:** linear.
+    """
+    if need.size < 3 or time[-1] <= 0:
+        return need, time
+    group = np.floor(np.log(time / float(time[-1])) / np.log1p(loss))
+    first = np.empty(need.size, dtype=np.bool_)
+    first[0] = True
+    np.not_equal(group[1:], group[:-1], out=first[1:])
+    index = np.flatnonzero(first)
+    if optimistic:
+        return need[index], time[np.append(index[1:], need.size) - 1]
+    if index[-1] != need.size - 1:
+        index = np.append(index, need.size - 1)
+    return need[index], time[index]
 
 
 def value_at(need: Ints, time: Ints, budget: int) -> int:
@@ -49,6 +82,8 @@ def nondominated(columns: Sequence[NDArray[Any]], block: int = 256) -> NDArray[n
     **Cost:** O(n * kept * coordinates), in blocks of `block` points.
     """
     size = len(columns[0])
+    # A coordinate on which all agree decides nothing.
+    columns = [c for c in map(np.asarray, columns) if size and c.min() != c.max()] or columns[:1]
     order = np.lexsort(tuple(reversed(columns)))
     if size <= 1:
         return order

@@ -286,10 +286,10 @@ class Candidates:
             if labels is None:
                 break
             held = labels.held + labels.keeps * self.activation[stop]
-            index = np.arange(len(held))
-            add(stop, labels.keeps, labels.forward, labels.last_back, held, labels.time, _MOONWALK, index)
-        for stop, f, b, t, handles in self._inverts.get((start, kept), ()):
-            add(stop, True, f, b, self.activation[stop], t, _INVERT, handles)
+            handles = np.arange(len(held))
+            add(stop, labels.keeps, labels.forward, labels.last_back, held, labels.time, _MOONWALK, handles)
+        for end, forward, back, spent, index in self._inverts.get((start, kept), ()):
+            add(end, True, forward, back, self.activation[end], spent, _INVERT, index)
         if not rows:
             empty = np.zeros(0, dtype=np.int64)
             none = empty.astype(np.bool_)
@@ -444,10 +444,10 @@ class Candidates:
                 time, back, bare, error, option, parent = columns
                 self._invert[stop].append((time, back, option, parent))
                 event = int(a[at + 1] + self._workspace[at])
-                index = np.arange(len(time))
+                handles = np.arange(len(time))
                 for kept in (False, True):
                     own = 0 if kept else int(a[at])
-                    here = (stop, max(forward, event + own), bare if kept else back, time, index)
+                    here = (stop, max(forward, event + own), bare if kept else back, time, handles)
                     out.setdefault((at, kept), []).append(here)
                 forward = max(forward, event + int(a[at]))
         return out
