@@ -392,7 +392,9 @@ class Frontier:
         """
         if self._bound is None:
             t = self.tables
-            lower = Tables(self.candidates, t.depth, loss=t.loss, optimistic=True)
+            c = self.candidates
+            c = Candidates(c.profile, max_error=c.max_error, allowed=c.allowed, loss=c.loss, optimistic=True)
+            lower = Tables(c, t.depth, loss=t.loss, optimistic=True)
             need, time = lower.solve_top().nodes[0, True]
             self._bound = tuple(zip(need.tolist(), time.tolist()))
         return self._bound
@@ -459,7 +461,8 @@ def solve_frontier(
     """The frontier of `profile` under `max_error` with the strategies `allowed`.
 
     **Arguments:** `thin`, the relative loss of time aimed at, 0 for exact: stretches keep at most one point for each factor `1 + thin / 3` of time,
-    so a schedule of `k` runs, inner ones included, is at most `(1 + thin / 3)^k` times the optimum; measured losses are
+    and moonwalk runs lose up to `thin / 6` a layer, so a schedule of `k` runs, inner ones included, is at most `(1 + thin / 3)^k` times the optimum
+    without moonwalk runs, `(1 + thin / 3)^(k + L)` with them; measured losses are
     below `thin`, and `Frontier.loss` proves a bound for the profile at hand. Needs stay exact. `max_recompute_depth`, how deep RECOMPUTE runs may stand inside one another: 0 for none, None for any.
     **Returns:** a `Frontier`. **Raises:** `ArgumentError`. **Cost:** see `Tables`.
     """
@@ -472,5 +475,5 @@ def solve_frontier(
     depth = max_recompute_depth
     if depth is not None and (isinstance(depth, bool) or not isinstance(depth, int) or depth < 0):
         raise ArgumentError(f"`max_recompute_depth={depth!r}` must be None or an integer, at least 0")
-    candidates = Candidates(profile, max_error=max_error, allowed=allowed)
+    candidates = Candidates(profile, max_error=max_error, allowed=allowed, loss=thin / 6)
     return Frontier(Tables(candidates, depth, loss=thin / 3), thin)

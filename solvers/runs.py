@@ -98,7 +98,8 @@ class Candidates:
     """The candidate runs of a profile under `max_error` and `allowed`.
 
     **Arguments:** `max_error`, the largest error that any run may predict; `allowed`, the strategies that may be used, at any depth; `per_layer`,
-    a narrower choice for some layers (1 to L).
+    a narrower choice for some layers (1 to L); `loss`, if not 0: labels of moonwalk runs whose times differ by less than that factor count as equally
+    fast, so that fewer survive, at a loss of at most `(1 + loss)` for each layer of a run; `optimistic`: their times are then rounded down, for a bound.
     **Cost:** moonwalk labels are grown on first use, once for each distinct stretch of layers (equal layers at different depths
     share them); their number is that of the five-way trade-offs among the options, small when options are few or ordered.
     **Assumes** (checked by `Profile`): byte and time sums fit 63 bits.
@@ -111,9 +112,12 @@ class Candidates:
         max_error: float = 1e-4,
         allowed: Iterable[Strategy] = ALL_STRATEGIES,
         per_layer: Mapping[int, frozenset[Strategy]] | None = None,
+        loss: float = 0.0,
+        optimistic: bool = False,
     ) -> None:
         check_max_error(max_error)
         self.profile = profile
+        self.loss, self.optimistic = loss, optimistic
         self.max_error = float(max_error)
         self.allowed = check_allowed(allowed)
         #: what each layer may use, index 0 being layer 1
@@ -404,8 +408,14 @@ class Candidates:
             return None
         columns = [np.concatenate(c) for c in zip(*parts)]
         time, held, back, forward, error, keeps, _, _, last_back = columns
+        compared: Any = time
+        if self.loss:
+            step = np.log1p(self.loss)
+            compared = np.floor(np.log(np.maximum(time, 1)) / step)
+            if self.optimistic:
+                time = columns[0] = np.minimum(time, np.exp(compared * step).astype(np.int64))
         # `last_back` (the run ends here) and `back` (it goes on) order labels differently: both must be worse to be dropped.
-        index = nondominated([keeps, ~keeps, time, held, back, last_back, forward, error])
+        index = nondominated([keeps, ~keeps, compared, held, back, last_back, forward, error])
         labels = _Labels(*(x[index] for x in columns))
         self._labels[key] = labels
         return labels
