@@ -50,13 +50,14 @@ def _plain_runs(
     if stop == start + 1 and Strategy.STORE in allowed:
         for o in p.layers[start].store:
             yield Run(kind=RunKind.STORE, start=start, stop=stop, options=(o.name,))
-    moonwalk = [[o for o in x.moonwalk if _strategy(o) in allowed] for x in p.layers[start:stop]]
+    layers = p.layers[start:stop]
+    moonwalk = [[o for o in x.moonwalk if _strategy(o) in allowed and _finite(o)] for x in layers]
     for options in itertools.product(*moonwalk):
         if _error(options) <= max_error:
             names = tuple(o.name for o in options)
             yield Run(kind=RunKind.MOONWALK, start=start, stop=stop, options=names)
     if Strategy.INVERT in allowed:
-        for inverses in itertools.product(*(x.invert for x in p.layers[start:stop])):
+        for inverses in itertools.product(*(filter(_finite, x.invert) for x in layers)):
             if _error(inverses[::-1]) <= max_error:
                 names = tuple(o.name for o in inverses)
                 yield Run(kind=RunKind.INVERT, start=start, stop=stop, options=names)
@@ -66,12 +67,14 @@ def _strategy(o: MoonwalkOption) -> Strategy:
     return Strategy.VIJP if o.fragment_bytes == 0 else Strategy.FRAGMENT
 
 
+def _finite(o: MoonwalkOption | InvertOption) -> bool:
+    return math.isfinite(o.growth) and math.isfinite(o.local_error)
+
+
 def _error(options: tuple[MoonwalkOption | InvertOption, ...]) -> float:
     error = worst = 0.0
     for o in options:
-        if not (math.isfinite(o.growth) and math.isfinite(o.local_error)):
-            return math.inf
-        error = math.sqrt((o.growth * error) ** 2 + o.local_error**2)
+        error = math.hypot(o.growth * error, o.local_error)
         worst = max(worst, error)
     return worst
 

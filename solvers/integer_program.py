@@ -187,7 +187,13 @@ class _Problem:
             raise ArgumentError("`frontier` was made with another `max_recompute_depth`: leave it out")
         candidates, top = known, frontier.top
         if narrowed:
-            candidates = Candidates(profile, max_error=max_error, allowed=allowed, per_layer=narrowed)
+            candidates = Candidates(
+                profile,
+                max_error=max_error,
+                allowed=allowed,
+                per_layer=narrowed,
+                by_strategy=max_distinct_runs is not None,
+            )
         if narrowed or max_distinct_runs is not None:
             top = frontier.tables.solve_top(candidates, closing=True)
         return cls(frontier, candidates, top, max_distinct_runs, time_limit_s, seed, workers)

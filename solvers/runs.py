@@ -73,6 +73,7 @@ class _Labels:
     parent: Ints
     option: Ints
     last_back: Ints
+    pattern: Ints
 
 
 def check_max_error(max_error: float) -> None:
@@ -99,7 +100,8 @@ class Candidates:
 
     **Arguments:** `max_error`, the largest error that any run may predict; `allowed`, the strategies that may be used, at any depth; `per_layer`,
     a narrower choice for some layers (1 to L); `loss`, if not 0: labels of moonwalk runs whose times differ by less than that factor count as equally
-    fast, so that fewer survive, at a loss of at most `(1 + loss)` for each layer of a run; `optimistic`: their times are then rounded down, for a bound.
+    fast, so that fewer survive, at a loss of at most `(1 + loss)` for each layer of a run; `optimistic`: their times are then rounded down, for a bound; `by_strategy`: runs are left out only for runs of the
+    same strategies layer by layer (there are many of those), because a side condition may single out some layers and count different runs.
     **Cost:** moonwalk labels are grown on first use, once for each distinct stretch of layers (equal layers at different depths
     share them); their number is that of the five-way trade-offs among the options, small when options are few or ordered.
     **Assumes** (checked by `Profile`): byte and time sums fit 63 bits.
@@ -114,10 +116,12 @@ class Candidates:
         per_layer: Mapping[int, frozenset[Strategy]] | None = None,
         loss: float = 0.0,
         optimistic: bool = False,
+        by_strategy: bool = False,
     ) -> None:
         check_max_error(max_error)
         self.profile = profile
-        self.loss, self.optimistic = loss, optimistic
+        self.loss, self.optimistic, self.by_strategy = loss, optimistic, by_strategy
+        self._patterns: dict[tuple[int, bool], int] = {}
         self.max_error = float(max_error)
         self.allowed = check_allowed(allowed)
         #: what each layer may use, index 0 being layer 1
@@ -273,10 +277,13 @@ class Candidates:
     def _make_atoms(self, start: int, kept: bool) -> Atoms:
         rows: list[tuple[Ints, ...]] = []
 
-        def add(stop: int, keeps: Any, f: Any, b: Any, h: Any, t: Any, kind: int, handle: Any) -> None:
+        def add(
+            stop: int, keeps: Any, f: Any, b: Any, h: Any, t: Any, kind: int, handle: Any, pattern: Any = 0
+        ) -> None:
             n = len(t)
             full = [np.full(n, stop), np.broadcast_to(keeps, n), np.broadcast_to(f, n), np.broadcast_to(b, n)]
             full += [np.broadcast_to(h, n), t, np.full(n, kind), handle]
+            full += [np.broadcast_to(3 * np.asarray(pattern) + kind if self.by_strategy else 0, n)]
             rows.append(tuple(np.asarray(x, dtype=np.int64) for x in full))
 
         if Strategy.STORE in self.layer_allowed[start]:
@@ -291,21 +298,31 @@ class Candidates:
                 break
             held = labels.held + labels.keeps * self.activation[stop]
             handles = np.arange(len(held))
-            add(stop, labels.keeps, labels.forward, labels.last_back, held, labels.time, _MOONWALK, handles)
+            add(
+                stop,
+                labels.keeps,
+                labels.forward,
+                labels.last_back,
+                held,
+                labels.time,
+                _MOONWALK,
+                handles,
+                labels.pattern,
+            )
         for end, forward, back, spent, index in self._inverts.get((start, kept), ()):
             add(end, True, forward, back, self.activation[end], spent, _INVERT, index)
         if not rows:
             empty = np.zeros(0, dtype=np.int64)
             none = empty.astype(np.bool_)
             return Atoms(empty, none, empty, empty, empty, empty, empty.astype(np.int8), empty, [])
-        stop_, keeps_, f_, b_, h_, t_, kind_, handle_ = (np.concatenate(c) for c in zip(*rows))
+        stop_, keeps_, f_, b_, h_, t_, kind_, handle_, pattern_ = (np.concatenate(c) for c in zip(*rows))
         # Runs between the same two nodes compete; F and B stay apart because K is added to one of them only.
         good: list[NDArray[np.intp]] = []
         groups: list[tuple[int, bool, int]] = []
         node = 2 * stop_ + keeps_
         order = np.argsort(node, kind="stable")
         for rows_ in np.split(order, np.flatnonzero(np.diff(node[order])) + 1):
-            good.append(rows_[nondominated([x[rows_] for x in (t_, f_, b_, h_)])])
+            good.append(rows_[nondominated([x[rows_] for x in (t_, f_, b_, h_, pattern_, -pattern_)])])
             groups.append(
                 (
                     int(stop_[rows_[0]]),
@@ -329,15 +346,19 @@ class Candidates:
     def _error(
         self, before: Floats, option: MoonwalkOption | InvertOption
     ) -> tuple[Floats, NDArray[np.intp]]:
-        """Errors after one more layer, and the indices of those within `max_error`.
-
-        Where two errors are added the last digits depend on who computes them, so a sum must stay 1e-12 (relative) below the limit.
-        """
+        """Errors after one more layer, and the indices of those within `max_error`; the last digit is as the rounding of `hypot` has it."""
         with np.errstate(over="ignore"):
-            grown = option.growth * before
-            error = np.hypot(grown, option.local_error)
-        limit = np.where(grown == 0, self.max_error, self.max_error * (1 - 1e-12))
-        return error, np.flatnonzero(error <= limit)
+            error = np.hypot(option.growth * before, option.local_error)
+        return error, np.flatnonzero(error <= self.max_error)
+
+    def _pattern(self, before: Ints, option: MoonwalkOption) -> Ints:
+        """Numbers for the strategies from a run's start on, one more layer appended: 0 for all unless `by_strategy`."""
+        if not self.by_strategy:
+            return before
+        fragment = option.fragment_bytes > 0
+        return np.array(
+            [self._patterns.setdefault((int(x), fragment), len(self._patterns) + 1) for x in before]
+        )
 
     def _label_key(self, start: int, kept: bool, stop: int) -> tuple[Any, ...]:
         return (start, kept, stop)
@@ -357,7 +378,9 @@ class Candidates:
         if first:
             own = 0 if kept else int(a[start])
             zero = np.zeros(1, dtype=np.int64)
-            old = _Labels(zero, zero + own, zero, zero, np.zeros(1), np.zeros(1, bool), zero, zero, zero)
+            old = _Labels(
+                zero, zero + own, zero, zero, np.zeros(1), np.zeros(1, bool), zero, zero, zero, zero
+            )
         else:
             known = self._grow(start, kept, stop - 1)
             if known is None:
@@ -402,12 +425,13 @@ class Candidates:
                     ok,
                     np.full(ok.size, k),
                     last_back,
+                    self._pattern(old.pattern[ok], o),
                 )
             )
         if not parts:
             return None
         columns = [np.concatenate(c) for c in zip(*parts)]
-        time, held, back, forward, error, keeps, _, _, last_back = columns
+        time, held, back, forward, error, keeps, _, _, last_back, pattern = columns
         compared: Any = time
         if self.loss:
             step = np.log1p(self.loss)
@@ -415,7 +439,9 @@ class Candidates:
             if self.optimistic:
                 time = columns[0] = np.minimum(time, np.exp(compared * step).astype(np.int64))
         # `last_back` (the run ends here) and `back` (it goes on) order labels differently: both must be worse to be dropped.
-        index = nondominated([keeps, ~keeps, compared, held, back, last_back, forward, error])
+        index = nondominated(
+            [pattern, -pattern, keeps, ~keeps, compared, held, back, last_back, forward, error]
+        )
         labels = _Labels(*(x[index] for x in columns))
         self._labels[key] = labels
         return labels

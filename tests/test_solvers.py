@@ -1,0 +1,371 @@
+"""The frontier and the integer program against exhaustive search and the ledger, on chains small enough to enumerate."""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import mwplan.solvers
+from mwplan.errors import ArgumentError
+from mwplan.ledger import replay, strategies
+from mwplan.profiles import LayerProfile, Profile, StoreOption
+from mwplan.schedule import Run, RunKind, Status, Strategy
+from mwplan.solvers.brute_force import every_cost, every_plan
+from mwplan.solvers.frontier import Frontier, solve_frontier
+from mwplan.solvers.integer_program import solve, solve_least_bytes
+from tests.chains import random_profile
+
+profiles = st.builds(
+    lambda seed, size, scale: random_profile(random.Random(seed), size, scale=scale),
+    st.integers(0, 2**32),
+    st.integers(1, 7),
+    st.sampled_from([4, 50, 10**6, 2**40]),
+)
+
+
+def pareto(costs: dict[int, int]) -> tuple[tuple[int, int], ...]:
+    out: list[tuple[int, int]] = []
+    for need in sorted(costs):
+        if not out or costs[need] < out[-1][1]:
+            out.append((need, costs[need]))
+    return tuple(out)
+
+
+def ledgered(profile: Profile, frontier: Frontier, step: int = 1) -> None:
+    for need, time in frontier.points[::step]:
+        solution = frontier.at(need)
+        found = replay(profile, solution.runs or ())
+        assert (found.peak_bytes, found.time_ns) == (need, time) == (solution.peak_bytes, solution.time_ns)
+        assert found.error <= 1e-4 * (1 + 1e-12)
+        assert solution.error == pytest.approx(found.error)
+
+
+@pytest.mark.parametrize("part", range(8))
+def test_frontier_and_integer_program_equal_exhaustive_search_at_every_budget_on_1000_chains(
+    part: int,
+) -> None:
+    rng = random.Random(part)
+    for k in range(125):
+        profile = random_profile(rng, rng.choice([1, 2, 3, 4, 4, 5, 5, 6]), scale=rng.choice([3, 5, 6]))
+        best = pareto(every_cost(profile))
+        frontier = solve_frontier(profile)
+        assert frontier.points == best
+        ledgered(profile, frontier)
+        # Between two points nothing changes, so every budget is one of these; the program takes some of them.
+        for need, time in best[k % 3 :: 3]:
+            solution = solve(profile, need, frontier=frontier, workers=1)
+            assert (solution.status, solution.time_ns, solution.peak_bytes) == (Status.OPTIMAL, time, need)
+            assert solution.bound_ns == time
+            found = replay(profile, solution.runs or ())
+            assert (found.peak_bytes, found.time_ns) == (need, time)
+        if best[0][0] > 1:
+            too_small = solve(profile, best[0][0] - 1, frontier=frontier)
+            assert too_small.status is Status.INFEASIBLE
+            assert too_small.least_bytes == best[0][0] == frontier.at(best[0][0] - 1).least_bytes
+
+
+def test_exhaustive_search_is_every_plan_in_the_ledger() -> None:
+    rng = random.Random(1)
+    for _ in range(60):
+        profile = random_profile(rng, rng.randint(1, 3))
+        costs: dict[int, int] = {}
+        for runs in every_plan(profile):
+            found = replay(profile, runs)
+            costs[found.peak_bytes] = min(found.time_ns, costs.get(found.peak_bytes, found.time_ns))
+        assert pareto(costs) == pareto(every_cost(profile)) == solve_frontier(profile).points
+
+
+@pytest.mark.parametrize("allowed", [{s} for s in Strategy] + [{Strategy.STORE, s} for s in Strategy])
+def test_allowed_strategies(allowed: set[Strategy]) -> None:
+    rng = random.Random(2)
+    for _ in range(25):
+        profile = random_profile(rng, rng.randint(1, 5))
+        frontier = solve_frontier(profile, allowed=frozenset(allowed))
+        assert frontier.points == pareto(every_cost(profile, allowed=frozenset(allowed)))
+        ledgered(profile, frontier)
+        if not frontier.points:
+            assert frontier.least_bytes is None
+            assert frontier.at(10**9).status is Status.INFEASIBLE
+
+
+@pytest.mark.parametrize("max_error", [0.0, 1e-6, 2e-5, 2.1e-5, 1.0, float("inf")])
+def test_max_error_bounds_every_run(max_error: float) -> None:
+    rng = random.Random(3)
+    for _ in range(25):
+        profile = random_profile(rng, rng.randint(1, 5), moonwalks=3)
+        frontier = solve_frontier(profile, max_error=max_error)
+        assert frontier.points == pareto(every_cost(profile, max_error=max_error))
+        for need, _ in frontier.points:
+            assert replay(profile, frontier.at(need).runs or ()).error <= max_error * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_depth_of_recomputation(depth: int) -> None:
+    def levels(runs: tuple[Run, ...]) -> int:
+        return max((1 + levels(run.inner) if run.inner else 0 for run in runs), default=0)
+
+    rng = random.Random(4)
+    for _ in range(20):
+        profile = random_profile(rng, 3, scale=5, moonwalks=1, inverts=0)
+        costs: dict[int, int] = {}
+        for runs in every_plan(profile):
+            if levels(runs) <= depth:
+                found = replay(profile, runs)
+                costs[found.peak_bytes] = min(found.time_ns, costs.get(found.peak_bytes, found.time_ns))
+        frontier = solve_frontier(profile, max_recompute_depth=depth)
+        assert frontier.points == pareto(costs)
+        for need, _ in frontier.points:
+            assert levels(frontier.at(need).runs or ()) <= depth
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(profiles)
+def test_ledger_confirms_all_points_and_more_budget_never_costs_more(profile: Profile) -> None:
+    frontier = solve_frontier(profile)
+    assert frontier.points
+    needs, times = zip(*frontier.points)
+    assert list(needs) == sorted(set(needs))
+    assert list(times) == sorted(set(times), reverse=True)
+    ledgered(profile, frontier, step=max(1, len(needs) // 8))
+    gain = frontier.next_gain(needs[0])
+    assert gain == ((needs[1] - needs[0], times[0] - times[1]) if len(needs) > 1 else None)
+    assert frontier.next_gain(needs[-1]) is None
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(profiles, st.sampled_from([0.01, 0.1, 0.5]))
+def test_thinned_frontier_stays_within_the_loss_it_proves(profile: Profile, thin: float) -> None:
+    exact, thinned = solve_frontier(profile), solve_frontier(profile, thin=thin)
+    assert thinned.least_bytes == exact.least_bytes
+    ledgered(profile, thinned, step=max(1, len(thinned.points) // 8))
+    loss = thinned.loss()
+    for need, time in exact.points:
+        got = thinned.points[bisect.bisect_right(thinned.points, (need, 2**63)) - 1][1]
+        assert thinned.bound_ns(need) <= time <= got <= time * (1 + loss) * (1 + 1e-12)
+    need = exact.points[len(exact.points) // 2][0]
+    solution = solve(profile, need, frontier=thinned, workers=1)
+    assert solution.bound_ns <= exact.at(need).time_ns <= solution.time_ns
+    assert solution.status is not Status.OPTIMAL or solution.time_ns == exact.at(need).time_ns
+
+
+def repeated(profile: Profile) -> Profile:
+    layer = profile.layers[0]
+    n = len(profile) + 1
+    return dataclasses.replace(
+        profile,
+        layers=tuple(dataclasses.replace(layer, name=f"copy{k}") for k in range(n - 1)),
+        activation_bytes=(3,) * n,
+        cotangent_bytes=(3,) * n,
+        sweep_cotangent_bytes=(4,) * n,
+    )
+
+
+def distinct(profile: Profile, runs: tuple[Run, ...]) -> int:
+    """How many different outermost runs there are, written without the solver's help."""
+    kept, seen = True, set()
+    for run in runs:
+
+        def relative(x: Run, base: int = run.start) -> tuple[object, ...]:
+            return (
+                x.kind,
+                x.start - base,
+                x.stop - base,
+                x.options,
+                tuple(relative(y, base) for y in x.inner),
+            )
+
+        at = [
+            (
+                dataclasses.replace(profile.layers[i], name=""),
+                profile.activation_bytes[i + 1],
+                profile.cotangent_bytes[i + 1],
+                profile.sweep_cotangent_bytes[i + 1],
+            )
+            for i in range(run.start, run.stop)
+        ]
+        i = run.start
+        start = (
+            profile.activation_bytes[i],
+            profile.cotangent_bytes[i],
+            profile.sweep_cotangent_bytes[i],
+            kept,
+        )
+        seen.add((start, tuple(at), relative(run)))
+        last = profile.layers[run.stop - 1]
+        kept = run.kind is RunKind.INVERT
+        if run.kind is RunKind.STORE:
+            kept = next(o for o in last.store if o.name == run.options[0]).keeps_output
+        elif run.kind is RunKind.MOONWALK:
+            kept = next(o for o in last.moonwalk if o.name == run.options[-1]).keeps_output
+    return len(seen)
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_side_conditions_equal_exhaustive_search(part: int) -> None:
+    rng = random.Random(part)
+    for k in range(15):
+        profile = random_profile(rng, 3, scale=4)
+        profile = repeated(profile) if k % 2 else profile
+        plans = [(runs, replay(profile, runs)) for runs in every_plan(profile)]
+        frontier = solve_frontier(profile)
+        pins = {rng.randint(1, 3): rng.choice(list(Strategy))}
+        forbid = {rng.randint(1, 3): rng.choice(list(Strategy))}
+        if forbid == pins:
+            forbid = {}
+        limit = rng.choice([None, 1, 2])
+        good = []
+        for runs, found in plans:
+            used = strategies(profile, runs)
+            if any(used[layer - 1] is not s for layer, s in pins.items()):
+                continue
+            if any(used[layer - 1] is s for layer, s in forbid.items()):
+                continue
+            if limit is None or distinct(profile, runs) <= limit:
+                good.append((found.peak_bytes, found.time_ns))
+        given_ = {
+            "pins": pins,
+            "forbid": forbid,
+            "max_distinct_runs": limit,
+            "frontier": frontier,
+            "workers": 1,
+        }
+        for budget in [1, *sorted({need for need, _ in good})[::4]]:
+            want = min((time for need, time in good if need <= budget), default=None)
+            solution = solve(profile, budget, **given_)  # type: ignore[arg-type]
+            if want is None:
+                assert solution.status is Status.INFEASIBLE
+                continue
+            assert (solution.status, solution.time_ns, solution.bound_ns) == (Status.OPTIMAL, want, want)
+            found = replay(profile, solution.runs or ())
+            assert (found.time_ns, found.peak_bytes) == (want, solution.peak_bytes)
+            assert found.peak_bytes <= budget
+            lean = solve_least_bytes(profile, want, **given_)  # type: ignore[arg-type]
+            assert lean.status is Status.OPTIMAL
+            assert lean.peak_bytes == lean.least_bytes == min(need for need, time in good if time <= want)
+
+
+def test_least_bytes_is_the_frontier_the_other_way_round() -> None:
+    rng = random.Random(6)
+    for _ in range(20):
+        profile = random_profile(rng, rng.randint(1, 7))
+        frontier = solve_frontier(profile)
+        for need, time in frontier.points:
+            solution = solve_least_bytes(profile, time, frontier=frontier, workers=1)
+            assert (solution.status, solution.peak_bytes) == (Status.OPTIMAL, need)
+        assert (
+            solve_least_bytes(profile, frontier.points[-1][1] - 1, frontier=frontier).status
+            is Status.INFEASIBLE
+        )
+
+
+def test_slack_gives_the_program_more_runs_and_the_same_optimum() -> None:
+    profile = random_profile(random.Random(7), 20)
+    frontier = solve_frontier(profile)
+    budget = frontier.points[len(frontier.points) // 2][0]
+    tight, loose = (solve(profile, budget, frontier=frontier, slack=s) for s in (0.0, 0.05))
+    assert tight.status is loose.status is Status.OPTIMAL
+    assert tight.time_ns == loose.time_ns
+    assert dict(loose.stats)["columns"] > dict(tight.stats)["columns"]
+
+
+def test_a_second_is_enough_for_an_honest_answer() -> None:
+    profile = random_profile(random.Random(8), 30)
+    frontier = solve_frontier(profile)
+    budget = frontier.points[len(frontier.points) // 3][0]
+    solution = solve(profile, budget, frontier=frontier, max_distinct_runs=6, time_limit_s=1.0)
+    if solution.status is Status.UNKNOWN:
+        assert solution.runs is None
+    if solution.runs is not None:
+        assert solution.bound_ns <= solution.time_ns
+        assert (solution.status is Status.OPTIMAL) == (solution.bound_ns == solution.time_ns)
+        assert replay(profile, solution.runs).peak_bytes == solution.peak_bytes <= budget
+
+
+def chain_of(n: int, **changes: int) -> Profile:
+    option = StoreOption(
+        name="all", residual_bytes=0, keeps_input=True, keeps_output=False, forward_ns=1, backward_ns=2
+    )
+    layer = LayerProfile(name="x", forward_ns=1, store=(dataclasses.replace(option, **changes),))
+    counts = (8,) * (n + 1)
+    return Profile(
+        layers=(layer,) * n, activation_bytes=counts, cotangent_bytes=counts, sweep_cotangent_bytes=counts
+    )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"budget_bytes": 0},
+        {"budget_bytes": -5},
+        {"budget_bytes": 2**63},
+        {"budget_bytes": 1.5},
+        {"budget_bytes": True},
+        {"time_limit_s": 0},
+        {"time_limit_s": float("nan")},
+        {"workers": 0},
+        {"seed": -1},
+        {"max_distinct_runs": 0},
+        {"pins": {0: Strategy.STORE}},
+        {"pins": {4: Strategy.STORE}},
+        {"pins": {1: "store"}},
+        {"pins": {1: Strategy.STORE}, "forbid": {1: Strategy.STORE}},
+        {"pins": {1: Strategy.VIJP}, "allowed": {Strategy.STORE}},
+        {"max_error": -1.0},
+        {"max_error": float("nan")},
+        {"allowed": set()},
+        {"allowed": {"store"}},
+        {"slack": -1.0},
+        {"max_recompute_depth": -1},
+    ],
+)
+def test_bad_arguments_are_named(change: dict[str, object]) -> None:
+    arguments = {"budget_bytes": 100, **change}
+    with pytest.raises(ArgumentError, match=r"`|layer"):
+        solve(chain_of(3), **arguments)  # type: ignore[arg-type]
+
+
+def test_bad_frontier_arguments() -> None:
+    for change in ({"thin": -0.1}, {"thin": 1.0}, {"max_error": "x"}, {"max_recompute_depth": 1.5}):
+        with pytest.raises(ArgumentError, match="`"):
+            solve_frontier(chain_of(3), **change)  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="Profile"):
+        solve_frontier("profile")  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="frontier"):
+        solve(chain_of(3), 100, frontier=solve_frontier(chain_of(2)))
+
+
+def test_costs_at_the_edge_of_64_bits() -> None:
+    with pytest.raises(ArgumentError, match="larger unit"):
+        chain_of(3, residual_bytes=2**62, backward_workspace_bytes=2**62)
+    with pytest.raises(ArgumentError, match="larger unit"):
+        solve_frontier(chain_of(3, residual_bytes=2**61))
+    profile = chain_of(3, residual_bytes=2**56, backward_ns=2**55)
+    frontier = solve_frontier(profile)
+    assert frontier.points == pareto(every_cost(profile))
+    solution = solve(profile, 2**63 - 1, frontier=frontier)
+    assert (solution.status, solution.time_ns) == (Status.OPTIMAL, frontier.points[-1][1])
+
+
+def test_a_chain_of_one_layer() -> None:
+    profile = chain_of(1)
+    frontier = solve_frontier(profile)
+    assert frontier.points == ((16, 3),)
+    solution = solve(profile, 16)
+    assert solution.runs == (Run(kind=RunKind.STORE, start=0, stop=1, options=("all",)),)
+    assert solve(profile, 16, pins={1: Strategy.RECOMPUTE}).time_ns == 4
+
+
+def test_solvers_load_no_ortools_and_import_no_jax() -> None:
+    code = "import sys, mwplan.solvers.frontier, mwplan.solvers.integer_program; assert 'ortools' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    for path in Path(mwplan.solvers.__file__).parent.glob("*.py"):
+        assert not re.search(r"^\s*(import|from) jax", path.read_text(), re.MULTILINE), path
