@@ -1,4 +1,60 @@
 """mwplan: plans and runs the gradient of a deep network within a memory budget, in JAX."""
 
+from mwplan import layers
+from mwplan.chain import Chain
+from mwplan.compiling import PlanUndoneWarning, compiler_options, jit, temporaries
+from mwplan.errors import (
+    ArgumentError,
+    ChainError,
+    FileFormatError,
+    InfeasibleError,
+    MwplanError,
+    NotSubmersiveError,
+    ScheduleMismatchError,
+    SecondDerivativeError,
+)
+from mwplan.execute import Report, apply, value_and_grad
+from mwplan.ledger import replay
+from mwplan.measure import profile
+from mwplan.operator import explain, fragment_of, vijp
+from mwplan.planning import Frontier, frontier, plan
+from mwplan.profiles import Profile
+from mwplan.schedule import Run, RunKind, Schedule, Status, Strategy
+from mwplan.tracing import Timeline, trace
+
 __version__ = "0.1.0"
-__all__ = ["__version__"]
+__all__ = [
+    "ArgumentError",
+    "Chain",
+    "ChainError",
+    "FileFormatError",
+    "Frontier",
+    "InfeasibleError",
+    "MwplanError",
+    "NotSubmersiveError",
+    "PlanUndoneWarning",
+    "Profile",
+    "Report",
+    "Run",
+    "RunKind",
+    "Schedule",
+    "ScheduleMismatchError",
+    "SecondDerivativeError",
+    "Status",
+    "Strategy",
+    "Timeline",
+    "apply",
+    "compiler_options",
+    "explain",
+    "fragment_of",
+    "frontier",
+    "jit",
+    "layers",
+    "plan",
+    "profile",
+    "replay",
+    "temporaries",
+    "trace",
+    "value_and_grad",
+    "vijp",
+]

@@ -174,12 +174,12 @@ def explain(network: Network) -> None:
 def train(
     budget: Annotated[
         str | None,
-        typer.Option(help="device bytes of the gradient step; by default half of what storing needs"),
+        typer.Option(help="device bytes of the gradient step; by default a fifth of what storing needs"),
     ] = None,
     max_error: MaxError = 1e-4,
     batch: Annotated[int, typer.Option(help="images a step")] = 512,
     epochs: Annotated[int, typer.Option(help="passes over the training images")] = 60,
-    depth: Annotated[int, typer.Option(help="convolutions at each of the two resolutions")] = 4,
+    depth: Annotated[int, typer.Option(help="convolutions at each of the two resolutions")] = 12,
     seed: Annotated[int, typer.Option(help="of weights, batches and split")] = 0,
     to: Annotated[Path, typer.Option("--out", help="folder for training.json and training.png")] = Path(
         "results/demo"
@@ -193,7 +193,9 @@ def train(
         budget=budget, max_error=max_error, batch=batch, epochs=epochs, depth=depth, seed=seed
     )
     with _bar() as advance:
-        result = training.train(config, advance, lambda text: err.print(text, markup=False, highlight=False))
+        result = training.train(
+            config, advance, lambda text: err.print(text, markup=False, highlight=False, soft_wrap=True)
+        )
     files = training.write(result, to)
     if as_json:
         print(result.to_json())

@@ -75,6 +75,10 @@ def warn_if_undone(*trees: Any) -> None:
 
 def _is_traced(leaf: Any) -> bool:
     """Whether `leaf`, under the layers of differentiation and batching, has no value yet."""
-    while (inner := getattr(leaf, "primal", getattr(leaf, "val", None))) is not None:
-        leaf = inner
+    while (inner := _INSIDE.get(type(leaf).__name__)) is not None:
+        leaf = getattr(leaf, inner)
     return isinstance(leaf, jax.core.Tracer)
+
+
+#: Where the tracers of differentiation and batching keep what they wrap.
+_INSIDE = {"JVPTracer": "primal", "LinearizeTracer": "primal", "BatchTracer": "val"}

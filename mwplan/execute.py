@@ -231,6 +231,8 @@ class Interpreter:
         self.backward(run.inner, kept, box, grads, depth + 1)
 
     def _invert(self, run: Run, box: list[PyTree], grads: list[Any], depth: int) -> None:
+        if self.check:
+            self.report[run.start, run.stop] = jnp.zeros(())  # where the one layer's input is there already
         for layer in range(run.stop, run.start, -1):
             operation = functools.partial(operations.invert_backward, rule=self.rule(run, layer))
             known = self.x.get(layer - 1)  # only the run's start can be: the run to the left keeps it

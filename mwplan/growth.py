@@ -63,6 +63,10 @@ def _vijp_errors(rule: VijpRule, layer: PyTree, x: PyTree, ct_out: PyTree, key: 
     return jnp.stack([local, growth])
 
 
+def _output(rule: None, layer: PyTree, x: PyTree) -> PyTree:
+    return layer(x)
+
+
 def _invert_errors(rule: InvertRule, layer: PyTree, x: PyTree, y: PyTree, key: jax.Array) -> jax.Array:
     back = rule.inverse(layer, y)
     scale = _norm(x)
@@ -128,7 +132,7 @@ def measure(
 
 def measure_inverse(layer: PyTree, rule: InvertRule, x: PyTree, key: jax.Array) -> tuple[float, float]:
     """`(local_error, growth)` of the rebuilt activation of one inverse, relative to the activation."""
-    return _run(_invert_errors, rule, layer, x, jax.jit(layer)(x), key)
+    return _run(_invert_errors, rule, layer, x, _call(_output, None, layer, x), key)
 
 
 def predict(options: Iterable[tuple[float, float]]) -> list[float]:

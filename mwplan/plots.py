@@ -34,13 +34,15 @@ def plot_timeline(timeline: Timeline, ax: Axes | None = None) -> Axes:
     """Live bytes over the events of one step: measured as a line, the ledger's as an area behind it."""
     ax = new_axes() if ax is None else ax
     at = range(len(timeline.events))
-    predicted = [e.predicted.live_bytes / 2**20 for e in timeline.events if e.predicted is not None]
+    predicted = [
+        e.predicted_array_bytes / 2**20 for e in timeline.events if e.predicted_array_bytes is not None
+    ]
     if len(predicted) == len(timeline.events):
         ax.fill_between(at, predicted, step="mid", color="#a9d6e5", label="predicted (ledger)")
     ax.step(
-        at, [e.live_bytes / 2**20 for e in timeline.events], where="mid", color=PLAN, lw=1, label="measured"
+        at, [e.array_bytes / 2**20 for e in timeline.events], where="mid", color=PLAN, lw=1, label="measured"
     )
-    ax.set(xlabel="operation of the step", ylabel="bytes alive (MiB)", ylim=(0, None))
+    ax.set(xlabel="operation of the step", ylabel="arrays alive (MiB)", ylim=(0, None))
     ax.legend(frameon=False)
     return ax
 

@@ -6,10 +6,9 @@ import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
-from matplotlib.axes import Axes
 
 from mwplan import operations
 from mwplan.chain import Chain, boundaries
@@ -19,6 +18,9 @@ from mwplan.execute import Interpreter, check_match
 from mwplan.ledger import Event, replay
 from mwplan.profiles import Profile
 from mwplan.schedule import Schedule
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 PyTree = Any
 
@@ -40,8 +42,14 @@ class TracedEvent:
     predicted: Event | None = None
 
     @property
+    def predicted_array_bytes(self) -> int | None:
+        """What the ledger expects `array_bytes` to be: what is alive without workspace and before any saving."""
+        event = self.predicted
+        return None if event is None else event.live_bytes - event.workspace_bytes + event.saving_bytes
+
+    @property
     def live_bytes(self) -> int:
-        """Arrays and workspace together, as in `ledger.Event`."""
+        """Arrays and workspace together. An operation dispatched alone saves nothing by dying inputs."""
         return self.array_bytes + self.workspace_bytes
 
 

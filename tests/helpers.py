@@ -1,0 +1,113 @@
+"""Networks and schedules that several tests use."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import mwplan as mw
+from mwplan import rules
+from mwplan.chain import boundaries
+from mwplan.layers import Conv2D, Dense, Flatten, LeakyReLU, MaxMin
+from mwplan.schedule import Run, RunKind
+
+
+def mlp(depth: int = 3, width: int = 8, seed: int = 0) -> mw.Chain:
+    """Dense layers with leaky ReLU between them; every layer submersive."""
+    keys = jax.random.split(jax.random.key(seed), depth)
+    layers: list[Any] = []
+    for key in keys:
+        layers += [Dense.init(key, width, width), LeakyReLU(0.7)]
+    return mw.Chain(layers)
+
+
+def small_cnn(seed: int = 0) -> mw.Chain:
+    """A convolutional classifier with layers of every kind: widening, halo, order, strided, plain functions."""
+    a, b, c, d = jax.random.split(jax.random.key(seed), 4)
+    return mw.Chain(
+        [
+            Conv2D.init(a, 1, 4, 3),
+            jnp.tanh,
+            Conv2D.init(b, 4, 4, 3),
+            MaxMin(),
+            Conv2D.init(c, 4, 8, 2, stride=2, padding="VALID"),
+            LeakyReLU(0.5),
+            Flatten(3),
+            Dense.init(d, 128, 5),
+        ]
+    )
+
+
+def random_runs(
+    rng: random.Random, chain: mw.Chain, x: Any, start: int = 0, stop: int | None = None, depth: int = 0
+) -> tuple[Run, ...]:
+    """A random valid schedule over `(start, stop]`: any runs, any options, nested up to three levels."""
+    structs = boundaries(chain, x)
+    stop = len(chain) if stop is None else stop
+    runs = []
+    at = start
+    while at < stop:
+        end = rng.randint(at + 1, stop)
+        kind = rng.choice(list(RunKind))
+        names: list[str] = []
+        if kind is RunKind.STORE:
+            end = at + 1
+            names = [rng.choice([r.name for r in rules.store_rules(chain[at], structs[at])])]
+        elif kind is RunKind.RECOMPUTE:
+            if depth == 3:
+                continue
+            inner = random_runs(rng, chain, x, at, end, depth + 1)
+            runs.append(Run(kind=kind, start=at, stop=end, inner=inner))
+            at = end
+            continue
+        else:
+            find = rules.vijp_rules if kind is RunKind.MOONWALK else rules.invert_rules
+            for layer in range(at, end):
+                offered = [
+                    r.name for r in find(chain[layer], structs[layer]) if not isinstance(r, rules.Unavailable)
+                ]
+                if not offered:
+                    end = layer
+                    break
+                names.append(rng.choice(offered))
+            if end == at:
+                continue
+        runs.append(Run(kind=kind, start=at, stop=end, options=tuple(names)))
+        at = end
+    return tuple(runs)
+
+
+def relative_error(got: Any, want: Any) -> float:
+    """The largest relative distance over the leaves."""
+    worst = 0.0
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        size = np.linalg.norm(b)
+        worst = max(worst, float(np.linalg.norm(a - b) / size) if size else float(np.linalg.norm(a)))
+    return worst
+
+
+def mean_square(y: Any, target: Any = 0.0) -> jax.Array:
+    """A scalar loss with a cotangent that is neither constant nor symmetric."""
+    weights = jnp.arange(1, y.size + 1, dtype=y.dtype).reshape(y.shape) / y.size
+    return jnp.mean(weights * (y - target) ** 2)
+
+
+def store_all(chain: mw.Chain) -> tuple[Run, ...]:
+    """Every layer stored by `jax.vjp`."""
+    return tuple(Run(kind=RunKind.STORE, start=i, stop=i + 1, options=("vjp",)) for i in range(len(chain)))
+
+
+def segments(chain: mw.Chain, size: int) -> tuple[Run, ...]:
+    """Recomputed segments of `size` layers, stored inside."""
+    inner = store_all(chain)
+    cuts: Sequence[int] = range(0, len(chain), size)
+    return tuple(
+        Run(kind=RunKind.RECOMPUTE, start=s, stop=min(s + size, len(chain)), inner=inner[s : s + size])
+        for s in cuts
+    )

@@ -1,0 +1,99 @@
+"""The command line as a user meets it, and the main job in small."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from typer.testing import CliRunner
+
+import mwplan as mw
+from mwplan import cli, training
+from mwplan.layers import Dense, LeakyReLU
+from tests.chains import random_profile
+
+
+def network() -> tuple[mw.Chain, Any]:
+    """A network for `mwplan explain tests.test_cli:network`."""
+    return mw.Chain([Dense.init(jax.random.key(0), 8, 8), LeakyReLU(0.5)]), jnp.ones((4, 8))
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    path = tmp_path / "profile.json"
+    path.write_text(random_profile(random.Random(1), 4).to_json())
+    return path
+
+
+def run(*args: str) -> Any:
+    return CliRunner().invoke(cli.app, list(args), catch_exceptions=False)
+
+
+def test_plan_prints_and_saves(saved: Path, tmp_path: Path) -> None:
+    to = tmp_path / "schedule.json"
+    text = run("plan", str(saved), "--budget", "1MB", "--to", str(to)).output
+    assert "optimal" in text
+    schedule = mw.Schedule.from_json(to.read_text())
+    assert mw.Schedule.from_json(run("plan", str(saved), "--budget", "1MB", "--json").output) == schedule
+
+
+def test_frontier_prints_draws_and_speaks_json(saved: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "frontier.png"
+    assert "predicted time" in run("frontier", str(saved), "--plot", str(picture)).output
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    points = json.loads(run("frontier", str(saved), "--json").output)
+    assert [p["time_ns"] for p in points] == sorted((p["time_ns"] for p in points), reverse=True)
+
+
+def test_explain_and_profile_take_a_module(tmp_path: Path) -> None:
+    text = run("explain", "tests.test_cli:network").output
+    assert "exact" in text
+    assert "divide" in text
+    to = tmp_path / "p.json"
+    run("profile", "tests.test_cli:network", "--to", str(to))
+    assert len(mw.Profile.from_json(to.read_text())) == 2
+
+
+@pytest.mark.parametrize(
+    ("args", "complaint"),
+    [
+        (["plan", "PROFILE", "--budget", "2 bananas"], "2 bananas"),
+        (["plan", "PROFILE", "--budget", "1 B"], "leanest schedule needs"),
+        (["plan", "missing.json", "--budget", "1GB"], "does not exist"),
+        (["explain", "no.such.module:net"], "cannot be imported"),
+        (["explain", "nothing"], "MODULE:NAME"),
+        (["train", "--batch", "100000"], "training images"),
+        (["train", "--epochs", "0"], "at least 1"),
+    ],
+)
+def test_errors_are_one_message_and_status_2(
+    args: list[str],
+    complaint: str,
+    saved: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("sys.argv", ["mwplan", *(str(saved) if a == "PROFILE" else a for a in args)])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 2
+    assert complaint in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_main_job_in_small(tmp_path: Path) -> None:
+    """Two epochs of a shallow network: everything that `make demo` reports, and the files it writes."""
+    result = run("train", "--epochs", "2", "--depth", "2", "--batch", "256", "--out", str(tmp_path))
+    assert "test accuracy" in result.output
+    got = training.TrainResult.from_json((tmp_path / "training.json").read_text())
+    assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
+    room = got.budget_bytes - got.fixed_bytes
+    assert got.measured_temporary_bytes <= room < got.backprop_temporary_bytes
+    assert abs(got.measured_temporary_bytes / got.predicted_temporary_bytes - 1) < 0.1
+    assert max(got.gradient_error_first, got.gradient_error_last) < 1e-4
+    assert got.losses_planned == pytest.approx(got.losses_plain, rel=0.05)
+    assert got.losses_planned[-1] < got.losses_planned[0]

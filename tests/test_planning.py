@@ -1,0 +1,165 @@
+"""From a chain to a plan: measurement, planning, trace, and the errors on the way."""
+
+from __future__ import annotations
+
+import functools
+import random
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import mwplan as mw
+from mwplan.layers import Conv2D, Dense, LeakyReLU, MaxMin
+from mwplan.solvers.brute_force import every_cost
+from tests.chains import random_profile
+from tests.helpers import mean_square, relative_error, small_cnn
+
+
+def conv_chain() -> mw.Chain:
+    """Activations of 1 MiB, every way of handling a layer in it."""
+    keys = iter(jax.random.split(jax.random.key(0), 8))
+    layers: list[Any] = [Conv2D.init(next(keys), 8, 16, 1), LeakyReLU(0.6)]
+    for _ in range(3):
+        layers += [Conv2D.init(next(keys), 16, 16, 1), MaxMin()]
+    layers += [Conv2D.init(next(keys), 16, 16, 3), jnp.tanh, Dense.init(next(keys), 16, 4)]
+    return mw.Chain(layers)
+
+
+@functools.cache
+def measured() -> tuple[mw.Chain, Any, mw.Profile]:
+    chain = conv_chain()
+    x = jax.random.normal(jax.random.key(1), (64, 16, 16, 8))
+    return chain, x, mw.profile(chain, x, repeats=2)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.3, 1.0])
+def test_measured_memory_is_the_predicted(fraction: float) -> None:
+    chain, x, profile = measured()
+    points = mw.frontier(profile).points
+    budget = points[0][0] + int(fraction * (points[-1][0] - points[0][0]))
+    plan = mw.plan(profile, budget)
+    step = mw.jit(mw.value_and_grad(mean_square, plan)).lower(chain, x).compile()
+    got = mw.temporaries(step)
+    assert abs(got - plan.peak_bytes) < 0.1 * plan.peak_bytes
+    assert got + plan.fixed_bytes <= budget * 1.02
+    (_, report), grads = step(chain, x)
+    want = jax.grad(lambda c: mean_square(c(x)))(chain)
+    assert relative_error(grads, want) < 1e-4
+    assert float(report.worst) < 1e-4
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.5, 1.0])
+def test_live_arrays_are_the_ledgers_at_every_event(fraction: float) -> None:
+    chain, x, profile = measured()
+    points = mw.frontier(profile).points
+    plan = mw.frontier(profile).at(points[int(fraction * (len(points) - 1))][0])
+    timeline = mw.trace(plan, chain, x, mean_square, profile=profile)
+    assert len(timeline.events) == len(mw.replay(profile, plan.runs).events)
+    assert [e.array_bytes for e in timeline.events] == [e.predicted_array_bytes for e in timeline.events]
+    want = jax.grad(lambda c: mean_square(c(x)))(chain)
+    assert relative_error(timeline.gradients, want) < 1e-4
+    timeline.plot()
+
+
+def test_moonwalk_only_plans_run_and_fit() -> None:
+    chain, x, profile = measured()
+    allowed = {mw.Strategy.STORE, mw.Strategy.VIJP, mw.Strategy.FRAGMENT}
+    frontier = mw.frontier(profile, allowed=allowed)
+    plan = frontier.at(frontier.points[0][0])
+    assert mw.Strategy.VIJP in plan.strategies
+    step = mw.jit(mw.value_and_grad(mean_square, plan)).lower(chain, x).compile()
+    assert mw.temporaries(step) <= 1.02 * plan.peak_bytes
+    (_, report), grads = step(chain, x)
+    assert relative_error(grads, jax.grad(lambda c: mean_square(c(x)))(chain)) < 1e-4
+    assert 0 < float(report.worst) < 1e-4
+
+
+def test_profiles_are_measured_once_for_equal_layers() -> None:
+    _, _, profile = measured()
+    assert profile.layers[2].store == profile.layers[4].store
+    assert profile.layers[2].moonwalk == profile.layers[4].moonwalk
+    assert mw.Profile.from_json(profile.to_json()) == profile
+
+
+def test_input_residuals_alone_are_counted() -> None:
+    _, _, profile = measured()
+    maxmin, tanh = profile.layers[3], profile.layers[9]
+    undo = next(o for o in maxmin.moonwalk if o.name == "undo")
+    assert undo.residual_bytes == profile.activation_bytes[4] // 4 // 16  # a bit a pair
+    linear = profile.layers[2].moonwalk[0]
+    assert (linear.residual_bytes, linear.keeps_input, linear.keeps_output) == (0, False, False)
+    assert any(o.keeps_output for o in tanh.store)  # jax.vjp of tanh keeps its output
+
+
+@pytest.mark.parametrize("seed", range(15))
+def test_plans_are_optimal(seed: int) -> None:
+    """At every budget where brute force over the same space finds a new best, on chains of up to 5 layers."""
+    rng = random.Random(seed)
+    profile = random_profile(rng, rng.randint(1, 5))
+    best = None
+    for need, time in sorted(every_cost(profile).items()):
+        if best is not None and time >= best:
+            continue
+        best = time
+        plan = mw.plan(profile, need or 1)
+        assert (plan.time_ns, plan.status) == (time, mw.Status.OPTIMAL)
+        assert plan.bound_ns == time
+        assert plan.peak_bytes <= need
+
+
+class TestErrors:
+    def test_below_the_least_budget(self) -> None:
+        _, _, profile = measured()
+        with pytest.raises(
+            mw.InfeasibleError, match=r"leanest schedule needs [\d_]+ bytes.*sweep of layer"
+        ) as caught:
+            mw.plan(profile, "100 kB")
+        least = caught.value.least_bytes
+        assert least is not None
+        plan = mw.plan(profile, least)
+        assert plan.total_bytes == least
+        with pytest.raises(mw.InfeasibleError):
+            mw.plan(profile, least - 1)
+        with pytest.raises(mw.InfeasibleError):
+            mw.frontier(profile).at(least - 1)
+
+    @pytest.mark.parametrize("budget", ["2 bananas", 0, -3, "-1GiB", 2**64])
+    def test_what_is_no_budget(self, budget: Any) -> None:
+        with pytest.raises(mw.ArgumentError, match="`budget="):
+            mw.plan(random_profile(random.Random(0), 2), budget)
+
+    def test_what_is_no_profile_tolerance_or_strategy(self) -> None:
+        profile = random_profile(random.Random(0), 2)
+        with pytest.raises(mw.ArgumentError, match="`profile`"):
+            mw.plan(small_cnn(), "1GiB")  # type: ignore[arg-type]
+        with pytest.raises(mw.ArgumentError, match="max_error"):
+            mw.plan(profile, "1GiB", max_error=float("nan"))
+        with pytest.raises(mw.ArgumentError, match="allowed"):
+            mw.plan(profile, "1GiB", allowed=())
+
+    def test_profiles_want_arrays(self) -> None:
+        chain = small_cnn()
+        with pytest.raises(mw.ArgumentError, match="concrete"):
+            mw.profile(chain, jax.ShapeDtypeStruct((2, 8, 8, 1), jnp.float32))
+        with pytest.raises(mw.ArgumentError, match="repeats"):
+            mw.profile(chain, jnp.ones((2, 8, 8, 1)), repeats=0)
+
+
+def test_frontier_table_and_plot(tmp_path: Path) -> None:
+    profile = random_profile(random.Random(3), 4)
+    frontier = mw.frontier(profile)
+    table = frontier.table()
+    assert len(table) == len(frontier.points)
+    assert (table["time_ns"].diff().dropna() < 0).all()
+    assert frontier.plot().get_xlabel()
+
+
+def test_a_schedule_reads_well() -> None:
+    _, _, profile = measured()
+    frontier = mw.frontier(profile)
+    text = str(mw.plan(profile, frontier.points[len(frontier.points) // 2][0]))
+    for word in ("predicted peak", "optimal", "least budget", "binding", "more memory"):
+        assert word in text
