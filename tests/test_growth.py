@@ -80,7 +80,7 @@ CHAINS = {
     "delta-conv": Chain(lambda k: [ml.Conv2D.init(k, 8, 8), ml.LeakyReLU(0.8)], 16, (4, 8, 8, 8)),
     "perturbed-conv": Chain(perturbed, 8, (4, 8, 8, 8)),
     "valid-conv1d": Chain(
-        lambda k: [ml.Conv1D.init(k, 16, 16, padding="VALID"), ml.LeakyReLU(0.7)], 8, (4, 40, 16)
+        lambda k: [ml.Conv1D.init(k, 16, 16, padding="VALID"), ml.LeakyReLU(0.7)], 4, (4, 24, 16)
     ),
     "coupling": Chain(
         lambda k: [ml.Coupling(small_branch(k), small_branch(k)), ml.Permute((0,))], 16, (64, 64)

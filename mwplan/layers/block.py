@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from mwplan import trees
 from mwplan.layers.geometry import Geometry
-from mwplan.layers.linear import LinearRule, left_inverse, rank_problem
+from mwplan.layers.linear import LinearRule, left_inverse, no_examples, rank_problem
 from mwplan.layers.spectral import flatten_batch
 from mwplan.rules import Unavailable, VijpRule
 
@@ -97,6 +97,8 @@ class Block(LinearRule):
 
     def rebuild(self, layer: Any, x: Any, ct_in: Any, fragment: Any) -> Any:
         """`ct_out`."""
+        if not ct_in.size:
+            return no_examples(layer, x, ct_in)
         g = layer.geometry(x.shape)
         (m,), (reach,), (d,), ((lo, _),) = g.out, g.reach, g.dilation, g.pads
         size, blocks, groups = self.block, -(-m // self.block), layer.groups

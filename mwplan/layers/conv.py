@@ -78,7 +78,7 @@ class _Conv:
         """The layer without its bias, any leading axes."""
         g = self.geometry(x.shape)
         lead = x.shape[: -1 - self.dims]
-        flat = x.reshape(math.prod(lead), *x.shape[len(lead) :])
+        flat = cast(x, jnp.result_type(x, self.weight)).reshape(math.prod(lead), *x.shape[len(lead) :])
         if g.circular:
             y = self.valid(self.pad(flat, g))
         else:

@@ -71,6 +71,11 @@ class LinearRule(VijpRule):
         return transpose(layer, residuals, ct_out), self.fragment(layer, residuals, trees.widen(ct_out))
 
 
+def no_examples(layer: LinearLayer, x: Any, ct_in: Array) -> Array:
+    """The cotangent of an output of no examples."""
+    return jnp.zeros(jax.eval_shape(layer.linear, x).shape, ct_in.dtype)
+
+
 def left_inverse(a: Inexact[Array, "*batch rows cols"]) -> Inexact[Array, "*batch cols rows"]:
     r"""$A^+$ with $A^+ A = I$, for `rows >= cols` and full column rank.
 

@@ -18,6 +18,7 @@ from jaxtyping import Array, Complex, Float
 
 from mwplan.errors import ArgumentError
 from mwplan.layers.base import layer, static
+from mwplan.layers.fourier import irfftn, rfftn
 from mwplan.layers.linear import LinearRule
 from mwplan.rules import InvertRule, Unavailable, VijpRule
 from mwplan.trees import widen
@@ -226,8 +227,8 @@ class OrthogonalConv:
         lead = x.shape[: -1 - dims]
         axes = range(1, dims + 1)
         flat = widen(x).reshape(math.prod(lead), *size, inner)
-        hat = jnp.einsum("n...i,...io->n...o", jnp.fft.rfftn(flat, axes=axes), self.symbol(size))
-        return jnp.fft.irfftn(hat, s=size, axes=axes).reshape(*lead, *size, self.outer).astype(x.dtype)
+        hat = jnp.einsum("n...i,...io->n...o", rfftn(flat, size, axes), self.symbol(size))
+        return irfftn(hat, size, axes).reshape(*lead, *size, self.outer).astype(x.dtype)
 
     def __call__(self, x: Array) -> Array:
         """Applies the layer."""

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from mwplan import trees
 from mwplan.layers.geometry import Geometry
-from mwplan.layers.linear import LinearRule, Refined, left_inverse, rank_problem
+from mwplan.layers.linear import LinearRule, Refined, left_inverse, no_examples, rank_problem
 from mwplan.rules import Unavailable, VijpRule
 
 
@@ -83,6 +83,8 @@ class Pointwise(LinearRule):
 
     def rebuild(self, layer: Any, x: Any, ct_in: Any, fragment: Any) -> Any:
         """`ct_out`."""
+        if not ct_in.size:
+            return no_examples(layer, x, ct_in)
         g = layer.geometry(x.shape)
         dims = layer.dims
         lead = ct_in.shape[: -1 - dims]

@@ -32,8 +32,17 @@ from jaxtyping import Array, Complex, Float
 
 from mwplan import trees
 from mwplan.layers.dense import PERCENTS
+from mwplan.layers.fourier import irfftn, rfftn
 from mwplan.layers.geometry import Geometry, join_halo, phases, split_halo
-from mwplan.layers.linear import InputShape, LinearRule, Refined, left_inverse, percent_of, rank_problem
+from mwplan.layers.linear import (
+    InputShape,
+    LinearRule,
+    Refined,
+    left_inverse,
+    no_examples,
+    percent_of,
+    rank_problem,
+)
 from mwplan.rules import InvertRule, Unavailable, VijpRule
 
 
@@ -70,8 +79,8 @@ def transform_in(
 ) -> Complex[Array, "examples *frequencies groups rows"]:
     """The transform of the input's side, phases stacked."""
     dims = len(g.size)
-    v = jnp.fft.rfftn(phases(u, g.grid, g.stride), axes=range(1, dims + 1))
-    v = v.reshape(*v.shape[:-1], groups, -1)
+    v = rfftn(phases(u, g.grid, g.stride), g.grid, range(1, dims + 1))
+    v = v.reshape(*v.shape[:-1], groups, v.shape[-1] // groups)
     return jnp.moveaxis(v, -3, -2).reshape(*v.shape[: dims + 1], groups, -1)
 
 
@@ -80,7 +89,7 @@ def transform_out(
 ) -> Complex[Array, "examples *frequencies groups outer"]:
     """The transform of the output's side."""
     dims = len(g.size)
-    v = jnp.fft.rfftn(v, s=g.grid, axes=range(1, dims + 1))
+    v = rfftn(v, g.grid, range(1, dims + 1))
     return v.reshape(*v.shape[:-1], groups, -1)
 
 
@@ -90,7 +99,7 @@ def back_out(
     """The inverse of `transform_out`."""
     dims = len(g.size)
     v = v.reshape(*v.shape[:-2], -1)
-    full = jnp.fft.irfftn(v, s=g.grid, axes=range(1, dims + 1))
+    full = irfftn(v, g.grid, range(1, dims + 1))
     return full[(slice(None), *(slice(0, m) for m in g.out))]
 
 
@@ -188,6 +197,8 @@ class Spectral(LinearRule):
 
     def rebuild(self, layer: Any, x: Any, ct_in: Any, fragment: Any) -> Any:
         """`ct_out`."""
+        if not ct_in.size:
+            return no_examples(layer, x, ct_in)
         u, g, lead = _join(layer, x, ct_in, fragment)
         inverse = left_inverse(symbol(layer.weight, g, layer.groups))
         ct_hat = jnp.einsum("n...i,...oi->n...o", transform_in(u, g, layer.groups), inverse)
@@ -272,12 +283,14 @@ class SpectralCokernel(LinearRule):
         wide = trees.widen(ct_out)
         ct_hat = transform_out(flatten_batch(wide, layer.dims), g, layer.groups)
         c = jnp.einsum("n...o,...or->n...r", ct_hat, jnp.conj(_vectors(layer.basis)).astype(ct_hat.dtype))
-        kept = c.reshape(c.shape[0], -1)[:, self.chosen(layer)]
+        kept = c.reshape(c.shape[0], layer.basis.values.size)[:, self.chosen(layer)]
         pair = jnp.concatenate([kept.real, kept.imag], -1)
-        return ct_in, (slabs, pair.reshape(*wide.shape[: -1 - layer.dims], -1))
+        return ct_in, (slabs, pair.reshape(*wide.shape[: -1 - layer.dims], pair.shape[-1]))
 
     def rebuild(self, layer: Any, x: Any, ct_in: Any, fragment: Any) -> Any:
         """`ct_out`."""
+        if not ct_in.size:
+            return no_examples(layer, x, ct_in)
         slabs, pair = fragment
         u, g, lead = _join(layer, x, ct_in, slabs)
         u_hat = transform_in(u, g, layer.groups)
@@ -360,7 +373,7 @@ class SpectralInverse(InvertRule):
         x_hat = jnp.einsum("n...o,...io->n...i", y_hat, left_inverse(a))
         x_hat = x_hat.reshape(*x_hat.shape[: dims + 1], groups, math.prod(g.stride), -1)
         x_hat = jnp.moveaxis(x_hat, -2, -3)
-        v = jnp.fft.irfftn(x_hat, s=g.grid, axes=range(1, dims + 1))
+        v = irfftn(x_hat, g.grid, range(1, dims + 1))
         v = v.reshape(v.shape[0], *g.grid, *g.stride, -1)
         order = [0, *(axis for a in range(dims) for axis in (1 + a, 1 + dims + a)), 1 + 2 * dims]
         v = v.transpose(order).reshape(v.shape[0], *g.size, -1)
