@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mwplan import operations, trees
 from mwplan.compiling import options_of, temporaries
@@ -102,7 +103,7 @@ class Bench:
         jitted = jax.jit(recycling, donate_argnums=0, keep_unused=True, compiler_options=self.options)
         lowered = jitted.lower(jax.tree.leaves(out), leaves)
         key = hashlib.sha256(lowered.as_text().encode()).hexdigest()
-        fresh = [jnp.zeros(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(out)]
+        fresh = _buffers(jax.tree.leaves(out))
         if key not in self.known:
             with warnings.catch_warnings():
                 warnings.filterwarnings(
@@ -116,10 +117,7 @@ class Bench:
 
     def settle(self, rounds: int | None = None) -> None:
         """Times every new program: one warm-up and `repeats` rounds over all of them."""
-        recycled = [
-            [jnp.zeros(leaf.shape, leaf.dtype) for leaf in program.compiled.out_info]
-            for program in self.unsettled
-        ]
+        recycled = [_buffers(program.compiled.out_info) for program in self.unsettled]
         for _ in range(1 + (rounds or self.repeats)):
             recycled = [program.sample(buffers) for program, buffers in zip(self.unsettled, recycled)]
         for program in self.unsettled:
@@ -165,6 +163,11 @@ class Bench:
         if key not in self.needs:
             self.needs[key] = temporaries(lowered.compile())
         return max(0, inputs + made + handle.workspace_bytes - self.needs[key])
+
+
+def _buffers(structs: list[Any]) -> list[Any]:
+    """Fresh arrays of these shapes, without compiling anything for it."""
+    return [jnp.array(np.zeros(leaf.shape, leaf.dtype)) for leaf in structs]
 
 
 def _moved(leaf: Any, zero: Any) -> Any:

@@ -194,8 +194,8 @@ def train(config: TrainConfig, progress: Progress, say: Callable[[str], None]) -
             net, x, progress=lambda done, total, _: progress("profiling layers", done, total)
         )
         if budget is None:
-            most = planning.frontier(profile, max_error=config.max_error).points[-1][0] - profile.fixed_bytes
-            budget = profile.fixed_bytes + int(BUDGET_FRACTION * most)
+            needs = [need for need, _ in planning.frontier(profile, max_error=config.max_error).solved.points]
+            budget = profile.fixed_bytes + int(max(BUDGET_FRACTION * needs[-1], 1.1 * needs[0]))
         return profile, planning.plan(profile, budget, max_error=config.max_error)
 
     wanted = None if config.budget is None else parse_bytes(config.budget)

@@ -39,7 +39,8 @@ def test_plan_prints_and_saves(saved: Path, tmp_path: Path) -> None:
     text = run("plan", str(saved), "--budget", "1MB", "--to", str(to)).output
     assert "optimal" in text
     schedule = mw.Schedule.from_json(to.read_text())
-    assert mw.Schedule.from_json(run("plan", str(saved), "--budget", "1MB", "--json").output) == schedule
+    again = mw.Schedule.from_json(run("plan", str(saved), "--budget", "1MB", "--json").output)
+    assert (again.runs, again.time_ns, again.status) == (schedule.runs, schedule.time_ns, mw.Status.OPTIMAL)
 
 
 def test_frontier_prints_draws_and_speaks_json(saved: Path, tmp_path: Path) -> None:
