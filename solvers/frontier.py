@@ -28,11 +28,15 @@ from mwplan.errors import ArgumentError
 from mwplan.profiles import Profile
 from mwplan.schedule import Run, RunKind, Solution, Status, Strategy
 from mwplan.solvers.pareto import INF, Ints, staircase, thinned, value_at
-from mwplan.solvers.runs import ALL_STRATEGIES, Candidates
+from mwplan.solvers.runs import ALL_STRATEGIES, Candidates, check_allowed, check_max_error, error_of
+from mwplan.solvers.uniform import UniformTables, is_uniform
 
 Stairs = tuple[Ints, Ints]
 _NOTHING: Stairs = (np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
+#: stretches shorter than this are never thinned
 _SHORT = 4
+#: from here on chains of identical layers have tables of their own: exact, and thinned
+_UNIFORM, _UNIFORM_THIN = 48, 160
 _DONE: Stairs = (np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64))
 
 
@@ -371,18 +375,33 @@ class Frontier:
     `points`: tuples `(need_bytes, time_ns)` of temporaries and time, need increasing, time decreasing; all of them if `thin` is 0.
     """
 
-    def __init__(self, tables: Tables, thin: float = 0.0) -> None:
-        self.tables = tables
-        self.thin = thin
+    def __init__(
+        self,
+        profile: Profile,
+        tables: Tables | UniformTables,
+        *,
+        max_error: float,
+        allowed: frozenset[Strategy],
+        thin: float = 0.0,
+    ) -> None:
+        self.profile, self.tables, self.thin = profile, tables, thin
+        self.max_error, self.allowed = float(max_error), allowed
         self.candidates = tables.candidates
-        self.top = tables.solve_top()
-        need, time = self.top.nodes[0, True]
+        self.top: Top | None = None
+        if isinstance(tables, Tables):
+            self.top = tables.solve_top()
+            need, time = self.top.nodes[0, True]
+        else:
+            need, time = tables.points()
         self.points: tuple[tuple[int, int], ...] = tuple(zip(need.tolist(), time.tolist()))
         self._bound: tuple[tuple[int, int], ...] | None = self.points if thin == 0 else None
 
     @property
     def least_bytes(self) -> int | None:
-        """The least budget that any schedule fits, in bytes of temporaries; None if there is none at any. Exact when thinned too."""
+        """The least budget that any schedule fits, in bytes of temporaries; None if there is none at any.
+
+        Exact when thinned too, except on long uniform chains: there it is the least one found.
+        """
         return self.points[0][0] if self.points else None
 
     @property
@@ -391,8 +410,10 @@ class Frontier:
         them, from tables whose steps are merged downwards. **Cost:** that of the frontier again, once, if thinned.
         """
         if self._bound is None:
-            t = self.tables
-            c = self.candidates
+            t, c = self.tables, self.candidates
+            if isinstance(t, UniformTables):
+                self._bound = ((0, t.fastest_ns()),)
+                return self._bound
             c = Candidates(c.profile, max_error=c.max_error, allowed=c.allowed, loss=c.loss, optimistic=True)
             lower = Tables(c, t.depth, loss=t.loss, optimistic=True)
             need, time = lower.solve_top().nodes[0, True]
@@ -423,16 +444,22 @@ class Frontier:
             raise ArgumentError(f"`budget_bytes={budget_bytes!r}` must be an integer")
         k = bisect.bisect_right(self.points, (int(budget_bytes), INF)) - 1
         if k < 0:
-            return Solution(status=Status.INFEASIBLE, least_bytes=self.least_bytes, solver="frontier")
+            proved = self.thin == 0 or isinstance(self.tables, Tables) or not self.points
+            status = Status.INFEASIBLE if proved else Status.UNKNOWN
+            return Solution(status=status, least_bytes=self.least_bytes, solver="frontier")
         need, time = self.points[k]
-        runs = self.tables.runs(self.top, need)
+        if isinstance(self.tables, Tables):
+            assert self.top is not None
+            runs = self.tables.runs(self.top, need)
+        else:
+            runs = self.tables.runs(need)
         bound = self.bound_ns(budget_bytes)
         return Solution(
             status=Status.OPTIMAL if bound >= time else Status.FEASIBLE,
             runs=runs,
             time_ns=time,
             peak_bytes=need,
-            error=self.candidates.error_of(runs),
+            error=error_of(self.profile, runs),
             bound_ns=bound,
             least_bytes=self.least_bytes,
             solver="frontier",
@@ -475,5 +502,12 @@ def solve_frontier(
     depth = max_recompute_depth
     if depth is not None and (isinstance(depth, bool) or not isinstance(depth, int) or depth < 0):
         raise ArgumentError(f"`max_recompute_depth={depth!r}` must be None or an integer, at least 0")
-    candidates = Candidates(profile, max_error=max_error, allowed=allowed, loss=thin / 6)
-    return Frontier(Tables(candidates, depth, loss=thin / 3), thin)
+    check_max_error(max_error)
+    chosen = check_allowed(allowed)
+    tables: Tables | UniformTables
+    if depth is None and len(profile) >= (_UNIFORM_THIN if thin else _UNIFORM) and is_uniform(profile):
+        tables = UniformTables(profile, max_error=max_error, allowed=chosen, thin=thin)
+    else:
+        candidates = Candidates(profile, max_error=max_error, allowed=chosen, loss=thin / 6)
+        tables = Tables(candidates, depth, loss=thin / 3)
+    return Frontier(profile, tables, max_error=max_error, allowed=chosen, thin=thin)

@@ -23,6 +23,7 @@ The filter is ours; side conditions narrow the runs (`pins`, `forbid`) before `V
 
 from __future__ import annotations
 
+import dataclasses
 import time as clock
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -33,9 +34,10 @@ import numpy as np
 from mwplan.errors import ArgumentError
 from mwplan.profiles import Profile
 from mwplan.schedule import Run, RunKind, Solution, Status, Strategy
-from mwplan.solvers.frontier import Frontier, Top, solve_frontier
+from mwplan.solvers.frontier import Frontier, Tables, Top, solve_frontier
 from mwplan.solvers.pareto import INF, Ints, staircase, value_at
-from mwplan.solvers.runs import ALL_STRATEGIES, Candidates
+from mwplan.solvers.runs import ALL_STRATEGIES, Candidates, error_of
+from mwplan.solvers.uniform import UniformTables
 
 _SLACKS = (0.0, 0.001, 0.01, 0.03, 0.1, 0.3, 1.0, 4.0)
 _INT64 = 2**63 - 1
@@ -133,11 +135,24 @@ class _Problem:
 
     frontier: Frontier
     candidates: Candidates
-    top: Top
+    #: None for a long chain of identical layers without side conditions: its frontier is the answer
+    top: Top | None
     max_distinct_runs: int | None
     time_limit_s: float
     seed: int
     workers: int
+
+    @property
+    def staircases(self) -> Top:
+        """The staircases of all suffixes, under the pins."""
+        assert self.top is not None
+        return self.top
+
+    @property
+    def tables(self) -> Tables:
+        """The inner schedules of RECOMPUTE runs."""
+        assert isinstance(self.frontier.tables, Tables)
+        return self.frontier.tables
 
     @classmethod
     def make(
@@ -179,13 +194,16 @@ class _Problem:
             raise ArgumentError(
                 "`frontier` was made from another profile, `max_error` or `allowed`: leave it out"
             )
-        if (
-            max_recompute_depth is not None
-            and frontier.tables.depth != max_recompute_depth
-            and frontier.tables.depth != 0
-        ):
+        tables = frontier.tables
+        if isinstance(tables, UniformTables) and (narrowed or max_distinct_runs is not None):
+            # Side conditions tell layers apart.
+            tables = Tables(Candidates(profile, max_error=max_error, allowed=allowed), max_recompute_depth)
+            frontier = Frontier(profile, tables, max_error=max_error, allowed=allowed)
+        if isinstance(tables, UniformTables):
+            return cls(frontier, frontier.candidates, None, None, time_limit_s, seed, workers)
+        if max_recompute_depth is not None and tables.depth not in (0, max_recompute_depth):
             raise ArgumentError("`frontier` was made with another `max_recompute_depth`: leave it out")
-        candidates, top = known, frontier.top
+        candidates, top = tables.candidates, frontier.top
         if narrowed:
             candidates = Candidates(
                 profile,
@@ -195,7 +213,7 @@ class _Problem:
                 by_strategy=max_distinct_runs is not None,
             )
         if narrowed or max_distinct_runs is not None:
-            top = frontier.tables.solve_top(candidates, closing=True)
+            top = tables.solve_top(candidates, closing=True)
         return cls(frontier, candidates, top, max_distinct_runs, time_limit_s, seed, workers)
 
 
@@ -246,7 +264,7 @@ class _Node:
 
     def __init__(self, problem: _Problem, node: Node) -> None:
         start, kept = node
-        c, tables, top = problem.candidates, problem.frontier.tables, problem.top
+        c, tables, top = problem.candidates, problem.tables, problem.staircases
         atoms = c.atoms(start, kept)
         parts = [
             (
@@ -340,7 +358,7 @@ def _spell(problem: _Problem, columns: _Columns, row: int) -> Run:
     (start, kept), (stop, _), handle = columns.source[row], columns.target[row], columns.handle[row]
     if handle >= 0:
         return problem.candidates.run(start, kept, handle)
-    tables = problem.frontier.tables
+    tables = problem.tables
     source = tables.source(tables.levels)
     assert source is not None
     inner = tables.inner_runs(source, start, stop, kept, -1 - handle)
@@ -368,7 +386,9 @@ def _signature(problem: _Problem, run: Run, kept: bool) -> tuple[Any, ...]:
 def _search(problem: _Problem, budget: int | None, limit_ns: int | None, slack: float) -> Solution:
     """Grows the threshold until the program's optimum lies at or below it; one of `budget`, `limit_ns` is given."""
     began = clock.monotonic()
-    need, time = problem.top.nodes[0, True]
+    if problem.top is None:
+        return _by_frontier(problem.frontier, budget, limit_ns)
+    need, time = problem.staircases.nodes[0, True]
     unlimited = problem.max_distinct_runs is None
     least = int(need[0]) if need.size else None
     name = "integer_program"
@@ -440,12 +460,26 @@ def _search(problem: _Problem, budget: int | None, limit_ns: int | None, slack: 
         runs=best.runs,
         time_ns=best.time_ns,
         peak_bytes=best.peak_bytes,
-        error=problem.frontier.candidates.error_of(best.runs or ()),
+        error=error_of(problem.candidates.profile, best.runs or ()),
         bound_ns=bound if budget is not None else best.time_ns,
         least_bytes=least if budget is not None else bound,
         solver=name,
         stats=_pairs(stats),
     )
+
+
+def _by_frontier(frontier: Frontier, budget: int | None, limit_ns: int | None) -> Solution:
+    """The frontier's own answer in either direction."""
+    if budget is None:
+        assert limit_ns is not None
+        fits = [need for need, time in frontier.points if time <= limit_ns]
+        if not fits:
+            return Solution(status=Status.UNKNOWN if frontier.thin else Status.INFEASIBLE, solver="frontier")
+        budget = fits[0]
+        if frontier.thin:
+            return dataclasses.replace(frontier.at(budget), status=Status.FEASIBLE, least_bytes=None)
+        return dataclasses.replace(frontier.at(budget), least_bytes=budget)
+    return frontier.at(budget)
 
 
 def _pairs(stats: dict[str, float]) -> tuple[tuple[str, float], ...]:
@@ -564,9 +598,9 @@ def _hint(problem: _Problem, columns: _Columns, budget: int) -> list[int]:
     node: Node = (0, True)
     rest = budget
     while node[0] < problem.candidates.size:
-        goal = value_at(*problem.top.nodes[node], rest)
+        goal = value_at(*problem.staircases.nodes[node], rest)
         for k in by_source.get(node, ()):
-            after = problem.top.nodes[columns.target[k]]
+            after = problem.staircases.nodes[columns.target[k]]
             if columns.peak[k] <= rest and columns.time[k] + value_at(*after, rest - columns.held[k]) == goal:
                 out.append(k)
                 rest -= columns.held[k]

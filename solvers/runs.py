@@ -95,6 +95,24 @@ def moonwalk_strategy(option: MoonwalkOption) -> Strategy:
     return Strategy.FRAGMENT if option.fragment_bytes else Strategy.VIJP
 
 
+def error_of(profile: Profile, runs: Iterable[Run]) -> float:
+    """The predicted error of `runs`: the largest of the runs', inner ones included."""
+    worst = 0.0
+    for run in walk(tuple(runs)):
+        if run.kind not in (RunKind.MOONWALK, RunKind.INVERT):
+            continue
+        moonwalk = run.kind is RunKind.MOONWALK
+        error = 0.0
+        pairs = list(zip(range(run.start, run.stop), run.options))
+        for at, name in pairs if moonwalk else reversed(pairs):
+            layer = profile.layers[at]
+            options: Iterable[MoonwalkOption | InvertOption] = layer.moonwalk if moonwalk else layer.invert
+            o = next(o for o in options if o.name == name)
+            error = math.hypot(o.growth * error, o.local_error)
+            worst = max(worst, error)
+    return worst
+
+
 class Candidates:
     """The candidate runs of a profile under `max_error` and `allowed`.
 
@@ -215,22 +233,6 @@ class Candidates:
             peak = max(peak, held + f + max(self.profile.cotangent_bytes), held + b)
             held, kept = held + h, keeps
         return max(peak, held + self.turn_bytes(kept))
-
-    def error_of(self, runs: Iterable[Run]) -> float:
-        """The predicted error of `runs`: the largest of the runs', inner ones included."""
-        worst = 0.0
-        for run in walk(tuple(runs)):
-            if run.kind not in (RunKind.MOONWALK, RunKind.INVERT):
-                continue
-            layers = list(range(run.start, run.stop))
-            error = 0.0
-            pairs = list(zip(layers, run.options))
-            for at, name in pairs if run.kind is RunKind.MOONWALK else reversed(pairs):
-                usable = self._usable[at] if run.kind is RunKind.MOONWALK else self._usable_invert[at]
-                o = next(o for o in usable if o.name == name)
-                error = math.hypot(o.growth * error, o.local_error)
-                worst = max(worst, error)
-        return worst
 
     # -- construction --------------------------------------------------------------------------------------------
 

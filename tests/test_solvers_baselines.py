@@ -1,0 +1,182 @@
+"""Baselines: published step counts, rotor's recurrence as a second opinion, heuristics never above the optimum's bound."""
+
+from __future__ import annotations
+
+import bisect
+import random
+import warnings
+
+import checkpoint_schedules
+import pytest
+
+from mwplan.errors import ArgumentError
+from mwplan.ledger import replay
+from mwplan.profiles import LayerProfile, Profile, StoreOption
+from mwplan.schedule import Run, Status, Strategy
+from mwplan.solvers import baselines
+from mwplan.solvers.frontier import solve_frontier
+from mwplan.solvers.rotor import rotor
+from mwplan.solvers.runs import ALL_STRATEGIES
+from mwplan.solvers.uniform import UniformTables, is_uniform
+from tests.chains import random_profile
+from tests.test_solvers import repeated
+
+RECOMPUTATION = frozenset({Strategy.STORE, Strategy.RECOMPUTE})
+
+
+def unit_chain(n: int) -> Profile:
+    """Steps of cost 1, activations of 1 byte, cotangents free: the time of a schedule is its number of forward steps."""
+    option = StoreOption(
+        name="x", residual_bytes=0, keeps_input=True, keeps_output=False, forward_ns=1, backward_ns=0
+    )
+    layer = LayerProfile(name="step", forward_ns=1, store=(option,))
+    return Profile(
+        layers=(layer,) * n,
+        activation_bytes=(1,) * (n + 1),
+        cotangent_bytes=(0,) * (n + 1),
+        sweep_cotangent_bytes=(0,) * (n + 1),
+    )
+
+
+def forward_steps(schedule: checkpoint_schedules.CheckpointSchedule) -> int:
+    """Forward steps of a schedule of `checkpoint_schedules`, those that tape included."""
+    steps = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # Mixed says that it goes without Numba
+        for action in schedule:
+            if isinstance(action, checkpoint_schedules.Forward):
+                steps += action.n1 - action.n0
+            if isinstance(action, checkpoint_schedules.EndReverse):
+                break
+    return steps
+
+
+@pytest.mark.parametrize(("n", "slots"), [(10, 2), (30, 3), (100, 10)])
+def test_unit_chains_against_revolve_and_mixed(n: int, slots: int) -> None:
+    profile = unit_chain(n)
+    ours, theirs = baselines.revolve(profile, slots), checkpoint_schedules.Revolve(n, slots)
+    assert ours.time_ns == forward_steps(theirs)
+    mixed = baselines.mixed(profile, slots)
+    assert mixed.time_ns == forward_steps(checkpoint_schedules.MixedCheckpointSchedule(n, slots))
+    # The frontier's STORE and RECOMPUTE runs are Mixed's space: at the bytes it uses there is nothing better.
+    frontier = solve_frontier(profile, allowed=RECOMPUTATION)
+    assert frontier.at(mixed.peak_bytes).time_ns == mixed.time_ns <= ours.time_ns
+    if (n, slots) == (100, 10):
+        assert (ours.time_ns, mixed.time_ns) == (322, 237)
+
+
+def test_rotor_with_a_byte_a_slot_equals_the_frontier_of_recomputation() -> None:
+    rng = random.Random(0)
+    for _ in range(30):
+        profile = random_profile(rng, rng.randint(1, 12))
+        frontier = solve_frontier(profile, allowed=RECOMPUTATION)
+        for budget in {n for n, _ in frontier.points[:: max(1, len(frontier.points) // 6)]} | {
+            frontier.points[0][0] - 1
+        }:
+            theirs, ours = rotor(profile, budget, budget), frontier.at(budget)
+            assert (theirs.runs is None) == (ours.runs is None)
+            if theirs.runs is not None:
+                assert theirs.time_ns == ours.time_ns
+                found = replay(profile, theirs.runs)
+                assert found.time_ns == theirs.time_ns
+                assert found.peak_bytes <= budget
+
+
+@pytest.mark.parametrize("size", [10, 25, 40])
+def test_never_above_rotor_and_below_it_somewhere_on_submersive_chains(size: int) -> None:
+    profile = random_profile(random.Random(size), size, stores=1, flags=0.0, scale=20)
+    recompute, everything = solve_frontier(profile, allowed=RECOMPUTATION), solve_frontier(profile)
+    least, most = recompute.points[0][0], recompute.points[-1][0]
+    better = 0
+    for k in range(10):
+        budget = least + (most - least) * k // 9
+        exact, slotted = rotor(profile, budget, budget), rotor(profile, budget, 50)
+        assert recompute.at(budget).time_ns == exact.time_ns
+        assert slotted.runs is None or slotted.time_ns >= exact.time_ns
+        assert everything.at(budget).time_ns <= exact.time_ns
+        better += everything.at(budget).time_ns < exact.time_ns
+    assert better or everything.points[0][0] < least
+
+
+def test_heuristics_are_schedules_and_never_beat_the_optimum() -> None:
+    rng = random.Random(1)
+    for _ in range(40):
+        profile = random_profile(rng, rng.randint(1, 12))
+        frontier = solve_frontier(profile)
+
+        def best(budget: int, points: tuple[tuple[int, int], ...] = frontier.points) -> int:
+            return points[bisect.bisect_right(points, (budget, 2**63)) - 1][1]
+
+        plans = [
+            baselines.store_all(profile),
+            baselines.recompute_each(profile),
+            baselines.chen_sqrt(profile),
+            baselines.all_moonwalk(profile),
+            baselines.all_fragment(profile),
+            baselines.all_invert(profile),
+        ]
+        plans += [
+            baselines.greedy(profile, need)
+            for need, _ in frontier.points[:: max(1, len(frontier.points) // 4)]
+        ]
+        for plan in plans:
+            if plan.status is Status.INFEASIBLE:
+                assert plan.runs is None
+                continue
+            found = replay(profile, plan.runs or ())
+            assert (plan.peak_bytes, plan.time_ns, plan.error) == (
+                found.peak_bytes,
+                found.time_ns,
+                found.error,
+            )
+            assert plan.error <= 1e-4 * (1 + 1e-9)
+            assert plan.time_ns >= best(plan.peak_bytes)
+        budget = frontier.points[len(frontier.points) // 2][0]
+        assert baselines.best_recomputation(profile, budget).time_ns >= 0
+
+
+@pytest.mark.parametrize(("budget", "slots"), [(0, 10), (10, 0), (2**63, 10), (1.5, 10)])
+def test_rotor_bad_arguments(budget: int, slots: int) -> None:
+    with pytest.raises(ArgumentError, match="`"):
+        rotor(unit_chain(3), budget, slots)
+
+
+def test_revolve_needs_a_slot() -> None:
+    with pytest.raises(ArgumentError, match="slots"):
+        baselines.revolve(unit_chain(3), 0)
+
+
+def test_identical_layers_by_length_equal_the_general_tables() -> None:
+    rng = random.Random(2)
+    for _ in range(40):
+        size = rng.randint(1, 9)
+        profile = repeated(random_profile(rng, size))
+        assert is_uniform(profile)
+        uniform = UniformTables(profile, max_error=1e-4, allowed=ALL_STRATEGIES, thin=0.0)
+        frontier = solve_frontier(profile)
+        assert tuple(zip(*(x.tolist() for x in uniform.points()))) == frontier.points
+        for need, time in frontier.points:
+            found = replay(profile, uniform.runs(need))
+            assert (found.peak_bytes, found.time_ns) == (need, time)
+
+
+def test_long_chains_of_identical_layers() -> None:
+    profile = unit_chain(300)
+    frontier = solve_frontier(profile, thin=0.01)
+    for need, time in frontier.points[:: max(1, len(frontier.points) // 10)]:
+        solution = frontier.at(need)
+        found = replay(profile, solution.runs or ())
+        assert (found.peak_bytes, found.time_ns) == (need, time)
+        assert solution.status is Status.FEASIBLE or time == solution.bound_ns
+        assert solution.bound_ns == 300
+    assert frontier.at(1).status is Status.UNKNOWN
+    assert frontier.points[-1] == (300, 300)  # x_1 to x_299, and x_300 at the turn
+
+
+def depth(runs: tuple[Run, ...]) -> int:
+    return max((1 + depth(run.inner) for run in runs if run.inner), default=0)
+
+
+def test_long_thinned_chains_do_not_nest_as_deep_as_they_are_long() -> None:
+    frontier = solve_frontier(unit_chain(600), thin=0.05)
+    assert max(depth(frontier.at(need).runs or ()) for need, _ in frontier.points[:5]) < 200
