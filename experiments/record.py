@@ -1,0 +1,40 @@
+"""What every experiment writes beside its numbers, and where."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from mwplan import __version__
+from mwplan.serial import write_atomically
+
+RESULTS = Path(__file__).resolve().parent.parent / "results"
+
+
+def provenance() -> dict[str, Any]:
+    """Versions, device and commit; `dirty` where tracked files differ from the commit."""
+    root = Path(__file__).resolve().parent
+
+    def git(*args: str) -> str:
+        return subprocess.run(
+            ["git", *args], cwd=root, capture_output=True, text=True, check=False
+        ).stdout.strip()
+
+    device = jax.devices()[0]
+    return {
+        "versions": {"mwplan": __version__, "jax": jax.__version__, "numpy": np.__version__, "python": platform.python_version()},
+        "device": f"{device.platform}:{device.device_kind}",
+        "commit": git("rev-parse", "HEAD"),
+        "dirty": bool(git("status", "--porcelain", "--untracked-files=no", "--", "../mwplan", "../experiments")),
+    }  # fmt: skip
+
+
+def save(path: Path, data: dict[str, Any]) -> None:
+    """Writes `data` with its provenance as JSON."""
+    write_atomically(path, json.dumps({"provenance": provenance(), **data}, indent=1, allow_nan=True) + "\n")
