@@ -1,0 +1,279 @@
+"""Error against depth, without restarts: `python -m experiments.growth`.
+
+Four studies, each one moonwalk run in float32 over the whole chain, written to results/growth/:
+
+- `orthogonal`: MaxMin with orthogonal convolutions, depth 512;
+- `unsafe`: leaky ReLU of slope 0.3 with orthogonal dense layers, depth 64, no fragments;
+- `ordinary`: a He-initialised MLP (width 256, slope 0.8, depth 256, 30% fragments), and a He-initialised SAME convolutional chain
+  (slope 0.8, depth 64, the smallest fraction whose measured growth keeps the predicted error within the tolerance);
+- `training`: how the MLP's error grows over 200 steps of SGD with its initial basis, and with a refresh every 50.
+
+A depth counts layers with parameters; each is followed by its activation.
+"""
+
+from __future__ import annotations
+
+import os  # before JAX: LAPACK's own threads fight with XLA's
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import argparse
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import rich.box
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from experiments import record
+from mwplan import growth, rules
+from mwplan import layers as ml
+
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes of the studies."""
+
+    width: int = 256
+    batch: int = 128
+    depth: int = 256
+    conv_depth: int = 64
+    channels: int = 32
+    length: int = 64
+    orthogonal_depth: int = 512
+    steps: int = 200
+    every: int = 25
+    refresh: int = 50
+    rate: float = 0.05
+    seed: int = 0
+    out: Path = record.RESULTS / "growth"
+
+
+def options(layers: list[Any], x: Any, prefer: str | None) -> list[rules.VijpRule]:
+    """Each layer's option `prefer`, or its first."""
+    chosen = []
+    for one in layers:
+        own = [r for r in rules.vijp_rules(one, x) if isinstance(r, rules.VijpRule)]
+        chosen.append(next((r for r in own if r.name == prefer), own[0]))
+        x = jax.eval_shape(one, x)
+    return chosen
+
+
+def follow(name: str, layers: list[Any], x: Any, prefer: str | None, key: Any) -> dict[str, Any]:
+    """One run followed, as plain values."""
+    got = growth.follow(layers, options(layers, x, prefer), x, None, key)
+    return {
+        "name": name,
+        "option": prefer or "first",
+        "layers": len(layers),
+        "growth": max(got.growth),
+        "predicted_error": max(got.predicted),
+        "measured_error": max(got.measured),
+        "gradient_error": got.gradient,
+        "worst_gradient_error": got.worst_gradient,
+        "predicted": got.predicted,
+        "measured": got.measured,
+    }
+
+
+def chain(block: Callable[[Any], list[Any]], depth: int, key: Any) -> list[Any]:
+    """`depth` blocks with keys of their own."""
+    return [one for k in jax.random.split(key, depth) for one in block(k)]
+
+
+def mlp(config: Config) -> tuple[list[Any], Any]:
+    """The He-initialised MLP and its input."""
+    key = jax.random.key(config.seed)
+    layers = chain(
+        lambda k: [ml.Dense.he(k, config.width, config.width, slope=0.8), ml.LeakyReLU(0.8)],
+        config.depth,
+        key,
+    )
+    return layers, jax.random.normal(jax.random.key(config.seed + 1), (config.batch, config.width))
+
+
+def orthogonal(config: Config) -> list[dict[str, Any]]:
+    """MaxMin with orthogonal convolutions."""
+    x = jax.random.normal(jax.random.key(config.seed + 1), (4, 8, 8, 16))
+    key = jax.random.key(config.seed)
+    made = []
+    blocks: dict[str, Callable[[Any], list[Any]]] = {
+        "MaxMin, Cayley convolutions": lambda k: [ml.OrthogonalConv.init(k, 16, 16), ml.MaxMin()],
+        "MaxMin, delta-orthogonal SAME convolutions": lambda k: [ml.Conv2D.init(k, 16, 16), ml.MaxMin()],
+    }
+    for name, block in blocks.items():
+        made.append(follow(name, chain(block, config.orthogonal_depth, key), x, None, key))
+    return made
+
+
+def unsafe(config: Config) -> list[dict[str, Any]]:
+    """Slope 0.3 without fragments."""
+    key = jax.random.key(config.seed)
+    x = jax.random.normal(jax.random.key(config.seed + 1), (config.batch, config.width))
+    layers = chain(lambda k: [ml.Dense.init(k, config.width, config.width), ml.LeakyReLU(0.3)], 64, key)
+    return [follow("slope 0.3, orthogonal dense, no fragments", layers, x, None, key)]
+
+
+def ordinary(config: Config) -> list[dict[str, Any]]:
+    """He-initialised networks."""
+    key = jax.random.key(config.seed)
+    layers, x = mlp(config)
+    made = [follow("He MLP, slope 0.8", layers, x, "cokernel_30", key)]
+    image = jax.random.normal(key, (8, config.length, config.channels))
+    block = functools.partial(_conv_block, config, jax.ShapeDtypeStruct(image.shape, image.dtype))
+    layers = chain(block, config.conv_depth, key)
+    for option in ("cokernel_10", "cokernel_20", "cokernel_30", "cokernel_50"):
+        errors = [
+            growth.measure(one, rule, image, key)
+            for one, rule in zip(layers[:2], options(layers[:2], image, option))
+        ]
+        if growth.predict(errors * config.conv_depth)[-1] < TOLERANCE:
+            made.append(follow("He SAME convolutions, slope 0.8", layers, image, option, key))
+            break
+    return made
+
+
+def _conv_block(config: Config, struct: Any, key: Any) -> list[Any]:
+    made = ml.Conv1D.he(key, config.channels, config.channels, slope=0.8).with_basis(struct)
+    return [made, ml.LeakyReLU(0.8)]
+
+
+def training(config: Config) -> list[dict[str, Any]]:
+    """The MLP's run, before and while it learns a fixed random target by SGD with momentum."""
+    layers, x = mlp(config)
+    target = jax.random.normal(jax.random.key(config.seed + 2), x.shape)
+
+    def loss(layers: list[Any]) -> Any:
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers[::2])
+
+        def body(carry: Any, one: Any) -> Any:
+            return jax.checkpoint(lambda c, d: layers[1](d(c)))(carry, one), None
+
+        y, _ = jax.lax.scan(body, x, stacked)
+        # Activations of a deep He network have unit scale to a factor: the loss is taken of the normalised output.
+        return jnp.mean((y / jnp.sqrt(jnp.mean(y**2)) - target) ** 2)
+
+    @jax.jit
+    def step(layers: list[Any], momentum: list[Any]) -> Any:
+        value, grads = jax.value_and_grad(loss)(layers)
+        size = jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree.leaves(grads)))
+        momentum = jax.tree.map(lambda m, g: 0.9 * m + g * jnp.minimum(1.0, 1.0 / size), momentum, grads)
+        return jax.tree.map(lambda p, m: p - config.rate * m, layers, momentum), momentum, value
+
+    made = []
+    for refresh in (0, config.refresh):
+        now, momentum = layers, jax.tree.map(jnp.zeros_like, layers)
+        for at in range(config.steps + 1):
+            if refresh and at and at % refresh == 0:
+                now = ml.refresh(now)
+            if at % config.every == 0:
+                row = follow("He MLP, training", now, x, "cokernel_30", jax.random.key(config.seed))
+                moved = [
+                    jnp.linalg.norm(a.weight - b.weight) / jnp.linalg.norm(b.weight)
+                    for a, b in zip(now[::2], layers[::2])
+                ]
+                made.append(
+                    row
+                    | {"step": at, "refresh": refresh, "loss": float(loss(now)), "moved": float(max(moved))}
+                )
+            now, momentum, _ = step(now, momentum)
+    return made
+
+
+STUDIES = {"orthogonal": orthogonal, "unsafe": unsafe, "ordinary": ordinary, "training": training}
+
+
+def main(config: Config, studies: list[str]) -> None:
+    """Runs the studies, prints and saves."""
+    console = Console()
+    for name in studies:
+        with console.status(name):
+            rows = STUDIES[name](config)
+        settings = {k: v for k, v in dataclasses.asdict(config).items() if k != "out"}
+        record.save(config.out / f"{name}.json", {"config": settings, "rows": rows})
+        console.print(table(name, rows))
+        draw(name, rows).savefig(config.out / f"{name}.png", dpi=150)
+    console.print(f"wrote {config.out}")
+
+
+def table(name: str, rows: list[dict[str, Any]]) -> Table:
+    """One line a run."""
+    made = Table(title=name, box=rich.box.SIMPLE)
+    columns = [
+        "name",
+        "option",
+        "layers",
+        "growth",
+        "predicted_error",
+        "measured_error",
+        "gradient_error",
+        "worst_gradient_error",
+    ]
+    columns += [c for c in ("step", "refresh", "loss", "moved") if c in rows[0]]
+    for column in columns:
+        made.add_column(column.replace("_", " "))
+    for row in rows:
+        made.add_row(*(f"{v:.3g}" if isinstance(v, float) else str(v) for v in (row[c] for c in columns)))
+    return made
+
+
+def draw(name: str, rows: list[dict[str, Any]]) -> Figure:
+    """Errors against depth, predicted and measured; for training, against steps."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    ax = figure.subplots()
+    if name == "training":
+        for refresh in sorted({row["refresh"] for row in rows}):
+            mine = [row for row in rows if row["refresh"] == refresh]
+            label = f"refresh every {refresh}" if refresh else "initial basis"
+            (line,) = ax.plot(
+                [r["step"] for r in mine],
+                [r["worst_gradient_error"] for r in mine],
+                "o-",
+                label=f"{label}: worst gradient",
+            )
+            ax.plot(
+                [r["step"] for r in mine],
+                [r["predicted_error"] for r in mine],
+                ":",
+                color=line.get_color(),
+                label=f"{label}: predicted",
+            )
+        ax.set(xlabel="training step", ylabel="relative error", yscale="log")
+    else:
+        for row in rows:
+            at = range(1, len(row["measured"]) + 1)
+            (line,) = ax.plot(
+                at, [e or math.nan for e in row["measured"]], label=f"{row['name']} ({row['option']})"
+            )
+            ax.plot(at, [e or math.nan for e in row["predicted"]], ":", color=line.get_color(), label="predicted")
+        ax.set(
+            xlabel="layers of the run, activations counted",
+            ylabel="relative error of the cotangent",
+            yscale="log",
+        )
+    ax.axhline(TOLERANCE, color="#555555", linewidth=0.8)
+    ax.legend(fontsize=7)
+    return figure
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "studies", nargs="*", default=list(STUDIES), help=f"some of {', '.join(STUDIES)}; all by default"
+    )
+    for field in dataclasses.fields(Config):
+        parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default)
+    args = vars(parser.parse_args())
+    main(Config(**{k: v for k, v in args.items() if k != "studies"}), args["studies"])
