@@ -35,9 +35,32 @@ Stairs = tuple[Ints, Ints]
 _NOTHING: Stairs = (np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
 #: stretches shorter than this are never thinned
 _SHORT = 4
+#: steps of a staircase that are compared at once
+_BLOCK = 16
 #: from here on chains of identical layers have tables of their own: exact, and thinned
 _UNIFORM, _UNIFORM_THIN = 48, 160
 _DONE: Stairs = (np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64))
+
+
+def _products(child: Stairs, peak: Ints, held: Ints, spent: Ints, known: Stairs) -> Stairs:
+    """The points `(max(peak, held + n), spent + t)` of all runs with all `(n, t)` of `child`, most of those that `known` dominates left out.
+
+    The child's steps go in blocks: a block whose least need and least time together are no better than `known` is never spelled out.
+    """
+    n, t = child
+    first = np.arange(0, n.size, _BLOCK)
+    last = np.minimum(first + _BLOCK, n.size) - 1
+    low = np.maximum(peak[:, None], held[:, None] + n[first][None, :])
+    fast = spent[:, None] + t[last][None, :]
+    if known[0].size:
+        at = np.searchsorted(known[0], low, side="right") - 1
+        run, block = np.nonzero((at < 0) | (known[1][at] > fast))
+    else:
+        run, block = np.nonzero(np.ones(low.shape, dtype=np.bool_))
+    index = np.minimum(first[block][:, None] + np.arange(_BLOCK)[None, :], last[block][:, None])
+    need = np.maximum(peak[run][:, None], held[run][:, None] + n[index]).ravel()
+    time = (spent[run][:, None] + t[index]).ravel()
+    return staircase(need, time) if need.size > 4096 else (need, time)
 
 
 class _Buffer:
@@ -193,24 +216,30 @@ class Tables:
         needs: list[Ints] = []
         times: list[Ints] = []
         source = self.source(level)
-        for at, keeps, f, b, held, spent in self._runs_from(level, source, start, stop, kept, top):
-            n, t = top.nodes.get((at, keeps), _NOTHING)
-            if n.size and spent.size:
-                peak = np.maximum(f + k, b)
-                need, time = (
-                    np.maximum(peak[:, None], held[:, None] + n[None, :]),
-                    spent[:, None] + t[None, :],
-                )
-                need, time = need.ravel(), time.ravel()
-                if need.size > 8192:
-                    need, time = staircase(need, time)
-                needs.append(need)
-                times.append(time)
         limit = min(stop if top.closing else stop - 1, int(top.reach[start]))
         if source is not None and limit > start:
             left = self._left[source].get((start, kept))
             if left is not None and left.size and right.size:
                 self._merge_recompute(left, right, start, limit, kept, k, needs, times)
+        many = []
+        for at, keeps, f, b, held, spent in self._runs_from(level, source, start, stop, kept, top):
+            child = top.nodes.get((at, keeps), _NOTHING)
+            if not child[0].size or not spent.size:
+                continue
+            peak = np.maximum(f + k, b)
+            if spent.size * child[0].size > 2 * _BLOCK:
+                many.append((child, peak, held, spent))
+                continue
+            needs.append(np.maximum(peak[:, None], held[:, None] + child[0][None, :]).ravel())
+            times.append((spent[:, None] + child[1][None, :]).ravel())
+        if many and needs:
+            # What is known so far cuts most of the rest before it is spelled out.
+            need, time = staircase(np.concatenate(needs), np.concatenate(times))
+            needs, times = [need], [time]
+        for child, peak, held, spent in many:
+            need, time = _products(child, peak, held, spent, (needs[0], times[0]) if needs else _NOTHING)
+            needs.append(need)
+            times.append(time)
         if not needs:
             return _NOTHING
         need, time = staircase(np.concatenate(needs), np.concatenate(times))
