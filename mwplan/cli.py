@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from mwplan.errors import ArgumentError, MwplanError
+from mwplan.schedule import Strategy
 from mwplan.sizes import show_bytes, show_ns
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ Network = Annotated[
     ),
 ]
 Budget = Annotated[str, typer.Option(help="device bytes of the gradient step: 2GiB, 300MB, 1_000_000")]
+Forbid = Annotated[list[Strategy] | None, typer.Option(help="a strategy not to use; may be repeated")]
 MaxError = Annotated[float, typer.Option(help="largest predicted relative error of a rebuilt cotangent")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of text")]
 
@@ -82,6 +84,10 @@ def _network(source: str) -> tuple[Chain, Any]:
     return check_chain(made[0]), made[1]
 
 
+def _allowed(forbid: list[Strategy] | None) -> frozenset[Strategy]:
+    return frozenset(Strategy) - frozenset(forbid or ())
+
+
 def _profile(source: str) -> Profile:
     from mwplan import measure
     from mwplan.profiles import Profile
@@ -112,13 +118,14 @@ def plan(
     network: Network,
     budget: Budget,
     max_error: MaxError = 1e-4,
+    forbid: Forbid = None,
     to: Annotated[Path | None, typer.Option(help="save the schedule as JSON")] = None,
     as_json: AsJson = False,
 ) -> None:
     """The fastest schedule within a budget, with its proof."""
     from mwplan import planning, serial
 
-    schedule = planning.plan(_profile(network), budget, max_error=max_error)
+    schedule = planning.plan(_profile(network), budget, max_error=max_error, allowed=_allowed(forbid))
     if to is not None:
         serial.write_atomically(to, schedule.to_json())
     print(schedule.to_json() if as_json else schedule)
@@ -128,6 +135,7 @@ def plan(
 def frontier(
     network: Network,
     max_error: MaxError = 1e-4,
+    forbid: Forbid = None,
     plot: Annotated[Path | None, typer.Option(help="draw it into this PNG")] = None,
     rows: Annotated[int, typer.Option(help="rows of the table at most")] = 20,
     as_json: AsJson = False,
@@ -135,7 +143,7 @@ def frontier(
     """Every budget at once: least time against memory."""
     from mwplan import planning, plots, serial
 
-    found = planning.frontier(_profile(network), max_error=max_error)
+    found = planning.frontier(_profile(network), max_error=max_error, allowed=_allowed(forbid))
     if plot is not None:
         serial.write_atomically(plot, plots.png(found.plot().figure))  # type: ignore[arg-type]
     if as_json:
@@ -174,9 +182,12 @@ def explain(network: Network) -> None:
 def train(
     budget: Annotated[
         str | None,
-        typer.Option(help="device bytes of the gradient step; by default a fifth of what storing needs"),
+        typer.Option(
+            help="device bytes of the gradient step; by default a fifth of backpropagation's temporaries"
+        ),
     ] = None,
     max_error: MaxError = 1e-4,
+    forbid: Forbid = None,
     batch: Annotated[int, typer.Option(help="images a step")] = 512,
     epochs: Annotated[int, typer.Option(help="passes over the training images")] = 60,
     depth: Annotated[int, typer.Option(help="convolutions at each of the two resolutions")] = 12,
@@ -190,7 +201,13 @@ def train(
     from mwplan import training
 
     config = training.TrainConfig(
-        budget=budget, max_error=max_error, batch=batch, epochs=epochs, depth=depth, seed=seed
+        budget=budget,
+        max_error=max_error,
+        batch=batch,
+        epochs=epochs,
+        depth=depth,
+        seed=seed,
+        forbid=tuple(forbid or ()),
     )
     with _bar() as advance:
         result = training.train(
@@ -232,8 +249,11 @@ def _training_table(result: TrainResult) -> Table:
     row(
         "compilation", result.planned_compile_seconds, result.backprop_compile_seconds, lambda s: f"{s:.1f} s"
     )
-    table.add_row("gradient error, first step", f"{result.gradient_error_first:.1e}", "", "")
-    table.add_row("gradient error, last step", f"{result.gradient_error_last:.1e}", "", "")
+    for when, planned, plain in (
+        ("first", result.gradient_error_first, result.backprop_error_first),
+        ("last", result.gradient_error_last, result.backprop_error_last),
+    ):
+        table.add_row(f"gradient error to float64, {when} step", f"{planned:.1e}", f"{plain:.1e}", "")
     table.add_row("largest reported discrepancy", f"{max(result.discrepancies, default=0.0):.1e}", "", "")
     table.add_row("times planned again", str(len(result.replans)), "", "")
     table.add_row("final loss", f"{result.losses_planned[-1]:.4f}", f"{result.losses_plain[-1]:.4f}", "")

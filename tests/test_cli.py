@@ -88,13 +88,26 @@ def test_errors_are_one_message_and_status_2(
 
 def test_the_main_job_in_small(tmp_path: Path) -> None:
     """Two epochs of a shallow network: everything that `make demo` reports, and the files it writes."""
-    result = run("train", "--epochs", "2", "--depth", "2", "--batch", "256", "--out", str(tmp_path))
+    result = run(
+        "train",
+        "--epochs",
+        "2",
+        "--depth",
+        "2",
+        "--batch",
+        "256",
+        "--forbid",
+        "recompute",
+        "--out",
+        str(tmp_path),
+    )
     assert "test accuracy" in result.output
     got = training.TrainResult.from_json((tmp_path / "training.json").read_text())
     assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
     room = got.budget_bytes - got.fixed_bytes
     assert got.measured_temporary_bytes <= room < got.backprop_temporary_bytes
     assert abs(got.measured_temporary_bytes / got.predicted_temporary_bytes - 1) < 0.1
+    assert mw.Strategy.RECOMPUTE not in got.schedule.strategies
     assert max(got.gradient_error_first, got.gradient_error_last) < 1e-4
     assert got.losses_planned == pytest.approx(got.losses_plain, rel=0.05)
     assert got.losses_planned[-1] < got.losses_planned[0]
