@@ -134,11 +134,11 @@ ROWS = {
     ),
     "leaky": Row(lambda: ml.LeakyReLU(0.3), (5,), ("divide",)),
     "maxmin": Row(lambda: ml.MaxMin(), (3, 6), ("undo",)),
-    "groupsort": Row(lambda: ml.GroupSort(3), (2, 6), ("undo",)),
+    "groupsort": Row(lambda: ml.GroupSort(3), (2, 6), ("undo", "whole_bits")),
     "groupsort-16": Row(lambda: ml.GroupSort(16), (32,), ("undo",)),
-    "relu": Row(lambda: ml.ReLU(), (5,), ("whole",)),
+    "relu": Row(lambda: ml.ReLU(), (5,), ("whole", "whole_bits")),
     "average": Row(lambda: ml.AveragePool((2, 3)), (5, 6, 2), ("sum",)),
-    "max": Row(lambda: ml.MaxPool((2, 2)), (5, 6, 3), ("read",)),
+    "max": Row(lambda: ml.MaxPool((2, 2)), (5, 6, 3), ("read", "whole_index")),
     "max-1d": Row(lambda: ml.MaxPool((5,)), (11, 2), ("read",)),
     "flatten": Row(lambda: ml.Flatten(2), (3, 4), ("move",)),
     "reshape": Row(lambda: ml.Reshape((3, 4), (2, 6)), (3, 4), ("move",)),
@@ -151,15 +151,17 @@ ROWS = {
         lambda: ml.OrthogonalDense.init(K(1), 4, 6, method="householder"), (4,), ("null",)
     ),
     "orthogonal-conv1d": Row(lambda: ml.OrthogonalConv.init(K(1), 4, 3, dims=1), (7, 4), ("jvp",)),
-    "orthogonal-conv2d": Row(lambda: ml.OrthogonalConv.init(K(1), 4, 4), (6, 5, 4), ("jvp",)),
+    "orthogonal-conv2d": Row(lambda: ml.OrthogonalConv.init(K(1), 4, 4), (6, 5, 4), ("jvp", "whole_free")),
     "smooth-gelu": Row(lambda: ml.Smooth("gelu", 0.3), (5,), ("divide", "whole_input")),
     "smooth-softplus": Row(lambda: ml.Smooth("softplus", 0.2), (5,), ("divide", "whole_input")),
     "gelu": Row(lambda: ml.Smooth("gelu"), (5,), ("whole_input",)),
     "tanh": Row(lambda: ml.Smooth("tanh"), (5,), ("whole_input",)),
     "layernorm": Row(lambda: jiggle(ml.LayerNorm.init(None, 7), 0.2), (7,), ("moments",)),
-    "rmsnorm": Row(lambda: jiggle(ml.RMSNorm.init(None, 7), 0.2), (7,), ("moments",)),
-    "coupling": Row(lambda: ml.Coupling(branch(1, 4), branch(2, 4)), (8,), ("subtract", "subtract_vjps")),
-    "residual": Row(lambda: ml.Residual(branch(1, 4, 0.03)), (4,), ("fixed_16", "fixed_32")),
+    "rmsnorm": Row(lambda: jiggle(ml.RMSNorm.init(None, 7), 0.2), (7,), ("moments", "whole_input")),
+    "coupling": Row(
+        lambda: ml.Coupling(branch(1, 4), branch(2, 4)), (8,), ("subtract", "subtract_vjps", "whole_input")
+    ),
+    "residual": Row(lambda: ml.Residual(branch(1, 4, 0.03)), (4,), ("fixed_16", "fixed_32", "whole_input")),
     "sequential": Row(
         lambda: ml.Sequential(
             (jiggle(ml.Dense.init(K(1), 6, 6)), ml.LeakyReLU(0.5), ml.Dense.he(K(2), 6, 6), ml.ReLU())

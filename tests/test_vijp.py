@@ -160,7 +160,7 @@ def test_bad_weights(matrix: np.ndarray, match: str, kind: str) -> None:
     told = explain(layer, x)
     assert any(way.reason and re.search(match, way.reason) for way in told.ways)
     usable = [w.option for w in told.ways if w.available and w.strategy in ("VIJP", "FRAGMENT")]
-    assert usable == ["whole"]
+    assert all(name.startswith("whole") for name in usable)
 
 
 def test_layers_without_a_vijp() -> None:
@@ -172,7 +172,7 @@ def test_layers_without_a_vijp() -> None:
     with pytest.raises(NotSubmersiveError, match="no vijp rule"):
         vijp(jnp.tanh, x)
     with pytest.raises(NotSubmersiveError, match="comes down to"):
-        vijp(ml.Smooth("gelu"), x, "divide")
+        vijp(ml.Smooth("gelu"), x)
     with pytest.raises(NotSubmersiveError, match="do not determine 6 output"):
         vijp(ml.Dense.init(K(0), 4, 6), x, "exact")
     with pytest.raises(NotSubmersiveError, match="no basis"):

@@ -13,7 +13,8 @@ from jaxtyping import Array, Float
 from mwplan import rules, trees
 from mwplan.errors import ArgumentError
 from mwplan.layers.base import layer
-from mwplan.rules import InvertRule, StoreRule, Unavailable, VijpRule, VjpStore
+from mwplan.layers.linear import WholeOf
+from mwplan.rules import InvertRule, StoreRule, Unavailable, VijpRule, VjpStore, WholeFragment
 from mwplan.trees import widen
 
 
@@ -45,7 +46,7 @@ class Coupling:
 
     def vijp_rules(self, x: Any) -> Sequence[VijpRule | Unavailable]:
         """Subtraction, from the input or from the branches' own residuals."""
-        return [Subtract(), SubtractVjps()]
+        return [Subtract(), SubtractVjps(), WholeOf("whole_input", base=Subtract())]
 
     def invert_rules(self, x: Any) -> Sequence[InvertRule | Unavailable]:
         """Subtraction."""
@@ -140,7 +141,7 @@ class Residual:
 
     def vijp_rules(self, x: Any) -> Sequence[VijpRule | Unavailable]:
         """Fixed-point iteration with 8, 16 or 32 steps."""
-        return [FixedPoint(k) for k in STEPS]
+        return [*map(FixedPoint, STEPS), WholeOf("whole_input", base=FixedPoint(STEPS[0]))]
 
     def invert_rules(self, x: Any) -> Sequence[InvertRule | Unavailable]:
         """Fixed-point iteration with 8, 16 or 32 steps."""
@@ -220,10 +221,13 @@ class Sequential:
         offers = []
         for one, at in self.with_inputs(x):
             own = [r for r in rules.vijp_rules(one, at) if isinstance(r, VijpRule)]
-            offers.append(sorted(own, key=lambda r: r.has_fragment))  # stable: a vijp before a fragment
+            # Stable: a vijp before a fragment before a whole one.
+            offers.append(sorted(own, key=lambda r: (isinstance(r, WholeFragment), r.has_fragment)))
         first = tuple(offer[0] for offer in offers)
         found: list[VijpRule | Unavailable] = [Parts("parts", first, any(r.has_fragment for r in first))]
-        for name in dict.fromkeys(r.name for offer in offers for r in offer if r.name != "whole"):
+        for name in dict.fromkeys(
+            r.name for offer in offers for r in offer if not isinstance(r, WholeFragment)
+        ):
             parts = tuple(next((r for r in offer if r.name == name), offer[0]) for offer in offers)
             if parts != first:
                 found.append(Parts(f"parts.{name}", parts, any(r.has_fragment for r in parts)))

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Inexact
 
 from mwplan import trees
-from mwplan.rules import VijpRule
+from mwplan.rules import VijpRule, WholeFragment
 
 
 class LinearLayer(Protocol):
@@ -118,6 +118,26 @@ def rank_problem(a: Any, what: str) -> str | None:
     if not smallest > 100 * eps * largest:
         return f"{what} is singular in working precision: smallest singular value {smallest:.1e}, largest {largest:.1e}"
     return None
+
+
+@dataclass(frozen=True)
+class WholeOf(WholeFragment):
+    """The whole cotangent as the fragment, with the residuals of another rule of the layer: leaner than what `jax.vjp` keeps."""
+
+    base: VijpRule = field(kw_only=True)
+
+    def check(self, layer: Any, x: Any) -> str | None:
+        """None: nothing is inverted."""
+        return None
+
+    def forward(self, layer: Any, x: Any) -> tuple[Any, Any]:
+        """That of the other rule."""
+        return self.base.forward(layer, x)
+
+    def reverse(self, layer: Any, residuals: Any, ct_out: Any) -> tuple[Any, Any]:
+        """The other rule's `ct_in`, and the cotangent."""
+        ct_out = trees.widen(ct_out)
+        return self.base.reverse(layer, residuals, ct_out)[0], ct_out
 
 
 def percent_of(percent: int, count: int) -> int:

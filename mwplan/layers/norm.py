@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from mwplan import trees
 from mwplan.layers.base import layer, static
+from mwplan.layers.linear import WholeOf
 from mwplan.rules import StoreRule, Unavailable, VijpRule
 from mwplan.trees import widen
 
@@ -43,7 +44,7 @@ class _Norm:
 
     def vijp_rules(self, x: Any) -> Sequence[VijpRule | Unavailable]:
         """The moments of each row as the fragment."""
-        return [Moments()]
+        return [Moments(), WholeOf("whole_input", base=Moments())]
 
     def store_rules(self, x: Any) -> Sequence[StoreRule]:
         """The input alone."""

@@ -19,7 +19,7 @@ from jaxtyping import Array, Complex, Float
 from mwplan.errors import ArgumentError
 from mwplan.layers.base import layer, static
 from mwplan.layers.fourier import irfftn, rfftn
-from mwplan.layers.linear import LinearRule
+from mwplan.layers.linear import LinearRule, WholeOf
 from mwplan.rules import InvertRule, Unavailable, VijpRule
 from mwplan.trees import widen
 
@@ -96,7 +96,8 @@ class OrthogonalDense:
 
     def vijp_rules(self, x: Any) -> Sequence[VijpRule | Unavailable]:
         """The jvp; with the rest of the rows as fragment where `outer > inner`."""
-        return [OrthogonalJvp()] if self.outer <= self.inner else [OrthogonalNull()]
+        base = OrthogonalJvp() if self.outer <= self.inner else OrthogonalNull()
+        return [base, WholeOf("whole_free", base=base)]
 
     def invert_rules(self, x: Any) -> Sequence[InvertRule | Unavailable]:
         """The transpose, for `outer >= inner`."""
@@ -237,7 +238,7 @@ class OrthogonalConv:
 
     def vijp_rules(self, x: Any) -> Sequence[VijpRule | Unavailable]:
         """The jvp."""
-        return [OrthogonalJvp()]
+        return [OrthogonalJvp(), WholeOf("whole_free", base=OrthogonalJvp())]
 
     def invert_rules(self, x: Any) -> Sequence[InvertRule | Unavailable]:
         """The transpose, for as many outputs as inputs."""

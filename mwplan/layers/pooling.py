@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from mwplan.errors import ArgumentError
 from mwplan.layers import bits
 from mwplan.layers.base import layer, static
-from mwplan.layers.linear import InputShape, LinearRule
+from mwplan.layers.linear import InputShape, LinearRule, WholeOf
 from mwplan.rules import StoreRule, Unavailable, VijpRule
 from mwplan.trees import widen
 
@@ -104,7 +104,7 @@ class MaxPool:
 
     def vijp_rules(self, x: Any) -> Sequence[VijpRule | Unavailable]:
         """Reading at the largest member."""
-        return [MaxPoolRead()]
+        return [MaxPoolRead(), WholeOf("whole_index", base=MaxPoolRead())]
 
     def store_rules(self, x: Any) -> Sequence[StoreRule]:
         """The index in the fewest bits."""

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from mwplan.errors import ArgumentError
 from mwplan.layers.base import layer, static
+from mwplan.layers.linear import WholeOf
 from mwplan.rules import InvertRule, StoreRule, Unavailable, VijpRule
 from mwplan.trees import widen
 
@@ -66,8 +67,8 @@ class Smooth:
             reason = (
                 f"the derivative of {self.kind} with slope {self.slope} comes down to {low:.3f} (needs 0.001)"
             )
-            return [Unavailable("divide", reason), WholeInput()]
-        return [SmoothDivide(), WholeInput()]
+            return [Unavailable("divide", reason), WholeOf("whole_input", base=SmoothDivide())]
+        return [SmoothDivide(), WholeOf("whole_input", base=SmoothDivide())]
 
     def store_rules(self, x: Any) -> Sequence[StoreRule]:
         """The input alone; or the output alone, where the derivative is a function of it."""
@@ -140,23 +141,6 @@ class SmoothDivide(VijpRule):
     def rebuild(self, layer: Smooth, x: Any, ct_in: Any, fragment: Any) -> Any:
         """`ct_in` over the derivative."""
         return ct_in / layer.derivative(x)
-
-
-@dataclass(frozen=True)
-class WholeInput(SmoothDivide):
-    """The whole cotangent as the fragment, with the input as residual: leaner than what `jax.vjp` keeps for most `f`."""
-
-    name: str = "whole_input"
-    has_fragment: bool = True
-
-    def reverse(self, layer: Any, residuals: Any, ct_out: Any) -> tuple[Any, Any]:
-        """The cotangent times the derivative, and the cotangent."""
-        ct_out = widen(ct_out)
-        return ct_out * layer.derivative(residuals), ct_out
-
-    def rebuild(self, layer: Any, x: Any, ct_in: Any, fragment: Any) -> Any:
-        """The fragment."""
-        return fragment
 
 
 @dataclass(frozen=True)
