@@ -29,6 +29,7 @@ from mwplan.profiles import Profile
 from mwplan.schedule import Run, RunKind, Solution, Status, Strategy
 from mwplan.solvers.pareto import INF, Ints, staircase, thinned, value_at
 from mwplan.solvers.runs import ALL_STRATEGIES, Candidates, check_allowed, check_max_error, error_of
+from mwplan.solvers.splits import Buffer, grid, split_points
 from mwplan.solvers.uniform import UniformTables, is_uniform
 
 Stairs = tuple[Ints, Ints]
@@ -61,32 +62,6 @@ def _products(child: Stairs, peak: Ints, held: Ints, spent: Ints, known: Stairs)
     need = np.maximum(peak[run][:, None], held[run][:, None] + n[index]).ravel()
     time = (spent[run][:, None] + t[index]).ravel()
     return staircase(need, time) if need.size > 4096 else (need, time)
-
-
-class _Buffer:
-    """Staircases one after another, each element keyed by `group * span + need`."""
-
-    __slots__ = ("group", "key", "size", "time")
-
-    def __init__(self) -> None:
-        self.size = 0
-        self.key = np.empty(64, dtype=np.int64)
-        self.time = np.empty(64, dtype=np.int64)
-        self.group = np.empty(64, dtype=np.int64)
-
-    def append(self, group: int, offset: int, stairs: Stairs) -> None:
-        need, time = stairs
-        end = self.size + need.size
-        if end > self.key.size:
-            for name in ("key", "time", "group"):
-                old = getattr(self, name)
-                new = np.empty(max(end, 2 * old.size), dtype=np.int64)
-                new[: self.size] = old[: self.size]
-                setattr(self, name, new)
-        self.key[self.size : end] = need + offset
-        self.time[self.size : end] = time
-        self.group[self.size : end] = group
-        self.size = end
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,12 +101,18 @@ class Tables:
                 f"`profile` has {self.size} layers and up to {p.bytes_bound()} bytes: their product must stay below 2^62; "
                 "state bytes in a larger unit"
             )
+        high = self.cap if self.cap is not None else p.bytes_bound() - p.fixed_bytes
+        self.grid = grid(high // 100, high, 128 if self.size <= 400 else 32)
+        if p.time_bound() >= 2**60:
+            raise ArgumentError(
+                f"`profile`: schedules may take up to {p.time_bound()} ns, past 2^60: state times in a larger unit"
+            )
         # stairs[level][(s, r, e)]; with no limit on depth there is one level, which refers to itself.
         self.stairs: list[dict[tuple[int, int, bool], Stairs]] = [{} for _ in range(self.levels)]
         self._memo: list[dict[tuple[Any, ...], Stairs]] = [{} for _ in range(self.levels)]
         self._content: dict[tuple[int, int], int] = {}
         self._survivors: list[dict[tuple[int, bool], list[Any]]] = [{} for _ in range(self.levels + 1)]
-        self._left: list[dict[tuple[int, bool], _Buffer]] = [{} for _ in range(self.levels)]
+        self._left: list[dict[tuple[int, bool], Buffer]] = [{} for _ in range(self.levels)]
         for level in range(self.levels):
             self._fill(level)
 
@@ -162,7 +143,7 @@ class Tables:
         boundary = list(zip(p.activation_bytes, p.cotangent_bytes, p.sweep_cotangent_bytes))
         reach = c.recompute_reach()
         for stop in range(1, self.size + 1):
-            right = _Buffer()
+            right = Buffer(self.grid, self.size + 1)
             nodes: dict[tuple[int, bool], Stairs] = {(stop, False): _DONE, (stop, True): _DONE}
             top = Top(c, nodes, reach, False)
             content = -c.layer_class[stop]
@@ -176,8 +157,9 @@ class Tables:
                         found = memo[key] = self._merge(level, start, stop, kept, k, top, right)
                     stairs[start, stop, kept] = nodes[start, kept] = found
                     if found[0].size:
-                        left = self._left[level].setdefault((start, kept), _Buffer())
-                        left.append(stop, stop * self.span, found)
+                        if (start, kept) not in self._left[level]:
+                            self._left[level][start, kept] = Buffer(self.grid, self.size + 1)
+                        self._left[level][start, kept].append(stop, stop * self.span, found)
                 if (start, False) in nodes and start:
                     right.append(start, (self.size - start) * self.span, nodes[start, False])
 
@@ -188,7 +170,7 @@ class Tables:
         chain, which is never better but may be asked for.
         """
         c = candidates or self.candidates
-        right, stop = _Buffer(), self.size
+        right, stop = Buffer(self.grid, self.size + 1), self.size
         nodes: dict[tuple[int, bool], Stairs] = {}
         for kept in (False, True):
             nodes[stop, kept] = (np.array([c.turn_bytes(kept)]), np.zeros(1, dtype=np.int64))
@@ -210,17 +192,12 @@ class Tables:
         kept: bool,
         k: int,
         top: Top,
-        right: _Buffer,
+        right: Buffer,
     ) -> Stairs:
         """One application of the recursion: `top` holds the suffixes, `right` those with `e` false, keyed from the right."""
         needs: list[Ints] = []
         times: list[Ints] = []
         source = self.source(level)
-        limit = min(stop if top.closing else stop - 1, int(top.reach[start]))
-        if source is not None and limit > start:
-            left = self._left[source].get((start, kept))
-            if left is not None and left.size and right.size:
-                self._merge_recompute(left, right, start, limit, kept, k, needs, times)
         many = []
         for at, keeps, f, b, held, spent in self._runs_from(level, source, start, stop, kept, top):
             child = top.nodes.get((at, keeps), _NOTHING)
@@ -232,6 +209,20 @@ class Tables:
                 continue
             needs.append(np.maximum(peak[:, None], held[:, None] + child[0][None, :]).ravel())
             times.append((spent[:, None] + child[1][None, :]).ravel())
+        limit = min(stop if top.closing else stop - 1, int(top.reach[start]))
+        if source is not None and limit > start and right.size and (start, kept) in self._left[source]:
+            c, left = self.candidates, self._left[source][start, kept]
+            own = 0 if kept else int(c.activation[start])
+            peaks = c.recompute_forward_peak(start, kept) + k
+            forward = c.forward_sum[start + 1 :] - c.forward_sum[start]
+            known = staircase(np.concatenate(needs), np.concatenate(times)) if needs else _NOTHING
+            found = split_points(left, right, start, limit, self.size, self.span, own, peaks, forward, known)
+            needs += found[0]
+            times += found[1]
+        if many and needs:
+            # What is known so far cuts most of the rest before it is spelled out.
+            need, time = staircase(np.concatenate(needs), np.concatenate(times))
+            needs, times = [need], [time]
         if many and needs:
             # What is known so far cuts most of the rest before it is spelled out.
             need, time = staircase(np.concatenate(needs), np.concatenate(times))
@@ -296,45 +287,6 @@ class Tables:
         beaten = (at >= 0) & (t[at] + forward <= time) & (held >= own)
         beaten &= f >= int(c.recompute_forward_peak(start, kept)[stop - start - 1])
         return [x[~beaten] for x in columns]
-
-    def _merge_recompute(
-        self,
-        left: _Buffer,
-        right: _Buffer,
-        start: int,
-        limit: int,
-        kept: bool,
-        k: int,
-        needs: list[Ints],
-        times: list[Ints],
-    ) -> None:
-        """Adds the points of RECOMPUTE runs from `start` to at most `limit`, each with every suffix."""
-        c, span = self.candidates, self.span
-        own = 0 if kept else int(c.activation[start])
-        peak = c.recompute_forward_peak(start, kept)
-        forward = c.forward_sum - c.forward_sum[start]
-        # Left parts with stop <= `limit`; they are in order of stop, the right ones against it.
-        n_left = int(np.searchsorted(left.key[: left.size], (limit + 1) * span))
-        low = int(np.searchsorted(right.key[: right.size], (self.size - limit) * span))
-        lk, lt, lg = left.key[:n_left], left.time[:n_left], left.group[:n_left]
-        rk, rt, rg = right.key[low : right.size], right.time[low : right.size], right.group[low : right.size]
-        if not n_left or not rk.size:
-            return
-        # Right parts' needs with A[s] added, keyed like the left's and the other way round.
-        rneed = rk - (self.size - rg) * span + own
-        lneed = lk - lg * span
-        at = np.searchsorted(rk + own, lneed + (self.size - lg) * span, side="right") - 1
-        ok = at >= 0
-        ok &= rg[at] == lg
-        g = lg[ok]
-        needs.append(np.maximum(lneed[ok], peak[g - start - 1] + k))
-        times.append(lt[ok] + rt[at[ok]] + forward[g])
-        at = np.searchsorted(lk, rneed + rg * span, side="right") - 1
-        ok = at >= 0
-        ok &= lg[at] == rg
-        g = rg[ok]
-        needs.append(np.maximum(rneed[ok], peak[g - start - 1] + k))
-        times.append(rt[ok] + lt[at[ok]] + forward[g])
 
     # -- reading -------------------------------------------------------------------------------------------------
 
