@@ -76,10 +76,12 @@ def plot_training(result: TrainResult) -> bytes:
     drawn = bars.bar(
         [name for name, _, _ in rows], [size / 2**20 for _, size, _ in rows], color=[c for *_, c in rows]
     )
-    bars.bar_label(drawn, fmt="%.1f", padding=2)
+    bars.bar_label(
+        drawn, fmt="%.1f", label_type="center", color="black", bbox={"fc": "white", "ec": "none", "pad": 1}
+    )
     room = (result.budget_bytes - result.fixed_bytes) / 2**20
-    bars.axhline(room, color=LIMIT, ls="--", lw=1)
-    bars.annotate(f"budget {room:.1f}", (2.42, room), ha="right", va="bottom", color=LIMIT)
+    bars.axhline(room, color=LIMIT, ls="--", lw=1, label=f"budget {room:.1f}")
+    bars.legend(frameon=False)
     bars.set(ylabel="temporaries of one gradient step (MiB)")
     bars.set_title(
         f"{result.planned_step_seconds / result.backprop_step_seconds:.2f} x backpropagation's time a step",
