@@ -1,0 +1,236 @@
+r"""What the run structure gives away: an integer program over single operations, for tiny chains.
+
+In the manner of Checkmate (Jain et al., MLSys 2020), with alternative producers for each value and no runs: at every step one
+operation is done, any value may be kept or dropped between steps, anything may be recomputed.
+
+Values: activations `x_0..x_L`, cotangents `ct_0..ct_L`, fragments, input residuals and full residuals of each layer's options, and the
+parameter gradient of each layer (an output: it is made once and not counted). Operations of layer `l`:
+
+    forward                 x_{l-1} -> x_l                                  any number of times
+    forward, option o       x_{l-1} -> x_l, residuals of STORE or MOONWALK option o
+    backward, STORE o       ct_l, residuals (x_{l-1}, x_l where kept) -> ct_{l-1}, gradient of l
+    reverse, MOONWALK o     ct_l, input residuals -> ct_{l-1}, fragment
+    rebuild, MOONWALK o     ct_{l-1}, fragment -> ct_l
+    advance, MOONWALK o     x_{l-1}, ct_l, after a rebuild -> gradient of l, and x_l if wanted
+    invert, INVERT o        x_l, ct_l -> x_{l-1}, ct_{l-1}, gradient of l
+    loss                    x_L -> ct_L                                      once
+
+Binaries `do[t, k]`, operation `k` at step `t`, and `live[t, v]`, value `v` alive before step `t`:
+
+    sum_k do[t, k] <= 1                                                     one operation a step
+    do[t, k] <= live[t, v]                                                  v an input of k
+    live[t+1, v] <= live[t, v] + sum_{k makes v} do[t, k]
+    sum_v bytes_v live[t, v] + sum_k (new_k + workspace_k) do[t, k] <= M    new_k: outputs of k that are not alive already
+    sum_t sum_{k makes gradient l} do[t, k] = 1                             each layer
+    minimise sum_t sum_k time_k do[t, k]
+
+A value alive that is made again is counted twice at that step, never less than the truth. Errors of vijps are not modelled: `max_error` must not bind for a
+fair comparison. Boundary rules are more generous than those of runs on purpose: the optimum is a lower bound for any schedule made of
+these operations under the same prices (tested: never above the run space's optimum on chains without savings).
+
+**Steps:** the program is given as many steps as the best run schedule has operations; fewer can be used, so its optimum is at most that
+schedule's time. More steps can only help: the bound is for schedules of at most that many operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from mwplan.errors import ArgumentError
+from mwplan.profiles import Profile
+from mwplan.schedule import Run, RunKind, Solution, Status, Strategy
+from mwplan.solvers.runs import ALL_STRATEGIES, moonwalk_strategy
+
+Value = tuple[str, int, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One operation: what it needs alive, what it makes, the layer whose gradient it makes (0: none), workspace and time."""
+
+    name: str
+    needs: frozenset[Value]
+    makes: frozenset[Value]
+    gradient: int
+    workspace_bytes: int
+    time_ns: int
+
+
+def operations(
+    profile: Profile, allowed: Iterable[Strategy] = ALL_STRATEGIES
+) -> tuple[list[Operation], dict[Value, int]]:
+    """All operations of a chain, and the bytes of every value."""
+    allowed = frozenset(allowed)
+    size: dict[Value, int] = {}
+    for at in range(len(profile) + 1):
+        size["x", at, ""] = 0 if at == 0 else profile.activation_bytes[at]
+        size["ct", at, ""] = profile.cotangent_bytes[at]
+    out = [Operation("loss", frozenset({_x(len(profile))}), frozenset({_ct(len(profile))}), 0, 0, 0)]
+    for at, layer in enumerate(profile.layers, start=1):
+        x, y, ct_x, ct_y = _x(at - 1), _x(at), _ct(at - 1), _ct(at)
+        out.append(_op(f"forward {at}", {x}, {y}, 0, layer.forward_workspace_bytes, layer.forward_ns))
+        for s in layer.store if Strategy.STORE in allowed else ():
+            kept = {("store", at, s.name)}
+            size["store", at, s.name] = s.residual_bytes
+            out.append(
+                _op(f"forward {at} {s.name}", {x}, {y} | kept, 0, s.forward_workspace_bytes, s.forward_ns)
+            )
+            needs = kept | {ct_y} | ({x} if s.keeps_input else set()) | ({y} if s.keeps_output else set())
+            out.append(
+                _op(f"backward {at} {s.name}", needs, {ct_x}, at, s.backward_workspace_bytes, s.backward_ns)
+            )
+        for m in layer.moonwalk:
+            if moonwalk_strategy(m) not in allowed:
+                continue
+            kept, fragment = {("moonwalk", at, m.name)}, {("fragment", at, m.name)}
+            size["moonwalk", at, m.name], size["fragment", at, m.name] = m.residual_bytes, m.fragment_bytes
+            out.append(
+                _op(f"forward {at} {m.name}", {x}, {y} | kept, 0, m.forward_workspace_bytes, m.forward_ns)
+            )
+            needs = kept | {ct_y} | ({x} if m.keeps_input else set()) | ({y} if m.keeps_output else set())
+            out.append(
+                _op(
+                    f"reverse {at} {m.name}",
+                    needs,
+                    {ct_x} | fragment,
+                    0,
+                    m.reverse_workspace_bytes,
+                    m.reverse_ns,
+                )
+            )
+            # The time of a rebuild pays for the gradient too, so that comes only after it.
+            paid = {("paid", at, m.name)}
+            size["paid", at, m.name] = 0
+            out.append(
+                _op(
+                    f"rebuild {at} {m.name}",
+                    fragment | {ct_x},
+                    {ct_y} | paid,
+                    0,
+                    m.rebuild_workspace_bytes,
+                    m.rebuild_ns,
+                )
+            )
+            needs, work = paid | {x, ct_y}, m.advance_workspace_bytes
+            out.append(_op(f"gradient {at} {m.name}", needs, set(), at, work, 0))
+            out.append(_op(f"advance {at} {m.name}", needs, {y}, at, work, layer.forward_ns))
+        for i in layer.invert if Strategy.INVERT in allowed else ():
+            out.append(
+                _op(
+                    f"invert {at} {i.name}",
+                    {y, ct_y},
+                    {x, ct_x},
+                    at,
+                    i.backward_workspace_bytes,
+                    i.backward_ns,
+                )
+            )
+    return out, size
+
+
+def _op(
+    name: str, needs: set[Value], makes: set[Value], gradient: int, workspace: int, time: int
+) -> Operation:
+    return Operation(name, frozenset(needs), frozenset(makes), gradient, workspace, time)
+
+
+def _x(at: int) -> Value:
+    return ("x", at, "")
+
+
+def _ct(at: int) -> Value:
+    return ("ct", at, "")
+
+
+def steps_of(runs: Iterable[Run]) -> int:
+    """How many operations a schedule's runs take, the loss left out."""
+    total = 0
+    for run in runs:
+        n = run.stop - run.start
+        if run.kind is RunKind.STORE:
+            total += 2
+        elif run.kind is RunKind.INVERT:
+            total += 2 * n
+        elif run.kind is RunKind.MOONWALK:
+            # F, R, and the two of M.
+            total += 4 * n
+        else:
+            total += n + steps_of(run.inner)
+    return total
+
+
+def solve_unrestricted(
+    profile: Profile,
+    budget_bytes: int,
+    steps: int,
+    *,
+    allowed: Iterable[Strategy] = ALL_STRATEGIES,
+    time_limit_s: float = 60.0,
+    seed: int = 0,
+    workers: int = 2,
+) -> tuple[Solution, tuple[str, ...]]:
+    """The fastest sequence of at most `steps` operations within a budget, of any order and without runs.
+
+    **Returns:** a `Solution` without runs (its `time_ns` and `bound_ns` hold), and the operations' names in order.
+    **Raises:** `ArgumentError`. **Cost:** `steps` times (operations + values) binaries: chains of up to 3 or 4 layers.
+    """
+    for name, value in (("budget_bytes", budget_bytes), ("steps", steps)):
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**62:
+            raise ArgumentError(f"`{name}={value!r}` must be an integer from 1 to 2^62")
+    from ortools.sat.python import cp_model
+
+    every, size = operations(profile, allowed)
+    values = list(size)
+    model = cp_model.CpModel()
+    do = [[model.new_bool_var(f"do{t},{k}") for k in range(len(every))] for t in range(steps + 1)]
+    live = [{v: model.new_bool_var(f"live{t},{v}") for v in values} for t in range(steps + 2)]
+    for v in values:
+        if v != _x(0):
+            model.add(live[0][v] == 0)
+    for t in range(steps + 1):
+        model.add(live[t][_x(0)] == 1)
+        model.add_at_most_one(do[t])
+        makers: dict[Value, list[int]] = {v: [] for v in values}
+        fresh = []
+        for k, op in enumerate(every):
+            for v in op.needs:
+                model.add_implication(do[t][k], live[t][v])
+            for v in op.makes:
+                makers[v].append(k)
+            fresh.append(sum(size[v] for v in op.makes) + op.workspace_bytes)
+        for v in values:
+            model.add(live[t + 1][v] <= live[t][v] + sum(do[t][k] for k in makers[v]))
+        bytes_alive = sum(size[v] * live[t][v] for v in values if size[v])
+        model.add(bytes_alive + sum(n * do[t][k] for k, n in enumerate(fresh) if n) <= budget_bytes)
+        if t:
+            # Idle steps come last.
+            model.add(sum(do[t]) <= sum(do[t - 1]))
+    for at in range(1, len(profile) + 1):
+        model.add(sum(row[k] for row in do for k, op in enumerate(every) if op.gradient == at) == 1)
+    model.add(sum(row[0] for row in do) == 1)
+    # The chain's input cotangent is a result too.
+    model.add(sum(row[k] for row in do for k, op in enumerate(every) if _ct(0) in op.makes) >= 1)
+    model.minimize(sum(op.time_ns * row[k] for row in do for k, op in enumerate(every)))
+    solver = cp_model.CpSolver()
+    solver.parameters.max_time_in_seconds = time_limit_s
+    solver.parameters.num_workers = workers
+    solver.parameters.random_seed = seed
+    status = solver.solve(model)
+    if status == cp_model.INFEASIBLE:
+        return Solution(status=Status.INFEASIBLE, solver="unrestricted"), ()
+    bound = max(0, int(-(-(solver.best_objective_bound - 1e-6) // 1)))
+    if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
+        return Solution(status=Status.UNKNOWN, bound_ns=bound, solver="unrestricted"), ()
+    names = [every[k].name for row in do for k in range(len(every)) if solver.boolean_value(row[k])]
+    time = round(solver.objective_value)
+    optimal = status == cp_model.OPTIMAL
+    return (
+        Solution(
+            status=Status.OPTIMAL if optimal else Status.FEASIBLE,
+            time_ns=time,
+            bound_ns=time if optimal else bound,
+            solver="unrestricted",
+        ),
+        tuple(names),
+    )
