@@ -190,7 +190,8 @@ def training(config: Config) -> list[dict[str, Any]]:
                         "moved": float(max(moved)),
                     }
                     for option in ("cokernel_30", "cokernel_50"):
-                        made.append(follow("He MLP", now, x, option, jax.random.key(config.seed)) | extra)
+                        row = follow("He MLP", now, x, option, jax.random.key(config.seed)) | extra
+                        made.append({k: v for k, v in row.items() if k not in ("predicted", "measured")})
                 now, momentum, _ = step(now, momentum, rate)
     return made
 
