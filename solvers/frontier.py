@@ -28,7 +28,14 @@ from mwplan.errors import ArgumentError
 from mwplan.profiles import Profile
 from mwplan.schedule import Run, RunKind, Solution, Status, Strategy
 from mwplan.solvers.pareto import INF, Ints, staircase, thinned, value_at
-from mwplan.solvers.runs import ALL_STRATEGIES, Candidates, check_allowed, check_max_error, error_of
+from mwplan.solvers.runs import (
+    ALL_STRATEGIES,
+    Candidates,
+    check_allowed,
+    check_max_error,
+    error_of,
+    fastest_ns,
+)
 from mwplan.solvers.splits import Buffer, grid, split_points
 from mwplan.solvers.uniform import UniformTables, is_uniform
 
@@ -345,7 +352,7 @@ class Tables:
                 inner + rest_time(at, False, budget - own) + int(c.forward_sum[at] - c.forward_sum[start])
                 == time
             ):
-                runs = self.inner_runs(source, start, at, kept, budget)
+                runs = self._read(source, start, at, kept, budget, None)
                 return Run(kind=RunKind.RECOMPUTE, start=start, stop=at, inner=runs), False, budget - own
         raise AssertionError("a staircase's point has no run behind it")
 
@@ -393,7 +400,7 @@ class Frontier:
         if self._bound is None:
             t, c = self.tables, self.candidates
             if isinstance(t, UniformTables):
-                self._bound = ((0, t.fastest_ns()),)
+                self._bound = ((0, fastest_ns(self.profile)),)
                 return self._bound
             c = Candidates(c.profile, max_error=c.max_error, allowed=c.allowed, loss=c.loss, optimistic=True)
             lower = Tables(c, t.depth, loss=t.loss, optimistic=True)
@@ -418,7 +425,8 @@ class Frontier:
     def at(self, budget_bytes: int) -> Solution:
         """The fastest schedule within `budget_bytes` of temporaries; INFEASIBLE, with `least_bytes`, where none fits.
 
-        OPTIMAL if the frontier is exact; if thinned, FEASIBLE with the bound of `bound_points` (unless that is reached).
+        OPTIMAL if the frontier is exact; if thinned, FEASIBLE (unless its bound is reached): the bound is that of `bound_points` if they have been
+        asked for before, else what every layer's fastest way takes.
         **Raises:** `ArgumentError` unless `budget_bytes` is an integer. **Cost:** one pass over the candidates of each run chosen.
         """
         if isinstance(budget_bytes, bool) or not isinstance(budget_bytes, (int, np.integer)):
@@ -434,7 +442,7 @@ class Frontier:
             runs = self.tables.runs(self.top, need)
         else:
             runs = self.tables.runs(need)
-        bound = self.bound_ns(budget_bytes)
+        bound = self.bound_ns(budget_bytes) if self._bound is not None else fastest_ns(self.profile)
         return Solution(
             status=Status.OPTIMAL if bound >= time else Status.FEASIBLE,
             runs=runs,

@@ -207,14 +207,6 @@ class UniformTables:
         """The chain's staircase."""
         return self.top[True][self.size]
 
-    def fastest_ns(self) -> int:
-        """No schedule is faster: every layer by its fastest way."""
-        layer = self.profile.layers[0]
-        ways = [o.forward_ns + o.backward_ns for o in layer.store]
-        ways += [o.forward_ns + o.reverse_ns + o.rebuild_ns for o in layer.moonwalk]
-        ways += [layer.forward_ns + o.backward_ns for o in layer.invert]
-        return self.size * min(ways)
-
     def runs(self, budget: int) -> tuple[Run, ...]:
         """The runs of the fastest schedule of the chain within `budget`, which must hold at least one."""
         return self._read(0, self.size, True, budget, 0, self.top)
