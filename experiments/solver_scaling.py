@@ -31,7 +31,7 @@ from experiments import record
 from mwplan.ledger import replay
 from mwplan.profiles import LayerProfile, MoonwalkOption, Profile, StoreOption
 from mwplan.schedule import Strategy
-from mwplan.solvers import baselines, integer_program, rotor
+from mwplan.solvers import baselines, integer_program, rotor, unrestricted
 from mwplan.solvers.frontier import Frontier, solve_frontier
 
 RECOMPUTATION = frozenset({Strategy.STORE, Strategy.RECOMPUTE})
@@ -49,6 +49,7 @@ class Config:
     one_level: tuple[int, ...] = (300,)
     identical: tuple[int, ...] = (100, 1_000, 10_000)
     quality: tuple[int, ...] = (10, 20, 40, 60)
+    unrestricted: tuple[int, ...] = (2, 3, 4)
     budgets: int = 10
     thin: float = 0.01
     slots: int = 500
@@ -202,6 +203,18 @@ def quality(profile: Profile, config: Config) -> dict[str, Any]:
     return {"rows": rows, "least_bytes": leanest, "plans": plans}
 
 
+def structure(profile: Profile) -> dict[str, Any]:
+    """What the run structure gives away: the frontier's points against single operations in any order, at most as many."""
+    frontier = solve_frontier(profile)
+    rows = []
+    for need, ns in frontier.points[:: max(1, len(frontier.points) // 8)]:
+        steps = unrestricted.steps_of(frontier.at(need).runs or ()) + 1
+        found, _ = unrestricted.solve_unrestricted(profile, need, steps, time_limit_s=20.0)
+        row = {"budget": need, "runs": ns, "operations": found.time_ns, "bound": found.bound_ns}
+        rows.append({**row, "status": found.status.value, "steps": steps})
+    return {"rows": rows}
+
+
 def cases(config: Config) -> Iterator[tuple[str, dict[str, Any], Callable[[], dict[str, Any]]]]:
     """Part, what identifies the case, and how to do it."""
     for seed in config.seeds:
@@ -226,6 +239,10 @@ def cases(config: Config) -> Iterator[tuple[str, dict[str, Any], Callable[[], di
         key = {"size": 100, "submersive": False, "seed": seed}
         yield "proof", key, partial(proof, profile, 5)
         yield "rotor", key, partial(rotor_alone, profile, config)
+        for size in config.unrestricted:
+            profile = chain(seed, size, submersive=True)
+            key = {"size": size, "submersive": True, "seed": seed}
+            yield "unrestricted", key, partial(structure, profile)
     for size in config.one_level:
         profile = chain(0, size, submersive=False)
         key = {"size": size, "submersive": False, "seed": 0}
@@ -306,6 +323,12 @@ def summary(rows: list[dict[str, Any]]) -> list[tuple[str, int, str]]:
             wall = statistics.median(r["wall_s"] for r in each)
             proved = sum(r["status"] == "optimal" for r in each)
             out.append((f"{part}, {kind}", size, f"{wall:.2f} s median, {proved} of {len(each)} optimal"))
+        elif part == "unrestricted":
+            each = [r for m in members for r in m["rows"]]
+            gaps = [1 - r["operations"] / r["runs"] for r in each if r["status"] == "optimal"]
+            better = sum(g > 0 for g in gaps)
+            found = f"runs give away something at {better} of {len(gaps)} points, at most {max(gaps, default=0.0):.1%}"
+            out.append((f"{part}, {kind}", size, f"{found}; {len(each) - len(gaps)} not proved"))
         else:
             each = [r for m in members for r in m["rows"]]
             for name in ("recomputation", "rotor", "greedy", "greedy_recomputation"):
