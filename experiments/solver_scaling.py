@@ -49,7 +49,7 @@ class Config:
     one_level: tuple[int, ...] = (300,)
     identical: tuple[int, ...] = (100, 1_000, 10_000)
     quality: tuple[int, ...] = (10, 20, 40, 60)
-    unrestricted: tuple[int, ...] = (2, 3, 4)
+    unrestricted: tuple[int, ...] = (2, 3)
     budgets: int = 10
     thin: float = 0.01
     slots: int = 500
@@ -207,7 +207,7 @@ def structure(profile: Profile) -> dict[str, Any]:
     """What the run structure gives away: the frontier's points against single operations in any order, at most as many."""
     frontier = solve_frontier(profile)
     rows = []
-    for need, ns in frontier.points[:: max(1, len(frontier.points) // 8)]:
+    for need, ns in frontier.points[:: max(1, len(frontier.points) // 4)]:
         steps = unrestricted.steps_of(frontier.at(need).runs or ()) + 1
         found, _ = unrestricted.solve_unrestricted(profile, need, steps, time_limit_s=20.0)
         row = {"budget": need, "runs": ns, "operations": found.time_ns, "bound": found.bound_ns}
@@ -378,6 +378,7 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
                 for k, r in enumerate(row["rows"]):
                     if r[name]:
                         points.setdefault(k, []).append(100 * (r[name] / r[base] - 1))
+        points = dict(sorted(points.items()))
         label = f"{name} over {'best recomputation' if base == 'recomputation' else base}"
         right.plot(
             list(points), [statistics.median(v) for v in points.values()], "o-", color=colour, label=label

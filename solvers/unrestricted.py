@@ -85,6 +85,9 @@ def operations(
                 continue
             kept, fragment = {("moonwalk", at, m.name)}, {("fragment", at, m.name)}
             size["moonwalk", at, m.name], size["fragment", at, m.name] = m.residual_bytes, m.fragment_bytes
+            if m.fragment_is_cotangent:
+                # It is ct_l itself, kept.
+                fragment = {ct_y}
             out.append(
                 _op(f"forward {at} {m.name}", {x}, {y} | kept, 0, m.forward_workspace_bytes, m.forward_ns)
             )
@@ -106,7 +109,7 @@ def operations(
                 _op(
                     f"rebuild {at} {m.name}",
                     fragment | {ct_x},
-                    {ct_y} | paid,
+                    ({ct_y} | paid) - fragment,
                     0,
                     m.rebuild_workspace_bytes,
                     m.rebuild_ns,
