@@ -178,13 +178,11 @@ ROWS = {
     ),
 }
 OPTIONS = [(name, option) for name, row in ROWS.items() for option in row.options]
-# One option of each rule and row: the others differ in a number.
+# One option of each family of layers and rule by default; the others of each row with the slow tests.
+FIRST = {(name.split("-")[0], option.split("_")[0]): (name, option) for name, option in reversed(OPTIONS)}
 RULES = [
-    *{
-        (name, option.split("_")[0]): (name, option)
-        for name, option in reversed(OPTIONS)
-        if "+" not in option
-    }.values()
+    pytest.param(*one, marks=() if one in FIRST.values() else pytest.mark.slow)
+    for one in {(n, o.split("_")[0]): (n, o) for n, o in reversed(OPTIONS) if "+" not in o}.values()
 ]
 
 
