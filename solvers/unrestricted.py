@@ -96,7 +96,7 @@ def operations(
                 _op(
                     f"reverse {at} {m.name}",
                     needs,
-                    {ct_x} | fragment,
+                    {ct_x} | (fragment - {ct_y}),
                     0,
                     m.reverse_workspace_bytes,
                     m.reverse_ns,
