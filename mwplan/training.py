@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 from mwplan import execute, measure, planning, serial
 from mwplan.chain import Chain
 from mwplan.compiling import jit, temporaries
-from mwplan.errors import ArgumentError, MwplanError
+from mwplan.errors import ArgumentError, InfeasibleError, MwplanError
 from mwplan.layers import Conv2D, Dense, Flatten, LeakyReLU, MaxMin, SpaceToDepth
 from mwplan.profiles import Profile
 from mwplan.schedule import Schedule, Strategy
@@ -218,7 +218,7 @@ def train(config: TrainConfig, progress: Progress, say: Callable[[str], None]) -
         if budget is None:
             least = planning.frontier(profile, max_error=config.max_error, allowed=allowed).least_bytes or 0
             room = int(BUDGET_FRACTION * temporaries(compiled["plain"]))
-            budget = max(profile.fixed_bytes + room, int(1.1 * least))
+            budget = max(profile.fixed_bytes + room, int(1.25 * least))
         return profile, planning.plan(profile, budget, max_error=config.max_error, allowed=allowed)
 
     allowed = frozenset(Strategy) - frozenset(config.forbid)
@@ -234,7 +234,11 @@ def train(config: TrainConfig, progress: Progress, say: Callable[[str], None]) -
             break
         say(f"the compiled step is {show_bytes(excess)} above the budget: planning with as much less")
         less = (schedule.budget_bytes or budget) - excess
-        schedule = planning.plan(profile, less, max_error=config.max_error, allowed=allowed)
+        try:
+            schedule = planning.plan(profile, less, max_error=config.max_error, allowed=allowed)
+        except InfeasibleError:
+            say("no leaner schedule exists: the step runs above its budget")
+            break
         compile_gradient("planned", planned_gradient(schedule))
     say(str(schedule))
 
