@@ -35,23 +35,13 @@ class Performer(Protocol):
         """Returns `operation(*args)`."""
 
 
-def tie(tree: PyTree) -> PyTree:
-    """The same arrays, none of which exists for XLA before all of them do."""
-    leaves, treedef = jax.tree.flatten(tree)
-    index = [i for i, leaf in enumerate(leaves) if trees.is_array(leaf) and leaf.dtype != jax.dtypes.float0]
-    if index:
-        for i, leaf in zip(index, jax.lax.optimization_barrier([leaves[i] for i in index])):
-            leaves[i] = leaf
-    return jax.tree.unflatten(treedef, leaves)
-
-
 def compiled(sweep: str, layer: int, depth: int, operation: Callable[..., Any], *args: Any) -> Any:
     """The performer of a compiled step.
 
     Inputs are tied so that no part of an operation (a factorisation of the weights, say) starts before its turn, outputs so
     that all of it is done before the next begins.
     """
-    return tie(operation(*tie(args)))
+    return trees.tie(operation(*trees.tie(args)))
 
 
 class Interpreter:
@@ -69,7 +59,7 @@ class Interpreter:
         chain: Chain,
         structs: Sequence[PyTree],
         perform: Performer = compiled,
-        gate: Callable[[PyTree], PyTree] = tie,
+        gate: Callable[[PyTree], PyTree] = trees.tie,
         *,
         check: bool = False,
     ) -> None:

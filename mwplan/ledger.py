@@ -227,9 +227,10 @@ class _Ledger:
             if layer < run.stop:
                 self.claim(layer)
             forward_ns = p.layers[layer - 1].forward_ns if layer < run.stop else 0
+            workspace = o.advance_workspace_bytes if layer < run.stop else o.last_workspace_bytes
             alone = 1 < layer < run.stop and self.claims[layer - 1] == 1
             saving = o.advance_saving_bytes if alone else 0
-            self.event("advance", layer, depth, o.advance_workspace_bytes, forward_ns, saving)
+            self.event("advance", layer, depth, workspace, forward_ns, saving)
             self.release(layer - 1)
             # A growth of infinity times an error of 0 is no error; times any other it is infinite.
             grown = o.growth * error if error else 0.0

@@ -52,9 +52,14 @@ def vijp(layer: PyTree, x: PyTree, ct_in: PyTree, fragment: PyTree, *, rule: rul
 def advance(layer: PyTree, x: PyTree, ct_out: PyTree, *, last: bool) -> tuple[PyTree, list[Any]]:
     """M sweep, second half: `(y, parameter gradients)`; `y` is None in the `last` layer of a run, which needs none.
 
-    Apart from `vijp`, so that `ct_in` is gone before `y` exists.
+    Apart from `vijp`, so that `ct_in` is gone before `y` exists; and the gradients before `y`, so that it can lie where their
+    workspace was.
     """
-    return None if last else layer(x), rules.parameter_gradient(layer, x, ct_out)
+    grads = rules.parameter_gradient(layer, x, ct_out)
+    if last:
+        return None, grads
+    x, grads = trees.tie((x, grads))
+    return layer(x), grads
 
 
 def invert_backward(

@@ -15,7 +15,7 @@ from typing import Any
 from mwplan import serial
 from mwplan.errors import ArgumentError
 
-SCHEMA = 1
+SCHEMA = 2
 _INT64 = 2**63 - 1
 
 
@@ -66,7 +66,8 @@ class MoonwalkOption:
 
     `residual_bytes`, `keeps_input`, `keeps_output`: its input residuals, as in `StoreOption`. `fragment_bytes`: the part
     of the cotangent kept from the R sweep to the M sweep; `fragment_is_cotangent`: it is all of it, the same array.
-    `rebuild_ns`: vijp and parameter gradient together; their workspaces are `rebuild_` and `advance_workspace_bytes`.
+    `rebuild_ns`: vijp and parameter gradient together; their workspaces are `rebuild_` and `advance_workspace_bytes`,
+    the latter `last_workspace_bytes` where the layer ends its run and no output has to be rebuilt.
     `local_error`, `growth`: section 3 of the design, relative; both 0 for a whole-cotangent fragment.
     """
 
@@ -82,6 +83,7 @@ class MoonwalkOption:
     reverse_workspace_bytes: int = 0
     rebuild_workspace_bytes: int = 0
     advance_workspace_bytes: int = 0
+    last_workspace_bytes: int = 0
     reverse_saving_bytes: int = 0
     rebuild_saving_bytes: int = 0
     advance_saving_bytes: int = 0

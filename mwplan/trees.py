@@ -20,6 +20,16 @@ def is_array(leaf: Any) -> bool:
     return isinstance(leaf, (jax.Array, np.ndarray, np.generic))
 
 
+def tie(tree: Any) -> Any:
+    """The same arrays, none of which exists for XLA before all of them do."""
+    leaves, treedef = jax.tree.flatten(tree)
+    index = [i for i, leaf in enumerate(leaves) if is_array(leaf) and leaf.dtype != jax.dtypes.float0]
+    if index:
+        for i, leaf in zip(index, jax.lax.optimization_barrier([leaves[i] for i in index])):
+            leaves[i] = leaf
+    return jax.tree.unflatten(treedef, leaves)
+
+
 def parameters(layer: Any) -> list[Any]:
     """The inexact-array leaves of `layer`, in order: what a gradient is taken of."""
     return [leaf for leaf in jax.tree.leaves(layer) if is_inexact(leaf)]

@@ -175,10 +175,12 @@ class _Search:
             rebuild = a[at - 1] + d[s] + (d[at - 1] if at - 1 > s else 0) + d[at]
             rebuild += own + later + o[at].rebuild_workspace_bytes
             rebuild -= o[at].rebuild_saving_bytes if at - 1 > s else 0
-            advance = (
-                a[at - 1] + (a[at] if at < r else 0) + d[s] + d[at] + later + o[at].advance_workspace_bytes
-            )
-            advance -= 0 if at == r or (e and at - 1 == s) else o[at].advance_saving_bytes
+            advance = a[at - 1] + d[s] + d[at] + later
+            if at == r:
+                advance += o[at].last_workspace_bytes
+            else:
+                advance += a[at] + o[at].advance_workspace_bytes
+                advance -= 0 if e and at - 1 == s else o[at].advance_saving_bytes
             events += [forward, reverse, rebuild, advance]
         held = a[s] + sum(x.residual_bytes for x in o.values()) + sum(kept.values())
         held += a[r] if o[r].keeps_output else 0

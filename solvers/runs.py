@@ -411,22 +411,25 @@ class Candidates:
                 forward = held + a[stop] + o.residual_bytes + o.forward_workspace_bytes
                 new_held = held + o.residual_bytes
                 rebuild = held + d[start] + d[stop]
-                advance = held + d[start] + d[stop] + o.advance_workspace_bytes
+                advance = held + d[start] + d[stop]
                 time = old.time[ok]
             else:
                 forward = held + a[at] + a[stop] + o.residual_bytes + o.forward_workspace_bytes
                 new_held = held + o.residual_bytes + (keeps | o.keeps_input) * a[at]
                 rebuild = np.full(ok.size, a[at] + d[start] + d[at] + d[stop])
-                advance = np.full(ok.size, a[at] + d[start] + d[stop] + o.advance_workspace_bytes)
+                advance = np.full(ok.size, a[at] + d[start] + d[stop])
                 rebuild = rebuild - o.rebuild_saving_bytes
                 time = old.time[ok] + layer_ns
             reverse = new_held + out + d[stop] + d[at] + o.reverse_workspace_bytes - o.reverse_saving_bytes
             rebuild = rebuild + o.rebuild_workspace_bytes
             before = old.back[ok]
             own = np.maximum(reverse, rebuild) + (0 if o.fragment_is_cotangent else o.fragment_bytes)
-            last_back = np.maximum(np.maximum(before + o.fragment_bytes, own), advance)
-            saving = 0 if first and kept else o.advance_saving_bytes
-            back = np.maximum(np.maximum(before + o.fragment_bytes, own), advance + a[stop] - saving)
+            last_back = np.maximum(
+                np.maximum(before + o.fragment_bytes, own), advance + o.last_workspace_bytes
+            )
+            advance = advance + a[stop] + o.advance_workspace_bytes
+            advance = advance - (0 if first and kept else o.advance_saving_bytes)
+            back = np.maximum(np.maximum(before + o.fragment_bytes, own), advance)
             parts.append(
                 (
                     time + (o.forward_ns + o.reverse_ns + o.rebuild_ns),

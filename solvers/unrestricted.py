@@ -115,8 +115,9 @@ def operations(
                     m.rebuild_ns,
                 )
             )
-            needs, work = paid | {x, ct_y}, m.advance_workspace_bytes
-            out.append(_op(f"gradient {at} {m.name}", needs, set(), at, work, 0))
+            needs = paid | {x, ct_y}
+            out.append(_op(f"gradient {at} {m.name}", needs, set(), at, m.last_workspace_bytes, 0))
+            work = m.advance_workspace_bytes
             out.append(_op(f"advance {at} {m.name}", needs, {y}, at, work, layer.forward_ns))
         for i in layer.invert if Strategy.INVERT in allowed else ():
             out.append(

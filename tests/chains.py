@@ -60,6 +60,7 @@ def random_profile(
                 reverse_workspace_bytes=n(scale),
                 rebuild_workspace_bytes=n(scale),
                 advance_workspace_bytes=n(scale),
+                last_workspace_bytes=n(scale),
                 fragment_is_cotangent=flag(),
                 reverse_saving_bytes=n(scale // 4),
                 rebuild_saving_bytes=n(scale // 4),
