@@ -18,7 +18,7 @@ moonwalk and invert runs are ours.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,39 +36,18 @@ from mwplan.solvers.runs import (
     error_of,
     fastest_ns,
 )
-from mwplan.solvers.splits import Buffer, grid, split_points
+from mwplan.solvers.splits import Buffer, Side, envelope, grid
 from mwplan.solvers.uniform import UniformTables, is_uniform
 
 Stairs = tuple[Ints, Ints]
 _NOTHING: Stairs = (np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
 #: stretches shorter than this are never thinned
 _SHORT = 4
-#: steps of a staircase that are compared at once
-_BLOCK = 16
+#: budgets at which staircases are compared first
+_CELLS = 128
 #: from here on chains of identical layers have tables of their own: exact, and thinned
 _UNIFORM, _UNIFORM_THIN = 48, 160
 _DONE: Stairs = (np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64))
-
-
-def _products(child: Stairs, peak: Ints, held: Ints, spent: Ints, known: Stairs) -> Stairs:
-    """The points `(max(peak, held + n), spent + t)` of all runs with all `(n, t)` of `child`, most of those that `known` dominates left out.
-
-    The child's steps go in blocks: a block whose least need and least time together are no better than `known` is never spelled out.
-    """
-    n, t = child
-    first = np.arange(0, n.size, _BLOCK)
-    last = np.minimum(first + _BLOCK, n.size) - 1
-    low = np.maximum(peak[:, None], held[:, None] + n[first][None, :])
-    fast = spent[:, None] + t[last][None, :]
-    if known[0].size:
-        at = np.searchsorted(known[0], low, side="right") - 1
-        run, block = np.nonzero((at < 0) | (known[1][at] > fast))
-    else:
-        run, block = np.nonzero(np.ones(low.shape, dtype=np.bool_))
-    index = np.minimum(first[block][:, None] + np.arange(_BLOCK)[None, :], last[block][:, None])
-    need = np.maximum(peak[run][:, None], held[run][:, None] + n[index]).ravel()
-    time = (spent[run][:, None] + t[index]).ravel()
-    return staircase(need, time) if need.size > 4096 else (need, time)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +61,37 @@ class Top:
     nodes: dict[tuple[int, bool], Stairs]
     reach: Ints
     closing: bool
+
+
+@dataclass(slots=True)
+class _Runs:
+    """The STORE, MOONWALK and INVERT runs from one node that lead to nodes before the end of a stretch, as groups; grows with the stretch.
+
+    `ends`: the groups' ends, in order; `read`: how many of the node's `Atoms.groups` are in.
+    """
+
+    side: Side
+    ends: list[int]
+    read: int = 0
+
+
+def _grouped(columns: list[Ints], waiting: int) -> list[tuple[int, int, Stairs]]:
+    """Runs `(F, B, H, t)` between two nodes as groups of equal `F` and `H`: `(F, H, staircase of (B, t))`.
+
+    A forward peak that is no more than the backward one even with the largest cotangent waiting, `waiting`, says nothing and counts as 0.
+    """
+    f, b, held, time = columns
+    if f.size == 1:
+        return [(int(f[0]), int(held[0]), (b, time))]
+    f = np.where(f + waiting <= b, 0, f)
+    order = np.lexsort((held, f))
+    f, b, held, time = f[order], b[order], held[order], time[order]
+    cuts = np.flatnonzero((f[1:] != f[:-1]) | (held[1:] != held[:-1])) + 1
+    return [
+        (int(f[a]), int(held[a]), staircase(b[a:z], time[a:z]))
+        for a, z in zip([0, *cuts.tolist()], [*cuts.tolist(), f.size])
+        if z > a
+    ]
 
 
 class Tables:
@@ -109,7 +119,8 @@ class Tables:
                 "state bytes in a larger unit"
             )
         high = self.cap if self.cap is not None else p.bytes_bound() - p.fixed_bytes
-        self.grid = grid(high // 100, high, 128 if self.size <= 400 else 32)
+        self.grid = grid(high // 100, high, _CELLS)
+        self.waiting = int(candidates.cotangent.max())
         if p.time_bound() >= 2**60:
             raise ArgumentError(
                 f"`profile`: schedules may take up to {p.time_bound()} ns, past 2^60: state times in a larger unit"
@@ -118,8 +129,8 @@ class Tables:
         self.stairs: list[dict[tuple[int, int, bool], Stairs]] = [{} for _ in range(self.levels)]
         self._memo: list[dict[tuple[Any, ...], Stairs]] = [{} for _ in range(self.levels)]
         self._content: dict[tuple[int, int], int] = {}
-        self._survivors: list[dict[tuple[int, bool], list[Any]]] = [{} for _ in range(self.levels + 1)]
-        self._left: list[dict[tuple[int, bool], Buffer]] = [{} for _ in range(self.levels)]
+        self._recomputed: list[dict[tuple[int, bool], Side]] = [{} for _ in range(self.levels)]
+        self._runs: list[dict[tuple[int, bool], _Runs]] = [{} for _ in range(self.levels + 1)]
         for level in range(self.levels):
             self._fill(level)
 
@@ -150,10 +161,10 @@ class Tables:
         boundary = list(zip(p.activation_bytes, p.cotangent_bytes, p.sweep_cotangent_bytes))
         reach = c.recompute_reach()
         for stop in range(1, self.size + 1):
-            right = Buffer(self.grid, self.size + 1)
+            right = Buffer(self.grid, self.span, 2 * self.size + 2)
             nodes: dict[tuple[int, bool], Stairs] = {(stop, False): _DONE, (stop, True): _DONE}
             top = Top(c, nodes, reach, False)
-            content = -c.layer_class[stop]
+            content, rank = -c.layer_class[stop], 0
             for start in range(stop - 1, -1, -1):
                 content = ids.setdefault((c.layer_class[start + 1], content), len(ids) + 1)
                 for kept in self.kept_states(start):
@@ -163,12 +174,11 @@ class Tables:
                         k = int(c.cotangent[stop])
                         found = memo[key] = self._merge(level, start, stop, kept, k, top, right)
                     stairs[start, stop, kept] = nodes[start, kept] = found
-                    if found[0].size:
-                        if (start, kept) not in self._left[level]:
-                            self._left[level][start, kept] = Buffer(self.grid, self.size + 1)
-                        self._left[level][start, kept].append(stop, stop * self.span, found)
-                if (start, False) in nodes and start:
-                    right.append(start, (self.size - start) * self.span, nodes[start, False])
+                    if self.depth is None:
+                        self._recomputable(level, start, stop, kept)
+                for kept in self.kept_states(start):
+                    right.append(2 * start + kept, rank, nodes[start, kept])
+                    rank += 1
 
     def solve_top(self, candidates: Candidates | None = None, *, closing: bool = False) -> Top:
         """The staircases of all suffixes of the chain at the top level.
@@ -177,109 +187,106 @@ class Tables:
         chain, which is never better but may be asked for.
         """
         c = candidates or self.candidates
-        right, stop = Buffer(self.grid, self.size + 1), self.size
+        right, stop, rank = Buffer(self.grid, self.span, 2 * self.size + 2), self.size, 0
         nodes: dict[tuple[int, bool], Stairs] = {}
         for kept in (False, True):
             nodes[stop, kept] = (np.array([c.turn_bytes(kept)]), np.zeros(1, dtype=np.int64))
         top = Top(c, nodes, c.recompute_reach(), closing)
         if closing:
-            right.append(stop, 0, nodes[stop, False])
+            right.append(2 * stop, rank, nodes[stop, False])
+            rank += 1
         for start in range(stop - 1, -1, -1):
             for kept in self.kept_states(start):
                 nodes[start, kept] = self._merge(self.levels, start, stop, kept, 0, top, right)
-            if start:
-                right.append(start, (self.size - start) * self.span, nodes[start, False])
+            for kept in self.kept_states(start):
+                right.append(2 * start + kept, rank, nodes[start, kept])
+                rank += 1
         return top
 
     def _merge(
-        self,
-        level: int,
-        start: int,
-        stop: int,
-        kept: bool,
-        k: int,
-        top: Top,
-        right: Buffer,
+        self, level: int, start: int, stop: int, kept: bool, k: int, top: Top, right: Buffer
     ) -> Stairs:
-        """One application of the recursion: `top` holds the suffixes, `right` those with `e` false, keyed from the right."""
+        """One application of the recursion: `top` holds the suffixes, `right` those that begin after `start`."""
+        source = self.source(level)
+        runs = self._runs_from(level, source, start, stop, kept, top)
+        # Those that end the stretch are whole schedules of it.
+        atoms = top.candidates.atoms(start, kept)
         needs: list[Ints] = []
         times: list[Ints] = []
-        source = self.source(level)
-        many = []
-        for at, keeps, f, b, held, spent in self._runs_from(level, source, start, stop, kept, top):
-            child = top.nodes.get((at, keeps), _NOTHING)
-            if not child[0].size or not spent.size:
-                continue
-            peak = np.maximum(f + k, b)
-            if spent.size * child[0].size > 2 * _BLOCK:
-                many.append((child, peak, held, spent))
-                continue
-            needs.append(np.maximum(peak[:, None], held[:, None] + child[0][None, :]).ravel())
-            times.append((spent[:, None] + child[1][None, :]).ravel())
+        low = 0
+        for at, keeps, high in atoms.groups:
+            if at == stop:
+                rows = slice(low, high)
+                peak = np.maximum(atoms.forward_peak[rows] + k, atoms.backward_peak[rows])
+                needs.append(np.maximum(peak, atoms.held[rows] + top.nodes[stop, keeps][0][0]))
+                times.append(atoms.time[rows])
+            low = high
+        known = staircase(np.concatenate(needs), np.concatenate(times)) if needs else _NOTHING
+        sides: list[tuple[Side, int]] = []
+        count = bisect.bisect_left(runs.ends, stop)
+        if count:
+            sides.append((runs.side, count))
         limit = min(stop if top.closing else stop - 1, int(top.reach[start]))
-        if source is not None and limit > start and right.size and (start, kept) in self._left[source]:
-            c, left = self.candidates, self._left[source][start, kept]
-            own = 0 if kept else int(c.activation[start])
-            peaks = c.recompute_forward_peak(start, kept) + k
-            forward = c.forward_sum[start + 1 :] - c.forward_sum[start]
-            known = staircase(np.concatenate(needs), np.concatenate(times)) if needs else _NOTHING
-            found = split_points(left, right, start, limit, self.size, self.span, own, peaks, forward, known)
-            needs += found[0]
-            times += found[1]
-        if many and needs:
-            # What is known so far cuts most of the rest before it is spelled out.
-            need, time = staircase(np.concatenate(needs), np.concatenate(times))
-            needs, times = [need], [time]
-        if many and needs:
-            # What is known so far cuts most of the rest before it is spelled out.
-            need, time = staircase(np.concatenate(needs), np.concatenate(times))
-            needs, times = [need], [time]
-        for child, peak, held, spent in many:
-            need, time = _products(child, peak, held, spent, (needs[0], times[0]) if needs else _NOTHING)
-            needs.append(need)
-            times.append(time)
-        if not needs:
-            return _NOTHING
-        need, time = staircase(np.concatenate(needs), np.concatenate(times))
+        if source is not None and limit > start:
+            side = self._recomputable(source, start, limit, kept)
+            sides.append((side, limit - start))
+        # Short stretches have few points, and their losses would add up over the chain.
+        loss = self.loss if stop - start >= _SHORT else 0.0
+        if sides and right.size:
+            found = envelope(sides, right, k, known, slack=loss / 2, optimistic=self.optimistic)
+            known = staircase(*(np.concatenate([known[i], *(points[i] for points in found)]) for i in (0, 1)))
+        need, time = known
         if self.cap is not None and need.size and need[-1] > self.cap and top.candidates is self.candidates:
             fits = need <= self.cap
             need, time = need[fits], time[fits]
-        # Short stretches have few points, and their losses would add up over the chain.
-        if self.loss and stop - start >= _SHORT:
-            need, time = thinned(need, time, self.loss, optimistic=self.optimistic)
-        return need, time
+        return thinned(need, time, loss / 2, optimistic=self.optimistic) if loss else (need, time)
+
+    def _recomputable(self, level: int, start: int, stop: int, kept: bool) -> Side:
+        """RECOMPUTE runs from a node with inner schedules of `level`, up to `stop` at least."""
+        c = self.candidates
+        own = 0 if kept else int(c.activation[start])
+        side = self._recomputed[level].get((start, kept))
+        if side is None:
+            side = Side(self.grid, self.span, self.waiting, own, 2 * start + 2)
+            self._recomputed[level][start, kept] = side
+        known = start + side.count
+        if known < stop:
+            peaks = c.recompute_forward_peak(start, kept)
+            for at in range(known + 1, stop + 1):
+                need, time = self.stairs[level].get((start, at, kept), _NOTHING)
+                spent = time + (c.forward_sum[at] - c.forward_sum[start])
+                side.append(2 * at, int(peaks[at - start - 1]), own, (need, spent))
+        return side
 
     def _runs_from(
         self, level: int, source: int | None, start: int, stop: int, kept: bool, top: Top
-    ) -> Iterator[tuple[int, bool, Ints, Ints, Ints, Ints]]:
-        """The STORE, MOONWALK and INVERT runs from a node up to `stop`, by where they lead: `(stop, e', F, B, H, t)`.
+    ) -> _Runs:
+        """The STORE, MOONWALK and INVERT runs from a node to nodes before `stop`.
 
-        A run that does not reach `stop` is left out if the RECOMPUTE run in its place, with the best inner schedule that fits its backward
-        peak, is as good in every respect: so go most moonwalk runs that are longer than memory asks for.
+        One is left out if the RECOMPUTE run in its place, with the best inner schedule that fits its backward peak, is as good in every
+        respect: so go most moonwalk runs that are longer than memory asks for.
         """
-        atoms = top.candidates.atoms(start, kept)
         usual = top.candidates is self.candidates and source is not None and not top.closing
-        known = self._survivors[level].setdefault((start, kept), []) if usual else []
-        low = known[-1][6] if known else 0
-        for at, keeps, high in atoms.groups[len(known) :]:
-            if at > stop or (usual and at == stop):
+        runs = self._runs[level].get((start, kept)) if top.candidates is self.candidates else None
+        if runs is None:
+            runs = _Runs(Side(self.grid, self.span, self.waiting), [])
+            if top.candidates is self.candidates and not top.closing:
+                self._runs[level][start, kept] = runs
+        atoms = top.candidates.atoms(start, kept)
+        low = atoms.groups[runs.read - 1][2] if runs.read else 0
+        for at, keeps, high in atoms.groups[runs.read :]:
+            if at >= stop:
                 break
             columns = [x[low:high] for x in (atoms.forward_peak, atoms.backward_peak, atoms.held, atoms.time)]
             if usual and not keeps:
                 assert source is not None
                 columns = self._undominated(columns, source, start, at, kept)
-            known.append((at, keeps, *columns, high))
+            for floor, held, stairs in _grouped(columns, self.waiting):
+                runs.side.append(2 * at + keeps, floor, held, stairs)
+                runs.ends.append(at)
+            runs.read += 1
             low = high
-        yield from (x[:6] for x in known)
-        if usual:
-            for at, keeps, high in atoms.groups[len(known) :]:
-                if at > stop:
-                    break
-                f, b, h, t = (
-                    x[low:high] for x in (atoms.forward_peak, atoms.backward_peak, atoms.held, atoms.time)
-                )
-                yield at, keeps, f, b, h, t
-                low = high
+        return runs
 
     def _undominated(self, columns: list[Ints], source: int, start: int, stop: int, kept: bool) -> list[Ints]:
         """Those of the runs `(F, B, H, t)` from `(start, kept)` to `(stop, False)` that no RECOMPUTE run beats."""

@@ -1,13 +1,18 @@
-r"""All ways to begin a stretch with a RECOMPUTE run, at once: the inner loop of the frontier.
+r"""All ways to begin a stretch, at once: the inner loop of the frontier.
 
-For one node `(s, e)` of a stretch that ends at `r`, every `j` gives a step function of the budget `b`,
+The runs from one node `(s, e)` come in groups: the same end `j` and `e'`, the same forward peak `F` and held bytes `H`. RECOMPUTE runs to `j` are
+one group (`H = A[s]`), whose staircase is that of the inner schedules and the forward; of MOONWALK runs, which differ in backward peak and
+time, a group has a staircase too. For a stretch that ends at `r` a group is a step function of the budget `b`,
 
-    f_j(b) = fwd(s, j) + T[s, j, e](b) + T[j, r, 0](b - A[s])       for b >= P_j + K,  infinite below,
+    f_g(b) = left_g(b) + T[j, r, e'](b - H)       for b >= F + K,  infinite below,
 
-whose steps are at the needs of `T[s, j, e]` and at `A[s]` plus those of `T[j, r, 0]`. The lower envelope over `j` is wanted. A fixed grid of budgets
-cuts them into cells; with each staircase sampled at the grid once, `f_j` is bounded from below in a cell by its value at the cell's end
-and the envelope from above by its value at the cell's beginning, so that most pairs (j, cell) are seen to be useless by looking
-up numbers, and only the steps of the rest are evaluated, exactly. Times stay below 2^60, `BIG` stands for none.
+whose steps are at those of `left_g`, at `H` plus those of the suffix, and at `F + K`. The lower envelope over all groups is wanted. A fixed grid of
+budgets cuts them into cells `(b_{q-1}, b_q]`. With each staircase sampled at the grid once, `f_g` is bounded from below in a cell (left part and
+suffix at the cell's end) and from above at its beginning, all groups and cells in three NumPy calls. Only where a group's lower bound is less than
+`1 / (1 + slack)` of what the envelope is known to be at the cell's beginning are its steps in the cell evaluated, exactly; elsewhere the known
+schedule at the cell's beginning stands for all of the cell, so that the merge loses at most that factor of time, and nothing if `slack` is 0.
+
+Samples are float32: they only decide what is left out, with a margin above their rounding (`_MARGIN`).
 """
 
 from __future__ import annotations
@@ -15,10 +20,14 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from mwplan.solvers.pareto import Bools, Ints
+from mwplan.errors import ArgumentError
+from mwplan.solvers.pareto import Floats, Ints
 
 Stairs = tuple[Ints, Ints]
-BIG = 2**61
+Samples = NDArray[np.float32]
+Index = NDArray[np.intp]
+_MARGIN = 2e-6
+_INF = np.float32(np.inf)
 
 
 def grid(low: int, high: int, cells: int) -> Ints:
@@ -26,122 +35,226 @@ def grid(low: int, high: int, cells: int) -> Ints:
     return np.unique(np.geomspace(max(1, low), max(2, low, high), cells).astype(np.int64))
 
 
-class Buffer:
-    """Staircases of many groups (the `j` of a split), one after another, each element keyed by `offset + need`; and their samples.
+def _longer(old: NDArray[np.generic], rows: int) -> NDArray[np.generic]:
+    new = np.empty((rows, *old.shape[1:]), dtype=old.dtype)
+    new[: len(old)] = old
+    return new
 
-    `cell[i]`: the grid cell of element `i`'s need; cell `q` is `(grid[q-1], grid[q]]`, the first one without beginning, the last without
-    end. `samples[j, q]`: the time of group `j` at the end of cell `q`.
+
+class Buffer:
+    """Staircases of many rows, one after another, each element keyed by `base[row] + need`; and their samples.
+
+    Cell `q` is `(grid[q-1], grid[q]]`, the first one without beginning, the last, `n`, without end. `pointer[row, q]`: the first element of the row
+    beyond cell `q - 1`. `samples[row]`: the times at the ends of the `n + 1` cells, then infinity, if not `sided`; else those, infinite below
+    `floor`, then the times at the `n` budgets, infinite below `floor + waiting`, the largest `K`.
     """
 
-    __slots__ = ("cell", "grid", "group", "key", "samples", "size", "time")
+    __slots__ = ("base", "grid", "key", "pointer", "samples", "sided", "size", "span", "time", "waiting")
 
-    def __init__(self, budgets: Ints, groups: int) -> None:
-        self.size = 0
-        self.grid = budgets
+    def __init__(self, budgets: Ints, span: int, rows: int, *, sided: bool = False, waiting: int = 0) -> None:
+        n = budgets.size
+        self.size, self.grid, self.span, self.sided, self.waiting = 0, budgets, span, sided, waiting
         self.key = np.empty(64, dtype=np.int64)
         self.time = np.empty(64, dtype=np.int64)
-        self.group = np.empty(64, dtype=np.int64)
-        self.cell = np.empty(64, dtype=np.int64)
-        self.samples = np.full((groups, budgets.size + 1), BIG)
+        self.base = np.zeros(rows, dtype=np.int64)
+        self.pointer = np.zeros((rows, n + 2), dtype=np.int64)
+        self.samples: Samples = np.full((rows, 2 * n + 1 if sided else n + 2), _INF, dtype=np.float32)
 
-    def append(self, group: int, offset: int, stairs: Stairs) -> None:
-        """Adds the staircase of `group`; keys must come in order."""
+    def append(self, row: int, rank: int, stairs: Stairs, floor: int = 0) -> None:
+        """Adds the staircase of `row`; ranks must come in order, and are the multiples of `span` that keys begin with."""
         need, time = stairs
-        if not need.size:
-            return
-        end = self.size + need.size
+        n, size = self.grid.size, self.size
+        if row >= self.base.size:
+            for name in ("base", "pointer", "samples"):
+                setattr(self, name, _longer(getattr(self, name), 2 * row + 4))
+        self.base[row] = rank * self.span
+        end = size + need.size
         if end > self.key.size:
-            for name in ("key", "time", "group", "cell"):
-                old = getattr(self, name)
-                new = np.empty(max(end, 2 * old.size), dtype=np.int64)
-                new[: self.size] = old[: self.size]
-                setattr(self, name, new)
-        self.key[self.size : end] = need + offset
-        self.time[self.size : end] = time
-        self.group[self.size : end] = group
-        self.cell[self.size : end] = np.searchsorted(self.grid, need, side="left")
-        at = np.searchsorted(need, self.grid, side="right") - 1
-        self.samples[group, :-1] = np.where(at >= 0, time[at], BIG)
-        self.samples[group, -1] = time[-1]
+            for name in ("key", "time"):
+                setattr(self, name, _longer(getattr(self, name), max(end, 2 * self.key.size)))
+        self.key[size:end] = need + rank * self.span
+        self.time[size:end] = time
+        at = need.searchsorted(self.grid, side="right")
+        pointer, samples = self.pointer[row], self.samples[row]
+        pointer[0], pointer[1:-1], pointer[-1] = size, at + size, end
+        samples[:] = _INF
+        if need.size:
+            first = int(at.searchsorted(1))
+            values = time.astype(np.float32)
+            reached = values[at[first:] - 1]
+            if self.sided:
+                low = int(self.grid.searchsorted(floor))
+                samples[max(low, first) : n] = reached[max(low - first, 0) :]
+                samples[n] = values[-1]
+                low = int(self.grid.searchsorted(floor + self.waiting))
+                samples[n + 1 + max(low, first) :] = reached[max(low - first, 0) :]
+            else:
+                samples[first:n] = reached
+                samples[n] = values[-1]
         self.size = end
 
 
-def _useful(
-    left: Buffer, right: Buffer, groups: slice, own: int, peaks: Ints, forward: Ints, known: Stairs
-) -> tuple[Bools, NDArray[np.intp], NDArray[np.intp]]:
-    """Which (group, cell) pairs may hold a point of the envelope, one row a group; and the cells that each cell, moved by `own`, spans."""
-    budgets = left.grid
-    n = budgets.size
-    ahead = np.append(np.searchsorted(budgets, budgets - own, side="left"), n)
-    behind = np.searchsorted(budgets, budgets - own, side="right") - 1
-    lefts, rights = left.samples[groups], right.samples[groups]
-    lower = lefts + np.minimum(rights[:, ahead], BIG)
-    lower += forward[:, None]
-    upper = lefts[:, :-1] + np.where(behind >= 0, rights[:, behind], BIG) + forward[:, None]
-    # Below its forward peak a run has no points; they move up to it.
-    first = np.searchsorted(budgets, peaks, side="left")
-    upper[peaks[:, None] > budgets[None, :]] = BIG
-    envelope = np.minimum(upper.min(axis=0), BIG)
-    if known[0].size:
-        at = np.searchsorted(known[0], budgets, side="right") - 1
-        envelope = np.minimum(envelope, np.where(at >= 0, known[1][at], BIG))
-    # The envelope at a cell's beginning; the first cell has none.
-    limit = np.append([BIG], np.minimum.accumulate(envelope))
-    useful = lower < limit[None, :]
-    cells = np.arange(n + 1)
-    at_peak = useful[np.arange(len(first)), first]
-    useful = np.where(cells[None, :] < first[:, None], at_peak[:, None], useful)
-    low = np.append(0, np.searchsorted(budgets, budgets + own, side="right"))
-    high = np.append(np.searchsorted(budgets, budgets + own, side="left"), n)
-    return useful, low, high
+class Side:
+    """The groups of runs from one node: `left_g` in a buffer, and each group's `F`, `H` and row of the suffixes' buffer.
 
-
-def split_points(
-    left: Buffer,
-    right: Buffer,
-    start: int,
-    limit: int,
-    size: int,
-    span: int,
-    own: int,
-    peaks: Ints,
-    forward: Ints,
-    known: Stairs,
-) -> tuple[list[Ints], list[Ints]]:
-    """Needs and times of all steps of `f_j`, `start < j <= limit`, that may lie on the envelope and below the staircase `known`.
-
-    **Arguments:** `left`, the `T[s, j, e]`, keyed by `j * span + need`; `right`, the `T[j, r, 0]`, keyed by `(size - j) * span + need`; `own`, `A[s]`
-    unless `e`; `peaks[i]` and `forward[i]`, `P_j + K` and `fwd(s, j)` of `j = start + 1 + i`.
+    **Arguments:** `held`, the `H` of all groups where they share it and their suffixes' rows are `first_child, first_child + 2, ...`; None where not.
     """
-    n_left = int(np.searchsorted(left.key[: left.size], (limit + 1) * span))
-    low = int(np.searchsorted(right.key[: right.size], (size - limit) * span))
-    if not n_left or low == right.size:
-        return [], []
-    peaks, forward = peaks[: limit - start], forward[: limit - start]
-    useful, first, last = _useful(left, right, slice(start + 1, limit + 1), own, peaks, forward, known)
-    lk, lt, lg = left.key[:n_left], left.time[:n_left], left.group[:n_left]
-    rk, rt, rg = right.key[low : right.size], right.time[low : right.size], right.group[low : right.size]
-    needs, times = [], []
 
-    pick = np.flatnonzero(useful[lg - start - 1, left.cell[:n_left]])
-    g = lg[pick]
-    need = lk[pick] - g * span
-    at = np.searchsorted(rk, need - own + (size - g) * span, side="right") - 1
-    ok = (at >= 0) & (rg[at] == g)
-    g = g[ok] - start - 1
-    needs.append(np.maximum(need[ok], peaks[g]))
-    times.append(lt[pick[ok]] + rt[at[ok]] + forward[g])
+    __slots__ = ("_moved", "children", "count", "first_child", "floor", "held", "left", "shared")
 
-    # A right part's need plus A[s] lies in one of the cells first..last.
-    count = np.zeros((useful.shape[0], useful.shape[1] + 1), dtype=np.int64)
-    np.cumsum(useful, axis=1, out=count[:, 1:])
-    reached = count[:, last + 1] > count[:, first]
-    pick = np.flatnonzero(reached[rg - start - 1, right.cell[low : right.size]])
-    g = rg[pick]
-    need = rk[pick] - (size - g) * span + own
-    at = np.searchsorted(lk, need + g * span, side="right") - 1
-    ok = (at >= 0) & (lg[at] == g)
-    g = g[ok] - start - 1
-    needs.append(np.maximum(need[ok], peaks[g]))
-    times.append(rt[pick[ok]] + lt[at[ok]] + forward[g])
-    return needs, times
+    def __init__(
+        self, budgets: Ints, span: int, waiting: int, held: int | None = None, first_child: int = 0
+    ) -> None:
+        self.left = Buffer(budgets, span, 4, sided=True, waiting=waiting)
+        self.count, self.shared, self.first_child = 0, held is not None, first_child
+        self.children = np.zeros(4, dtype=np.int64)
+        self.floor = np.zeros(4, dtype=np.int64)
+        self.held = np.zeros(4, dtype=np.int64)
+        self._moved: Index = np.zeros((0, 2 * budgets.size + 1), dtype=np.intp)
+        if held is not None:
+            self._moved = self._move(budgets, held)
+
+    @staticmethod
+    def _move(budgets: Ints, held: int | Ints) -> Index:
+        """Columns of a suffix's samples that bound it in each cell, and then at each budget, `held` bytes less being left for it."""
+        n = budgets.size
+        less = budgets - held
+        ahead = budgets.searchsorted(less, side="left")
+        behind = budgets.searchsorted(less, side="right") - 1
+        end = np.full((*less.shape[:-1], 1), n)
+        # The last column of samples is infinite: no budget of the grid is that small.
+        return np.concatenate([ahead, end, np.where(behind < 0, n + 1, behind)], axis=-1)
+
+    def append(self, child: int, floor: int, held: int, stairs: Stairs) -> None:
+        """One more group."""
+        g = self.count
+        if (g + 2) * self.left.span >= 2**63:
+            raise ArgumentError(
+                f"`profile`: {g + 1} groups of runs leave one position, too many for its byte counts: state bytes in a larger unit"
+            )
+        if g == self.children.size:
+            for name in ("children", "floor", "held"):
+                setattr(self, name, _longer(getattr(self, name), 2 * g))
+        self.children[g], self.floor[g], self.held[g] = child, floor, held
+        self.left.append(g, g, stairs, floor)
+        self.count = g + 1
+
+    def bounds(self, right: Buffer, groups: int) -> Samples:
+        """Row g: lower bounds of `f_g` in the `n + 1` cells, then upper bounds at the `n` budgets."""
+        if self.shared:
+            children = right.samples[self.first_child : self.first_child + 2 * groups : 2]
+            out: Samples = children.take(self._moved, axis=1)
+        else:
+            if len(self._moved) < groups:
+                known = len(self._moved)
+                moved = self._move(right.grid, self.held[known : self.count, None])
+                moved += self.children[known : self.count, None] * right.samples.shape[1]
+                self._moved = np.concatenate([self._moved, moved])
+            out = right.samples.ravel().take(self._moved[:groups])
+        out += self.left.samples[:groups]
+        return out
+
+    def at(self, right: Buffer, k: int, group: Ints, budget: Ints) -> Stairs:
+        """The points that `f_g` has at or below each of the budgets, for pairs `(group, budget)`; those without any are left out."""
+        left, child = self.left, self.children[group]
+        own = left.key[: left.size].searchsorted(left.base[group] + budget, side="right") - 1
+        rest = budget - self.held[group]
+        other = right.key[: right.size].searchsorted(right.base[child] + rest, side="right") - 1
+        ok = (own >= left.pointer[group, 0]) & (other >= right.pointer[child, 0])
+        ok &= (rest >= 0) & (budget >= self.floor[group] + k)
+        group, child, own, other = group[ok], child[ok], own[ok], other[ok]
+        need = np.maximum(left.key[own] - left.base[group], self.floor[group] + k)
+        np.maximum(need, right.key[other] - right.base[child] + self.held[group], out=need)
+        return need, left.time[own] + right.time[other]
+
+    def steps(self, right: Buffer, k: int, group: Ints, cell: Ints) -> list[Stairs]:
+        """All steps of `f_g` in the given cells, for pairs `(group, cell)`."""
+        left, budgets = self.left, right.grid
+        out = []
+        floor = self.floor[group] + k
+        held, child = self.held[group], self.children[group]
+        none, most = np.int64(-1), np.int64(2**62)
+        low = np.where(cell > 0, budgets[np.maximum(cell, 1) - 1], none)
+        high = np.where(cell < budgets.size, budgets[np.minimum(cell, budgets.size - 1)], most)
+
+        index, pair = _spread(left.pointer[group, cell], left.pointer[group, cell + 1])
+        need = left.key[index] - left.base[group[pair]]
+        rest = need - held[pair]
+        to = child[pair]
+        other = right.key[: right.size].searchsorted(right.base[to] + rest, side="right") - 1
+        ok = (other >= right.pointer[to, 0]) & (rest >= 0) & (need >= floor[pair])
+        out.append((need[ok], left.time[index[ok]] + right.time[other[ok]]))
+
+        begin = np.where(cell > 0, budgets.searchsorted(low - held, side="right"), 0)
+        end = np.where(cell < budgets.size, budgets.searchsorted(high - held, side="left"), budgets.size)
+        index, pair = _spread(right.pointer[child, begin], right.pointer[child, end + 1])
+        need = right.key[index] - right.base[child[pair]] + held[pair]
+        ok = (need > low[pair]) & (need <= high[pair]) & (need >= floor[pair])
+        index, pair, need = index[ok], pair[ok], need[ok]
+        by = group[pair]
+        own = left.key[: left.size].searchsorted(left.base[by] + need, side="right") - 1
+        ok = own >= left.pointer[by, 0]
+        out.append((need[ok], left.time[own[ok]] + right.time[index[ok]]))
+
+        first = np.flatnonzero((floor > low) & (floor <= high))
+        out.append(self.at(right, k, group[first], floor[first]))
+        return out
+
+
+def _spread(begin: Ints, end: Ints) -> tuple[Ints, Index]:
+    """All integers of the ranges `begin..end-1`, and which range each is of."""
+    count = end - begin
+    of = np.repeat(np.arange(count.size), count)
+    before = np.cumsum(count) - count
+    return np.arange(of.size) + (begin - before)[of], of
+
+
+def envelope(
+    sides: list[tuple[Side, int]],
+    right: Buffer,
+    k: int,
+    known: Stairs,
+    *,
+    slack: float = 0.0,
+    optimistic: bool = False,
+) -> list[Stairs]:
+    """Points whose Pareto set, together with the staircase `known`, is the envelope of all groups.
+
+    **Arguments:** `sides`, each with how many of its groups take part; `right`, the suffixes; `k`, the waiting cotangent; `slack`, the factor of time that
+    may be lost; `optimistic`: then no point is a schedule, but no schedule is faster than the staircase.
+    """
+    budgets = right.grid
+    n = budgets.size
+    bounds = [side.bounds(right, groups) for side, groups in sides]
+    least = [b.min(axis=0) for b in bounds]
+    upper = np.minimum.reduce([x[n + 1 :] for x in least])
+    if known[0].size:
+        at = known[0].searchsorted(budgets, side="right")
+        reached = np.append(np.inf, known[1])[at].astype(np.float32)
+        upper = np.minimum(upper, reached)
+    limit = np.append(_INF, np.minimum.accumulate(upper))
+    goal = limit * np.float32((1 + _MARGIN) / (1 + slack))
+    out: list[Stairs] = []
+    for (side, _), bound, lowest in zip(sides, bounds, least):
+        # goal is infinite where nothing is known yet, and so is the bound of what does not fit.
+        columns = np.flatnonzero(lowest[: n + 1] < goal)
+        if columns.size:
+            group, place = np.nonzero(bound[:, columns] < goal[columns])
+            out += side.steps(right, k, group, columns[place])
+        if slack and optimistic:
+            out.append(_floor(bound[:, : n + 1], goal, limit, budgets))
+        elif slack:
+            # The schedules that `limit` counts on.
+            useful = np.flatnonzero((lowest[n + 1 :] <= limit[1:]) & (lowest[n + 1 :] < limit[:-1]))
+            if useful.size:
+                group = bound[:, n + 1 + useful].argmin(axis=0)
+                out.append(side.at(right, k, group, budgets[useful]))
+    return out
+
+
+def _floor(bound: Samples, goal: Samples, limit: Samples, budgets: Ints) -> Stairs:
+    """Where steps are not evaluated: the cells' lower bounds as points at their beginnings."""
+    left_out: Floats = np.where(bound < goal[None, :], _INF, bound).min(axis=0).astype(np.float64)
+    cell = np.flatnonzero(left_out < limit * (1 + _MARGIN))
+    cell = cell[cell > 0]
+    return budgets[cell - 1] + 1, np.floor(left_out[cell] * (1 - _MARGIN)).astype(np.int64)
