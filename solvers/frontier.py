@@ -44,7 +44,11 @@ _NOTHING: Stairs = (np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
 #: stretches shorter than this are never thinned
 _SHORT = 4
 #: budgets at which staircases are compared first
-_CELLS = 128
+_CELLS = 384
+#: up to so many groups of runs are spelled out at once
+_FEW = 3
+#: shares of the loss aimed at that a merge and the thinning after it may take
+_SLACK, _THIN = 2.0, 0.5
 #: from here on chains of identical layers have tables of their own: exact, and thinned
 _UNIFORM, _UNIFORM_THIN = 48, 160
 _DONE: Stairs = (np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64))
@@ -221,11 +225,16 @@ class Tables:
                 needs.append(np.maximum(peak, atoms.held[rows] + top.nodes[stop, keeps][0][0]))
                 times.append(atoms.time[rows])
             low = high
-        known = staircase(np.concatenate(needs), np.concatenate(times)) if needs else _NOTHING
         sides: list[tuple[Side, int]] = []
         count = bisect.bisect_left(runs.ends, stop)
-        if count:
+        if count > _FEW:
             sides.append((runs.side, count))
+        elif right.size:
+            for g in range(count):
+                need, time = runs.side.points(right, k, g)
+                needs.append(need)
+                times.append(time)
+        known = staircase(np.concatenate(needs), np.concatenate(times)) if needs else _NOTHING
         limit = min(stop if top.closing else stop - 1, int(top.reach[start]))
         if source is not None and limit > start:
             side = self._recomputable(source, start, limit, kept)
@@ -233,13 +242,13 @@ class Tables:
         # Short stretches have few points, and their losses would add up over the chain.
         loss = self.loss if stop - start >= _SHORT else 0.0
         if sides and right.size:
-            found = envelope(sides, right, k, known, slack=loss / 2, optimistic=self.optimistic)
+            found = envelope(sides, right, k, known, slack=loss * _SLACK, optimistic=self.optimistic)
             known = staircase(*(np.concatenate([known[i], *(points[i] for points in found)]) for i in (0, 1)))
         need, time = known
         if self.cap is not None and need.size and need[-1] > self.cap and top.candidates is self.candidates:
             fits = need <= self.cap
             need, time = need[fits], time[fits]
-        return thinned(need, time, loss / 2, optimistic=self.optimistic) if loss else (need, time)
+        return thinned(need, time, loss * _THIN, optimistic=self.optimistic) if loss else (need, time)
 
     def _recomputable(self, level: int, start: int, stop: int, kept: bool) -> Side:
         """RECOMPUTE runs from a node with inner schedules of `level`, up to `stop` at least."""

@@ -75,30 +75,62 @@ def value_at(need: Ints, time: Ints, budget: int) -> int:
     return int(time[k]) if k >= 0 else INF
 
 
+def _sweep(second: Ints, third: Ints, block: int = 128) -> NDArray[np.intp]:
+    """Indices of points no earlier one is at most as large as in both coordinates: blocks against the staircase of those before them."""
+    low, high = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
+    kept = []
+    for begin in range(0, second.size, block):
+        b, c = second[begin : begin + block], third[begin : begin + block]
+        index = np.arange(begin, begin + b.size)
+        if low.size:
+            at = low.searchsorted(b, side="right")
+            new = np.flatnonzero(c < np.append(INF, high)[at])
+            b, c, index = b[new], c[new], index[new]
+        worse = np.tri(index.size, k=-1, dtype=np.bool_)
+        worse &= (b[None, :] <= b[:, None]) & (c[None, :] <= c[:, None])
+        new = np.flatnonzero(~worse.any(axis=1))
+        kept.append(index[new])
+        low, high = staircase(np.append(low, b[new]), np.append(high, c[new]))
+    return np.concatenate(kept)
+
+
 def nondominated(columns: Sequence[NDArray[Any]], block: int = 256) -> NDArray[np.intp]:
     """Indices of the points no other point dominates, in lexicographic order; of equal points one is kept.
 
-    **Arguments:** `columns`, one array for each coordinate, all minimised.
+    **Arguments:** `columns`, one array for each coordinate, all minimised; floats must not be negative.
     **Cost:** O(n * kept * coordinates), in blocks of `block` points.
     """
     size = len(columns[0])
-    # A coordinate on which all agree decides nothing.
-    columns = [c for c in map(np.asarray, columns) if size and c.min() != c.max()] or columns[:1]
-    order = np.lexsort(tuple(reversed(columns)))
+    table = np.empty((len(columns), size), dtype=np.int64)
+    for row, column in zip(table, columns):
+        # Floats that are not negative are ordered as their bits are; halfway down they fit the integers below `INF`.
+        row[:] = column.view(np.int64) - 2**62 if column.dtype == np.float64 else column
     if size <= 1:
-        return order
-    sorted_columns = [np.asarray(c)[order] for c in columns]
+        return np.arange(size)
+    # A coordinate on which all agree decides nothing.
+    table = table[table.min(axis=1) != table.max(axis=1)]
+    if not len(table):
+        return np.zeros(1, dtype=np.intp)
+    order = np.lexsort(table[::-1])
+    table = table[:, order]
     # In lexicographic order a point is dominated only by earlier ones.
+    if len(table) <= 2:
+        last = table[-1]
+        best = np.minimum.accumulate(last)
+        keep = np.append(True, last[1:] < best[:-1])
+        return order[keep] if len(table) == 2 else order[:1]
+    if len(table) == 3:
+        return order[_sweep(table[1], table[2])]
     kept = np.zeros(0, dtype=np.intp)
     for low in range(0, size, block):
         index = np.arange(low, min(low + block, size))
         if kept.size:
             worse = np.ones((index.size, kept.size), dtype=np.bool_)
-            for c in sorted_columns:
+            for c in table:
                 worse &= c[kept][None, :] <= c[index][:, None]
             index = index[~worse.any(axis=1)]
         worse = np.tri(index.size, k=-1, dtype=np.bool_)
-        for c in sorted_columns:
-            worse &= c[index][None, :] <= c[index][:, None]
+        for c in table[:, index]:
+            worse &= c[None, :] <= c[:, None]
         kept = np.concatenate([kept, index[~worse.any(axis=1)]])
     return order[kept]

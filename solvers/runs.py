@@ -62,18 +62,78 @@ class Atoms:
 
 @dataclass(slots=True)
 class _Labels:
-    """Moonwalk labels over one stretch: `last_*` if it ends here, `back` if it goes on; options by parent links."""
+    """Moonwalk labels over one stretch; each goes on from label `code // n` of the stretch without its last layer by option `code % n` of `n`.
+
+    `back` is for the label going on; what it is where the run ends here is known to `_Ended` only.
+    """
 
     time: Ints
     held: Ints
     back: Ints
     forward: Ints
     error: Floats
-    keeps: Bools
-    parent: Ints
-    option: Ints
-    last_back: Ints
+    keeps: Ints
+    code: Ints
     pattern: Ints
+
+
+@dataclass(slots=True)
+class _Ended:
+    """Moonwalk runs over one stretch: what the labels of the stretch are if they end there."""
+
+    time: Ints
+    held: Ints
+    back: Ints
+    forward: Ints
+    keeps: Ints
+    code: Ints
+    pattern: Ints
+
+
+@dataclass(slots=True)
+class _Options:
+    """The usable moonwalk options of one layer, field by field."""
+
+    growth: Floats
+    local_error: Floats
+    time: Ints
+    residual: Ints
+    fragment: Ints
+    #: what the fragment adds to R and rebuild of the layer itself: nothing where it is the cotangent
+    own_fragment: Ints
+    keeps_input: Ints
+    keeps_output: Ints
+    forward: Ints
+    reverse: Ints
+    rebuild: Ints
+    rebuild_saving: Ints
+    advance: Ints
+    advance_saving: Ints
+    last: Ints
+
+    @classmethod
+    def of(cls, options: list[MoonwalkOption]) -> _Options:
+        rows = [
+            (
+                o.forward_ns + o.reverse_ns + o.rebuild_ns,
+                o.residual_bytes,
+                o.fragment_bytes,
+                0 if o.fragment_is_cotangent else o.fragment_bytes,
+                int(o.keeps_input),
+                int(o.keeps_output),
+                o.forward_workspace_bytes,
+                o.reverse_workspace_bytes - o.reverse_saving_bytes,
+                o.rebuild_workspace_bytes,
+                o.rebuild_saving_bytes,
+                o.advance_workspace_bytes,
+                o.advance_saving_bytes,
+                o.last_workspace_bytes,
+            )
+            for o in options
+        ]
+        columns = np.array(rows, dtype=np.int64).reshape(len(rows), 13).T
+        growth = np.array([o.growth for o in options], dtype=np.float64)
+        return cls(growth, np.array([o.local_error for o in options], dtype=np.float64), *columns)
 
 
 def check_max_error(max_error: float) -> None:
@@ -168,7 +228,9 @@ class Candidates:
         self.layer_class = self._classes()
         self._usable = [self._options(at, layer.moonwalk) for at, layer in enumerate(profile.layers)]
         self._usable_invert = [self._options(at, layer.invert) for at, layer in enumerate(profile.layers)]
-        self._labels: dict[tuple[Any, ...], _Labels] = {}
+        self._moonwalks = [_Options.of(options) for options in self._usable]
+        # code[start, kept, stop]: the labels' parents and options
+        self._codes: dict[tuple[int, bool, int], Ints] = {}
         self._atoms: dict[tuple[int, bool], Atoms] = {}
         self._invert: list[list[tuple[Ints, Ints, Ints, Ints]]] = []
         self._inverts = self._invert_runs()
@@ -198,9 +260,9 @@ class Candidates:
         names: list[str] = []
         if kind == _MOONWALK:
             for at in range(stop, start, -1):
-                labels = self._labels[self._label_key(start, kept, at)]
-                names.append(self._usable[at - 1][labels.option[handle]].name)
-                handle = int(labels.parent[handle])
+                handle, chosen = divmod(handle, len(self._usable[at - 1]))
+                names.append(self._usable[at - 1][chosen].name)
+                handle = int(self._codes[start, kept, at - 1][handle]) if at - 1 > start else 0
             return Run(kind=RunKind.MOONWALK, start=start, stop=stop, options=tuple(reversed(names)))
         for at in range(start, stop):
             option, parent = self._invert[stop][stop - 1 - at][2:]
@@ -305,23 +367,24 @@ class Candidates:
                 add(
                     start + 1, keeps, f, b, h, np.array([o.forward_ns + o.backward_ns]), _STORE, np.array([k])
                 )
+        labels: _Labels | None = None
         for stop in range(start + 1, self.size + 1):
-            labels = self._grow(start, kept, stop)
-            if labels is None:
+            ended, labels = self._grow(start, kept, stop, labels)
+            if ended is None:
                 break
-            held = labels.held + labels.keeps * self.activation[stop]
-            handles = np.arange(len(held))
             add(
                 stop,
-                labels.keeps,
-                labels.forward,
-                labels.last_back,
-                held,
-                labels.time,
+                ended.keeps,
+                ended.forward,
+                ended.back,
+                ended.held,
+                ended.time,
                 _MOONWALK,
-                handles,
-                labels.pattern,
+                ended.code,
+                ended.pattern,
             )
+            if labels is None:
+                break
         for end, forward, back, spent, index in self._inverts.get((start, kept), ()):
             add(end, True, forward, back, self.activation[end], spent, _INVERT, index)
         if not rows:
@@ -364,103 +427,72 @@ class Candidates:
             error = np.hypot(option.growth * before, option.local_error)
         return error, np.flatnonzero(error <= self.max_error)
 
-    def _pattern(self, before: Ints, option: MoonwalkOption) -> Ints:
+    def _pattern(self, before: Ints, fragment: Ints) -> Ints:
         """Numbers for the strategies from a run's start on, one more layer appended: 0 for all unless `by_strategy`."""
         if not self.by_strategy:
             return before
-        fragment = option.fragment_bytes > 0
-        return np.array(
-            [self._patterns.setdefault((int(x), fragment), len(self._patterns) + 1) for x in before]
-        )
+        pairs = zip(before.tolist(), (fragment > 0).tolist())
+        return np.array([self._patterns.setdefault(x, len(self._patterns) + 1) for x in pairs])
 
-    def _label_key(self, start: int, kept: bool, stop: int) -> tuple[Any, ...]:
-        return (start, kept, stop)
-
-    def _grow(self, start: int, kept: bool, stop: int) -> _Labels | None:
-        """Moonwalk labels of `(start, stop]`, from those of `(start, stop - 1]`; None where no option survives."""
-        key = self._label_key(start, kept, stop)
-        if key in self._labels:
-            return self._labels[key]
+    def _grow(
+        self, start: int, kept: bool, stop: int, old: _Labels | None
+    ) -> tuple[_Ended | None, _Labels | None]:
+        """Moonwalk runs `(start, stop]`, from the labels of `(start, stop - 1]`; and the labels that go on. None where there are none."""
         a, d = self.activation, self.sweep
         at = stop - 1
-        options = self._usable[at]
-        if not options:
-            return None
-        layer_ns = self.forward_ns[at - 1] if at else 0
-        first = at == start
-        if first:
-            own = 0 if kept else int(a[start])
+        x, n = self._moonwalks[at], len(self._usable[at])
+        if not n:
+            return None, None
+        first = old is None
+        if old is None:
             zero = np.zeros(1, dtype=np.int64)
-            old = _Labels(
-                zero, zero + own, zero, zero, np.zeros(1), np.zeros(1, bool), zero, zero, zero, zero
-            )
+            old = _Labels(zero, zero + (0 if kept else a[start]), zero, zero, np.zeros(1), zero, zero, zero)
+        with np.errstate(over="ignore"):
+            error = np.hypot(old.error[:, None] * x.growth, x.local_error).ravel()
+        # An error at the limit is allowed; the last digit is as the rounding of `hypot` has it.
+        code = np.flatnonzero(error <= self.max_error)
+        if not code.size:
+            return None, None
+        parent, o = np.divmod(code, n)
+        held, time, fragment = old.held[parent], old.time[parent] + x.time[o], x.fragment[o]
+        residual, out = x.residual[o], x.keeps_output[o] * a[stop]
+        ends = int(d[start] + d[stop])
+        if first:
+            # x_s is in `held` unless e; F counts it once.
+            forward = held + residual + a[stop]
+            rebuild, advance = held + ends, held + ends
+            new_held = held + residual
+            saving = np.zeros(o.size, dtype=np.int64) if kept else x.advance_saving[o]
         else:
-            known = self._grow(start, kept, stop - 1)
-            if known is None:
-                return None
-            old = known
-        parts = []
-        for k, o in enumerate(options):
-            error, ok = self._error(old.error, o)
-            if not ok.size:
-                continue
-            held, keeps = old.held[ok], old.keeps[ok]
-            out = o.keeps_output * int(a[stop])
-            if first:
-                # x_s is in `held` unless e; F counts it once.
-                forward = held + a[stop] + o.residual_bytes + o.forward_workspace_bytes
-                new_held = held + o.residual_bytes
-                rebuild = held + d[start] + d[stop]
-                advance = held + d[start] + d[stop]
-                time = old.time[ok]
-            else:
-                forward = held + a[at] + a[stop] + o.residual_bytes + o.forward_workspace_bytes
-                new_held = held + o.residual_bytes + (keeps | o.keeps_input) * a[at]
-                rebuild = np.full(ok.size, a[at] + d[start] + d[at] + d[stop])
-                advance = np.full(ok.size, a[at] + d[start] + d[stop])
-                rebuild = rebuild - o.rebuild_saving_bytes
-                time = old.time[ok] + layer_ns
-            reverse = new_held + out + d[stop] + d[at] + o.reverse_workspace_bytes - o.reverse_saving_bytes
-            rebuild = rebuild + o.rebuild_workspace_bytes
-            before = old.back[ok]
-            own = np.maximum(reverse, rebuild) + (0 if o.fragment_is_cotangent else o.fragment_bytes)
-            last_back = np.maximum(
-                np.maximum(before + o.fragment_bytes, own), advance + o.last_workspace_bytes
-            )
-            advance = advance + a[stop] + o.advance_workspace_bytes
-            advance = advance - (0 if first and kept else o.advance_saving_bytes)
-            back = np.maximum(np.maximum(before + o.fragment_bytes, own), advance)
-            parts.append(
-                (
-                    time + (o.forward_ns + o.reverse_ns + o.rebuild_ns),
-                    new_held,
-                    back,
-                    np.maximum(old.forward[ok], forward),
-                    error[ok] if np.isfinite(self.max_error) else np.zeros(ok.size),
-                    np.full(ok.size, o.keeps_output),
-                    ok,
-                    np.full(ok.size, k),
-                    last_back,
-                    self._pattern(old.pattern[ok], o),
-                )
-            )
-        if not parts:
-            return None
-        columns = [np.concatenate(c) for c in zip(*parts)]
-        time, held, back, forward, error, keeps, _, _, last_back, pattern = columns
+            forward = held + residual + (a[at] + a[stop])
+            rebuild = (a[at] + ends + d[at]) - x.rebuild_saving[o]
+            advance = np.full(o.size, a[at] + ends)
+            new_held = held + residual + (old.keeps[parent] | x.keeps_input[o]) * a[at]
+            saving = x.advance_saving[o]
+            time = time + self.forward_ns[at - 1]
+        forward = np.maximum(old.forward[parent], forward + x.forward[o])
+        own = np.maximum(new_held + out + (d[stop] + d[at]) + x.reverse[o], rebuild + x.rebuild[o])
+        own = np.maximum(own + x.own_fragment[o], old.back[parent] + fragment)
+        keeps, pattern = x.keeps_output[o], self._pattern(old.pattern[parent], fragment)
         compared: Any = time
         if self.loss:
             step = np.log1p(self.loss)
             compared = np.floor(np.log(np.maximum(time, 1)) / step)
             if self.optimistic:
-                time = columns[0] = np.minimum(time, np.exp(compared * step).astype(np.int64))
-        # `last_back` (the run ends here) and `back` (it goes on) order labels differently: both must be worse to be dropped.
-        index = nondominated(
-            [pattern, -pattern, keeps, ~keeps, compared, held, back, last_back, forward, error]
-        )
-        labels = _Labels(*(x[index] for x in columns))
-        self._labels[key] = labels
-        return labels
+                time = np.minimum(time, np.exp(compared * step).astype(np.int64))
+        last = np.maximum(own, advance + x.last[o])
+        index = nondominated([pattern, -pattern, keeps, -keeps, time, new_held, last, forward])
+        ended = _Ended(*(v[index] for v in (time, new_held + out, last, forward, keeps, code, pattern)))
+        if stop == self.size or not self._usable[stop]:
+            return ended, None
+        back = np.maximum(own, advance + (a[stop] - saving) + x.advance[o])
+        error = error[code] if np.isfinite(self.max_error) else np.zeros(code.size)
+        index = nondominated([pattern, -pattern, keeps, -keeps, compared, new_held, back, forward, error])
+        time, new_held, back, forward = time[index], new_held[index], back[index], forward[index]
+        keeps, code, pattern = keeps[index], code[index], pattern[index]
+        labels = _Labels(time, new_held, back, forward, error[index], keeps, code, pattern)
+        self._codes[start, kept, stop] = labels.code
+        return ended, labels
 
     def _invert_runs(self) -> dict[tuple[int, bool], list[tuple[int, int, Ints, Ints, Ints]]]:
         """For each node, the INVERT runs from it: `(stop, forward peak, backward peaks, times, label indices)`."""

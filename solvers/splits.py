@@ -167,6 +167,16 @@ class Side:
         np.maximum(need, right.key[other] - right.base[child] + self.held[group], out=need)
         return need, left.time[own] + right.time[other]
 
+    def points(self, right: Buffer, k: int, group: int) -> Stairs:
+        """All points of all runs of one group."""
+        left, child = self.left, self.children[group]
+        own = slice(left.pointer[group, 0], left.pointer[group, -1])
+        other = slice(right.pointer[child, 0], right.pointer[child, -1])
+        peak = np.maximum(left.key[own] - left.base[group], self.floor[group] + k)
+        rest = right.key[other] + (self.held[group] - right.base[child])
+        need = np.maximum(peak[:, None], rest[None, :])
+        return need.ravel(), (left.time[own][:, None] + right.time[other][None, :]).ravel()
+
     def steps(self, right: Buffer, k: int, group: Ints, cell: Ints) -> list[Stairs]:
         """All steps of `f_g` in the given cells, for pairs `(group, cell)`."""
         left, budgets = self.left, right.grid
