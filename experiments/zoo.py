@@ -18,6 +18,13 @@ descriptions of its data sets as text. The long signals are generated.
 
 from __future__ import annotations
 
+import os  # before JAX starts its CPU client
+
+# Linear solves of one step block XLA:CPU's threads while they wait for others: with two threads, a network of Cayley convolutions
+# never finishes a step (jaxlib 0.10.2). More threads than cores leave some to wait for.
+os.environ.setdefault("NPROC", "16")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -80,10 +87,10 @@ class Data(NamedTuple):
 def build(config: Config) -> Model:
     """The network, initialised by its seed, and the first batch of its data (repeated where the data set is smaller)."""
     make, load = MODELS[config.model]
-    x, labels = load(config)
-    at = np.arange(config.batch) % len(x)
+    everything = load(config)
+    at = np.arange(config.batch) % len(everything.x)
     layers = make(config, iter(jax.random.split(jax.random.key(config.seed), 4 * config.depth + 8)))
-    x, labels = jnp.asarray(x[at]), jnp.asarray(labels[at])
+    x, labels = jnp.asarray(everything.x[at]), jnp.asarray(everything.labels[at])
     chain = mw.Chain(layers if config.group == 1 else grouped(mw.Chain(layers), x, config.group))
     return Model(chain, x, labels, cross_entropy)
 
@@ -263,9 +270,10 @@ def strided(config: Config, keys: Keys) -> list[Any]:
     for stage in range(stages):
         for at in range(config.depth * stage // stages, config.depth * (stage + 1) // stages):
             down = stage > 0 and at == config.depth * stage // stages
-            padding = {"stride": 2, "padding": 1} if down else {}
             layers += [
-                ml.Conv2D.init(next(keys), width, width * (1 + down), 3, **padding),
+                ml.Conv2D.init(next(keys), width, 2 * width, stride=2, padding=1)
+                if down
+                else ml.Conv2D.init(next(keys), width, width),
                 ml.LeakyReLU(SLOPE),
             ]
             width *= 1 + down
@@ -301,9 +309,14 @@ def _conv_branch(keys: Keys, width: int) -> ml.Sequential:
     )  # fmt: skip
 
 
+def _conv_stem(config: Config, keys: Keys) -> list[Any]:
+    """Not submersive, but no channel starts as zeros: a norm of such is too steep to be inverted."""
+    return [ml.SpaceToDepth((2, 2)), ml.Conv2D.he(next(keys), 4, config.width)]
+
+
 def revnet(config: Config, keys: Keys) -> list[Any]:
     """Couplings of one-convolution branches at constant resolution."""
-    layers, half = _image_stem(config), config.width // 2
+    layers, half = _conv_stem(config, keys), config.width // 2
 
     def branch() -> ml.Sequential:
         conv = _small(ml.Conv2D.he(next(keys), half, half), 0.3)
@@ -315,7 +328,7 @@ def revnet(config: Config, keys: Keys) -> list[Any]:
 
 def resnet(config: Config, keys: Keys) -> list[Any]:
     """Two stages of pre-activation blocks, a strided convolution between."""
-    layers, width = _image_stem(config), config.width
+    layers, width = _conv_stem(config, keys), config.width
     for at in range(config.depth):
         if at == config.depth // 2 and config.depth > 1:
             layers.append(ml.Conv2D.he(next(keys), width, 2 * width, stride=2, padding=1))

@@ -1,0 +1,562 @@
+"""Every way a user has to take the same gradient, on the same chain: as functions, compiled and measured side by side.
+
+| method | what it is |
+|---|---|
+| `backprop`, `backprop_scan` | plain `jax.grad`; with `lax.scan` over repeated blocks |
+| `checkpoint_each`, `checkpoint_scan` | `jax.checkpoint` on every layer; on every repeated block of a scan |
+| `chen`, `chen_scan` | square-root segments, unrolled and as nested scans |
+| `recompute` | the optimal persistent plan (STORE and RECOMPUTE, exact bytes, any depth), run by `mw.apply` |
+| `recompute_checkpoint` | the optimal persistent plan that `jax.checkpoint` can express, as nested `jax.checkpoint` |
+| `rotor_checkpoint` | rotor's own plan, bytes in 500 slots, as nested `jax.checkpoint` |
+| `equinox` | Equinox's checkpointed scan over repeated blocks |
+| `invert` | RevNet-style inversion wherever a layer allows it |
+| `moonwalk`, `fragment` | moonwalk runs everywhere, with the smallest fragments or the largest |
+| `plan` | the schedule that `mw.frontier` finds for the budget |
+
+The scans stack the repeated blocks' parameters inside the step: as many temporary bytes as they have. Methods that take a budget plan again with
+less where the compiled step exceeds it, the plan and its rivals alike.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import mwplan as mw
+from experiments import zoo
+from mwplan import trees
+from mwplan.chain import boundaries
+from mwplan.compiling import temporaries
+from mwplan.errors import InfeasibleError, MwplanError
+from mwplan.ledger import replay, strategies
+from mwplan.profiles import Profile
+from mwplan.schedule import Run, RunKind, Schedule, Solution, Strategy
+from mwplan.solvers import baselines, rotor
+
+PyTree = Any
+Step = Callable[[mw.Chain, Any, Any], tuple[Any, Any]]
+Network = Callable[[mw.Chain, Any], Any]
+
+RECOMPUTATION = frozenset({Strategy.STORE, Strategy.RECOMPUTE})
+#: STORE options that `jax.checkpoint` can express, and their policies.
+POLICIES: dict[str, Callable[..., Any] | None] = {
+    "vjp": None,
+    "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "nothing": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class NotApplicableError(MwplanError):
+    """A method does not apply to a chain; the message says why."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One network with what planning needs: `max_error` for rebuilt cotangents, `thin` as in `mw.frontier`."""
+
+    chain: mw.Chain
+    x: Any
+    labels: Any
+    loss: Callable[[Any, Any], Any]
+    profile: Profile
+    max_error: float = 1e-4
+    thin: float = 0.0
+
+    @staticmethod
+    def of(model: zoo.Model, *, repeats: int = 5, max_error: float = 1e-4, thin: float = 0.0) -> Problem:
+        """Profiles the network on this device."""
+        profile = mw.profile(model.chain, model.x, repeats=repeats)
+        return Problem(*model, profile, max_error, thin)
+
+    def frontier(self, allowed: Iterable[Strategy] = frozenset(Strategy)) -> mw.Frontier:
+        """The frontier, solved once for each set of strategies."""
+        return _frontier(self.profile, self.max_error, frozenset(allowed), self.thin)
+
+
+@functools.lru_cache(maxsize=64)
+def _frontier(profile: Profile, max_error: float, allowed: frozenset[Strategy], thin: float) -> mw.Frontier:
+    return mw.frontier(profile, max_error=max_error, allowed=allowed, thin=thin)
+
+
+@dataclass(frozen=True)
+class Way:
+    """A method made for one chain and budget: the network, to be differentiated, and the schedule behind it if any.
+
+    Two ways with equal `key` are the same program.
+    """
+
+    network: Network
+    schedule: Schedule | None
+    key: Any
+
+    def step(self, loss: Callable[[Any, Any], Any]) -> Step:
+        """`(chain, x, labels) -> (loss, gradients)`."""
+
+        def step(chain: mw.Chain, x: Any, labels: Any) -> tuple[Any, Any]:
+            return jax.value_and_grad(lambda net: loss(self.network(net, x), labels))(chain)
+
+        return step
+
+
+# -- plain functions ---------------------------------------------------------------------------------------------------
+
+
+def _flat(layers: Iterable[Any]) -> tuple[Any, ...]:
+    """The layers, `Sequential`s taken apart."""
+    return tuple(
+        part for one in layers for part in (one.layers if isinstance(one, mw.layers.Sequential) else (one,))
+    )
+
+
+def _through(layers: Sequence[Any], x: Any) -> Any:
+    return functools.reduce(lambda value, one: one(value), layers, x)
+
+
+_checkpointed = jax.checkpoint(_through)
+
+
+def backprop(problem: Problem, budget: int | None) -> Way:
+    """Plain backpropagation."""
+    return Way(lambda chain, x: chain(x), None, "backprop")
+
+
+def checkpoint_each(problem: Problem, budget: int | None) -> Way:
+    """`jax.checkpoint` around every layer."""
+
+    def network(chain: mw.Chain, x: Any) -> Any:
+        return functools.reduce(lambda value, one: _checkpointed([one], value), _flat(chain), x)
+
+    return Way(network, None, "checkpoint_each")
+
+
+def chen(problem: Problem, budget: int | None) -> Way:
+    """About sqrt(L) segments of equal length over the innermost layers; all but the last recomputed."""
+
+    def network(chain: mw.Chain, x: Any) -> Any:
+        layers = _flat(chain)
+        count = max(1, round(math.sqrt(len(layers))))
+        cuts = [round(k * len(layers) / count) for k in range(count + 1)]
+        for start, stop in itertools.pairwise(cuts[:-1]):
+            x = _checkpointed(layers[start:stop], x)
+        return _through(layers[cuts[-2] :], x)
+
+    return Way(network, None, "chen")
+
+
+Scan = Callable[[Callable[[Any, Any], Any], Any, Any, int], Any]
+
+
+def _scanned(name: str, problem: Problem, scan: Scan, key: Any = None) -> Way:
+    """`scan(block, x, stacked blocks, count)` over each stretch of repeated blocks, other layers in between."""
+    found = zoo.stretches(_flat(problem.chain), problem.x)
+    if all(count == 1 for _, _, count in found):
+        raise NotApplicableError("no block of this chain repeats three times")
+
+    def network(chain: mw.Chain, x: Any) -> Any:
+        layers = _flat(chain)
+        for start, period, count in found:
+            blocks = [layers[at : at + period] for at in range(start, start + period * count, period)]
+            if count == 1:
+                x = _through(blocks[0], x)
+                continue
+            stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
+            x = scan(lambda x, block: _through(block, x), x, stacked, count)
+        return x
+
+    return Way(network, None, (name, key))
+
+
+def _scan(block: Callable[[Any, Any], Any], x: Any, stacked: Any) -> Any:
+    return jax.lax.scan(lambda x, one: (block(x, one), None), x, stacked)[0]
+
+
+def backprop_scan(problem: Problem, budget: int | None) -> Way:
+    """Plain backpropagation through a scan."""
+    return _scanned("backprop_scan", problem, lambda block, x, stacked, count: _scan(block, x, stacked))
+
+
+def checkpoint_scan(problem: Problem, budget: int | None) -> Way:
+    """A scan whose body is `jax.checkpoint`ed."""
+
+    def scan(block: Callable[[Any, Any], Any], x: Any, stacked: Any, count: int) -> Any:
+        return _scan(jax.checkpoint(block), x, stacked)
+
+    return _scanned("checkpoint_scan", problem, scan)
+
+
+def chen_scan(problem: Problem, budget: int | None) -> Way:
+    """A scan over checkpointed segments, each a scan over about sqrt(count) blocks; what is left over is stored."""
+
+    def scan(block: Callable[[Any, Any], Any], x: Any, stacked: Any, count: int) -> Any:
+        size = max(1, round(math.sqrt(count)))
+        whole = (count - 1) // size  # the last segment is stored
+        segments = jax.tree.map(
+            lambda leaf: leaf[: whole * size].reshape(whole, size, *leaf.shape[1:]), stacked
+        )
+        x = _scan(jax.checkpoint(lambda x, segment: _scan(block, x, segment)), x, segments)
+        return _scan(block, x, jax.tree.map(lambda leaf: leaf[whole * size :], stacked))
+
+    return _scanned("chen_scan", problem, scan)
+
+
+def equinox(problem: Problem, budget: int | None) -> Way:
+    """Equinox's checkpointed scan; as many checkpoints as the budget has room for, its own choice without a budget."""
+    try:
+        import equinox.internal as eqxi
+    except ImportError as error:
+        raise NotApplicableError('needs Equinox: pip install "mwplan[equinox]"') from error
+    layers = _flat(problem.chain)
+    shapes = boundaries(mw.Chain(layers), problem.x)
+    found = [one for one in zoo.stretches(layers, problem.x) if one[2] > 1]
+    checkpoints = None
+    if budget is not None:
+        carried = sum(trees.nbytes(shapes[start]) for start, _, _ in found)
+        room = budget - problem.profile.fixed_bytes
+        checkpoints = room // max(1, carried)
+        if checkpoints < 1:
+            raise InfeasibleError("not one checkpoint fits", budget_bytes=budget)
+
+    def scan(block: Callable[[Any, Any], Any], x: Any, stacked: Any, count: int) -> Any:
+        def body(x: Any, one: Any) -> tuple[Any, None]:
+            return block(x, one), None
+
+        use = None if checkpoints is None else min(checkpoints, count)
+        return eqxi.scan(body, x, stacked, kind="checkpointed", checkpoints=use)[0]
+
+    longest = max((count for _, _, count in found), default=0)
+    return _scanned("equinox", problem, scan, None if checkpoints is None else min(checkpoints, longest))
+
+
+# -- schedules ---------------------------------------------------------------------------------------------------------
+
+
+def scheduled(profile: Profile, solution: Solution, max_error: float) -> Schedule:
+    """A baseline's solution as a schedule, its costs from the ledger."""
+    assert solution.runs is not None
+    found = replay(profile, solution.runs)
+    return Schedule(
+        runs=solution.runs,
+        strategies=strategies(profile, solution.runs),
+        fingerprint=profile.fingerprint,
+        status=solution.status,
+        fixed_bytes=profile.fixed_bytes,
+        peak_bytes=found.peak_bytes,
+        time_ns=found.time_ns,
+        error=found.error,
+        max_error=max_error,
+        solver=solution.solver,
+    )
+
+
+def _applied(schedule: Schedule) -> Way:
+    return Way(lambda chain, x: mw.apply(schedule, chain, x), schedule, schedule.runs)
+
+
+def _baseline(problem: Problem, solution: Solution, kind: RunKind, what: str) -> Way:
+    assert solution.runs is not None
+    if not any(run.kind is kind for run in solution.runs):
+        raise NotApplicableError(f"no layer of this chain {what} within max_error={problem.max_error}")
+    return _applied(scheduled(problem.profile, solution, problem.max_error))
+
+
+def invert(problem: Problem, budget: int | None) -> Way:
+    """Inversion wherever a layer allows it, storing elsewhere."""
+    solution = baselines.all_invert(problem.profile, max_error=problem.max_error)
+    return _baseline(problem, solution, RunKind.INVERT, "can be inverted")
+
+
+def moonwalk(problem: Problem, budget: int | None) -> Way:
+    """Moonwalk runs as long as the error allows, with the smallest fragments."""
+    solution = baselines.all_moonwalk(problem.profile, max_error=problem.max_error)
+    return _baseline(problem, solution, RunKind.MOONWALK, "has a vijp or a fragment")
+
+
+def fragment(problem: Problem, budget: int | None) -> Way:
+    """Moonwalk runs with the largest fragments."""
+    solution = baselines.all_fragment(problem.profile, max_error=problem.max_error)
+    return _baseline(problem, solution, RunKind.MOONWALK, "has a fragment")
+
+
+def _at(frontier: mw.Frontier, budget: int | None) -> Schedule:
+    return frontier.at(budget if budget is not None else frontier.points[-1][0])
+
+
+def plan(problem: Problem, budget: int | None) -> Way:
+    """The fastest schedule of all strategies that fits; without a budget, the fastest of all."""
+    return _applied(_at(problem.frontier(), budget))
+
+
+def recompute(problem: Problem, budget: int | None) -> Way:
+    """The fastest schedule of STORE and RECOMPUTE runs that fits."""
+    return _applied(_at(problem.frontier(RECOMPUTATION), budget))
+
+
+def nested_checkpoint(runs: Sequence[Run]) -> Network:
+    """A schedule of STORE and RECOMPUTE runs as nested `jax.checkpoint`s."""
+
+    def run_all(runs: Sequence[Run], layers: Sequence[Any], at: int, x: Any) -> Any:
+        for run in runs:
+            own = layers[run.start - at : run.stop - at]
+            if run.kind is RunKind.RECOMPUTE:
+                x = jax.checkpoint(functools.partial(run_all, run.inner, at=run.start))(own, x=x)
+            else:
+                policy = POLICIES[run.options[0]]
+                x = jax.checkpoint(_through, policy=policy)(own, x) if policy else _through(own, x)
+        return x
+
+    return lambda chain, x: run_all(runs, chain.layers, 0, x)
+
+
+def _expressible(profile: Profile) -> Profile:
+    """The profile with the STORE options that `jax.checkpoint` can express."""
+    layers = [
+        dataclasses.replace(layer, store=tuple(o for o in layer.store if o.name in POLICIES), moonwalk=(), invert=())
+        for layer in profile.layers
+    ]  # fmt: skip
+    return dataclasses.replace(profile, layers=tuple(layers))
+
+
+def recompute_checkpoint(problem: Problem, budget: int | None) -> Way:
+    """The fastest plan of what `jax.checkpoint` can express, as nested `jax.checkpoint`s."""
+    profile = _expressible(problem.profile)
+    schedule = _at(_frontier(profile, problem.max_error, RECOMPUTATION, problem.thin), budget)
+    return Way(nested_checkpoint(schedule.runs), schedule, ("nested", schedule.runs))
+
+
+def rotor_checkpoint(problem: Problem, budget: int | None) -> Way:
+    """rotor's plan as nested `jax.checkpoint`s."""
+    if budget is None:
+        raise NotApplicableError("rotor plans for one budget: give one")
+    profile = _expressible(problem.profile)
+    room = budget - profile.fixed_bytes
+    solution = rotor.rotor(profile, room) if room > 0 else None
+    if solution is None or solution.runs is None:
+        raise InfeasibleError("rotor finds nothing that fits", budget_bytes=budget)
+    schedule = scheduled(profile, solution, problem.max_error)
+    return Way(nested_checkpoint(schedule.runs), schedule, ("nested", schedule.runs))
+
+
+Method = Callable[[Problem, "int | None"], Way]
+#: Methods that are what they are, whatever the budget, and those that plan for one.
+FIXED: dict[str, Method] = {
+    "backprop": backprop,
+    "backprop_scan": backprop_scan,
+    "checkpoint_each": checkpoint_each,
+    "checkpoint_scan": checkpoint_scan,
+    "chen": chen,
+    "chen_scan": chen_scan,
+    "invert": invert,
+    "moonwalk": moonwalk,
+    "fragment": fragment,
+}
+BUDGETED: dict[str, Method] = {
+    "equinox": equinox,
+    "rotor_checkpoint": rotor_checkpoint,
+    "recompute_checkpoint": recompute_checkpoint,
+    "recompute": recompute,
+    "plan": plan,
+}
+METHODS = FIXED | BUDGETED
+#: Methods that keep and recompute, and do nothing else.
+RECOMPUTING = (
+    "checkpoint_each", "checkpoint_scan", "chen", "chen_scan", "equinox", "rotor_checkpoint", "recompute_checkpoint",
+    "recompute",
+)  # fmt: skip
+
+
+# -- measuring ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Compiled:
+    """A compiled step with its arguments.
+
+    `temporary_bytes` by `memory_analysis()`; `compile_seconds`, tracing included; `seconds`, one sample a step; `error`, `worst_error`, see `relative_error`.
+    """
+
+    way: Way
+    executable: Any
+    args: tuple[Any, ...]
+    temporary_bytes: int
+    compile_seconds: float
+    setting: str
+    seconds: list[float] = field(default_factory=list)
+    error: float | None = None
+    worst_error: float | None = None
+
+    def run(self) -> Any:
+        """One step: `(loss, gradients)`."""
+        return jax.block_until_ready(self.executable(*self.args))
+
+
+def settings() -> dict[str, dict[str, Any]]:
+    """Compiler options under which every way without a schedule of ours is compiled; the leanest result counts."""
+    own = mw.compiler_options()
+    if jax.default_backend() != "cpu":
+        return {"default": own}
+    return {"default": own, "sequential": own | {"xla_cpu_enable_concurrency_optimized_scheduler": False}}
+
+
+class Bench:
+    """Ways to take one gradient, compiled; equal programs are compiled, run and checked once."""
+
+    def __init__(self, problem: Problem, *, try_settings: bool = True, attempts: int = 4) -> None:
+        self.problem = problem
+        self.settings = settings() if try_settings else {"default": mw.compiler_options()}
+        self.attempts = attempts
+        self.programs: dict[Any, Compiled] = {}
+        self.rows: list[tuple[dict[str, Any], Compiled | None]] = []
+
+    def compile(self, way: Way) -> Compiled:
+        """The way's program, under the leanest setting; schedules of ours have one setting."""
+        if way.key not in self.programs:
+            ours = way.schedule is not None and way.key == way.schedule.runs
+            made = [
+                self._compiled(way, name, options)
+                for name, options in self.settings.items()
+                if name == "default" or not ours
+            ]
+            self.programs[way.key] = min(made, key=lambda one: one.temporary_bytes)
+        return self.programs[way.key]
+
+    def _compiled(self, way: Way, setting: str, options: dict[str, Any]) -> Compiled:
+        args = (self.problem.chain, self.problem.x, self.problem.labels)
+        start = time.perf_counter()
+        executable = mw.jit(way.step(self.problem.loss), compiler_options=options).lower(*args).compile()
+        seconds = time.perf_counter() - start
+        return Compiled(way, executable, args, temporaries(executable), seconds, setting)
+
+    def add(self, name: str, budget: int | None) -> Compiled | None:
+        """Compiles a method so that the step fits the budget, planning again with less while it does not; notes a row for it.
+
+        None where it does not apply or nothing fits: the row says why.
+        """
+        row: dict[str, Any] = {"method": name, "budget_bytes": budget}
+        asked = budget
+        made: Compiled | None = None
+        try:
+            for attempt in range(1, self.attempts + 1):
+                row["attempts"] = attempt
+                made = self.compile(METHODS[name](self.problem, asked))
+                if asked is None or budget is None or name in FIXED:
+                    break
+                excess = made.temporary_bytes + self.problem.profile.fixed_bytes - budget
+                if excess <= 0:
+                    break
+                made, asked = None, asked - excess
+                if asked <= 0:
+                    break
+            if made is None:
+                row["reason"] = f"above the budget when compiled, {row['attempts']} times"
+        except NotApplicableError as error:
+            row["reason"] = str(error)
+        except InfeasibleError as error:
+            row |= {"reason": str(error), "least_bytes": error.least_bytes}
+        self.rows.append((row, made))
+        return made
+
+    def check(self) -> None:
+        """Gradient errors of the programs in use against float64 backpropagation."""
+        truth = float64_gradients(self.problem)
+        for one in self.used():
+            one.error, one.worst_error = relative_error(jax.tree.leaves(one.run()[1]), truth)
+
+    def used(self) -> list[Compiled]:
+        """The programs that rows stand on, each once."""
+        return list(dict.fromkeys(one for _, one in self.rows if one is not None))
+
+    def records(self) -> list[dict[str, Any]]:
+        """One record a row, plain values: bytes, seconds, errors, and what the solver said."""
+        fixed = self.problem.profile.fixed_bytes
+        programs = self.used()
+        made = []
+        for row, one in self.rows:
+            out = {"fixed_bytes": fixed, "layers": len(self.problem.chain), **row}
+            if one is not None:
+                out |= {
+                    "program": programs.index(one),
+                    "temporary_bytes": one.temporary_bytes,
+                    "total_bytes": fixed + one.temporary_bytes,
+                    "compile_seconds": one.compile_seconds,
+                    "setting": one.setting,
+                    "seconds": one.seconds,
+                    "error": one.error,
+                    "worst_error": one.worst_error,
+                }
+                if one.way.schedule is not None:
+                    out |= _of_schedule(one.way.schedule)
+            made.append(out)
+        return made
+
+
+def _of_schedule(schedule: Schedule) -> dict[str, Any]:
+    """What a schedule predicts and what was proved of it."""
+    return {
+        "predicted_temporary_bytes": schedule.peak_bytes,
+        "predicted_seconds": schedule.time_ns / 1e9,
+        "predicted_error": schedule.error,
+        "max_error": schedule.max_error,
+        "solver": schedule.solver,
+        "status": schedule.status.value,
+        "gap": schedule.gap if schedule.bound_ns else None,
+        "strategies": {s.value: schedule.strategies.count(s) for s in Strategy},
+        "runs": len(schedule.runs),
+    }
+
+
+def interleave(programs: Sequence[Compiled], rounds: int, seconds: float = math.inf) -> None:
+    """Runs the programs `rounds` times in turn, each round from another one on, after one warm-up; stops after `seconds`, but not before 3 rounds."""
+    start = time.perf_counter()
+    for at in range(rounds + 1):
+        if at > 3 and time.perf_counter() - start > seconds:
+            break
+        first = at % max(1, len(programs))
+        for one in [*programs[first:], *programs[:first]]:
+            begin = time.perf_counter()
+            one.run()
+            if at:
+                one.seconds.append(time.perf_counter() - begin)
+
+
+def ratio(seconds: Sequence[float], base: Sequence[float]) -> float:
+    """Median over the rounds of the ratio of two interleaved programs' times."""
+    return statistics.median(a / b for a, b in zip(seconds, base))
+
+
+def float64_gradients(problem: Problem) -> list[np.ndarray]:
+    """Backpropagation in float64, through a scan where blocks repeat."""
+    with jax.enable_x64(True):
+
+        def wide(leaf: Any) -> Any:
+            return (
+                jnp.asarray(np.asarray(leaf), jnp.float64)
+                if jnp.issubdtype(leaf.dtype, jnp.floating)
+                else leaf
+            )
+
+        chain, x = jax.tree.map(wide, (problem.chain, problem.x))
+        way = backprop(problem, None)
+        with contextlib.suppress(NotApplicableError):
+            way = backprop_scan(dataclasses.replace(problem, chain=chain, x=x), None)
+        _, grads = mw.jit(way.step(problem.loss))(chain, x, problem.labels)
+        return [np.asarray(leaf) for leaf in jax.tree.leaves(grads)]
+
+
+def relative_error(got: Sequence[Any], truth: Sequence[np.ndarray]) -> tuple[float, float]:
+    """Relative distance of all gradients together, and the largest of any parameter (those whose true gradient is 0 left out)."""
+    apart = [np.asarray(a, np.float64) - b for a, b in zip(got, truth, strict=True)]
+    lengths = [(float(np.linalg.norm(d)), float(np.linalg.norm(b))) for d, b in zip(apart, truth)]
+    whole = math.hypot(*(d for d, _ in lengths)) / max(math.hypot(*(b for _, b in lengths)), 1e-300)
+    return whole, max((d / b for d, b in lengths if b > 0), default=0.0)
