@@ -188,9 +188,7 @@ class Chain:
         if not any(isinstance(part, Stack) for part in self.parts):
             return self.parts
         return tuple(
-            one
-            for part in self.parts
-            for one in (part.unstacked() if isinstance(part, Stack) else [part])
+            one for part in self.parts for one in (part.unstacked() if isinstance(part, Stack) else [part])
         )
 
     def places(self) -> list[Place]:
@@ -254,7 +252,10 @@ def stack(chain: Chain, x: PyTree, *, longest_block: int = 8) -> Chain:
     structs = boundaries(check_chain(chain), x)
     layers = chain.layers
     # The structure itself too: two functions may have one signature.
-    keys = [(jax.tree.structure(one), text, str(structs[i])) for i, (one, text) in enumerate(zip(layers, signatures(chain)))]
+    keys = [
+        (jax.tree.structure(one), text, str(structs[i]))
+        for i, (one, text) in enumerate(zip(layers, signatures(chain)))
+    ]
     parts: list[Any] = []
     for start, period, count in repeats(keys, longest_block):
         block = layers[start : start + period * count]

@@ -113,7 +113,9 @@ def _planned(schedule: Schedule, *, check: bool) -> Callable[[Chain, PyTree, Arr
         interpreter.sketches = dict(saved.sketches)
         box = [ct]
         interpreter.backward(schedule.runs, saved.kept, box, 0)
-        report = interpreter.reported([(run.start, run.stop) for run in reporting_runs(schedule)] if check else [])
+        report = interpreter.reported(
+            [(run.start, run.stop) for run in reporting_runs(schedule)] if check else []
+        )
         chain_ct = Chain.tree_unflatten(
             None, [_part_cotangent(part, g) for part, g in zip(saved.chain.parts, interpreter.grads.parts)]
         )

@@ -225,7 +225,9 @@ class Interpreter:
 
     def pieces(self, run: Run) -> list[Repeat]:
         """The layers of one run, with those that repeat over a stack taken together."""
-        each = run.options if run.kind in (RunKind.MOONWALK, RunKind.INVERT) else [""] * (run.stop - run.start)
+        each = (
+            run.options if run.kind in (RunKind.MOONWALK, RunKind.INVERT) else [""] * (run.stop - run.start)
+        )
         keys = [(self.view.tag(run.start + 1 + i), option) for i, option in enumerate(each)]
         out = []
         for at, period, count in repeats(keys, LONGEST_BLOCK):
@@ -530,9 +532,7 @@ class Interpreter:
             del y
             self.release(layer - 1)
 
-    def _scan_advance(
-        self, run: Run, piece: Repeat, fragments: Any, box: list[PyTree], depth: int
-    ) -> None:
+    def _scan_advance(self, run: Run, piece: Repeat, fragments: Any, box: list[PyTree], depth: int) -> None:
         part = _part(run, piece)
 
         def step(state: Any, rows: Any) -> Any:

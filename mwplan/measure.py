@@ -62,7 +62,9 @@ def profile(
         if keys[i] not in measured:
             measured[keys[i]] = _measure(bench, one, x)
         costs = measured[keys[i]]
-        forbidden = frozenset(rule.name for rule in costs.checked() if rule.check(one, structs[i]) is not None)
+        forbidden = frozenset(
+            rule.name for rule in costs.checked() if rule.check(one, structs[i]) is not None
+        )
         unusable[i] = forbidden
         costs.unusable |= forbidden
         if i in sampled:

@@ -164,7 +164,9 @@ class _Watch:
         self, sweep: str, layer: int, depth: int, workspace: int, taken: int, new_gradients: Any = ()
     ) -> None:
         """Counts the bytes of all live arrays but arguments and gradients, buffers once."""
-        skip = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves((self.gradients.parts, new_gradients))}
+        skip = {
+            leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves((self.gradients.parts, new_gradients))
+        }
         buffers = {array.unsafe_buffer_pointer(): array.nbytes for array in jax.live_arrays()}
         for known in skip | self.before.keys():
             buffers.pop(known, None)
