@@ -1,7 +1,7 @@
 """mwplan: plans and runs the gradient of a deep network within a memory budget, in JAX."""
 
 from mwplan import layers
-from mwplan.chain import Chain
+from mwplan.chain import Chain, Stack, stack, unstack
 from mwplan.compiling import PlanUndoneWarning, compiler_options, jit, temporaries
 from mwplan.errors import (
     ArgumentError,
@@ -40,6 +40,7 @@ __all__ = [
     "Schedule",
     "ScheduleMismatchError",
     "SecondDerivativeError",
+    "Stack",
     "Status",
     "Strategy",
     "Timeline",
@@ -53,8 +54,10 @@ __all__ = [
     "plan",
     "profile",
     "replay",
+    "stack",
     "temporaries",
     "trace",
+    "unstack",
     "value_and_grad",
     "vijp",
 ]

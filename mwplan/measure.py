@@ -2,7 +2,8 @@
 
 Every operation that a step may execute is compiled alone, exactly as the executor calls it: its time is the median of runs
 after a warm-up, less what an empty call costs; its workspace is the compiled program's temporaries; its residuals and fragments are counted from
-the shapes it returns. Layers with the same structure, parameter shapes and input share one measurement.
+the shapes it returns. Layers with the same structure, parameter shapes and input share one measurement; of stacks deeper than
+64 repetitions the preconditions are checked at those few whose growth is measured.
 """
 
 from __future__ import annotations
@@ -10,19 +11,20 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import jax
 
 from mwplan import growth, operations, rules, trees
 from mwplan.bench import Bench
-from mwplan.chain import Chain, boundaries, check_chain, fingerprint, layer_name, layer_signature
+from mwplan.chain import Chain, Stack, boundaries, check_chain, fingerprint, layer_name, signatures
 from mwplan.errors import ArgumentError
 from mwplan.profiles import InvertOption, LayerProfile, MoonwalkOption, Profile, StoreOption
 from mwplan.residuals import Residuals, new_bytes
 
 PyTree = Any
+CHECKED_REPETITIONS = 64  # of a deeper stack, only the repetitions whose growth is measured are checked
 GROWTH_SAMPLES = 8  # layers of one signature whose growth is measured; the largest counts for all
 
 
@@ -51,29 +53,35 @@ def profile(
         raise ArgumentError(f"`repeats={repeats}` must be at least 1")
     structs = boundaries(chain, x)
     bench = Bench(repeats, seed)
-    keys = [layer_signature(one) + str(structs[i]) for i, one in enumerate(chain.layers)]
+    names = [layer_name(one) for part in chain.parts for one in _block(part) * _depth(part)]
+    keys = _keys(chain, structs)
     sampled = _spread(keys, GROWTH_SAMPLES)
-    measured: dict[str, _Costs] = {}
-    unusable: list[frozenset[str]] = []  # by layer: the rules that its present weights forbid
-    for i, one in enumerate(chain.layers):
+    measured: dict[Hashable, _Costs] = {}
+    unusable: list[frozenset[str] | None] = [None] * len(chain)  # by layer: the rules that its weights forbid
+    for i, one, x in _visit(chain, x, sampled, bench):
         if keys[i] not in measured:
             measured[keys[i]] = _measure(bench, one, x)
         costs = measured[keys[i]]
-        unusable.append(
-            frozenset(rule.name for rule in costs.checked() if rule.check(one, structs[i]) is not None)
+        forbidden = frozenset(
+            rule.name for rule in costs.checked() if rule.check(one, structs[i]) is not None
         )
+        unusable[i] = forbidden
+        costs.unusable |= forbidden
         if i in sampled:
-            costs.add_errors(bench, one, x, unusable[i])
-        x = bench.forward(one, x)
+            costs.add_errors(bench, one, x, forbidden)
         if progress is not None:
-            progress(i + 1, len(chain), layer_name(one))
-    profiles = tuple(
-        measured[keys[i]].layer_profile(layer_name(one), unusable[i]) for i, one in enumerate(chain.layers)
-    )
+            progress(i + 1, len(chain), names[i])
+    known: dict[Any, LayerProfile] = {}
+    profiles = []
+    for name, key, seen in zip(names, keys, unusable):
+        forbidden = frozenset(measured[key].unusable) if seen is None else seen
+        if (key, forbidden) not in known:
+            known[key, forbidden] = measured[key].layer_profile(name, forbidden)
+        profiles.append(known[key, forbidden])
     params = trees.nbytes(trees.parameters(chain))
     device = jax.devices()[0]
     return Profile(
-        layers=profiles,
+        layers=tuple(profiles),
         activation_bytes=tuple(trees.nbytes(s) for s in structs),
         cotangent_bytes=tuple(trees.nbytes(trees.parameters(s)) for s in structs),
         sweep_cotangent_bytes=tuple(
@@ -86,9 +94,54 @@ def profile(
     )
 
 
-def _spread(keys: list[str], count: int) -> set[int]:
+def _block(part: Any) -> tuple[Any, ...]:
+    return part.block if isinstance(part, Stack) else (part,)
+
+
+def _depth(part: Any) -> int:
+    return part.depth if isinstance(part, Stack) else 1
+
+
+def _keys(chain: Chain, structs: list[PyTree]) -> list[Hashable]:
+    """What layers that share one measurement share: structure, parameter shapes, input."""
+    trees_ = [jax.tree.structure(one) for part in chain.parts for one in _block(part) * _depth(part)]
+    texts = [str(struct) for struct in structs]
+    return list(zip(trees_, signatures(chain), texts))
+
+
+def _visit(chain: Chain, x: PyTree, sampled: set[int], bench: Bench) -> Iterator[tuple[int, Any, PyTree]]:
+    """`(index, layer, input)` of every layer; of a deep stack only the repetitions where a layer is sampled."""
+    i = 0
+    for part in chain.parts:
+        block, depth = _block(part), _depth(part)
+        at = 0  # the repetition that x is the input of
+        chosen = {(k - i) // len(block) for k in sampled if i <= k < i + len(block) * depth}
+        for n in range(depth) if depth <= CHECKED_REPETITIONS else sorted(chosen):
+            if at < n:
+                x = _through(part, x, at, n)
+            for j in range(len(block)):
+                one = part.layer(n, j) if isinstance(part, Stack) else part
+                yield i + n * len(block) + j, one, x
+                x = bench.forward(one, x)
+            at = n + 1
+        if at < depth:
+            x = _through(part, x, at, depth)
+        i += len(block) * depth
+
+
+@jax.jit
+def _through(part: Stack, x: PyTree, start: int, stop: int) -> PyTree:
+    """`x` after the repetitions `start .. stop - 1`."""
+
+    def step(n: Any, x: PyTree) -> PyTree:
+        return functools.reduce(lambda x, j: part.layer(n, j)(x), range(len(part.block)), x)
+
+    return jax.lax.fori_loop(start, stop, step, x)
+
+
+def _spread(keys: list[Hashable], count: int) -> set[int]:
     """Up to `count` positions of each key, evenly spread, the first and the last among them."""
-    positions: dict[str, list[int]] = {}
+    positions: dict[Hashable, list[int]] = {}
     for i, key in enumerate(keys):
         positions.setdefault(key, []).append(i)
     chosen: set[int] = set()
@@ -109,6 +162,7 @@ class _Costs:
         self.moonwalk: list[tuple[rules.VijpRule, MoonwalkOption]] = []
         self.invert: list[tuple[rules.InvertRule, InvertOption]] = []
         self.errors: dict[str, tuple[float, float]] = {}
+        self.unusable: set[str] = set()  # what any layer that was looked at forbids
 
     def checked(self) -> list[rules.VijpRule | rules.InvertRule]:
         """The rules that have preconditions on values."""

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from mwplan import operations
-from mwplan.chain import Chain, boundaries
+from mwplan.chain import Chain, boundaries, unstack
 from mwplan.compiling import options_of, temporaries
 from mwplan.errors import ArgumentError
-from mwplan.execute import Interpreter, check_match
+from mwplan.execute import check_match
+from mwplan.interpret import Gradients, Interpreter, View
 from mwplan.ledger import Event, replay
 from mwplan.profiles import Profile
 from mwplan.schedule import Schedule
@@ -91,8 +92,10 @@ def trace(
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((chain, x, args))):
         raise ArgumentError("`trace` measures concrete arrays: call it outside `jax.jit`")
     expected = () if profile is None else replay(profile, schedule.runs).events
-    watch = _Watch()
-    interpreter = Interpreter(chain, boundaries(chain, x), watch.perform, lambda tree: tree)
+    chain = unstack(chain)  # every operation is dispatched alone
+    watch = _Watch(chain)
+    view = View(chain, chain.places())
+    interpreter = Interpreter(view, boundaries(chain, x), watch.gradients, watch.perform, lambda tree: tree)
     interpreter.claim(0, x)
     interpreter.claim(0)
     kept = interpreter.forward(schedule.runs, 0)
@@ -102,9 +105,7 @@ def trace(
     watch.note("turn", len(chain), 0, 0, 0)
     del y
     interpreter.release(len(chain))
-    grads: list[Any] = watch.gradients
-    grads += [None] * len(chain)
-    interpreter.backward(schedule.runs, kept, box, grads, 0)
+    interpreter.backward(schedule.runs, kept, box, 0)
     events = tuple(
         TracedEvent(
             sweep=sweep,
@@ -117,15 +118,15 @@ def trace(
         )
         for i, (sweep, layer, depth, live, workspace, taken) in enumerate(watch.events)
     )
-    return Timeline(events=events, gradients=grads)
+    return Timeline(events=events, gradients=watch.gradients.parts)
 
 
 class _Watch:
     """A performer that dispatches every operation alone and counts the bytes alive after it."""
 
-    def __init__(self) -> None:
+    def __init__(self, chain: Chain) -> None:
         self.options = options_of() or None
-        self.gradients: list[Any] = []
+        self.gradients = Gradients(chain)
         self.events: list[tuple[str, int, int, int, int, int]] = []
         self.compiled: dict[Any, Any] = {}
         # Whatever exists before the step begins is an argument, or none of its business.
@@ -163,7 +164,9 @@ class _Watch:
         self, sweep: str, layer: int, depth: int, workspace: int, taken: int, new_gradients: Any = ()
     ) -> None:
         """Counts the bytes of all live arrays but arguments and gradients, buffers once."""
-        skip = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves((self.gradients, new_gradients))}
+        skip = {
+            leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves((self.gradients.parts, new_gradients))
+        }
         buffers = {array.unsafe_buffer_pointer(): array.nbytes for array in jax.live_arrays()}
         for known in skip | self.before.keys():
             buffers.pop(known, None)
