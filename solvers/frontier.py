@@ -36,7 +36,7 @@ from mwplan.solvers.runs import (
     error_of,
     fastest_ns,
 )
-from mwplan.solvers.splits import Buffer, Side, envelope, grid
+from mwplan.solvers.splits import Buffer, Side, envelope, grid, grouped
 from mwplan.solvers.uniform import UniformTables, is_uniform
 
 Stairs = tuple[Ints, Ints]
@@ -79,25 +79,6 @@ class _Runs:
     read: int = 0
 
 
-def _grouped(columns: list[Ints], waiting: int) -> list[tuple[int, int, Stairs]]:
-    """Runs `(F, B, H, t)` between two nodes as groups of equal `F` and `H`: `(F, H, staircase of (B, t))`.
-
-    A forward peak that is no more than the backward one even with the largest cotangent waiting, `waiting`, says nothing and counts as 0.
-    """
-    f, b, held, time = columns
-    if f.size == 1:
-        return [(int(f[0]), int(held[0]), (b, time))]
-    f = np.where(f + waiting <= b, 0, f)
-    order = np.lexsort((held, f))
-    f, b, held, time = f[order], b[order], held[order], time[order]
-    cuts = np.flatnonzero((f[1:] != f[:-1]) | (held[1:] != held[:-1])) + 1
-    return [
-        (int(f[a]), int(held[a]), staircase(b[a:z], time[a:z]))
-        for a, z in zip([0, *cuts.tolist()], [*cuts.tolist(), f.size])
-        if z > a
-    ]
-
-
 class Tables:
     """`T[s, r, e]` for all stretches; `solve_top` adds the top level.
 
@@ -123,7 +104,9 @@ class Tables:
                 "state bytes in a larger unit"
             )
         high = self.cap if self.cap is not None else p.bytes_bound() - p.fixed_bytes
-        self.grid = grid(high // 100, high, _CELLS)
+        single = [int(candidates.atoms(at, False).backward_peak.min(initial=high)) for at in range(self.size)]
+        least = min(high, max(single))
+        self.grid = grid(least // 4, least, high, _CELLS if self.size <= 400 else _CELLS // 3)
         self.waiting = int(candidates.cotangent.max())
         if p.time_bound() >= 2**60:
             raise ArgumentError(
@@ -136,7 +119,10 @@ class Tables:
         self._recomputed: list[dict[tuple[int, bool], Side]] = [{} for _ in range(self.levels)]
         self._runs: list[dict[tuple[int, bool], _Runs]] = [{} for _ in range(self.levels + 1)]
         for level in range(self.levels):
-            self._fill(level)
+            if level == 0 and self._is_plain():
+                self._fill_plain()
+            else:
+                self._fill(level)
 
     def source(self, level: int) -> int | None:
         """The level whose schedules may stand inside RECOMPUTE runs of `level` (`levels` is the top); None if none may."""
@@ -183,6 +169,69 @@ class Tables:
                 for kept in self.kept_states(start):
                     right.append(2 * start + kept, rank, nodes[start, kept])
                     rank += 1
+
+    def _is_plain(self) -> bool:
+        """Whether the lowest level has runs of one layer only, so that all stretches with one beginning can be merged at once."""
+        if self.depth is None or self.candidates.profile.time_bound() * (self.size + 2) >= 2**62:
+            return False
+        atoms = self.candidates.atoms
+        return all((atoms(s, e).stop == s + 1).all() for s in range(self.size) for e in self.kept_states(s))
+
+    def _fill_plain(self) -> None:
+        """The lowest level, where every run is one layer: `T[s, r, e]` for all `r` at once, keyed by `r` and need."""
+        c, span, stairs = self.candidates, self.span, self.stairs[0]
+        slowest = c.profile.time_bound() + 1
+        none = np.zeros(0, dtype=np.int64)
+        after = {False: (none, none, none), True: (none, none, none)}
+        for start in range(self.size - 1, -1, -1):
+            here = {False: (none, none, none), True: (none, none, none)}
+            for kept in self.kept_states(start):
+                atoms = c.atoms(start, kept)
+                parts = []
+                for row in range(len(atoms)):
+                    stop, need, time = (
+                        np.append(first, rest)
+                        for first, rest in zip((start + 1, 0, 0), after[bool(atoms.keeps_end[row])])
+                    )
+                    peak = np.maximum(atoms.forward_peak[row] + c.cotangent[stop], atoms.backward_peak[row])
+                    parts.append((stop, np.maximum(peak, need + atoms.held[row]), time + atoms.time[row]))
+                if not parts:
+                    continue
+                stop, need, time = (np.concatenate(x) for x in zip(*parts))
+                # Each part is in order already: the sort is a merge.
+                order = np.argsort(stop * span + need, kind="stable")
+                stop, need, time = stop[order], need[order], time[order]
+                # Times of later stops lie below all earlier ones, so that the running minimum begins anew with each.
+                best = np.minimum.accumulate(time - stop * slowest)
+                keep = np.append(True, time[1:] - stop[1:] * slowest < best[:-1])
+                if self.cap is not None:
+                    keep &= need <= self.cap
+                stop, need, time = stop[keep], need[keep], time[keep]
+                last = np.append((stop[1:] != stop[:-1]) | (need[1:] != need[:-1]), True)
+                here[kept] = self._thinned_plain(start, stop[last], need[last], time[last])
+                stop, need, time = here[kept]
+                cuts = np.append(0, np.flatnonzero(stop[1:] != stop[:-1]) + 1).tolist()
+                for a, z in zip(cuts, [*cuts[1:], stop.size]):
+                    if z > a:
+                        stairs[start, int(stop[a]), kept] = need[a:z], time[a:z]
+            after = here
+
+    def _thinned_plain(self, start: int, stop: Ints, need: Ints, time: Ints) -> tuple[Ints, Ints, Ints]:
+        """`thinned` for all stops at once."""
+        if not self.loss or not stop.size:
+            return stop, need, time
+        begins = np.append(True, stop[1:] != stop[:-1])
+        ends = np.append(begins[1:], True)
+        least = time[ends][np.cumsum(begins) - 1]
+        group = np.floor(np.log(time / np.maximum(least, 1)) / np.log1p(self.loss * _THIN))
+        first = begins | np.append(True, group[1:] != group[:-1])
+        short = (stop - start < _SHORT) | (least <= 0)
+        if not self.optimistic:
+            keep = first | ends | short
+            return stop[keep], need[keep], time[keep]
+        keep = first | short
+        index = np.flatnonzero(keep)
+        return stop[keep], need[keep], time[np.append(index[1:], time.size) - 1]
 
     def solve_top(self, candidates: Candidates | None = None, *, closing: bool = False) -> Top:
         """The staircases of all suffixes of the chain at the top level.
@@ -256,7 +305,11 @@ class Tables:
         own = 0 if kept else int(c.activation[start])
         side = self._recomputed[level].get((start, kept))
         if side is None:
-            side = Side(self.grid, self.span, self.waiting, own, 2 * start + 2)
+            rows = (stop if self.depth is not None else self.size) - start
+            side = Side(self.grid, self.span, self.waiting, own, 2 * start + 2, rows=rows)
+            if level == self.levels - 1 and self.depth is not None:
+                # Only the top level asks for these, and seldom twice: they are large.
+                self._recomputed[level].clear()
             self._recomputed[level][start, kept] = side
         known = start + side.count
         if known < stop:
@@ -290,7 +343,7 @@ class Tables:
             if usual and not keeps:
                 assert source is not None
                 columns = self._undominated(columns, source, start, at, kept)
-            for floor, held, stairs in _grouped(columns, self.waiting):
+            for floor, held, stairs in grouped(columns, self.waiting):
                 runs.side.append(2 * at + keeps, floor, held, stairs)
                 runs.ends.append(at)
             runs.read += 1
@@ -492,9 +545,9 @@ def solve_frontier(
 ) -> Frontier:
     """The frontier of `profile` under `max_error` with the strategies `allowed`.
 
-    **Arguments:** `thin`, the relative loss of time aimed at, 0 for exact: stretches keep at most one point for each factor `1 + thin / 3` of time,
-    and moonwalk runs lose up to `thin / 6` a layer, so a schedule of `k` runs, inner ones included, is at most `(1 + thin / 3)^k` times the optimum
-    without moonwalk runs, `(1 + thin / 3)^(k + L)` with them; measured losses are
+    **Arguments:** `thin`, the relative loss of time aimed at, 0 for exact: a stretch's merge may lose a factor `1 + 2 thin / 3` and the thinning after it
+    `1 + thin / 6`, moonwalk runs up to `1 + thin / 6` a layer, so a schedule of `k` runs, inner ones included, is at most
+    `((1 + 2 thin / 3) (1 + thin / 6))^k` times the optimum without moonwalk runs, times `(1 + thin / 6)^L` with them; losses measured are
     below `thin`, and `Frontier.loss` proves a bound for the profile at hand. Needs stay exact. `max_recompute_depth`, how deep RECOMPUTE runs may stand inside one another: 0 for none, None for any.
     **Returns:** a `Frontier`. **Raises:** `ArgumentError`. **Cost:** see `Tables`.
     """
