@@ -68,6 +68,20 @@ class Top:
 
 
 @dataclass(slots=True)
+class _Stretch:
+    """A stretch whose runs are being read: read up to `at`, with `budget` left there."""
+
+    level: int
+    start: int
+    at: int
+    stop: int
+    kept: bool
+    budget: int
+    top: Top | None
+    runs: list[Run]
+
+
+@dataclass(slots=True)
 class _Runs:
     """The STORE, MOONWALK and INVERT runs from one node that lead to nodes before the end of a stretch, as groups; grows with the stretch.
 
@@ -377,17 +391,31 @@ class Tables:
     def _read(
         self, level: int, start: int, stop: int, kept: bool, budget: int, top: Top | None
     ) -> tuple[Run, ...]:
-        out: list[Run] = []
-        while start < stop:
-            run, kept, budget = self._first_run(level, start, stop, kept, budget, top)
-            out.append(run)
-            start = run.stop
-        return tuple(out)
+        # A stack of stretches instead of calls: schedules may nest as deep as the chain is long.
+        stack = [_Stretch(level, start, start, stop, kept, budget, top, [])]
+        while True:
+            x = stack[-1]
+            if x.at < x.stop:
+                run, at, keeps, rest, here = self._first_run(x.level, x.at, x.stop, x.kept, x.budget, x.top)
+                if run is not None:
+                    x.runs.append(run)
+                else:
+                    source = self.source(x.level)
+                    assert source is not None
+                    stack.append(_Stretch(source, x.at, x.at, at, x.kept, here, None, []))
+                x.at, x.kept, x.budget = at, keeps, rest
+                continue
+            stack.pop()
+            if not stack:
+                return tuple(x.runs)
+            run = Run(kind=RunKind.RECOMPUTE, start=x.start, stop=x.stop, inner=tuple(x.runs))
+            stack[-1].runs.append(run)
 
     def _first_run(
         self, level: int, start: int, stop: int, kept: bool, budget: int, top: Top | None
-    ) -> tuple[Run, bool, int]:
-        """A run that begins a fastest schedule within `budget`, the next node's `e`, and the budget left there."""
+    ) -> tuple[Run | None, int, bool, int, int]:
+        """A run that begins a fastest schedule within `budget`, where it ends, the next node's `e`, the budget left there, and what the schedule
+        needs of `budget`; None for a RECOMPUTE run, whose inner schedule may need that much too."""
         c = top.candidates if top else self.candidates
         k = 0 if top else int(c.cotangent[stop])
 
@@ -407,7 +435,7 @@ class Tables:
             at, keeps = int(atoms.stop[row]), bool(atoms.keeps_end[row])
             rest = budget - int(atoms.held[row])
             if int(atoms.time[row]) + rest_time(at, keeps, rest) == time:
-                return c.run(start, kept, int(row)), keeps, rest
+                return c.run(start, kept, int(row)), at, keeps, rest, budget
         source = self.source(level)
         assert source is not None
         own = 0 if kept else int(c.activation[start])
@@ -421,8 +449,7 @@ class Tables:
                 inner + rest_time(at, False, budget - own) + int(c.forward_sum[at] - c.forward_sum[start])
                 == time
             ):
-                runs = self._read(source, start, at, kept, budget, None)
-                return Run(kind=RunKind.RECOMPUTE, start=start, stop=at, inner=runs), False, budget - own
+                return None, at, False, budget - own, budget
         raise AssertionError("a staircase's point has no run behind it")
 
 

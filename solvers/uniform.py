@@ -266,18 +266,31 @@ class UniformTables:
     def _read(
         self, start: int, stop: int, e: bool, budget: int, k: int, family: dict[bool, list[Stairs]]
     ) -> tuple[Run, ...]:
-        out = []
-        while start < stop:
-            need, times = family[e][stop - start]
+        # A stack of stretches instead of calls, as in `mwplan.solvers.frontier`: start, position, stop, e, budget, runs.
+        stack: list[tuple[int, int, int, bool, int, list[Run]]] = [(start, start, stop, e, budget, [])]
+        while True:
+            begin, at, end, e, budget, runs = stack.pop()
+            if at == end:
+                if not stack:
+                    return tuple(runs)
+                stack[-1][-1].append(Run(kind=RunKind.RECOMPUTE, start=begin, stop=end, inner=tuple(runs)))
+                continue
+            outer = not stack
+            table, waiting = (family, k) if outer else (self.inner, self.k)
+            need, times = table[e][end - at]
             step = int(np.searchsorted(need, budget, side="right")) - 1
-            run, e, budget = self._first(start, stop, e, int(need[step]), int(times[step]), k, family)
-            out.append(run)
-            start = run.stop
-        return tuple(out)
+            need_, time = int(need[step]), int(times[step])
+            run, to, keeps, rest = self._first(at, end, e, need_, time, waiting, table)
+            stack.append((begin, to, end, keeps, rest, runs))
+            if run is None:
+                stack.append((at, at, to, e, need_, []))
+            else:
+                runs.append(run)
 
     def _first(
         self, start: int, stop: int, e: bool, budget: int, time: int, k: int, family: dict[bool, list[Stairs]]
-    ) -> tuple[Run, bool, int]:
+    ) -> tuple[Run | None, int, bool, int]:
+        """The run that comes first (None for RECOMPUTE), where it ends, the next `e`, and the budget left there."""
         n = stop - start
         base = self._start(e)
         if base < len(self.short):
@@ -291,13 +304,13 @@ class UniformTables:
                     and int(atoms.time[row]) + value_at(*family[keeps][n - length], rest) == time
                 ):
                     run = self.candidates.run(base, e, int(row))
-                    return dataclasses.replace(run, start=start, stop=start + length), keeps, rest
+                    stop = start + length
+                    return dataclasses.replace(run, start=start, stop=stop), stop, keeps, rest
         rest = budget - (0 if e else self.own)
         for length in self._lengths(n):
             if self._recompute_peak(length, e) + k > budget:
                 continue
             inner = value_at(*self.inner[e][length], budget)
             if inner + value_at(*family[False][n - length], rest) + length * self.forward == time:
-                runs = self._read(start, start + length, e, budget, self.k, self.inner)
-                return Run(kind=RunKind.RECOMPUTE, start=start, stop=start + length, inner=runs), False, rest
+                return None, start + length, False, rest
         raise AssertionError("a staircase's point has no run behind it")
