@@ -127,7 +127,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
     made = Table(title="deepest network that fits multiples of backpropagation's memory at the reference depth; time a block over backpropagation's there", box=rich.box.SIMPLE)  # fmt: skip
     for name in (
         "model",
-        "budget",
+        "x backprop",
         "MiB",
         "method",
         "deepest",
