@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from mwplan import operations, rules, sketch, trees
+from mwplan.canonical import canonical
 from mwplan.chain import Chain, Place, Stack, layer_name, repeats
 from mwplan.errors import ScheduleMismatchError
 from mwplan.residuals import Residuals
@@ -41,6 +42,11 @@ def compiled(sweep: str, layer: int, depth: int, operation: Callable[..., Any], 
     that all of it is done before the next begins.
     """
     return trees.tie(operation(*trees.tie(args)))
+
+
+def looped(sweep: str, layer: int, depth: int, operation: Callable[..., Any], *args: Any) -> Any:
+    """The performer of a compiled step inside a loop."""
+    return compiled(sweep, layer, depth, canonical(operation), *args)
 
 
 @dataclass(frozen=True)
@@ -108,7 +114,7 @@ class Gradients:
         if self.parts[part] is None:
             block = self.chain.parts[part].block
             self.parts[part] = [[jnp.zeros_like(leaf) for leaf in trees.parameters(one)] for one in block]
-        return self.parts[part]  # type: ignore[no-any-return]
+        return self.parts[part]
 
 
 @dataclass(frozen=True)
@@ -246,7 +252,7 @@ class Interpreter:
             self.view.window(many.start, many.span, repetition),
             self.structs[many.start : many.start + many.span + 1],
             Gradients(self.grads.chain, parts),
-            self.perform,
+            looped if self.perform is compiled and jax.default_backend() == "cpu" else self.perform,
             self.gate,
             check=self.check,
         )
@@ -281,7 +287,8 @@ class Interpreter:
         for _ in range(end_claims):
             self.claim(many.stop)
         self.release(many.start)
-        return Scanned(*rows, claims, end_claims)
+        x, kept, sketches = rows
+        return Scanned(x, kept, sketches, claims, end_claims)
 
     def _scan_backward(
         self, many: Repeat, saved: Scanned, carried: Any, walk: Callable[[Interpreter, Any, list[Any]], Any]
@@ -372,7 +379,8 @@ class Interpreter:
         for piece in pieces:
             if piece.count > 1:
                 part = _part(run, piece)
-                saved = self._scan_forward(piece, lambda inner, part=part: inner._forward_layers(part, depth))
+                walk = functools.partial(Interpreter._forward_layers, run=part, depth=depth)
+                saved = self._scan_forward(piece, walk)
                 if run.kind is RunKind.MOONWALK:
                     kept.append(saved)
             else:
