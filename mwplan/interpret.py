@@ -22,6 +22,7 @@ from mwplan import operations, rules, sketch, trees
 from mwplan.canonical import canonical
 from mwplan.chain import Chain, Place, Stack, layer_name, repeats
 from mwplan.errors import ScheduleMismatchError
+from mwplan.loops import scan
 from mwplan.residuals import Residuals
 from mwplan.schedule import Run, RunKind
 
@@ -268,7 +269,7 @@ class Interpreter:
         """
         fixed: list[Any] = []
 
-        def step(x: PyTree, repetition: Array) -> Any:
+        def step(x: PyTree, repetition: Any, _: None) -> Any:
             inner = self.within(many, repetition)
             inner.claim(0, x)
             kept = walk(inner)
@@ -281,7 +282,7 @@ class Interpreter:
             fixed[:] = tuple(sorted(inner.claims.items())), end_claims
             return y, (inner.x, kept, inner.sketches)
 
-        y, rows = jax.lax.scan(step, self.x[many.start], jnp.arange(many.count))
+        y, rows = scan(step, self.x[many.start], None, many.count)
         claims, end_claims = fixed
         self.claim(many.stop, y)
         for _ in range(end_claims):
@@ -298,9 +299,9 @@ class Interpreter:
         Returns the last `carried` and the stacked rows; the gradients go where they belong.
         """
 
-        def step(state: Any, rows: Any) -> Any:
+        def step(state: Any, repetition: Any, rows: Any) -> Any:
             carried, end, buffers = state
-            repetition, x, kept, sketches = rows
+            x, kept, sketches = rows
             inner = self.within(many, repetition, buffers)
             inner.x, inner.claims, inner.sketches = dict(x), dict(saved.claims), dict(sketches)
             if saved.end_claims:
@@ -313,9 +314,9 @@ class Interpreter:
 
         fixed: list[Any] = []
         end = self.x[many.stop] if saved.end_claims else None
-        rows = (jnp.arange(many.count), saved.x, saved.kept, saved.sketches)
-        (carried, _, buffers), (out, reports) = jax.lax.scan(
-            step, (carried, end, self.buffers(many)), rows, reverse=True
+        rows = (saved.x, saved.kept, saved.sketches)
+        (carried, _, buffers), (out, reports) = scan(
+            step, (carried, end, self.buffers(many)), rows, many.count, reverse=True
         )
         for _ in range(saved.end_claims):
             self.release(many.stop)
@@ -543,9 +544,8 @@ class Interpreter:
     def _scan_advance(self, run: Run, piece: Repeat, fragments: Any, box: list[PyTree], depth: int) -> None:
         part = _part(run, piece)
 
-        def step(state: Any, rows: Any) -> Any:
+        def step(state: Any, repetition: Any, fragments: Any) -> Any:
             x, ct, buffers = state
-            repetition, fragments = rows
             inner = self.within(piece, repetition, buffers)
             inner.claim(0, x)
             inside = [ct]
@@ -553,7 +553,7 @@ class Interpreter:
             return (inner.x[piece.span], inside.pop(), inner.buffers(_whole(piece))), None
 
         state = (self.x[piece.start], box.pop(), self.buffers(piece))
-        (x, ct, buffers), _ = jax.lax.scan(step, state, (jnp.arange(piece.count), fragments))
+        (x, ct, buffers), _ = scan(step, state, fragments, piece.count)
         self._took(piece, buffers)
         box.append(ct)
         if piece.stop < run.stop:
@@ -601,7 +601,7 @@ class Interpreter:
     def _scan_invert(self, run: Run, piece: Repeat, box: list[PyTree], depth: int) -> PyTree:
         part = _part(run, piece)
 
-        def step(state: Any, repetition: Array) -> Any:
+        def step(state: Any, repetition: Any, _: None) -> Any:
             x, ct, buffers = state
             inner = self.within(piece, repetition, buffers)
             for layer in range(piece.span, 0, -1):
@@ -609,7 +609,7 @@ class Interpreter:
             return (x, ct, inner.buffers(_whole(piece))), None
 
         state = (self.x[piece.stop], box.pop(), self.buffers(piece))
-        (x, ct, buffers), _ = jax.lax.scan(step, state, jnp.arange(piece.count), reverse=True)
+        (x, ct, buffers), _ = scan(step, state, None, piece.count, reverse=True)
         self._took(piece, buffers)
         box.append(ct)
         return x
