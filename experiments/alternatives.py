@@ -23,6 +23,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import json
 import math
 import statistics
 import time
@@ -64,21 +65,25 @@ class NotApplicableError(MwplanError):
 
 @dataclass(frozen=True)
 class Problem:
-    """One network with what planning needs: `max_error` for rebuilt cotangents, `thin` as in `mw.frontier`."""
+    """One network with what planning needs: `max_error` for rebuilt cotangents, `thin` as in `mw.frontier`, timed runs of each operation of the profile."""
 
     chain: mw.Chain
     x: Any
     labels: Any
     loss: Callable[[Any, Any], Any]
-    profile: Profile
     max_error: float = 1e-4
     thin: float = 0.0
+    repeats: int = 5
 
-    @staticmethod
-    def of(model: zoo.Model, *, repeats: int = 5, max_error: float = 1e-4, thin: float = 0.0) -> Problem:
-        """Profiles the network on this device."""
-        profile = mw.profile(model.chain, model.x, repeats=repeats)
-        return Problem(*model, profile, max_error, thin)
+    @functools.cached_property
+    def profile(self) -> Profile:
+        """Measured on this device when first asked for."""
+        return mw.profile(self.chain, self.x, repeats=self.repeats)
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Parameters, gradients and input."""
+        return 2 * trees.nbytes(trees.parameters(self.chain)) + trees.nbytes(self.x)
 
     def frontier(self, allowed: Iterable[Strategy] = frozenset(Strategy)) -> mw.Frontier:
         """The frontier, solved once for each set of strategies."""
@@ -223,7 +228,7 @@ def equinox(problem: Problem, budget: int | None) -> Way:
     checkpoints = None
     if budget is not None:
         carried = sum(trees.nbytes(shapes[start]) for start, _, _ in found)
-        room = budget - problem.profile.fixed_bytes
+        room = budget - problem.fixed_bytes
         checkpoints = room // max(1, carried)
         if checkpoints < 1:
             raise InfeasibleError("not one checkpoint fits", budget_bytes=budget)
@@ -452,7 +457,7 @@ class Bench:
                 made = self.compile(METHODS[name](self.problem, asked))
                 if asked is None or budget is None or name in FIXED:
                     break
-                excess = made.temporary_bytes + self.problem.profile.fixed_bytes - budget
+                excess = made.temporary_bytes + self.problem.fixed_bytes - budget
                 if excess <= 0:
                     break
                 made, asked = None, asked - excess
@@ -479,7 +484,7 @@ class Bench:
 
     def records(self) -> list[dict[str, Any]]:
         """One record a row, plain values: bytes, seconds, errors, and what the solver said."""
-        fixed = self.problem.profile.fixed_bytes
+        fixed = self.problem.fixed_bytes
         programs = self.used()
         made = []
         for row, one in self.rows:
@@ -560,3 +565,88 @@ def relative_error(got: Sequence[Any], truth: Sequence[np.ndarray]) -> tuple[flo
     lengths = [(float(np.linalg.norm(d)), float(np.linalg.norm(b))) for d, b in zip(apart, truth)]
     whole = math.hypot(*(d for d, _ in lengths)) / max(math.hypot(*(b for _, b in lengths)), 1e-300)
     return whole, max((d / b for d, b in lengths if b > 0), default=0.0)
+
+
+# -- one point of a sweep ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Study:
+    """What to measure on one network.
+
+    `methods`, each at every one of `budgets` (total bytes; a count spaces that many evenly by ratio, from the least feasible to what the
+    fastest schedule or backpropagation needs); those without a budget once. `rounds` of interleaved runs, fewer after `seconds`.
+    `yardstick`: depth of a second network that backpropagation is timed on in the same rounds; 0 for none. `check`: gradients against float64.
+    """
+
+    methods: tuple[str, ...] = tuple(METHODS)
+    budgets: int | tuple[int, ...] = ()
+    rounds: int = 7
+    seconds: float = 60.0
+    yardstick: int = 0
+    check: bool = True
+    max_error: float = 1e-4
+    thin: float = 0.0
+    repeats: int = 5
+    try_settings: bool = True
+
+
+def point(config: zoo.Config, study: Study) -> dict[str, Any]:
+    """Both as plain values, for `sweep.run(points, alternatives.measure, ...)`."""
+    return {"network": dataclasses.asdict(config), "study": json.loads(json.dumps(dataclasses.asdict(study)))}
+
+
+def measure(point: dict[str, Any]) -> dict[str, Any]:
+    """Measures one point: `rows`, one a method and budget (see `Bench.records`), the frontier's `(total bytes, ns)`, the yardstick's samples."""
+    config = zoo.Config(**point["network"])
+    given = point["study"]
+    budgets = given["budgets"] if isinstance(given["budgets"], int) else tuple(given["budgets"])
+    study = Study(**(given | {"methods": tuple(given["methods"]), "budgets": budgets}))
+    chain, x, labels, loss = zoo.build(config)
+    problem = Problem(chain, x, labels, loss, study.max_error, study.thin, study.repeats)
+    bench = Bench(problem, try_settings=study.try_settings)
+    for name in study.methods:
+        if name in FIXED:
+            bench.add(name, None)
+    points: tuple[tuple[int, int], ...] = ()
+    if any(name in BUDGETED for name in study.methods):
+        points = problem.frontier().points
+        for budget in (
+            _spaced(study.budgets, points, bench) if isinstance(study.budgets, int) else study.budgets
+        ):
+            for name in study.methods:
+                if name in BUDGETED:
+                    bench.add(name, budget)
+    programs = bench.used()
+    measures = [] if not study.yardstick else _yardstick(config, study, problem)
+    if study.rounds:
+        interleave([*programs, *measures], study.rounds, study.seconds)
+    if study.check:
+        bench.check()
+    step = max(1, len(points) // 300)
+    return {
+        "rows": bench.records(),
+        "frontier": [list(one) for one in (*points[::step], *points[-1:])],
+        "yardstick": [{"method": one.way.key, "seconds": one.seconds} for one in measures],
+    }
+
+
+def _spaced(count: int, points: Sequence[tuple[int, int]], bench: Bench) -> list[int]:
+    plain = [
+        one.temporary_bytes + bench.problem.fixed_bytes
+        for row, one in bench.rows
+        if one and row["method"] == "backprop"
+    ]
+    low, high = points[0][0], max([points[-1][0], *plain])
+    return [math.ceil(low * (high / low) ** (k / max(1, count - 1))) for k in range(count)]
+
+
+def _yardstick(config: zoo.Config, study: Study, problem: Problem) -> list[Compiled]:
+    """Backpropagation of the network at the yardstick's depth, in both its forms."""
+    small = Problem(*zoo.build(dataclasses.replace(config, depth=study.yardstick, group=1)))
+    bench = Bench(small, try_settings=study.try_settings)
+    for name in ("backprop", "backprop_scan"):
+        made = bench.add(name, None)
+        if made is not None:
+            made.way = dataclasses.replace(made.way, key=name)
+    return bench.used()

@@ -43,10 +43,10 @@ class Config:
 
     seeds: tuple[int, ...] = (0, 1, 2)
     exact: tuple[int, ...] = (20, 50, 100)
-    exact_submersive: tuple[int, ...] = (20, 40, 60)
+    exact_submersive: tuple[int, ...] = (20, 40, 60, 100)
     thinned: tuple[int, ...] = (20, 50, 100)
     long: tuple[int, ...] = (200, 300)
-    one_level: tuple[int, ...] = (300,)
+    one_level: tuple[int, ...] = (300, 1_000)
     identical: tuple[int, ...] = (100, 1_000, 10_000)
     quality: tuple[int, ...] = (10, 20, 40, 60)
     unrestricted: tuple[int, ...] = (2, 3)
@@ -150,6 +150,16 @@ def loss(profile: Profile, thin: float) -> dict[str, Any]:
     return {"measured": worst, "proved": thinned.loss()}
 
 
+def identical_loss(profile: Profile, thin: float) -> dict[str, Any]:
+    """What thinning loses on identical layers, at budgets that both reach, and how much more memory its leanest schedule takes."""
+    exact, thinned = solve_frontier(profile), solve_frontier(profile, thin=thin)
+    least = thinned.points[0][0]
+    worst = max(
+        min(t for n, t in thinned.points if n <= need) / ns - 1 for need, ns in exact.points if need >= least
+    )
+    return {"measured": worst, "least_over_exact": least / exact.points[0][0]}
+
+
 def proof(profile: Profile, count: int) -> dict[str, Any]:
     """The integer program at `count` budgets, the frontier being known."""
     frontier = solve_frontier(profile)
@@ -251,6 +261,8 @@ def cases(config: Config) -> Iterator[tuple[str, dict[str, Any], Callable[[], di
         profile = chain(0, size, submersive=False)
         key = {"size": size, "submersive": False, "seed": 0}
         yield "thinned", key, partial(speed, profile, config.thin, None)
+    key = {"size": 250, "submersive": False, "seed": 0}
+    yield "identical_loss", key, partial(identical_loss, identical(250, submersive=False), config.thin)
     for submersive in (False, True):
         for size in config.identical:
             if submersive and size > 1000:
@@ -315,6 +327,9 @@ def summary(rows: list[dict[str, Any]]) -> list[tuple[str, int, str]]:
         if part in ("exact", "thinned", "one_level", "identical", "rotor"):
             wall, cpu = (statistics.median(m[k] for m in members) for k in ("wall_s", "cpu_s"))
             out.append((f"{part}, {kind}", size, f"{wall:.2f} s wall, {cpu:.2f} s CPU"))
+        elif part == "identical_loss":
+            found = f"{members[0]['measured']:.2%} measured; leanest needs {members[0]['least_over_exact']:.2f} times the least"
+            out.append((f"{part}, {kind}", size, found))
         elif part == "loss":
             measured, proved = (max(m[k] for m in members) for k in ("measured", "proved"))
             out.append((f"{part}, {kind}", size, f"{measured:.2%} measured, {proved:.2%} proved, at worst"))
@@ -352,6 +367,7 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
     for part, submersive, colour in (
         ("exact", False, "#01497c"), ("exact", True, "#b5838d"), ("thinned", False, "#61a5c2"),
         ("thinned", True, "#e5989b"), ("identical", False, "#e9c46a"), ("identical", True, "#f4a261"),
+        ("one_level", False, "#588157"),
     ):  # fmt: skip
         sizes = sorted(
             {r["key"]["size"] for r in rows if r["part"] == part and r["key"]["submersive"] == submersive}

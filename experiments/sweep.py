@@ -3,15 +3,17 @@
 A point is a dictionary of plain values, known by the hash of its canonical JSON. Points are computed by any `concurrent.futures` executor:
 
 - `processes` (the default): a fresh process for each point, one at a time, so that timings do not disturb one another; `--workers` for more;
-- `threads`, `serial`: in this process;
+- `threads`: in this process; `serial`: in one thread of it;
 - `dask://HOST:PORT`: Dask's distributed client (the `dask` extra);
 - `MODULE:NAME`: any other, such as `mpi4py.futures:MPIPoolExecutor`; called without arguments.
 """
 
 from __future__ import annotations
 
+import argparse
 import concurrent.futures as cf
 import contextlib
+import dataclasses
 import fcntl
 import hashlib
 import importlib
@@ -21,7 +23,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -31,6 +33,7 @@ from mwplan.errors import ArgumentError, MwplanError
 
 Point = dict[str, Any]
 Work = Callable[[Point], dict[str, Any]]
+T = TypeVar("T")
 
 
 class SweepError(MwplanError):
@@ -135,19 +138,6 @@ def _compute(work: Work, point: Point) -> dict[str, Any]:
     return {"provenance": record.provenance(), "wall_seconds": time.perf_counter() - start, **found}
 
 
-class Serial(cf.Executor):
-    """Computes at once, in this thread."""
-
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> cf.Future[Any]:
-        """Runs `fn` and returns a future that is done."""
-        future: cf.Future[Any] = cf.Future()
-        try:
-            future.set_result(fn(*args, **kwargs))
-        except Exception as error:
-            future.set_exception(error)
-        return future
-
-
 @contextlib.contextmanager
 def make_executor(name: str, workers: int = 1) -> Iterator[cf.Executor]:
     """The executor of that name, shut down at the end. Raises `ArgumentError`."""
@@ -162,10 +152,8 @@ def make_executor(name: str, workers: int = 1) -> Iterator[cf.Executor]:
         # Each point in a process of its own: what one compiled and allocated does not stay for the next.
         spawn = multiprocessing.get_context("spawn")
         made = cf.ProcessPoolExecutor(workers, mp_context=spawn, max_tasks_per_child=1)
-    elif name == "threads":
-        made = cf.ThreadPoolExecutor(workers)
-    elif name == "serial":
-        made = Serial()
+    elif name in ("threads", "serial"):
+        made = cf.ThreadPoolExecutor(workers if name == "threads" else 1)
     else:
         module, _, attribute = name.partition(":")
         try:
@@ -187,3 +175,22 @@ def _dask(address: str) -> Iterator[cf.Executor]:
     with Client(address) as client:
         # Timings are measured where points run: no result may be taken from another call's.
         yield client.get_executor(pure=False)
+
+
+def parse(cls: type[T], doc: str | None, argv: Sequence[str] | None = None) -> T:
+    """A `Config` from the command line: one option a field, lists for tuples, defaults from the class."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        default = field.default
+        name = f"--{field.name.replace('_', '-')}"
+        if isinstance(default, tuple):
+            parser.add_argument(name, nargs="+", type=type(default[0]), default=default)
+        else:
+            parser.add_argument(name, type=type(default), default=default)
+    args = vars(parser.parse_args(argv))
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in args.items()})
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """A `Config` as plain values, without where and how it ran."""
+    return {k: v for k, v in dataclasses.asdict(config).items() if k not in ("out", "executor", "workers")}

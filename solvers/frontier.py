@@ -36,7 +36,7 @@ from mwplan.solvers.runs import (
     error_of,
     fastest_ns,
 )
-from mwplan.solvers.splits import Buffer, Side, envelope, grid
+from mwplan.solvers.splits import Buffer, Side, envelope, grid, grouped
 from mwplan.solvers.uniform import UniformTables, is_uniform
 
 Stairs = tuple[Ints, Ints]
@@ -68,6 +68,20 @@ class Top:
 
 
 @dataclass(slots=True)
+class _Stretch:
+    """A stretch whose runs are being read: read up to `at`, with `budget` left there."""
+
+    level: int
+    start: int
+    at: int
+    stop: int
+    kept: bool
+    budget: int
+    top: Top | None
+    runs: list[Run]
+
+
+@dataclass(slots=True)
 class _Runs:
     """The STORE, MOONWALK and INVERT runs from one node that lead to nodes before the end of a stretch, as groups; grows with the stretch.
 
@@ -77,25 +91,6 @@ class _Runs:
     side: Side
     ends: list[int]
     read: int = 0
-
-
-def _grouped(columns: list[Ints], waiting: int) -> list[tuple[int, int, Stairs]]:
-    """Runs `(F, B, H, t)` between two nodes as groups of equal `F` and `H`: `(F, H, staircase of (B, t))`.
-
-    A forward peak that is no more than the backward one even with the largest cotangent waiting, `waiting`, says nothing and counts as 0.
-    """
-    f, b, held, time = columns
-    if f.size == 1:
-        return [(int(f[0]), int(held[0]), (b, time))]
-    f = np.where(f + waiting <= b, 0, f)
-    order = np.lexsort((held, f))
-    f, b, held, time = f[order], b[order], held[order], time[order]
-    cuts = np.flatnonzero((f[1:] != f[:-1]) | (held[1:] != held[:-1])) + 1
-    return [
-        (int(f[a]), int(held[a]), staircase(b[a:z], time[a:z]))
-        for a, z in zip([0, *cuts.tolist()], [*cuts.tolist(), f.size])
-        if z > a
-    ]
 
 
 class Tables:
@@ -123,7 +118,9 @@ class Tables:
                 "state bytes in a larger unit"
             )
         high = self.cap if self.cap is not None else p.bytes_bound() - p.fixed_bytes
-        self.grid = grid(high // 100, high, _CELLS)
+        single = [int(candidates.atoms(at, False).backward_peak.min(initial=high)) for at in range(self.size)]
+        least = min(high, max(single))
+        self.grid = grid(least // 4, least, high, _CELLS if self.size <= 400 else _CELLS // 3)
         self.waiting = int(candidates.cotangent.max())
         if p.time_bound() >= 2**60:
             raise ArgumentError(
@@ -136,7 +133,10 @@ class Tables:
         self._recomputed: list[dict[tuple[int, bool], Side]] = [{} for _ in range(self.levels)]
         self._runs: list[dict[tuple[int, bool], _Runs]] = [{} for _ in range(self.levels + 1)]
         for level in range(self.levels):
-            self._fill(level)
+            if level == 0 and self._is_plain():
+                self._fill_plain()
+            else:
+                self._fill(level)
 
     def source(self, level: int) -> int | None:
         """The level whose schedules may stand inside RECOMPUTE runs of `level` (`levels` is the top); None if none may."""
@@ -183,6 +183,69 @@ class Tables:
                 for kept in self.kept_states(start):
                     right.append(2 * start + kept, rank, nodes[start, kept])
                     rank += 1
+
+    def _is_plain(self) -> bool:
+        """Whether the lowest level has runs of one layer only, so that all stretches with one beginning can be merged at once."""
+        if self.depth is None or self.candidates.profile.time_bound() * (self.size + 2) >= 2**62:
+            return False
+        atoms = self.candidates.atoms
+        return all((atoms(s, e).stop == s + 1).all() for s in range(self.size) for e in self.kept_states(s))
+
+    def _fill_plain(self) -> None:
+        """The lowest level, where every run is one layer: `T[s, r, e]` for all `r` at once, keyed by `r` and need."""
+        c, span, stairs = self.candidates, self.span, self.stairs[0]
+        slowest = c.profile.time_bound() + 1
+        none = np.zeros(0, dtype=np.int64)
+        after = {False: (none, none, none), True: (none, none, none)}
+        for start in range(self.size - 1, -1, -1):
+            here = {False: (none, none, none), True: (none, none, none)}
+            for kept in self.kept_states(start):
+                atoms = c.atoms(start, kept)
+                parts = []
+                for row in range(len(atoms)):
+                    stop, need, time = (
+                        np.append(first, rest)
+                        for first, rest in zip((start + 1, 0, 0), after[bool(atoms.keeps_end[row])])
+                    )
+                    peak = np.maximum(atoms.forward_peak[row] + c.cotangent[stop], atoms.backward_peak[row])
+                    parts.append((stop, np.maximum(peak, need + atoms.held[row]), time + atoms.time[row]))
+                if not parts:
+                    continue
+                stop, need, time = (np.concatenate(x) for x in zip(*parts))
+                # Each part is in order already: the sort is a merge.
+                order = np.argsort(stop * span + need, kind="stable")
+                stop, need, time = stop[order], need[order], time[order]
+                # Times of later stops lie below all earlier ones, so that the running minimum begins anew with each.
+                best = np.minimum.accumulate(time - stop * slowest)
+                keep = np.append(True, time[1:] - stop[1:] * slowest < best[:-1])
+                if self.cap is not None:
+                    keep &= need <= self.cap
+                stop, need, time = stop[keep], need[keep], time[keep]
+                last = np.append((stop[1:] != stop[:-1]) | (need[1:] != need[:-1]), True)
+                here[kept] = self._thinned_plain(start, stop[last], need[last], time[last])
+                stop, need, time = here[kept]
+                cuts = np.append(0, np.flatnonzero(stop[1:] != stop[:-1]) + 1).tolist()
+                for a, z in zip(cuts, [*cuts[1:], stop.size]):
+                    if z > a:
+                        stairs[start, int(stop[a]), kept] = need[a:z], time[a:z]
+            after = here
+
+    def _thinned_plain(self, start: int, stop: Ints, need: Ints, time: Ints) -> tuple[Ints, Ints, Ints]:
+        """`thinned` for all stops at once."""
+        if not self.loss or not stop.size:
+            return stop, need, time
+        begins = np.append(True, stop[1:] != stop[:-1])
+        ends = np.append(begins[1:], True)
+        least = time[ends][np.cumsum(begins) - 1]
+        group = np.floor(np.log(time / np.maximum(least, 1)) / np.log1p(self.loss * _THIN))
+        first = begins | np.append(True, group[1:] != group[:-1])
+        short = (stop - start < _SHORT) | (least <= 0)
+        if not self.optimistic:
+            keep = first | ends | short
+            return stop[keep], need[keep], time[keep]
+        keep = first | short
+        index = np.flatnonzero(keep)
+        return stop[keep], need[keep], time[np.append(index[1:], time.size) - 1]
 
     def solve_top(self, candidates: Candidates | None = None, *, closing: bool = False) -> Top:
         """The staircases of all suffixes of the chain at the top level.
@@ -256,7 +319,11 @@ class Tables:
         own = 0 if kept else int(c.activation[start])
         side = self._recomputed[level].get((start, kept))
         if side is None:
-            side = Side(self.grid, self.span, self.waiting, own, 2 * start + 2)
+            rows = (stop if self.depth is not None else self.size) - start
+            side = Side(self.grid, self.span, self.waiting, own, 2 * start + 2, rows=rows)
+            if level == self.levels - 1 and self.depth is not None:
+                # Only the top level asks for these, and seldom twice: they are large.
+                self._recomputed[level].clear()
             self._recomputed[level][start, kept] = side
         known = start + side.count
         if known < stop:
@@ -290,7 +357,7 @@ class Tables:
             if usual and not keeps:
                 assert source is not None
                 columns = self._undominated(columns, source, start, at, kept)
-            for floor, held, stairs in _grouped(columns, self.waiting):
+            for floor, held, stairs in grouped(columns, self.waiting):
                 runs.side.append(2 * at + keeps, floor, held, stairs)
                 runs.ends.append(at)
             runs.read += 1
@@ -324,17 +391,31 @@ class Tables:
     def _read(
         self, level: int, start: int, stop: int, kept: bool, budget: int, top: Top | None
     ) -> tuple[Run, ...]:
-        out: list[Run] = []
-        while start < stop:
-            run, kept, budget = self._first_run(level, start, stop, kept, budget, top)
-            out.append(run)
-            start = run.stop
-        return tuple(out)
+        # A stack of stretches instead of calls: schedules may nest as deep as the chain is long.
+        stack = [_Stretch(level, start, start, stop, kept, budget, top, [])]
+        while True:
+            x = stack[-1]
+            if x.at < x.stop:
+                run, at, keeps, rest, here = self._first_run(x.level, x.at, x.stop, x.kept, x.budget, x.top)
+                if run is not None:
+                    x.runs.append(run)
+                else:
+                    source = self.source(x.level)
+                    assert source is not None
+                    stack.append(_Stretch(source, x.at, x.at, at, x.kept, here, None, []))
+                x.at, x.kept, x.budget = at, keeps, rest
+                continue
+            stack.pop()
+            if not stack:
+                return tuple(x.runs)
+            run = Run(kind=RunKind.RECOMPUTE, start=x.start, stop=x.stop, inner=tuple(x.runs))
+            stack[-1].runs.append(run)
 
     def _first_run(
         self, level: int, start: int, stop: int, kept: bool, budget: int, top: Top | None
-    ) -> tuple[Run, bool, int]:
-        """A run that begins a fastest schedule within `budget`, the next node's `e`, and the budget left there."""
+    ) -> tuple[Run | None, int, bool, int, int]:
+        """A run that begins a fastest schedule within `budget`, where it ends, the next node's `e`, the budget left there, and what the schedule
+        needs of `budget`; None for a RECOMPUTE run, whose inner schedule may need that much too."""
         c = top.candidates if top else self.candidates
         k = 0 if top else int(c.cotangent[stop])
 
@@ -354,7 +435,7 @@ class Tables:
             at, keeps = int(atoms.stop[row]), bool(atoms.keeps_end[row])
             rest = budget - int(atoms.held[row])
             if int(atoms.time[row]) + rest_time(at, keeps, rest) == time:
-                return c.run(start, kept, int(row)), keeps, rest
+                return c.run(start, kept, int(row)), at, keeps, rest, budget
         source = self.source(level)
         assert source is not None
         own = 0 if kept else int(c.activation[start])
@@ -368,8 +449,7 @@ class Tables:
                 inner + rest_time(at, False, budget - own) + int(c.forward_sum[at] - c.forward_sum[start])
                 == time
             ):
-                runs = self._read(source, start, at, kept, budget, None)
-                return Run(kind=RunKind.RECOMPUTE, start=start, stop=at, inner=runs), False, budget - own
+                return None, at, False, budget - own, budget
         raise AssertionError("a staircase's point has no run behind it")
 
 
@@ -492,9 +572,9 @@ def solve_frontier(
 ) -> Frontier:
     """The frontier of `profile` under `max_error` with the strategies `allowed`.
 
-    **Arguments:** `thin`, the relative loss of time aimed at, 0 for exact: stretches keep at most one point for each factor `1 + thin / 3` of time,
-    and moonwalk runs lose up to `thin / 6` a layer, so a schedule of `k` runs, inner ones included, is at most `(1 + thin / 3)^k` times the optimum
-    without moonwalk runs, `(1 + thin / 3)^(k + L)` with them; measured losses are
+    **Arguments:** `thin`, the relative loss of time aimed at, 0 for exact: a stretch's merge may lose a factor `1 + 2 thin / 3` and the thinning after it
+    `1 + thin / 6`, moonwalk runs up to `1 + thin / 6` a layer, so a schedule of `k` runs, inner ones included, is at most
+    `((1 + 2 thin / 3) (1 + thin / 6))^k` times the optimum without moonwalk runs, times `(1 + thin / 6)^L` with them; losses measured are
     below `thin`, and `Frontier.loss` proves a bound for the profile at hand. Needs stay exact. `max_recompute_depth`, how deep RECOMPUTE runs may stand inside one another: 0 for none, None for any.
     **Returns:** a `Frontier`. **Raises:** `ArgumentError`. **Cost:** see `Tables`.
     """

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 
 from mwplan.errors import ArgumentError
 from mwplan.profiles import InvertOption, MoonwalkOption, Profile
-from mwplan.schedule import Run, RunKind, Strategy, walk
+from mwplan.schedule import Run, RunKind, Strategy
 from mwplan.solvers.pareto import Bools, Floats, Ints, nondominated
 
 ALL_STRATEGIES = frozenset(Strategy)
@@ -157,8 +157,10 @@ def moonwalk_strategy(option: MoonwalkOption) -> Strategy:
 
 def error_of(profile: Profile, runs: Iterable[Run]) -> float:
     """The predicted error of `runs`: the largest of the runs', inner ones included."""
-    worst = 0.0
-    for run in walk(tuple(runs)):
+    worst, left = 0.0, list(runs)
+    while left:
+        run = left.pop()
+        left += run.inner
         if run.kind not in (RunKind.MOONWALK, RunKind.INVERT):
             continue
         moonwalk = run.kind is RunKind.MOONWALK

@@ -17,11 +17,13 @@ Samples are float32: they only decide what is left out, with a margin above thei
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
 from mwplan.errors import ArgumentError
-from mwplan.solvers.pareto import Floats, Ints
+from mwplan.solvers.pareto import Floats, Ints, staircase
 
 Stairs = tuple[Ints, Ints]
 Samples = NDArray[np.float32]
@@ -30,9 +32,13 @@ _MARGIN = 2e-6
 _INF = np.float32(np.inf)
 
 
-def grid(low: int, high: int, cells: int) -> Ints:
-    """About `cells` budgets from `low` to `high`, evenly spaced by ratio."""
-    return np.unique(np.geomspace(max(1, low), max(2, low, high), cells).astype(np.int64))
+def grid(low: int, least: int, high: int, cells: int) -> Ints:
+    """About `cells` budgets from `low` to `high`, most of them a little above `least`, where frontiers are steep."""
+    low, least, high = max(1, low), max(2, least), max(3, high)
+    below = np.geomspace(low, max(low, least), cells // 12)
+    above = least * (1 + np.linspace(0, 0.05, cells // 12))
+    far = least * (1 + np.geomspace(0.05, max(0.1, high / least - 1), cells - 2 * (cells // 12)))
+    return np.unique(np.concatenate([below, above, far]).astype(np.int64))
 
 
 def _longer(old: NDArray[np.generic], rows: int) -> NDArray[np.generic]:
@@ -57,7 +63,7 @@ class Buffer:
         self.key = np.empty(64, dtype=np.int64)
         self.time = np.empty(64, dtype=np.int64)
         self.base = np.zeros(rows, dtype=np.int64)
-        self.pointer = np.zeros((rows, n + 2), dtype=np.int64)
+        self.pointer = np.zeros((rows, n + 2), dtype=np.int32)
         self.samples: Samples = np.full((rows, 2 * n + 1 if sided else n + 2), _INF, dtype=np.float32)
 
     def append(self, row: int, rank: int, stairs: Stairs, floor: int = 0) -> None:
@@ -97,15 +103,22 @@ class Buffer:
 class Side:
     """The groups of runs from one node: `left_g` in a buffer, and each group's `F`, `H` and row of the suffixes' buffer.
 
-    **Arguments:** `held`, the `H` of all groups where they share it and their suffixes' rows are `first_child, first_child + 2, ...`; None where not.
+    **Arguments:** `held`, the `H` of all groups where they share it, None where not; if they do, their suffixes' rows are
+    `first_child, first_child + 2, ...`, or whatever `children` says where that is -1.
     """
 
     __slots__ = ("_moved", "children", "count", "first_child", "floor", "held", "left", "shared")
 
     def __init__(
-        self, budgets: Ints, span: int, waiting: int, held: int | None = None, first_child: int = 0
+        self,
+        budgets: Ints,
+        span: int,
+        waiting: int,
+        held: int | None = None,
+        first_child: int = 0,
+        rows: int = 4,
     ) -> None:
-        self.left = Buffer(budgets, span, 4, sided=True, waiting=waiting)
+        self.left = Buffer(budgets, span, rows, sided=True, waiting=waiting)
         self.count, self.shared, self.first_child = 0, held is not None, first_child
         self.children = np.zeros(4, dtype=np.int64)
         self.floor = np.zeros(4, dtype=np.int64)
@@ -142,8 +155,12 @@ class Side:
     def bounds(self, right: Buffer, groups: int) -> Samples:
         """Row g: lower bounds of `f_g` in the `n + 1` cells, then upper bounds at the `n` budgets."""
         if self.shared:
-            children = right.samples[self.first_child : self.first_child + 2 * groups : 2]
-            out: Samples = children.take(self._moved, axis=1)
+            rows = (
+                slice(self.first_child, self.first_child + 2 * groups, 2)
+                if self.first_child >= 0
+                else self.children[:groups]
+            )
+            out: Samples = right.samples[rows].take(self._moved, axis=1)
         else:
             if len(self._moved) < groups:
                 known = len(self._moved)
@@ -211,7 +228,26 @@ class Side:
         return out
 
 
-def _spread(begin: Ints, end: Ints) -> tuple[Ints, Index]:
+def grouped(columns: list[Ints], waiting: int) -> list[tuple[int, int, Stairs]]:
+    """Runs `(F, B, H, t)` between two nodes as groups of equal `F` and `H`: `(F, H, staircase of (B, t))`.
+
+    A forward peak that is no more than the backward one even with the largest cotangent waiting, `waiting`, says nothing and counts as 0.
+    """
+    f, b, held, time = columns
+    if f.size == 1:
+        return [(int(f[0]), int(held[0]), (b, time))]
+    f = np.where(f + waiting <= b, 0, f)
+    order = np.lexsort((held, f))
+    f, b, held, time = f[order], b[order], held[order], time[order]
+    cuts = np.flatnonzero((f[1:] != f[:-1]) | (held[1:] != held[:-1])) + 1
+    return [
+        (int(f[a]), int(held[a]), staircase(b[a:z], time[a:z]))
+        for a, z in zip([0, *cuts.tolist()], [*cuts.tolist(), f.size])
+        if z > a
+    ]
+
+
+def _spread(begin: NDArray[Any], end: NDArray[Any]) -> tuple[Ints, Index]:
     """All integers of the ranges `begin..end-1`, and which range each is of."""
     count = end - begin
     of = np.repeat(np.arange(count.size), count)

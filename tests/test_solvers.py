@@ -267,6 +267,23 @@ def test_least_bytes_is_the_frontier_the_other_way_round() -> None:
         )
 
 
+def test_single_layers_merged_for_all_ends_at_once_equal_the_general_merge(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for seed in range(30):
+        rng = random.Random(seed)
+        profile = random_profile(rng, rng.randint(2, 9), moonwalks=0, inverts=0)
+        at_once = solve_frontier(profile, max_recompute_depth=1)
+        thinned = solve_frontier(profile, max_recompute_depth=1, thin=0.05)
+        ledgered(profile, at_once)
+        ledgered(profile, thinned)
+        assert all(thinned.bound_ns(need) <= time for need, time in at_once.points)
+        assert thinned.least_bytes == at_once.least_bytes
+        with monkeypatch.context() as patch:
+            patch.setattr("mwplan.solvers.frontier.Tables._is_plain", lambda self: False)
+            assert solve_frontier(profile, max_recompute_depth=1).points == at_once.points
+
+
 def test_slack_gives_the_program_more_runs_and_the_same_optimum() -> None:
     profile = random_profile(random.Random(7), 20)
     frontier = solve_frontier(profile)

@@ -82,6 +82,20 @@ def test_rotor_with_a_byte_a_slot_equals_the_frontier_of_recomputation() -> None
                 assert found.peak_bytes <= budget
 
 
+@pytest.mark.parametrize("size", [10, 30, 100])
+def test_equal_to_rotor_with_exact_bytes_at_ten_budgets(size: int) -> None:
+    profile = random_profile(random.Random(size), size, scale=3, moonwalks=0, inverts=0)
+    frontier = solve_frontier(profile, allowed=RECOMPUTATION)
+    least, most = frontier.points[0][0], frontier.points[-1][0]
+    for k in range(10):
+        budget = least + (most - least) * k // 9
+        exact = rotor(profile, budget, budget)
+        assert frontier.at(budget).time_ns == exact.time_ns
+        found = replay(profile, exact.runs or ())
+        assert found.time_ns == exact.time_ns
+        assert found.peak_bytes <= budget
+
+
 @pytest.mark.parametrize("size", [10, 25, 40])
 def test_never_above_rotor_and_below_it_somewhere_on_submersive_chains(size: int) -> None:
     profile = random_profile(random.Random(size), size, stores=1, flags=0.0, scale=20)
@@ -180,3 +194,18 @@ def depth(runs: tuple[Run, ...]) -> int:
 def test_long_thinned_chains_do_not_nest_as_deep_as_they_are_long() -> None:
     frontier = solve_frontier(unit_chain(600), thin=0.05)
     assert max(depth(frontier.at(need).runs or ()) for need, _ in frontier.points[:5]) < 200
+
+
+def test_schedules_may_nest_as_deep_as_a_chain_is_long() -> None:
+    size = 450
+    tables = UniformTables(unit_chain(size), max_error=1e-4, allowed=RECOMPUTATION, thin=0.0)
+    need, times = tables.points()
+    runs = tables.runs(int(need[0]))
+    levels, spent, left = 0, 0, [(run, 1) for run in runs]
+    while left:
+        run, level = left.pop()
+        levels = max(levels, level)
+        spent += run.stop - run.start
+        left += [(inner, level + 1) for inner in run.inner]
+    assert levels > 400
+    assert spent == int(times[0])

@@ -1,0 +1,227 @@
+"""Time against memory at fixed depth: `python -m experiments.budget_sweep`.
+
+For each model, the frontier as predicted and every method as measured, at budgets spaced evenly by ratio from the least feasible to backpropagation's
+memory. The plan is compared with the fastest alternative whose measured memory fits the same budget. Writes results/budget_sweep/: records.jsonl
+(finished points; run again to go on), summary.json, a figure a model.
+
+The deep 1-Lipschitz network: `--models lipschitz --depth 512 --limit 1.7`: `limit` is how many times backpropagation's time the leanest plan and the leanest
+recomputation may take. Chains of more than `layers` blocks are planned with blocks joined, and their unrolled rivals left to their scans.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import rich.box
+import seaborn as sns
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from experiments import alternatives, reading, record, sweep, zoo
+from experiments.memory_vs_depth import UNROLLED
+from experiments.reading import ALTERNATIVES, PLAIN, RECOMPUTING, Record
+from mwplan.plots import png
+from mwplan.serial import write_atomically
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes: `resolution` of images, `length` of signals, `text` characters; `layers`: longest chain that is planned; `rounds`, `seconds`: of timing at
+    each point; `limit`: see the module."""
+
+    models: tuple[str, ...] = tuple(zoo.MODELS)
+    depth: int = 16
+    budgets: int = 8
+    layers: int = 64
+    width: int = 32
+    batch: int = 32
+    resolution: int = 32
+    length: int = 2048
+    text: int = 128
+    rounds: int = 9
+    seconds: float = 60.0
+    max_error: float = 1e-4
+    thin: float = 0.0
+    limit: float = 1.7
+    repeats: int = 5
+    seed: int = 0
+    executor: str = "processes"
+    workers: int = 1
+    out: Path = record.RESULTS / "budget_sweep"
+
+
+def point(config: Config, model: str) -> sweep.Point:
+    """One model's point."""
+    resolution = {"fragmental": config.length, "gpt": config.text}.get(model, config.resolution)
+    group = max(1, math.ceil(config.depth / config.layers))
+    network = zoo.Config(
+        model=model, depth=config.depth, width=config.width, batch=config.batch, resolution=resolution,
+        group=group, seed=config.seed,
+    )  # fmt: skip
+    methods = tuple(m for m in alternatives.METHODS if group == 1 or m not in UNROLLED)
+    study = alternatives.Study(
+        methods=methods, budgets=config.budgets, rounds=config.rounds, seconds=config.seconds,
+        max_error=config.max_error, thin=config.thin, repeats=config.repeats,
+    )  # fmt: skip
+    return alternatives.point(network, study)
+
+
+def compare(config: Config, one: Record) -> list[dict[str, Any]]:
+    """One row a budget: the plan and the fastest alternative that fits, and the ratio of their times in the same rounds."""
+    base = reading.fastest(reading.ran(one, PLAIN))
+    rows = []
+    for budget in sorted({row["budget_bytes"] for row in one["rows"] if row["budget_bytes"] is not None}):
+        rival = reading.fastest(reading.fitting(one, ALTERNATIVES, budget, config.max_error))
+        plan = next(row for row in one["rows"] if row["method"] == "plan" and row["budget_bytes"] == budget)
+        ran = "total_bytes" in plan
+        rows.append(
+            {
+                "model": one["point"]["network"]["model"],
+                "budget_bytes": budget,
+                "plan_bytes": plan["total_bytes"] if ran else None,
+                "predicted_bytes": plan["fixed_bytes"] + plan["predicted_temporary_bytes"] if ran else None,
+                "plan_over_backprop": reading.relative(plan, base) if ran and base else None,
+                "predicted_seconds": plan.get("predicted_seconds"),
+                "seconds": reading.median(plan) if ran else None,
+                "best_alternative": rival["method"] if rival else None,
+                "plan_over_alternative": reading.relative(plan, rival) if ran and rival else None,
+                "error": plan.get("error"),
+                "status": plan.get("status"),
+                "reason": plan.get("reason"),
+            }
+        )
+    return rows
+
+
+def within(config: Config, one: Record) -> dict[str, Any]:
+    """What the leanest plan and the leanest recomputation need within `limit` times backpropagation's time; their least of all too."""
+    base = reading.fastest(reading.ran(one, PLAIN))
+    assert base is not None
+    most = config.limit * reading.median(base)
+    plans = reading.ran(one, ("plan",), config.max_error)
+    plan = reading.leanest([row for row in plans if reading.median(row) <= most])
+    rival = reading.best_recomputation(one, most)
+    least = [reading.leanest(rows) for rows in (plans, reading.ran(one, RECOMPUTING))]
+    sizes = [row and row["total_bytes"] for row in (plan, rival, *least)]
+    return {
+        "model": one["point"]["network"]["model"],
+        "depth": one["point"]["network"]["depth"],
+        "backprop_bytes": base["total_bytes"],
+        "plan_bytes": sizes[0],
+        "recomputation": rival["method"] if rival else None,
+        "recomputation_bytes": sizes[1],
+        "ratio": sizes[0] / sizes[1] if sizes[0] and sizes[1] else None,
+        "temporaries_ratio": plan["temporary_bytes"] / rival["temporary_bytes"] if plan and rival else None,
+        "least_plan_bytes": sizes[2],
+        "least_recomputation_bytes": sizes[3],
+    }
+
+
+def tables(config: Config, rows: list[dict[str, Any]], limits: list[dict[str, Any]]) -> list[Table]:
+    """Both comparisons for people."""
+
+    def size(value: int | None) -> str:
+        return "" if value is None else reading.mib(value)
+
+    def number(value: float | None) -> str:
+        return "" if value is None else f"{value:.2f}"
+
+    first = Table(
+        title="the plan and the fastest alternative within the same memory (MiB)", box=rich.box.SIMPLE
+    )
+    for name in (
+        "model",
+        "budget",
+        "predicted",
+        "measured",
+        "time / backprop",
+        "best alternative",
+        "time / alternative",
+        "error",
+        "status",
+    ):
+        first.add_column(name, justify="left" if name in ("model", "best alternative", "status") else "right")
+    for r in rows:
+        first.add_row(
+            r["model"], size(r["budget_bytes"]), size(r["predicted_bytes"]), size(r["plan_bytes"]),
+            number(r["plan_over_backprop"]), r["best_alternative"] or "none fits", number(r["plan_over_alternative"]),
+            "" if r["error"] is None else f"{r['error']:.1e}", r["reason"] or r["status"] or "",
+        )  # fmt: skip
+    second = Table(
+        title=f"memory within {config.limit:g} times backpropagation's time (MiB)", box=rich.box.SIMPLE
+    )
+    for name in (
+        "model",
+        "depth",
+        "backprop",
+        "plan",
+        "recomputation",
+        "by",
+        "plan / recomputation",
+        "least plan",
+        "least recomputation",
+    ):
+        second.add_column(name, justify="left" if name in ("model", "by") else "right")
+    for r in limits:
+        second.add_row(
+            r["model"], str(r["depth"]), size(r["backprop_bytes"]), size(r["plan_bytes"]), size(r["recomputation_bytes"]),
+            r["recomputation"] or "", number(r["ratio"]), size(r["least_plan_bytes"]), size(r["least_recomputation_bytes"]),
+        )  # fmt: skip
+    return [first, second]
+
+
+def draw(config: Config, one: Record) -> Figure:
+    """Measured time against measured memory, each method a series; the frontier as predicted, in backpropagation's predicted time."""
+    sns.set_theme(style="whitegrid", context="paper")
+    figure = Figure(figsize=(6.5, 4.5), layout="constrained")
+    ax = figure.subplots()
+    base = reading.fastest(reading.ran(one, PLAIN))
+    assert base is not None
+    quickest = min(ns for _, ns in one["frontier"])
+    ax.step(
+        [size / 2**20 for size, _ in one["frontier"]], [ns / quickest for _, ns in one["frontier"]], where="post",
+        color="#2a6f97", lw=0.9, alpha=0.6, label="frontier, predicted / its fastest",
+    )  # fmt: skip
+    for label, (names, color, marker) in reading.FAMILIES.items():
+        rows = sorted(reading.ran(one, names, config.max_error), key=lambda row: row["total_bytes"])
+        if rows:
+            ax.plot(
+                [row["total_bytes"] / 2**20 for row in rows], [reading.relative(row, base) for row in rows],
+                marker=marker, color=color, label=label, ls="-" if label == "plan" else ":", lw=1,
+                zorder=3 if label == "plan" else 2,
+            )  # fmt: skip
+    network = one["point"]["network"]
+    ax.set(xlabel="device memory of the step (MiB)", ylabel="time / backpropagation's", xscale="log")
+    ax.set_title(f"{network['model']}, {network['depth']} blocks")
+    ax.legend(fontsize=7)
+    return figure
+
+
+def main(config: Config) -> None:
+    """Runs what is missing, prints, draws and saves."""
+    console = Console()
+    points = [point(config, model) for model in config.models]
+    found = sweep.run(
+        points, alternatives.measure, config.out / "records.jsonl", executor=config.executor, workers=config.workers,
+        title="models",
+    )  # fmt: skip
+    rows = [row for one in found for row in compare(config, one)]
+    limits = [within(config, one) for one in found]
+    for table in tables(config, rows, limits):
+        console.print(table)
+    record.save(
+        config.out / f"summary_{config.depth}.json",
+        {"config": sweep.plain(config), "budgets": rows, "limits": limits},
+    )
+    for one in found:
+        network = one["point"]["network"]
+        write_atomically(config.out / f"{network['model']}_{network['depth']}.png", png(draw(config, one)))
+    console.print(f"wrote {config.out}")
+
+
+if __name__ == "__main__":
+    main(sweep.parse(Config, __doc__))

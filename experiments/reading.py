@@ -1,0 +1,84 @@
+"""What tables and figures read off the records of `experiments.alternatives.measure`."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from experiments.alternatives import FIXED, RECOMPUTING, ratio
+
+Row = dict[str, Any]
+Record = dict[str, Any]
+
+PLAIN = ("backprop", "backprop_scan")
+#: Methods that every figure draws alike.
+FAMILIES = {
+    "backpropagation": (PLAIN, "#c1121f", "o"),
+    "jax.checkpoint on every layer": (("checkpoint_each", "checkpoint_scan"), "#8d99ae", "v"),
+    "Chen's segments": (("chen", "chen_scan"), "#bc6c25", "^"),
+    "Equinox's checkpointed scan": (("equinox",), "#7b2cbf", "P"),
+    "best recomputation, jax.checkpoint": (("rotor_checkpoint", "recompute_checkpoint"), "#e9a03b", "s"),
+    "best recomputation, mwplan": (("recompute",), "#606c38", "D"),
+    "inversion": (("invert",), "#ff70a6", "<"),
+    "pure moonwalk": (("moonwalk",), "#00a896", ">"),
+    "pure fragments": (("fragment",), "#83c5be", "X"),
+    "plan": (("plan",), "#2a6f97", "*"),
+}
+ALTERNATIVES = tuple(name for label, (names, _, _) in FAMILIES.items() if label != "plan" for name in names)
+
+
+def ran(record: Record, methods: Iterable[str], max_error: float | None = None) -> list[Row]:
+    """The rows of these methods that were compiled, and whose measured error is within `max_error` (twice: float32 is not exact either)."""
+    names = set(methods)
+    limit = None if max_error is None else 2 * max_error
+    return [
+        row
+        for row in record["rows"]
+        if row["method"] in names
+        and "total_bytes" in row
+        and (limit is None or row.get("error") is None or row["error"] <= limit)
+    ]
+
+
+def fitting(record: Record, methods: Iterable[str], budget: int, max_error: float | None = None) -> list[Row]:
+    """The rows of these methods that fit `budget`: measured total bytes, whatever they were planned for."""
+    return [row for row in ran(record, methods, max_error) if row["total_bytes"] <= budget]
+
+
+def median(row: Row) -> float:
+    """Median seconds a step."""
+    return statistics.median(row["seconds"])
+
+
+def fastest(rows: Sequence[Row]) -> Row | None:
+    """The row of least median time, None where there is none that was timed."""
+    timed = [row for row in rows if row.get("seconds")]
+    return min(timed, key=median) if timed else None
+
+
+def leanest(rows: Sequence[Row]) -> Row | None:
+    """The row of least total bytes."""
+    return min(rows, key=lambda row: row["total_bytes"]) if rows else None
+
+
+def relative(row: Row, base: Row) -> float:
+    """Time of `row` over that of `base`, from the same rounds; 1 where they are one program."""
+    if row.get("program") is not None and row.get("program") == base.get("program"):
+        return 1.0
+    return ratio(row["seconds"], base["seconds"])
+
+
+def best_recomputation(record: Record, seconds: float) -> Row | None:
+    """The leanest row that keeps or recomputes, and nothing else, within `seconds` a step."""
+    return leanest([row for row in ran(record, (*PLAIN, *RECOMPUTING)) if median(row) <= seconds])
+
+
+def planned_for(row: Row, budget: int) -> bool:
+    """Whether a row counts at `budget`: made for it, or of a method that takes no budget."""
+    return row["method"] in FIXED or row["budget_bytes"] == budget
+
+
+def mib(size: float) -> str:
+    """Bytes in MiB, as tables print them."""
+    return f"{size / 2**20:.2f}"
