@@ -48,7 +48,7 @@ def test_leaner_schedules_are_tried_until_one_fits(
     assert sizes == sorted(sizes, reverse=True)
     assert "trying a leaner one" in told[0]
     monkeypatch.setattr(fitting, "temporaries", lambda compiled: 1 << 40)
-    with pytest.raises(mw.InfeasibleError, match="of the 2 that were compiled none does.*raise the budget"):
+    with pytest.raises(mw.InfeasibleError, match=r"of the 2 that were compiled none does.*raise the budget"):
         mw.fit(mean_square, chain, x, budget=total, profile=profile, max_attempts=2)
 
 
