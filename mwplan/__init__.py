@@ -14,6 +14,7 @@ from mwplan.errors import (
     SecondDerivativeError,
 )
 from mwplan.execute import Report, apply, value_and_grad
+from mwplan.fitting import Fitted, fit
 from mwplan.ledger import replay
 from mwplan.measure import profile
 from mwplan.operator import explain, fragment_of, vijp
@@ -28,6 +29,7 @@ __all__ = [
     "Chain",
     "ChainError",
     "FileFormatError",
+    "Fitted",
     "Frontier",
     "InfeasibleError",
     "MwplanError",
@@ -47,6 +49,7 @@ __all__ = [
     "apply",
     "compiler_options",
     "explain",
+    "fit",
     "fragment_of",
     "frontier",
     "jit",

@@ -19,8 +19,10 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from mwplan import operations, rules, sketch, trees
+from mwplan.canonical import canonical
 from mwplan.chain import Chain, Place, Stack, layer_name, repeats
 from mwplan.errors import ScheduleMismatchError
+from mwplan.loops import scan
 from mwplan.residuals import Residuals
 from mwplan.schedule import Run, RunKind
 
@@ -41,6 +43,11 @@ def compiled(sweep: str, layer: int, depth: int, operation: Callable[..., Any], 
     that all of it is done before the next begins.
     """
     return trees.tie(operation(*trees.tie(args)))
+
+
+def looped(sweep: str, layer: int, depth: int, operation: Callable[..., Any], *args: Any) -> Any:
+    """The performer of a compiled step inside a loop."""
+    return compiled(sweep, layer, depth, canonical(operation), *args)
 
 
 @dataclass(frozen=True)
@@ -108,7 +115,7 @@ class Gradients:
         if self.parts[part] is None:
             block = self.chain.parts[part].block
             self.parts[part] = [[jnp.zeros_like(leaf) for leaf in trees.parameters(one)] for one in block]
-        return self.parts[part]  # type: ignore[no-any-return]
+        return self.parts[part]
 
 
 @dataclass(frozen=True)
@@ -246,7 +253,7 @@ class Interpreter:
             self.view.window(many.start, many.span, repetition),
             self.structs[many.start : many.start + many.span + 1],
             Gradients(self.grads.chain, parts),
-            self.perform,
+            looped if self.perform is compiled and jax.default_backend() == "cpu" else self.perform,
             self.gate,
             check=self.check,
         )
@@ -262,7 +269,7 @@ class Interpreter:
         """
         fixed: list[Any] = []
 
-        def step(x: PyTree, repetition: Array) -> Any:
+        def step(x: PyTree, repetition: Any, _: None) -> Any:
             inner = self.within(many, repetition)
             inner.claim(0, x)
             kept = walk(inner)
@@ -275,13 +282,14 @@ class Interpreter:
             fixed[:] = tuple(sorted(inner.claims.items())), end_claims
             return y, (inner.x, kept, inner.sketches)
 
-        y, rows = jax.lax.scan(step, self.x[many.start], jnp.arange(many.count))
+        y, rows = scan(step, self.x[many.start], None, many.count)
         claims, end_claims = fixed
         self.claim(many.stop, y)
         for _ in range(end_claims):
             self.claim(many.stop)
         self.release(many.start)
-        return Scanned(*rows, claims, end_claims)
+        x, kept, sketches = rows
+        return Scanned(x, kept, sketches, claims, end_claims)
 
     def _scan_backward(
         self, many: Repeat, saved: Scanned, carried: Any, walk: Callable[[Interpreter, Any, list[Any]], Any]
@@ -291,9 +299,9 @@ class Interpreter:
         Returns the last `carried` and the stacked rows; the gradients go where they belong.
         """
 
-        def step(state: Any, rows: Any) -> Any:
+        def step(state: Any, repetition: Any, rows: Any) -> Any:
             carried, end, buffers = state
-            repetition, x, kept, sketches = rows
+            x, kept, sketches = rows
             inner = self.within(many, repetition, buffers)
             inner.x, inner.claims, inner.sketches = dict(x), dict(saved.claims), dict(sketches)
             if saved.end_claims:
@@ -306,9 +314,9 @@ class Interpreter:
 
         fixed: list[Any] = []
         end = self.x[many.stop] if saved.end_claims else None
-        rows = (jnp.arange(many.count), saved.x, saved.kept, saved.sketches)
-        (carried, _, buffers), (out, reports) = jax.lax.scan(
-            step, (carried, end, self.buffers(many)), rows, reverse=True
+        rows = (saved.x, saved.kept, saved.sketches)
+        (carried, _, buffers), (out, reports) = scan(
+            step, (carried, end, self.buffers(many)), rows, many.count, reverse=True
         )
         for _ in range(saved.end_claims):
             self.release(many.stop)
@@ -372,7 +380,8 @@ class Interpreter:
         for piece in pieces:
             if piece.count > 1:
                 part = _part(run, piece)
-                saved = self._scan_forward(piece, lambda inner, part=part: inner._forward_layers(part, depth))
+                walk = functools.partial(Interpreter._forward_layers, run=part, depth=depth)
+                saved = self._scan_forward(piece, walk)
                 if run.kind is RunKind.MOONWALK:
                     kept.append(saved)
             else:
@@ -535,9 +544,8 @@ class Interpreter:
     def _scan_advance(self, run: Run, piece: Repeat, fragments: Any, box: list[PyTree], depth: int) -> None:
         part = _part(run, piece)
 
-        def step(state: Any, rows: Any) -> Any:
+        def step(state: Any, repetition: Any, fragments: Any) -> Any:
             x, ct, buffers = state
-            repetition, fragments = rows
             inner = self.within(piece, repetition, buffers)
             inner.claim(0, x)
             inside = [ct]
@@ -545,7 +553,7 @@ class Interpreter:
             return (inner.x[piece.span], inside.pop(), inner.buffers(_whole(piece))), None
 
         state = (self.x[piece.start], box.pop(), self.buffers(piece))
-        (x, ct, buffers), _ = jax.lax.scan(step, state, (jnp.arange(piece.count), fragments))
+        (x, ct, buffers), _ = scan(step, state, fragments, piece.count)
         self._took(piece, buffers)
         box.append(ct)
         if piece.stop < run.stop:
@@ -593,7 +601,7 @@ class Interpreter:
     def _scan_invert(self, run: Run, piece: Repeat, box: list[PyTree], depth: int) -> PyTree:
         part = _part(run, piece)
 
-        def step(state: Any, repetition: Array) -> Any:
+        def step(state: Any, repetition: Any, _: None) -> Any:
             x, ct, buffers = state
             inner = self.within(piece, repetition, buffers)
             for layer in range(piece.span, 0, -1):
@@ -601,7 +609,7 @@ class Interpreter:
             return (x, ct, inner.buffers(_whole(piece))), None
 
         state = (self.x[piece.stop], box.pop(), self.buffers(piece))
-        (x, ct, buffers), _ = jax.lax.scan(step, state, jnp.arange(piece.count), reverse=True)
+        (x, ct, buffers), _ = scan(step, state, None, piece.count, reverse=True)
         self._took(piece, buffers)
         box.append(ct)
         return x

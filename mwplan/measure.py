@@ -58,9 +58,9 @@ def profile(
     sampled = _spread(keys, GROWTH_SAMPLES)
     measured: dict[Hashable, _Costs] = {}
     unusable: list[frozenset[str] | None] = [None] * len(chain)  # by layer: the rules that its weights forbid
-    for i, one, x in _visit(chain, x, sampled, bench):
+    for i, one, at in _visit(chain, x, sampled, bench):
         if keys[i] not in measured:
-            measured[keys[i]] = _measure(bench, one, x)
+            measured[keys[i]] = _measure(bench, one, at)
         costs = measured[keys[i]]
         forbidden = frozenset(
             rule.name for rule in costs.checked() if rule.check(one, structs[i]) is not None
@@ -68,7 +68,7 @@ def profile(
         unusable[i] = forbidden
         costs.unusable |= forbidden
         if i in sampled:
-            costs.add_errors(bench, one, x, forbidden)
+            costs.add_errors(bench, one, at, forbidden)
         if progress is not None:
             progress(i + 1, len(chain), names[i])
     known: dict[Any, LayerProfile] = {}

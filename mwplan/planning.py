@@ -36,13 +36,15 @@ def plan(
     max_distinct_runs: int | None = None,
     time_limit_s: float = 30.0,
     seed: int = 0,
+    frontier: Frontier | None = None,
 ) -> Schedule:
     """The fastest schedule whose gradient step fits the budget, with a certificate.
 
     **Arguments:** `profile`; `budget`, device bytes of the whole step (parameters, input, gradients, temporaries), an integer or a text such
     as "2GiB"; `max_error`, the largest predicted relative error of any reconstructed cotangent; `allowed`, the
     strategies to choose from; `pins`, a strategy forced on some layers (1 to L, from the input); `max_distinct_runs`, a limit on
-    different runs (compile time); `time_limit_s` and `seed`, of the integer program.
+    different runs (compile time); `time_limit_s` and `seed`, of the integer program;
+    `frontier`, what `mw.frontier` returned for the same profile, `max_error` and `allowed`, where it is there already.
     **Returns:** a `Schedule` that the ledger has replayed; `status` says whether it is proved optimal, else `gap` how far it may be from it.
     **Raises:** `InfeasibleError` with the least feasible budget and what binds there; `ArgumentError`.
     **Cost:** the frontier of the chain, and the proof on top (seconds at 100 layers).
@@ -50,7 +52,7 @@ def plan(
     from mwplan.solvers import integer_program
 
     budget_bytes = parse_bytes(budget)
-    solved = frontier(profile, max_error=max_error, allowed=allowed)
+    solved = frontier or _frontier(profile, max_error=max_error, allowed=allowed)
     room = budget_bytes - profile.fixed_bytes
     if solved.solved.least_bytes is None or room < solved.solved.least_bytes:
         raise solved.infeasible(budget_bytes, budget)
@@ -106,6 +108,9 @@ def frontier(
         raise ArgumentError(f"`allowed={allowed!r}` must hold at least one `Strategy`")
     solved = solve_frontier(profile, max_error=float(max_error), allowed=chosen, thin=thin)
     return Frontier(profile, solved, float(max_error))
+
+
+_frontier = frontier  # `plan` has an argument of that name
 
 
 @dataclass(frozen=True)

@@ -19,14 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from mwplan import execute, measure, planning, serial
+from mwplan import execute, fitting, measure, planning, serial
 from mwplan.chain import Chain
 from mwplan.compiling import jit, temporaries
 from mwplan.errors import ArgumentError, InfeasibleError, MwplanError
 from mwplan.layers import Conv2D, Dense, Flatten, LeakyReLU, MaxMin, SpaceToDepth
 from mwplan.profiles import Profile
 from mwplan.schedule import Schedule, Strategy
-from mwplan.sizes import parse_bytes, show_bytes
+from mwplan.sizes import parse_bytes
 
 SCHEMA = 1
 #: Of backpropagation's temporaries: what the default budget leaves room for.
@@ -211,35 +211,28 @@ def train(config: TrainConfig, progress: Progress, say: Callable[[str], None]) -
 
     compile_gradient("plain", plain_gradient)
 
-    def profile_and_plan(net: Chain, budget: int | None) -> tuple[Profile, Schedule]:
-        profile = measure.profile(
+    def profiled(net: Chain) -> Profile:
+        return measure.profile(
             net, x, progress=lambda done, total, _: progress("profiling layers", done, total)
         )
-        if budget is None:
-            least = planning.frontier(profile, max_error=config.max_error, allowed=allowed).least_bytes or 0
-            room = int(BUDGET_FRACTION * temporaries(compiled["plain"]))
-            budget = max(profile.fixed_bytes + room, int(1.25 * least))
-        return profile, planning.plan(profile, budget, max_error=config.max_error, allowed=allowed)
+
+    def fitted(net: Chain, profile: Profile, budget: int) -> fitting.Fitted:
+        return fitting.fit(
+            cross_entropy, net, x, labels,
+            budget=budget, profile=profile, max_error=config.max_error, allowed=allowed, say=say,
+        )  # fmt: skip
 
     allowed = frozenset(Strategy) - frozenset(config.forbid)
-    wanted = None if config.budget is None else parse_bytes(config.budget)
-    profile, schedule = profile_and_plan(chain, wanted)
-    budget = schedule.budget_bytes
-    assert budget is not None
-    compile_gradient("planned", planned_gradient(schedule))
-    # The ledger's peak is what is alive; XLA's allocator may need more where it cannot pack buffers without holes.
-    for _ in range(3):
-        excess = temporaries(compiled["planned"]) - (budget - profile.fixed_bytes)
-        if excess <= 0:
-            break
-        say(f"the compiled step is {show_bytes(excess)} above the budget: planning with as much less")
-        less = (schedule.budget_bytes or budget) - excess
-        try:
-            schedule = planning.plan(profile, less, max_error=config.max_error, allowed=allowed)
-        except InfeasibleError:
-            say("no leaner schedule exists: the step runs above its budget")
-            break
-        compile_gradient("planned", planned_gradient(schedule))
+    profile = profiled(chain)
+    if config.budget is None:
+        least = planning.frontier(profile, max_error=config.max_error, allowed=allowed).least_bytes or 0
+        room = int(BUDGET_FRACTION * temporaries(compiled["plain"]))
+        budget = max(profile.fixed_bytes + room, int(1.25 * least))
+    else:
+        budget = parse_bytes(config.budget)
+    found = fitted(chain, profile, budget)
+    schedule, compiled["planned"] = found.schedule, found.step
+    compile_seconds["planned"] = found.attempts[-1].compile_seconds
     say(str(schedule))
 
     def stepper(gradient: Any) -> Any:
@@ -280,7 +273,14 @@ def train(config: TrainConfig, progress: Progress, say: Callable[[str], None]) -
                 "profiling the weights as they are now, and planning again"
             )
             replans.append(step)
-            _, schedule = profile_and_plan(planned.chain, budget)
+            try:
+                schedule = fitted(planned.chain, profiled(planned.chain), budget).schedule
+            except InfeasibleError as error:
+                raise InfeasibleError(
+                    f"after step {step} no schedule keeps `max_error={config.max_error}` within the budget any more: {error}",
+                    budget_bytes=budget,
+                    least_bytes=error.least_bytes,
+                ) from error
             planned.step = stepper(planned_gradient(schedule))
         progress("training, plain and planned", step + 1, total)
     (_, _), grads = jit(planned_gradient(schedule))(planned.chain, x, labels)

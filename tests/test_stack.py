@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from typing import Any
 
@@ -139,7 +140,7 @@ def test_invert_over_a_stack() -> None:
         cuts = [1, cut, 17] if cut < 17 else [1, 17]
         inverted = [
             Run(kind=RunKind.INVERT, start=s, stop=e, options=names[s - 1 : e - 1])
-            for s, e in zip(cuts, cuts[1:])
+            for s, e in itertools.pairwise(cuts)
         ]
         report = check(chain, x, (first, *inverted), 1e-4)
         assert bool(jnp.all(report.discrepancy > 0))
@@ -192,7 +193,7 @@ def test_profile_and_plan_of_a_stack_are_those_of_its_layers() -> None:
 
 
 def profile_names(chain: mw.Chain) -> list[Any]:
-    class tanh:  # noqa: N801 - a function's name
+    class tanh:
         pass
 
     return [tanh() if mw.chain.layer_name(one) == "tanh" else one for one in chain]

@@ -1,0 +1,131 @@
+"""From a budget to a compiled step that keeps it: plan, compile, measure, and plan again with less where the compiler needs more."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from mwplan import execute, measure, planning
+from mwplan.chain import Chain
+from mwplan.compiling import jit, temporaries
+from mwplan.errors import ArgumentError, InfeasibleError
+from mwplan.profiles import Profile
+from mwplan.schedule import Schedule, Strategy
+from mwplan.sizes import parse_bytes, show_bytes
+
+PyTree = Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attempt:
+    """One schedule that was compiled: predicted and measured temporaries, and seconds of compilation."""
+
+    predicted_bytes: int
+    measured_bytes: int
+    compile_seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fitted:
+    """A compiled gradient step within its budget.
+
+    `step(chain, x, *args) -> ((value, report), grads)`, as `mw.value_and_grad`, for the shapes it was compiled for. `schedule`, its plan,
+    with the budget that was asked for; `temporary_bytes`, what the compiled program needs beside arguments and
+    results; `attempts`, everything that was compiled, the chosen one last.
+    """
+
+    step: Any
+    schedule: Schedule
+    profile: Profile
+    temporary_bytes: int
+    attempts: tuple[Attempt, ...]
+
+
+def fit(
+    loss: Callable[..., Any],
+    chain: Chain,
+    x: PyTree,
+    *args: Any,
+    budget: int | str,
+    profile: Profile | None = None,
+    max_error: float = 1e-4,
+    allowed: Iterable[Strategy] = planning.EVERY_STRATEGY,
+    has_aux: bool = False,
+    wrt_input: bool = False,
+    max_attempts: int = 6,
+    say: Callable[[str], None] = lambda text: None,
+) -> Fitted:
+    """The fastest schedule whose *compiled* step fits the budget.
+
+    A schedule's peak is what is alive at once. The compiler's allocator may need more, where buffers of different lifetimes leave holes
+    between them; then the next leaner schedule is compiled, until one fits.
+
+    **Arguments:** `loss(y, *args)`, as `mw.value_and_grad`, with `has_aux` and `wrt_input`; `chain`, `x`; `budget`, bytes of the whole step or a text
+    such as "2GiB"; `profile` (measured if None); `max_error`, `allowed`, as `mw.plan`; `max_attempts`, compilations; `say`, told of each.
+    **Returns:** a `Fitted`.
+    **Raises:** `InfeasibleError` where no schedule fits, or none of those compiled; as `mw.plan` and `mw.value_and_grad`.
+    **Cost:** a profile, a plan, and one compilation of the step or a few.
+    """
+    if max_attempts < 1:
+        raise ArgumentError(f"`max_attempts={max_attempts}` must be at least 1")
+    budget_bytes = parse_bytes(budget)
+    profile = measure.profile(chain, x) if profile is None else profile
+    room = budget_bytes - profile.fixed_bytes
+    attempts: list[Attempt] = []
+    for schedule in _leaner(profile, budget_bytes, attempts, max_error, frozenset(allowed)):
+        start = time.perf_counter()
+        step = jit(execute.value_and_grad(loss, schedule, has_aux=has_aux, wrt_input=wrt_input))
+        step = step.lower(chain, x, *args).compile()
+        needs = temporaries(step)
+        attempts.append(
+            Attempt(
+                predicted_bytes=schedule.peak_bytes,
+                measured_bytes=needs,
+                compile_seconds=time.perf_counter() - start,
+            )
+        )
+        if needs <= room:
+            return Fitted(
+                step=step,
+                schedule=dataclasses.replace(schedule, budget_bytes=budget_bytes),
+                profile=profile,
+                temporary_bytes=needs,
+                attempts=tuple(attempts),
+            )
+        say(
+            f"a schedule of {show_bytes(schedule.peak_bytes)} needs {show_bytes(needs)} compiled, "
+            f"{show_bytes(needs - room)} above the budget: trying a leaner one"
+        )
+        if len(attempts) == max_attempts:
+            break
+    least = min(attempt.measured_bytes for attempt in attempts) + profile.fixed_bytes
+    raise InfeasibleError(
+        f"`budget={budget!r}`: schedules fit by what is alive at once, but of the {len(attempts)} that were compiled none does: "
+        f"the allocator leaves holes between buffers. The leanest compiled needs {least:_} bytes ({show_bytes(least)}): raise the "
+        "budget to that",
+        budget_bytes=budget_bytes,
+        least_bytes=least,
+    )
+
+
+def _leaner(
+    profile: Profile, budget: int, attempts: list[Attempt], max_error: float, allowed: frozenset[Strategy]
+) -> Iterator[Schedule]:
+    """The plan for the budget; then plans for as much less as the last attempt was above it; then those between, the fastest first."""
+    frontier = planning.frontier(profile, max_error=max_error, allowed=allowed)
+    room, target, seen = budget - profile.fixed_bytes, budget, set()
+    schedule = planning.plan(profile, budget, max_error=max_error, allowed=allowed, frontier=frontier)
+    while True:
+        yield schedule
+        seen.add(schedule.peak_bytes)
+        target = min(target, schedule.total_bytes) - max(1, attempts[-1].measured_bytes - room)
+        if frontier.least_bytes is None or target < frontier.least_bytes:
+            break
+        schedule = frontier.at(target)
+    for total, _ in reversed(frontier.points):
+        if total <= budget and (schedule := frontier.at(total)).peak_bytes not in seen:
+            seen.add(schedule.peak_bytes)
+            yield schedule

@@ -1,0 +1,59 @@
+"""A scan whose stacked outputs do not exist before it begins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+PyTree = Any
+
+
+def scan(
+    step: Callable[[PyTree, Any, PyTree], tuple[PyTree, PyTree]],
+    carry: PyTree,
+    rows: PyTree,
+    count: int,
+    *,
+    reverse: bool = False,
+) -> tuple[PyTree, PyTree]:
+    """`carry, row = step(carry, i, rows[i])` for `i = 0 .. count - 1` (`reverse`: from the last); returns the last carry and the rows, stacked.
+
+    As `lax.scan`, but for when the memory of what it stacks is taken: `lax.scan` makes it out of nothing, so that a compiler may do so
+    at the very start of the program, and does. Here it is made from a number that is not there before the carry is.
+    """
+    # Flat, because the structure of what a step keeps (a derived backward function) is another object at each trace.
+    traced: list[Any] = []
+
+    def flat(carry: PyTree, i: Any) -> tuple[PyTree, list[Any]]:
+        carry, row = step(carry, i, _row(rows, i))
+        leaves, treedef = jax.tree.flatten(row)
+        traced[:] = [treedef]
+        return carry, leaves
+
+    structs = jax.eval_shape(lambda c: flat(c, jnp.int32(0))[1], carry)
+    carry, zero = _after(carry)
+    out = [jnp.broadcast_to(zero.astype(s.dtype), (count, *s.shape)) for s in structs]
+
+    def body(k: Any, state: Any) -> Any:
+        carry, out = state
+        i = count - 1 - k if reverse else k
+        carry, row = flat(carry, i)
+        return carry, [lax.dynamic_update_index_in_dim(a, b, i, 0) for a, b in zip(out, row)]
+
+    carry, out = lax.fori_loop(0, count, body, (carry, out))
+    return carry, jax.tree.unflatten(traced[0], out)
+
+
+def _row(rows: PyTree, i: Any) -> PyTree:
+    return jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, i, keepdims=False), rows)
+
+
+def _after(tree: PyTree) -> tuple[PyTree, Any]:
+    """The same arrays, and a zero that is not known before them."""
+    leaves, treedef = jax.tree.flatten(tree)
+    *leaves, zero = lax.optimization_barrier([*leaves, jnp.zeros((), jnp.uint8)])
+    return jax.tree.unflatten(treedef, leaves), zero
