@@ -53,7 +53,10 @@ class Config:
 
 
 def random_chain(config: dict[str, Any], seed: int) -> tuple[mw.Chain, Any]:
-    """Layers of every family on images; a stride of 2 quadruples the channels, so that no activation is smaller than the input."""
+    """Layers of every family on images, a convolution first; a stride of 2 quadruples the channels, so that no activation is smaller than the input.
+
+    What lies before the first parameters would not be differentiated at all: XLA drops it, and the plan would be off by it.
+    """
     rng = random.Random(seed)
     keys = iter(jax.random.split(jax.random.key(seed), 40))
     channels = config["channels"]
@@ -61,7 +64,7 @@ def random_chain(config: dict[str, Any], seed: int) -> tuple[mw.Chain, Any]:
     made: list[Any] = []
     for _ in range(rng.randint(config["shortest"], config["longest"])):
         kind = rng.choice(["conv", "conv", "circular", "act", "act", "act", "smooth", "norm", "coupling", "channels", "stride"])  # fmt: skip
-        if kind == "stride" and strided:
+        if (kind == "stride" and strided) or not made:
             kind = "conv"
         match kind:
             case "conv" | "circular":

@@ -92,12 +92,13 @@ class Bench:
         return random_cotangent(trees.struct(y), self.key)
 
     def program(self, operation: Callable[..., Any], *args: Any) -> Handle:
-        """Compiles the operation for `args` and runs it once; `settle` times it."""
+        """Compiles the operation for `args`, between barriers as within a step, and runs it once; `settle` times it."""
 
         leaves, treedef = jax.tree.flatten(args)  # programs are compared without their callers' classes
 
         def recycling(recycled: list[Any], leaves: list[Any]) -> list[Any]:
-            return jax.tree.leaves(operation(*jax.tree.unflatten(treedef, leaves)))
+            result = operation(*jax.tree.unflatten(treedef, trees.tie(leaves)))
+            return trees.tie(jax.tree.leaves(result))
 
         out = jax.eval_shape(operation, *args)
         jitted = jax.jit(recycling, donate_argnums=0, keep_unused=True, compiler_options=self.options)
@@ -149,10 +150,8 @@ class Bench:
 
         def step(leaves: list[Any], zero: Any) -> Any:
             fresh = [_moved(leaf, zero) if dies else leaf for leaf, dies in zip(leaves, mine)]
-            result = operation(*jax.tree.unflatten(treedef, jax.lax.optimization_barrier(fresh)))
-            result = jax.tree.unflatten(
-                jax.tree.structure(result), jax.lax.optimization_barrier(jax.tree.leaves(result))
-            )
+            result = operation(*jax.tree.unflatten(treedef, trees.tie(fresh)))
+            result = jax.tree.unflatten(jax.tree.structure(result), trees.tie(jax.tree.leaves(result)))
             temporary = jax.tree.leaves(outputs(result))
             inside = {id(leaf) for leaf in temporary}
             rest = [leaf for leaf in jax.tree.leaves(result) if id(leaf) not in inside]

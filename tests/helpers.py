@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -111,3 +112,20 @@ def segments(chain: mw.Chain, size: int) -> tuple[Run, ...]:
         Run(kind=RunKind.RECOMPUTE, start=s, stop=min(s + size, len(chain)), inner=inner[s : s + size])
         for s in cuts
     )
+
+
+def with_round_times(profile: mw.Profile) -> mw.Profile:
+    """`profile` with times by rule, products the dearest: plans no longer depend on how busy the machine was."""
+    times = {"forward_ns": 2, "backward_ns": 4, "reverse_ns": 2, "rebuild_ns": 3}
+
+    def one(layer: Any) -> Any:
+        unit = 20_000 if layer.parameter_bytes else 1000
+
+        def fixed(costs: Any) -> Any:
+            known = {f.name: unit * times[f.name] for f in dataclasses.fields(costs) if f.name in times}
+            return dataclasses.replace(costs, **known)
+
+        options = {kind: tuple(map(fixed, getattr(layer, kind))) for kind in ("store", "moonwalk", "invert")}
+        return dataclasses.replace(fixed(layer), **options)
+
+    return dataclasses.replace(profile, layers=tuple(map(one, profile.layers)))

@@ -8,12 +8,12 @@ import pytest
 
 import mwplan as mw
 from mwplan import fitting
-from tests.helpers import mean_square, mlp, relative_error
+from tests.helpers import mean_square, mlp, relative_error, with_round_times
 
 
 @pytest.fixture(scope="module")
 def profile() -> mw.Profile:
-    return mw.profile(mlp(6, width=32), jnp.ones((512, 32)), repeats=1)
+    return with_round_times(mw.profile(mlp(6, width=32), jnp.ones((512, 32)), repeats=1))
 
 
 def test_the_compiled_step_keeps_the_budget(profile: mw.Profile) -> None:

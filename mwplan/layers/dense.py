@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 
 from mwplan.errors import ArgumentError
 from mwplan.layers.base import layer
-from mwplan.layers.linear import LinearRule, Refined, left_inverse, percent_of, rank_problem
+from mwplan.layers.linear import LinearRule, Refined, left_inverse, percent_of, rank_problem, times
 from mwplan.rules import InvertRule, Unavailable, VijpRule
 from mwplan.trees import widen
 
@@ -87,7 +87,7 @@ class Dense:
             raise ArgumentError(
                 f"`x.shape={x.shape}`: this Dense layer takes {self.weight.shape[0]} features on the last axis"
             )
-        return x @ self.weight
+        return times(x, self.weight)
 
     def __call__(self, x: Float[Array, "*batch inner"]) -> Float[Array, "*batch outer"]:
         """Applies the layer."""

@@ -47,6 +47,17 @@ class InputShape:
         return jax.ShapeDtypeStruct(self.shape, trees.working_dtype(self.dtype))
 
 
+def times(
+    x: Inexact[Array, "*batch inner"], matrix: Inexact[Array, "inner outer"]
+) -> Inexact[Array, "*batch outer"]:
+    """`x @ matrix`, as a product of two matrices.
+
+    With more axes than two XLA:CPU computes the gradient of `matrix` from a transposed copy of the cotangent: one activation more at the
+    step's peak.
+    """
+    return (x.reshape(-1, x.shape[-1]) @ matrix).reshape(*x.shape[:-1], matrix.shape[1])
+
+
 def transpose(layer: LinearLayer, x: InputShape, ct_out: Array) -> Array:
     """`ct_in = ct_out J^T` of a linear layer, in working precision. Cost: one input vjp."""
     wide = trees.widen(layer)

@@ -19,7 +19,7 @@ from jaxtyping import Array, Complex, Float
 from mwplan.errors import ArgumentError
 from mwplan.layers.base import layer, static
 from mwplan.layers.fourier import irfftn, rfftn
-from mwplan.layers.linear import LinearRule, WholeOf
+from mwplan.layers.linear import LinearRule, WholeOf, times
 from mwplan.rules import InvertRule, Unavailable, VijpRule
 from mwplan.trees import widen
 
@@ -87,7 +87,7 @@ class OrthogonalDense:
             raise ArgumentError(
                 f"`x.shape={x.shape}`: this OrthogonalDense takes {self.inner} features on the last axis"
             )
-        return x @ self.matrix()[: self.inner, : self.outer].astype(x.dtype)
+        return times(x, self.matrix()[: self.inner, : self.outer].astype(x.dtype))
 
     def __call__(self, x: Float[Array, "*batch inner"]) -> Float[Array, "*batch outer"]:
         """Applies the layer."""
