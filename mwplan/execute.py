@@ -108,6 +108,7 @@ def _planned(schedule: Schedule, *, check: bool) -> Callable[[Chain, PyTree, Arr
 
     def backward(saved: _Saved, ct: PyTree) -> tuple[Chain, PyTree, Array]:
         saved, ct = _once((saved, ct))
+        ct = trees.tie(ct)  # or XLA computes it from the output again for each of its users
         interpreter = _interpreter(saved.chain, saved.x[0], check)
         interpreter.x, interpreter.claims = dict(saved.x), dict(saved.claims)
         interpreter.sketches = dict(saved.sketches)

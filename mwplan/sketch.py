@@ -1,8 +1,12 @@
-"""Small random sketches: how far are two arrays apart, from 64 numbers of each.
+r"""Small random sketches: how far are two arrays apart, from 64 numbers of each.
 
-A sketch is a sum of all entries with fixed pseudo-random signs, spread over 64 buckets (a count sketch): the squared distance of
-two sketches is an unbiased estimate of the squared distance of the arrays, with a relative standard deviation of
-sqrt(2/64) = 0.18.
+The entries of an array, as rows of up to 512, are multiplied with 8 fixed vectors of random signs, and the rows of the result added up in 8
+groups, again with random signs: each of the 64 numbers is such a sum over an eighth of the rows. The squared distance of two sketches is an
+unbiased estimate of eight times the squared distance of the arrays, with a relative standard deviation of $\sqrt{2/64} = 0.18$ where they differ
+in many rows independently, and of $\sqrt{2/8} = 0.5$ where they differ alike in all, or in one.
+
+A product reads the array once and needs a 64th of its memory; signs for every entry of it would be an array as large. **Source:** sign sketches are those of
+Achlioptas, JCSS 66(4), 2003, and Charikar, Chen, Farach-Colton, TCS 312(1), 2004; their product is ours.
 """
 
 from __future__ import annotations
@@ -11,26 +15,53 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from mwplan import trees
 
 SIZE = 64
+_VECTORS = 8
+_LONGEST = 512
 
 
 def take(tree: Any) -> Float[Array, " 64"]:
-    """The sketch of all inexact leaves of `tree`, in float32 or wider. Cost: one pass, fused into what made them."""
+    """The sketch of all inexact leaves of `tree`, in float32 or wider. Cost: one pass over them."""
     total = jnp.zeros(SIZE, jnp.float32)
     for salt, leaf in enumerate(leaf for leaf in jax.tree.leaves(tree) if trees.is_inexact(leaf)):
-        flat = leaf.astype(trees.working_dtype(leaf.dtype)).reshape(-1)
-        if jnp.iscomplexobj(flat):
-            flat = flat.real + flat.imag
-        mixed = jnp.arange(flat.size, dtype=jnp.uint32) * jnp.uint32(2654435761) + jnp.uint32(salt * 97 + 1)
-        mixed = (mixed ^ (mixed >> 15)) * jnp.uint32(2246822519)
-        signed = jnp.where((mixed >> 31) == 0, flat, -flat)
-        padded = jnp.pad(signed, (0, -flat.size % SIZE))
-        total = total + padded.reshape(-1, SIZE).sum(axis=0)
+        if leaf.size:
+            total = total + _one(leaf, salt)
     return total
+
+
+def _one(leaf: Array, salt: int) -> Float[Array, " 64"]:
+    if jnp.iscomplexobj(leaf):
+        leaf = leaf.real + leaf.imag
+    flat = leaf.reshape(-1)
+    most = min(_LONGEST, max(_VECTORS, leaf.size // SIZE))  # of a small array, shorter rows rather than few
+    columns = next(c for c in range(most, 0, -1) if leaf.size % c == 0)
+    if columns < most // 8:  # a size without divisors
+        columns, flat = most, jnp.pad(flat, (0, -leaf.size % most))
+    signs = np.where(_bits(np.arange(columns * _VECTORS, dtype=np.uint32), salt), 1, -1).reshape(
+        columns, _VECTORS
+    )
+    rows = jax.lax.dot(
+        flat.reshape(-1, columns),
+        jnp.asarray(signs, leaf.dtype),
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=trees.working_dtype(leaf.dtype),
+    )
+    index = jnp.arange(rows.shape[0], dtype=jnp.uint32)
+    signed = jnp.where(_bits(index, salt + 1)[:, None], rows, -rows)
+    padded = jnp.pad(signed, ((0, -len(rows) % _VECTORS), (0, 0)))
+    return padded.reshape(-1, SIZE).sum(axis=0)
+
+
+def _bits(index: Any, salt: int) -> Any:
+    """A fixed pseudo-random bit for each `uint32` of `index`."""
+    mixed = (index + np.uint32(97 * salt + 1)) * np.uint32(2654435761)
+    mixed = (mixed ^ (mixed >> 15)) * np.uint32(2246822519)
+    return (mixed >> 31) == 0
 
 
 def discrepancy(truth: Float[Array, " 64"], got: Float[Array, " 64"]) -> Float[Array, ""]:
