@@ -54,13 +54,13 @@ def profile(
     structs = boundaries(chain, x)
     bench = Bench(repeats, seed)
     names = [layer_name(one) for part in chain.parts for one in _block(part) * _depth(part)]
-    keys = _keys(chain, structs)
-    sampled = _spread(keys, GROWTH_SAMPLES)
-    measured: dict[Hashable, _Costs] = {}
+    keys = layer_keys(chain, structs)
+    sampled = spread(keys, GROWTH_SAMPLES)
+    measured: dict[Hashable, Costs] = {}
     unusable: list[frozenset[str] | None] = [None] * len(chain)  # by layer: the rules that its weights forbid
-    for i, one, at in _visit(chain, x, sampled, bench):
+    for i, one, at in visit(chain, x, sampled, bench):
         if keys[i] not in measured:
-            measured[keys[i]] = _measure(bench, one, at)
+            measured[keys[i]] = measure_layer(bench, one, at)
         costs = measured[keys[i]]
         forbidden = frozenset(
             rule.name for rule in costs.checked() if rule.check(one, structs[i]) is not None
@@ -71,15 +71,33 @@ def profile(
             costs.add_errors(bench, one, at, forbidden)
         if progress is not None:
             progress(i + 1, len(chain), names[i])
+    device = jax.devices()[0]
+    return assemble(
+        chain,
+        structs,
+        [(names[i], measured[key], unusable[i]) for i, key in enumerate(keys)],
+        device=f"{device.platform}:{device.device_kind}",
+        source=f"measured, jax {jax.__version__}, median of {repeats}",
+    )
+
+
+def assemble(
+    chain: Chain,
+    structs: list[PyTree],
+    layers: list[tuple[str, Costs, frozenset[str] | None]],
+    *,
+    device: str,
+    source: str,
+) -> Profile:
+    """The profile of a chain from each layer's name, costs and the rules that its weights forbid (None: not looked at)."""
     known: dict[Any, LayerProfile] = {}
     profiles = []
-    for name, key, seen in zip(names, keys, unusable):
-        forbidden = frozenset(measured[key].unusable) if seen is None else seen
-        if (key, forbidden) not in known:
-            known[key, forbidden] = measured[key].layer_profile(name, forbidden)
-        profiles.append(known[key, forbidden])
+    for name, costs, seen in layers:
+        forbidden = frozenset(costs.unusable) if seen is None else seen
+        if (id(costs), forbidden) not in known:
+            known[id(costs), forbidden] = costs.layer_profile(name, forbidden)
+        profiles.append(known[id(costs), forbidden])
     params = trees.nbytes(trees.parameters(chain))
-    device = jax.devices()[0]
     return Profile(
         layers=tuple(profiles),
         activation_bytes=tuple(trees.nbytes(s) for s in structs),
@@ -89,8 +107,8 @@ def profile(
         ),
         fixed_bytes=trees.nbytes(chain) + params + trees.nbytes(structs[0]),
         fingerprint=fingerprint(chain),
-        device=f"{device.platform}:{device.device_kind}",
-        source=f"measured, jax {jax.__version__}, median of {repeats}",
+        device=device,
+        source=source,
     )
 
 
@@ -102,14 +120,14 @@ def _depth(part: Any) -> int:
     return part.depth if isinstance(part, Stack) else 1
 
 
-def _keys(chain: Chain, structs: list[PyTree]) -> list[Hashable]:
+def layer_keys(chain: Chain, structs: list[PyTree]) -> list[Hashable]:
     """What layers that share one measurement share: structure, parameter shapes, input."""
     trees_ = [jax.tree.structure(one) for part in chain.parts for one in _block(part) * _depth(part)]
     texts = [str(struct) for struct in structs]
     return list(zip(trees_, signatures(chain), texts))
 
 
-def _visit(chain: Chain, x: PyTree, sampled: set[int], bench: Bench) -> Iterator[tuple[int, Any, PyTree]]:
+def visit(chain: Chain, x: PyTree, sampled: set[int], bench: Bench) -> Iterator[tuple[int, Any, PyTree]]:
     """`(index, layer, input)` of every layer; of a deep stack only the repetitions where a layer is sampled."""
     i = 0
     for part in chain.parts:
@@ -139,7 +157,7 @@ def _through(part: Stack, x: PyTree, start: int, stop: int) -> PyTree:
     return jax.lax.fori_loop(start, stop, step, x)
 
 
-def _spread(keys: list[Hashable], count: int) -> set[int]:
+def spread(keys: list[Hashable], count: int) -> set[int]:
     """Up to `count` positions of each key, evenly spread, the first and the last among them."""
     positions: dict[Hashable, list[int]] = {}
     for i, key in enumerate(keys):
@@ -151,7 +169,7 @@ def _spread(keys: list[Hashable], count: int) -> set[int]:
     return chosen
 
 
-class _Costs:
+class Costs:
     """What one signature's options cost, and the largest errors seen among the layers that share it."""
 
     def __init__(self) -> None:
@@ -200,7 +218,7 @@ class _Costs:
         )
 
 
-def _measure(bench: Bench, one: PyTree, x: PyTree) -> _Costs:
+def measure_layer(bench: Bench, one: PyTree, x: PyTree) -> Costs:
     """Measures all options of one layer at its input."""
     plain = bench.program(operations.plain_forward, one, x)
     y = plain.result
@@ -217,7 +235,7 @@ def _measure(bench: Bench, one: PyTree, x: PyTree) -> _Costs:
         if isinstance(rule, rules.InvertRule)
     ]
     bench.settle()
-    costs = _Costs()
+    costs = Costs()
     costs.forward_ns, costs.forward_workspace_bytes = plain.time_ns, plain.workspace_bytes
     costs.parameter_bytes = trees.nbytes(trees.parameters(one))
     costs.store = [programs.option() for programs in stores]
