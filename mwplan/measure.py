@@ -17,7 +17,7 @@ from typing import Any
 import jax
 
 from mwplan import growth, operations, rules, trees
-from mwplan.bench import Bench
+from mwplan.bench import Bench, Pricing
 from mwplan.chain import Chain, Stack, boundaries, check_chain, fingerprint, layer_name, signatures
 from mwplan.errors import ArgumentError
 from mwplan.profiles import InvertOption, LayerProfile, MoonwalkOption, Profile, StoreOption
@@ -53,22 +53,17 @@ def profile(
         raise ArgumentError(f"`repeats={repeats}` must be at least 1")
     structs = boundaries(chain, x)
     bench = Bench(repeats, seed)
-    names = [layer_name(one) for part in chain.parts for one in _block(part) * _depth(part)]
+    names = layer_names(chain)
     keys = layer_keys(chain, structs)
     sampled = spread(keys, GROWTH_SAMPLES)
     measured: dict[Hashable, Costs] = {}
     unusable: list[frozenset[str] | None] = [None] * len(chain)  # by layer: the rules that its weights forbid
-    for i, one, at in visit(chain, x, sampled, bench):
+    for i, one, at in visit(chain, x, sampled, bench.forward):
         if keys[i] not in measured:
             measured[keys[i]] = measure_layer(bench, one, at)
-        costs = measured[keys[i]]
-        forbidden = frozenset(
-            rule.name for rule in costs.checked() if rule.check(one, structs[i]) is not None
-        )
-        unusable[i] = forbidden
-        costs.unusable |= forbidden
+        unusable[i] = measured[keys[i]].check(one, structs[i])
         if i in sampled:
-            costs.add_errors(bench, one, at, forbidden)
+            measured[keys[i]].add_errors(bench.key, one, at, unusable[i])
         if progress is not None:
             progress(i + 1, len(chain), names[i])
     device = jax.devices()[0]
@@ -120,6 +115,11 @@ def _depth(part: Any) -> int:
     return part.depth if isinstance(part, Stack) else 1
 
 
+def layer_names(chain: Chain) -> list[str]:
+    """What each layer is called in tables."""
+    return [layer_name(one) for part in chain.parts for one in _block(part) * _depth(part)]
+
+
 def layer_keys(chain: Chain, structs: list[PyTree]) -> list[Hashable]:
     """What layers that share one measurement share: structure, parameter shapes, input."""
     trees_ = [jax.tree.structure(one) for part in chain.parts for one in _block(part) * _depth(part)]
@@ -127,8 +127,13 @@ def layer_keys(chain: Chain, structs: list[PyTree]) -> list[Hashable]:
     return list(zip(trees_, signatures(chain), texts))
 
 
-def visit(chain: Chain, x: PyTree, sampled: set[int], bench: Bench) -> Iterator[tuple[int, Any, PyTree]]:
-    """`(index, layer, input)` of every layer; of a deep stack only the repetitions where a layer is sampled."""
+def visit(
+    chain: Chain, x: PyTree, sampled: set[int], forward: Callable[[PyTree, PyTree], PyTree]
+) -> Iterator[tuple[int, Any, PyTree]]:
+    """`(index, layer, input)` of every layer; of a deep stack only the repetitions where a layer is sampled.
+
+    `forward(layer, x)` is the layer's output.
+    """
     i = 0
     for part in chain.parts:
         block, depth = _block(part), _depth(part)
@@ -140,7 +145,7 @@ def visit(chain: Chain, x: PyTree, sampled: set[int], bench: Bench) -> Iterator[
             for j in range(len(block)):
                 one = part.layer(n, j) if isinstance(part, Stack) else part
                 yield i + n * len(block) + j, one, x
-                x = bench.forward(one, x)
+                x = forward(one, x)
             at = n + 1
         if at < depth:
             x = _through(part, x, at, depth)
@@ -186,15 +191,21 @@ class Costs:
         """The rules that have preconditions on values."""
         return [rule for rule, _ in self.moonwalk] + [rule for rule, _ in self.invert]
 
-    def add_errors(self, bench: Bench, one: PyTree, x: PyTree, unusable: frozenset[str]) -> None:
+    def check(self, one: PyTree, struct: PyTree) -> frozenset[str]:
+        """The rules that the weights of one of the layers, at inputs like `struct`, forbid; takes note of them."""
+        forbidden = frozenset(rule.name for rule in self.checked() if rule.check(one, struct) is not None)
+        self.unusable |= forbidden
+        return forbidden
+
+    def add_errors(self, key: jax.Array, one: PyTree, x: PyTree, unusable: frozenset[str]) -> None:
         """Measures local error and growth of every usable rule at one layer, and keeps the largest."""
         for rule in self.checked():
             if rule.name in unusable:
                 continue
             if isinstance(rule, rules.VijpRule):
-                got = growth.measure(one, rule, x, bench.key)
+                got = growth.measure(one, rule, x, key)
             else:
-                got = growth.measure_inverse(one, rule, x, bench.key)
+                got = growth.measure_inverse(one, rule, x, key)
             # Not a number is an error of unknown size: unusable.
             local_error, factor = (math.inf if math.isnan(value) else value for value in got)
             seen = self.errors.get(rule.name, (0.0, 0.0))
@@ -218,8 +229,8 @@ class Costs:
         )
 
 
-def measure_layer(bench: Bench, one: PyTree, x: PyTree) -> Costs:
-    """Measures all options of one layer at its input."""
+def measure_layer(bench: Pricing, one: PyTree, x: PyTree) -> Costs:
+    """What all options of one layer cost at its input: measured, or whatever else `bench` does."""
     plain = bench.program(operations.plain_forward, one, x)
     y = plain.result
     ct_out = bench.cotangent(y)
@@ -247,7 +258,7 @@ def measure_layer(bench: Bench, one: PyTree, x: PyTree) -> Costs:
 class _StorePrograms:
     """The operations of one way to store a layer."""
 
-    def __init__(self, bench: Bench, rule: rules.StoreRule, one: PyTree, x: PyTree, ct_out: PyTree) -> None:
+    def __init__(self, bench: Pricing, rule: rules.StoreRule, one: PyTree, x: PyTree, ct_out: PyTree) -> None:
         self.name = rule.name
         self.forward = bench.program(functools.partial(operations.forward, rule=rule), one, x)
         y, self.held = self.forward.result
@@ -266,7 +277,7 @@ class _StorePrograms:
         )
 
     def option(self) -> StoreOption:
-        """What was measured."""
+        """What it costs."""
         return StoreOption(
             name=self.name,
             residual_bytes=new_bytes(self.held),
@@ -283,7 +294,7 @@ class _StorePrograms:
 class _MoonwalkPrograms:
     """The operations of one way through a moonwalk run."""
 
-    def __init__(self, bench: Bench, rule: rules.VijpRule, one: PyTree, x: PyTree, ct_out: PyTree) -> None:
+    def __init__(self, bench: Pricing, rule: rules.VijpRule, one: PyTree, x: PyTree, ct_out: PyTree) -> None:
         self.rule = rule
         self.forward = bench.program(functools.partial(operations.forward, rule=rule), one, x)
         y, self.held = self.forward.result
@@ -326,7 +337,7 @@ class _MoonwalkPrograms:
         )
 
     def option(self) -> MoonwalkOption:
-        """What was measured."""
+        """What it costs."""
         return MoonwalkOption(
             name=self.rule.name,
             residual_bytes=new_bytes(self.held),
@@ -351,7 +362,9 @@ class _MoonwalkPrograms:
 class _InvertPrograms:
     """The operation of one way to invert a layer."""
 
-    def __init__(self, bench: Bench, rule: rules.InvertRule, one: PyTree, y: PyTree, ct_out: PyTree) -> None:
+    def __init__(
+        self, bench: Pricing, rule: rules.InvertRule, one: PyTree, y: PyTree, ct_out: PyTree
+    ) -> None:
         self.rule = rule
         backward = functools.partial(operations.invert_backward, rule=rule)
         self.backward = bench.program(backward, one, y, ct_out, None)
@@ -367,7 +380,7 @@ class _InvertPrograms:
         )
 
     def option(self) -> InvertOption:
-        """What was measured."""
+        """What it costs."""
         return InvertOption(
             name=self.rule.name,
             backward_ns=self.backward.time_ns,
