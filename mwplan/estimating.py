@@ -167,7 +167,7 @@ def _errors_without_weights(
     key = jax.random.key(seed)
     known = [r for r in costs.checked() if not jax.tree.leaves(one) or getattr(r, "any_weights", False)]
     others = frozenset(r.name for r in costs.checked() if r not in known)
-    costs.errors.update({name: (math.inf, math.inf) for name in others})
+    costs.errors.update(dict.fromkeys(others, (math.inf, math.inf)))
     if all(isinstance(rule, rules.WholeFragment) for rule in known):
         return  # exact, nothing to measure
     x = _some(Chain([one]), struct, boundaries(Chain([one]), struct), examples, jax.random.fold_in(key, 1))

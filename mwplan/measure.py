@@ -57,7 +57,7 @@ def profile(
     keys = layer_keys(chain, structs)
     sampled = spread(keys, GROWTH_SAMPLES)
     measured: dict[Hashable, Costs] = {}
-    unusable: list[frozenset[str] | None] = [None] * len(chain)  # by layer: the rules that its weights forbid
+    unusable: dict[int, frozenset[str]] = {}  # by layer: the rules that its weights forbid
     for i, one, at in visit(chain, x, sampled, bench.forward):
         if keys[i] not in measured:
             measured[keys[i]] = measure_layer(bench, one, at)
@@ -70,7 +70,7 @@ def profile(
     return assemble(
         chain,
         structs,
-        [(names[i], measured[key], unusable[i]) for i, key in enumerate(keys)],
+        [(names[i], measured[key], unusable.get(i)) for i, key in enumerate(keys)],
         device=f"{device.platform}:{device.device_kind}",
         source=f"measured, jax {jax.__version__}, median of {repeats}",
     )
