@@ -122,8 +122,8 @@ class Bench:
         return self.plain(one, x)
 
     def cotangent(self, y: PyTree) -> PyTree:
-        """White noise like `y`."""
-        return random_cotangent(trees.struct(y), self.key)
+        """White noise like `y`, in its dtypes."""
+        return trees.cast_like(random_cotangent(trees.struct(y), self.key), y)
 
     def program(self, operation: Callable[..., Any], *args: Any) -> Handle:
         """Compiles the operation for `args` and runs it once; `settle` times it."""
