@@ -140,11 +140,12 @@ class Roofline:
         self.device = device
 
     def cotangent(self, y: PyTree) -> PyTree:
-        """The shapes of a cotangent of `y` in working precision."""
+        """The shapes of a cotangent of `y`."""
 
         def one(leaf: Any) -> Any:
-            wide = trees.working_dtype(leaf.dtype) if trees.is_inexact(leaf) else jax.dtypes.float0
-            return jax.ShapeDtypeStruct(leaf.shape, wide)
+            return jax.ShapeDtypeStruct(
+                leaf.shape, leaf.dtype if trees.is_inexact(leaf) else jax.dtypes.float0
+            )
 
         return jax.tree.map(one, y)
 
