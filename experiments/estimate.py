@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import math
 import statistics
 import time
@@ -238,9 +239,10 @@ def main(config: Config) -> None:
         table.add_row(name, *(f"{row[name]:.3g}" if isinstance(row[name], float) else str(row[name]) for row in rows))  # fmt: skip
     console.print(table)
     data = {"config": sweep.plain(config), "device": dataclasses.asdict(device), "summary": rows}
-    record.save(config.out / "estimate.json", data | {"networks": found})
+    record.save(config.out / "estimate.json", data)
+    write_atomically(config.out / "records.jsonl", "".join(json.dumps(one) + "\n" for one in found))
     write_atomically(config.out / "estimate.png", png(draw(found)))
-    console.print(f"wrote {config.out}/estimate.json and .png")
+    console.print(f"wrote {config.out}")
 
 
 if __name__ == "__main__":

@@ -128,8 +128,9 @@ def test_errors_without_weights_are_known_or_infinite() -> None:
     assert frontier.at(frontier.least_bytes or 0).error < 1e-4
 
 
-#: Of a layer's input and output: what a workspace may be off. Convolutions' weight gradients copy both operands on this CPU; nothing else does.
-WITHIN = {"cnn": 2.0, "mlp": 0.75, "transformer": 4.0}
+#: How far a workspace may be from the measured, in units of the layer's input and output together. What is furthest off: the copies that XLA:CPU makes of a
+#: convolution's operands for the weight's gradient; a factorisation's; what of attention's softmax XLA:CPU does not fuse.
+WITHIN = {"cnn": 1.1, "mlp": 0.8, "transformer": 1.75}
 
 
 @pytest.mark.parametrize("name", ["cnn", "mlp", "transformer"])
