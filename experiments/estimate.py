@@ -1,7 +1,7 @@
 """Estimated against measured, where both can be had: this CPU. `python -m experiments.estimate`.
 
 Small networks of every family are profiled twice: by `mw.profile`, and by `mw.estimate` for a `mw.Device` described by the sustained rates of this
-machine (a large product, a large copy, an empty call). Compared are the bytes that must be equal, the workspaces beside the layer's activations, the times of
+machine (a large product, a large sum, many small products). Compared are the bytes that must be equal, the workspaces beside the layer's activations, the times of
 operations as ratios, and what matters in the end: at several budgets, the plan made from the estimate, replayed on the measured profile, beside the plan
 made from that. What is learned about the model of programs holds for other devices; how far they stay below their published rates is not seen here.
 Writes results/estimate/.
@@ -20,21 +20,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import rich.box
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from experiments import record, sweep, zoo  # zoo first: it sets the number of XLA's threads
-
-import jax  # isort: skip
-import jax.numpy as jnp  # isort: skip
-
-import mwplan as mw  # isort: skip
-from mwplan import planning  # isort: skip
-from mwplan.plots import png  # isort: skip
-from mwplan.profiles import LayerProfile  # isort: skip
-from mwplan.serial import write_atomically  # isort: skip
+import mwplan as mw
+from experiments import record, sweep, zoo
+from mwplan.plots import png
+from mwplan.profiles import LayerProfile
+from mwplan.serial import write_atomically
 
 
 @dataclass(frozen=True)
@@ -132,7 +129,7 @@ def transfer(config: Config, estimated: mw.Profile, measured: mw.Profile) -> Ite
         except mw.InfeasibleError:
             yield row | {"ns": None, "peak": None}
             continue
-        replay = planning.replay(measured, schedule.runs)
+        replay = mw.replay(measured, schedule.runs)
         yield row | {"ns": replay.time_ns, "peak": replay.peak_bytes, "said_ns": schedule.time_ns, "said_peak": schedule.peak_bytes}  # fmt: skip
 
 
