@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,11 +111,6 @@ class Kernel:
     in_place: bool = False
     inner: tuple[Kernel, ...] = ()
     trips: int = 1
-
-
-def total_flop(steps: Iterable[Kernel]) -> float:
-    """All kinds together, loops included."""
-    return sum(sum(k.flop.values()) + k.trips * total_flop(k.inner) for k in steps)
 
 
 # -- 1. fusion

@@ -47,7 +47,8 @@ def estimate(
     **Times** are a roofline's (`mwplan.roofline`, `mwplan.costs`): arithmetic or traffic at the device's full rates, and a launch for each kernel. Not in the
     model: how far a kernel stays below those rates (small or oddly shaped products: often a half), caches, autotuned algorithms
     (Winograd), fusion of products with what follows, launches that overlap, several devices. Ratios between the options of a layer are what a plan depends
-    on, and are better than the times themselves. Where a layer chooses its operations by `jax.default_backend()`, this host's are counted.
+    on, and are better than the times themselves. Checked on a CPU alone (results/estimate); the built-in
+    GPUs' figures are data sheets', not yet held against a GPU. Where a layer chooses its operations by `jax.default_backend()`, this host's are counted.
 
     **Errors** depend on weights and working precision, hardly on the device. Where all weights are arrays they are measured as in `mw.profile`, at the
     first `examples` examples of `x`, or of white noise (zeros for integers) where `x` is shapes; on this host, in its own matrix precision:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -150,9 +151,22 @@ def test_workspaces_are_near_the_measured(name: str) -> None:
 # -- counts
 
 
-def flop(operation: Any, *shapes: tuple[int, ...], dtype: Any = jnp.float32) -> float:
-    program, _ = programs.trace(operation, *(jax.ShapeDtypeStruct(s, dtype) for s in shapes))
-    return costs.total_flop(costs.kernels(program))
+def kernels(operation: Any, *shapes: tuple[int, ...]) -> list[costs.Kernel]:
+    program, _ = programs.trace(operation, *(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes))
+    return costs.kernels(program)
+
+
+def flop(steps: Iterable[costs.Kernel]) -> float:
+    return sum(sum(k.flop.values()) + k.trips * flop(k.inner) for k in steps)
+
+
+@jax.custom_vjp
+def custom(x: Any, w: Any) -> Any:
+    """A product with a derivative of its own."""
+    return x @ w
+
+
+custom.defvjp(lambda x, w: (x @ w, (x, w)), lambda kept, ct: (ct @ kept[1].T, kept[0].T @ ct))
 
 
 def conv(x: Any, w: Any, stride: int = 1, groups: int = 1) -> Any:
@@ -178,19 +192,20 @@ def transposed(operation: Any, x: Any, w: Any, ct: Any) -> Any:
         (lambda x, w: transposed(functools.partial(conv, groups=2), x, w, jnp.ones((2, 8, 8, 6))), [(2, 8, 8, 4), (3, 3, 2, 6)], 2 * 2 * (2 * 8 * 8 * 6) * 9 * 2),
         (lambda x, w: jax.lax.scan(lambda c, _: (c @ w, None), x, length=9)[0], [(5, 7), (7, 7)], 9 * 2 * 5 * 7 * 7),
         (lambda x: jnp.fft.fft(x.astype(jnp.complex64)), [(3, 16)], 3 * 5 * 16 * 4 + 3 * 16),
+        (jax.checkpoint(lambda x, w: jax.jit(jnp.matmul)(x, w)), [(5, 7), (7, 3)], 2 * 5 * 7 * 3),
+        (custom, [(5, 7), (7, 3)], 2 * 5 * 7 * 3),
+        (lambda x: jax.lax.while_loop(lambda c: c[0, 0] < 9, lambda c: c @ c, x), [(4, 4)], costs.WHILE_TRIPS * 2 * 4**3),
+        (lambda x: jax.lax.cond(x[0, 0] > 0, lambda c: c @ c, lambda c: c, x), [(4, 4)], 2 * 4**3 + 2),  # and the comparison, made an index
+        (lambda x: jnp.linalg.cholesky(x, symmetrize_input=False), [(6, 9, 9)], 6 * 9**3 / 3 + 6 * 9**2),  # and the upper triangle zeroed
         (jnp.tanh, [(6, 4)], costs.TRANSCENDENTAL * 24),
         (lambda x: jnp.sum(x * 2), [(6, 4)], 24 + 24),
     ],
 )  # fmt: skip
 def test_flop(operation: Any, shapes: list[tuple[int, ...]], want: float) -> None:
-    assert flop(operation, *shapes) == pytest.approx(want)
+    assert flop(kernels(operation, *shapes)) == pytest.approx(want)
 
 
 def test_programs_are_fused() -> None:
-    def kernels(operation: Any, *shapes: tuple[int, ...]) -> list[costs.Kernel]:
-        program, _ = programs.trace(operation, *(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes))
-        return costs.kernels(program)
-
     (one,) = kernels(lambda x: jnp.exp(x) * 2 + x, (64,))
     assert (one.moved_bytes, one.launches) == (2 * 64 * 4, 1)
     product, bias = kernels(lambda x, w, b: jnp.tanh(x @ w + b), (4, 8), (8, 16), (16,))
