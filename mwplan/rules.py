@@ -186,8 +186,18 @@ def parameter_gradient(layer: PyTree, x: PyTree, ct_out: PyTree) -> list[Any]:
 
 
 def _collect(layer: PyTree, x: PyTree, method: str) -> tuple[Any, ...]:
-    offer = getattr(layer, method, None)
-    return tuple(offer(trees.struct(x))) if callable(offer) else ()
+    if not callable(getattr(layer, method, None)):
+        return ()
+    found: list[Any] = []
+
+    def ask(layer: PyTree) -> None:
+        found.extend(getattr(layer, method)(trees.struct(x)))
+
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(layer)):
+        jax.eval_shape(ask, layer)  # with tracers for weights, which may be computed with as shapes may not
+    else:
+        ask(layer)
+    return tuple(found)
 
 
 def store_rules(layer: PyTree, x: PyTree) -> tuple[StoreRule, ...]:

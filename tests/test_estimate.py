@@ -49,9 +49,8 @@ def networks() -> dict[str, tuple[mw.Chain, Any]]:
     keys = iter(jax.random.split(jax.random.key(0), 20))
     cnn = mw.Chain(
         [
-            Conv2D.init(next(keys), 2, 8, 3),
+            Conv2D.init(next(keys), 2, 8, 2, stride=2, padding="VALID"),
             jnp.tanh,
-            Conv2D.init(next(keys), 8, 16, 2, stride=2, padding="VALID"),
             LeakyReLU(0.5),
             Flatten(3),
         ]
@@ -60,7 +59,8 @@ def networks() -> dict[str, tuple[mw.Chain, Any]]:
     mlp = mw.Chain([mw.stack(mw.Chain(orthogonal), jnp.ones((1, 32))).parts[0], MaxMin(), Dense.init(next(keys), 32, 8)])  # fmt: skip
     half = Sequential((Dense.init(next(keys), 8, 8), Smooth("gelu")))
     mixer = Mixer(LayerNorm.init(None, 16), 0.1 * jax.random.normal(next(keys), (16, 48)))
-    transformer = mw.Chain([mixer, Coupling(half, half), LayerNorm.init(None, 16)])
+    blocks = Sequential((LayerNorm.init(None, 16), Coupling(half, half)))
+    transformer = mw.Chain([mixer, blocks, LayerNorm.init(None, 16)])
     half_precision = mw.Chain([Dense((jnp.eye(8, 16) + 0.01).astype(jnp.bfloat16)), LeakyReLU(0.5)])
     return {
         "half precision": (half_precision, jnp.ones((32, 8), jnp.bfloat16)),
@@ -296,6 +296,20 @@ def test_a_plan_from_shapes_runs_and_is_right() -> None:
     assert float(report.worst) < 1e-4
 
 
+def test_nothing_is_run_where_nothing_makes_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any) -> Any:
+        raise AssertionError("run")
+
+    monkeypatch.setattr(measure, "visit", refuse)
+    told: list[int] = []
+    chain = mw.Chain([jnp.tanh, Dense(jnp.ones((3, 3)))])
+    with pytest.raises(AssertionError, match="run"):
+        mw.estimate(chain, jnp.ones((2, 3)), device="h100")
+    chain = mw.Chain([jnp.tanh, jnp.sin])
+    profile = mw.estimate(chain, jnp.ones((2, 3)), device="h100", progress=lambda done, *_: told.append(done))
+    assert (profile.layers[0].moonwalk[0].growth, told) == (0, [2])
+
+
 def test_unusual_inputs() -> None:
     table = jnp.ones((10, 4))
     chain = mw.Chain([lambda pair: table[pair["ids"]] + pair["scale"], jnp.sin])
@@ -309,7 +323,7 @@ def test_unusual_inputs() -> None:
     mw.estimate(
         whole, jnp.ones((8, 2, 2, 3)), device="laptop", examples=4, progress=lambda *a: told.append(a)
     )
-    assert [done for done, _, _ in told] == [1, 2]
+    assert [done for done, _, _ in told] == [1, 2, 2]
 
 
 class NeedsValues:
