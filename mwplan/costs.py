@@ -121,9 +121,7 @@ def kernels(program: Graph) -> list[Kernel]:
     outside = {id(v.root) for v in program.outputs}
     groups = _in_order(_groups(program))
     _recompute(groups, outside)
-    home: dict[
-        int, int
-    ] = {}  # which group writes a root, where it is written at all: the first that makes it
+    home: dict[int, int] = {}  # the first group that makes a root: the one that writes it, if any does
     for index, group in enumerate(groups):
         for node in group:
             for v in node.outputs:
