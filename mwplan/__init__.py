@@ -13,6 +13,7 @@ from mwplan.errors import (
     ScheduleMismatchError,
     SecondDerivativeError,
 )
+from mwplan.estimating import estimate
 from mwplan.execute import Report, apply, value_and_grad
 from mwplan.fitting import Fitted, fit
 from mwplan.ledger import replay
@@ -20,6 +21,7 @@ from mwplan.measure import profile
 from mwplan.operator import explain, fragment_of, vijp
 from mwplan.planning import Frontier, frontier, plan
 from mwplan.profiles import Profile
+from mwplan.roofline import Device
 from mwplan.schedule import Run, RunKind, Schedule, Status, Strategy
 from mwplan.tracing import Timeline, trace
 
@@ -28,6 +30,7 @@ __all__ = [
     "ArgumentError",
     "Chain",
     "ChainError",
+    "Device",
     "FileFormatError",
     "Fitted",
     "Frontier",
@@ -48,6 +51,7 @@ __all__ = [
     "Timeline",
     "apply",
     "compiler_options",
+    "estimate",
     "explain",
     "fit",
     "fragment_of",

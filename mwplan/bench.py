@@ -8,7 +8,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,40 @@ from mwplan.growth import random_cotangent
 
 PyTree = Any
 SMALL = 1 << 14  # bytes: below, a saving is not worth a compilation
+
+
+class Priced(Protocol):
+    """An operation's result, time and workspace."""
+
+    @property
+    def result(self) -> Any:
+        """What the operation gives: arrays or shapes."""
+
+    @property
+    def time_ns(self) -> int:
+        """Its time."""
+
+    @property
+    def workspace_bytes(self) -> int:
+        """What it allocates beside inputs and outputs."""
+
+
+class Pricing(Protocol):
+    """Tells what operations cost: by running them (`Bench`), or by counting (`mwplan.roofline.Roofline`)."""
+
+    def cotangent(self, y: PyTree) -> PyTree:
+        """A cotangent of `y`."""
+
+    def program(self, operation: Callable[..., Any], *args: Any) -> Priced:
+        """What `operation(*args)` gives and costs; its time is known after `settle`."""
+
+    def settle(self) -> None:
+        """Makes the times of all programs known."""
+
+    def saving(
+        self, handle: Any, operation: Callable[..., Any], *args: Any, dead: Any, outputs: Callable[[Any], Any]
+    ) -> int:
+        """As `Bench.saving`."""
 
 
 class Program:
@@ -88,8 +122,8 @@ class Bench:
         return self.plain(one, x)
 
     def cotangent(self, y: PyTree) -> PyTree:
-        """White noise like `y`."""
-        return random_cotangent(trees.struct(y), self.key)
+        """White noise like `y`, in its dtypes."""
+        return trees.cast_like(random_cotangent(trees.struct(y), self.key), y)
 
     def program(self, operation: Callable[..., Any], *args: Any) -> Handle:
         """Compiles the operation for `args`, between barriers as within a step, and runs it once; `settle` times it."""

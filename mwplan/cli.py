@@ -38,9 +38,12 @@ Network = Annotated[
         help="a saved profile (a .json file), or MODULE:NAME, a function without arguments that returns (chain, x)"
     ),
 ]
-Budget = Annotated[str, typer.Option(help="device bytes of the gradient step: 2GiB, 300MB, 1_000_000")]
 Forbid = Annotated[list[Strategy] | None, typer.Option(help="a strategy not to use; may be repeated")]
 MaxError = Annotated[float, typer.Option(help="largest predicted relative error of a rebuilt cotangent")]
+OnDevice = Annotated[
+    str | None,
+    typer.Option("--device", help="estimate for this device instead of measuring here: h100, a100, laptop"),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of text")]
 
 
@@ -88,44 +91,70 @@ def _allowed(forbid: list[Strategy] | None) -> frozenset[Strategy]:
     return frozenset(Strategy) - frozenset(forbid or ())
 
 
-def _profile(source: str) -> Profile:
-    from mwplan import measure
+def _profile(source: str, device: str | None = None) -> Profile:
+    from mwplan import estimating, measure
     from mwplan.profiles import Profile
 
     if source.endswith(".json") or Path(source).is_file():
         if not Path(source).is_file():
             raise ArgumentError(f"`{source}` does not exist: save a profile there with `mwplan profile`")
+        if device is not None:
+            raise ArgumentError(f"`{source}` is a saved profile already: leave `--device {device}` out")
         return Profile.from_json(Path(source).read_text())
     chain, x = _network(source)
     with _bar() as advance:
+        if device is not None:
+            return estimating.estimate(
+                chain,
+                x,
+                device=device,
+                progress=lambda done, total, name: advance("estimating layers", done, total),
+            )
         return measure.profile(
             chain, x, progress=lambda done, total, name: advance("profiling layers", done, total)
         )
 
 
 @app.command()
-def profile(network: Network, to: Annotated[Path, typer.Option(help="where to save it")]) -> None:
-    """Measure every layer on this device and save the profile."""
+def profile(
+    network: Network,
+    to: Annotated[Path, typer.Option(help="where to save it")],
+    device: OnDevice = None,
+) -> None:
+    """Measure every layer on this device, or estimate it for another, and save the profile."""
     from mwplan import serial
 
-    measured = _profile(network)
-    serial.write_atomically(to, measured.to_json())
-    out.print(f"{len(measured)} layers on {measured.device}, saved to {to}")
+    found = _profile(network, device)
+    serial.write_atomically(to, found.to_json())
+    out.print(f"{len(found)} layers on {found.device}, {found.source}; saved to {to}")
 
 
 @app.command()
 def plan(
     network: Network,
-    budget: Budget,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="device bytes of the gradient step: 2GiB, 300MB, 1_000_000; by default the memory of --device"
+        ),
+    ] = None,
+    device: OnDevice = None,
     max_error: MaxError = 1e-4,
     forbid: Forbid = None,
     to: Annotated[Path | None, typer.Option(help="save the schedule as JSON")] = None,
     as_json: AsJson = False,
 ) -> None:
     """The fastest schedule within a budget, with its proof."""
-    from mwplan import planning, serial
+    from mwplan import planning, roofline, serial
 
-    schedule = planning.plan(_profile(network), budget, max_error=max_error, allowed=_allowed(forbid))
+    room: str | int
+    if budget is not None:
+        room = budget
+    elif device is not None:
+        room = roofline.device_of(device).memory_bytes
+    else:
+        raise ArgumentError("`--budget` is missing: give it, or a `--device` whose memory it shall be")
+    schedule = planning.plan(_profile(network, device), room, max_error=max_error, allowed=_allowed(forbid))
     if to is not None:
         serial.write_atomically(to, schedule.to_json())
     print(schedule.to_json() if as_json else schedule)
@@ -134,6 +163,7 @@ def plan(
 @app.command()
 def frontier(
     network: Network,
+    device: OnDevice = None,
     max_error: MaxError = 1e-4,
     forbid: Forbid = None,
     plot: Annotated[Path | None, typer.Option(help="draw it into this PNG")] = None,
@@ -143,7 +173,7 @@ def frontier(
     """Every budget at once: least time against memory."""
     from mwplan import planning, plots, serial
 
-    found = planning.frontier(_profile(network), max_error=max_error, allowed=_allowed(forbid))
+    found = planning.frontier(_profile(network, device), max_error=max_error, allowed=_allowed(forbid))
     if plot is not None:
         serial.write_atomically(plot, plots.png(found.plot().figure))  # type: ignore[arg-type]
     if as_json:

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 
 from mwplan import growth, operations, rules, trees
-from mwplan.bench import Bench
+from mwplan.bench import Bench, Pricing
 from mwplan.chain import Chain, Stack, boundaries, check_chain, fingerprint, layer_name, signatures
 from mwplan.errors import ArgumentError
 from mwplan.profiles import InvertOption, LayerProfile, MoonwalkOption, Profile, StoreOption
@@ -53,33 +53,46 @@ def profile(
         raise ArgumentError(f"`repeats={repeats}` must be at least 1")
     structs = boundaries(chain, x)
     bench = Bench(repeats, seed)
-    names = [layer_name(one) for part in chain.parts for one in _block(part) * _depth(part)]
-    keys = _keys(chain, structs)
-    sampled = _spread(keys, GROWTH_SAMPLES)
-    measured: dict[Hashable, _Costs] = {}
-    unusable: list[frozenset[str] | None] = [None] * len(chain)  # by layer: the rules that its weights forbid
-    for i, one, at in _visit(chain, x, sampled, bench):
+    names = layer_names(chain)
+    keys = layer_keys(chain, structs)
+    sampled = spread(keys, GROWTH_SAMPLES)
+    measured: dict[Hashable, Costs] = {}
+    unusable: dict[int, frozenset[str]] = {}  # by layer: the rules that its weights forbid
+    for i, one, at in visit(chain, x, sampled, bench.forward):
         if keys[i] not in measured:
-            measured[keys[i]] = _measure(bench, one, at)
-        costs = measured[keys[i]]
-        forbidden = frozenset(
-            rule.name for rule in costs.checked() if rule.check(one, structs[i]) is not None
-        )
-        unusable[i] = forbidden
-        costs.unusable |= forbidden
+            measured[keys[i]] = measure_layer(bench, one, at)
+        unusable[i] = measured[keys[i]].check(one, structs[i])
         if i in sampled:
-            costs.add_errors(bench, one, at, forbidden)
+            measured[keys[i]].add_errors(bench.key, one, at, unusable[i])
         if progress is not None:
             progress(i + 1, len(chain), names[i])
+    device = jax.devices()[0]
+    return assemble(
+        chain,
+        structs,
+        [(names[i], measured[key], unusable.get(i)) for i, key in enumerate(keys)],
+        device=f"{device.platform}:{device.device_kind}",
+        source=f"measured, jax {jax.__version__}, median of {repeats}",
+    )
+
+
+def assemble(
+    chain: Chain,
+    structs: list[PyTree],
+    layers: list[tuple[str, Costs, frozenset[str] | None]],
+    *,
+    device: str,
+    source: str,
+) -> Profile:
+    """The profile of a chain from each layer's name, costs and the rules that its weights forbid (None: not looked at)."""
     known: dict[Any, LayerProfile] = {}
     profiles = []
-    for name, key, seen in zip(names, keys, unusable):
-        forbidden = frozenset(measured[key].unusable) if seen is None else seen
-        if (key, forbidden) not in known:
-            known[key, forbidden] = measured[key].layer_profile(name, forbidden)
-        profiles.append(known[key, forbidden])
+    for name, costs, seen in layers:
+        forbidden = frozenset(costs.unusable) if seen is None else seen
+        if (id(costs), forbidden) not in known:
+            known[id(costs), forbidden] = costs.layer_profile(name, forbidden)
+        profiles.append(known[id(costs), forbidden])
     params = trees.nbytes(trees.parameters(chain))
-    device = jax.devices()[0]
     return Profile(
         layers=tuple(profiles),
         activation_bytes=tuple(trees.nbytes(s) for s in structs),
@@ -89,8 +102,8 @@ def profile(
         ),
         fixed_bytes=trees.nbytes(chain) + params + trees.nbytes(structs[0]),
         fingerprint=fingerprint(chain),
-        device=f"{device.platform}:{device.device_kind}",
-        source=f"measured, jax {jax.__version__}, median of {repeats}",
+        device=device,
+        source=source,
     )
 
 
@@ -102,15 +115,25 @@ def _depth(part: Any) -> int:
     return part.depth if isinstance(part, Stack) else 1
 
 
-def _keys(chain: Chain, structs: list[PyTree]) -> list[Hashable]:
+def layer_names(chain: Chain) -> list[str]:
+    """What each layer is called in tables."""
+    return [layer_name(one) for part in chain.parts for one in _block(part) * _depth(part)]
+
+
+def layer_keys(chain: Chain, structs: list[PyTree]) -> list[Hashable]:
     """What layers that share one measurement share: structure, parameter shapes, input."""
     trees_ = [jax.tree.structure(one) for part in chain.parts for one in _block(part) * _depth(part)]
     texts = [str(struct) for struct in structs]
     return list(zip(trees_, signatures(chain), texts))
 
 
-def _visit(chain: Chain, x: PyTree, sampled: set[int], bench: Bench) -> Iterator[tuple[int, Any, PyTree]]:
-    """`(index, layer, input)` of every layer; of a deep stack only the repetitions where a layer is sampled."""
+def visit(
+    chain: Chain, x: PyTree, sampled: set[int], forward: Callable[[PyTree, PyTree], PyTree]
+) -> Iterator[tuple[int, Any, PyTree]]:
+    """`(index, layer, input)` of every layer; of a deep stack only the repetitions where a layer is sampled.
+
+    `forward(layer, x)` is the layer's output.
+    """
     i = 0
     for part in chain.parts:
         block, depth = _block(part), _depth(part)
@@ -122,7 +145,7 @@ def _visit(chain: Chain, x: PyTree, sampled: set[int], bench: Bench) -> Iterator
             for j in range(len(block)):
                 one = part.layer(n, j) if isinstance(part, Stack) else part
                 yield i + n * len(block) + j, one, x
-                x = bench.forward(one, x)
+                x = forward(one, x)
             at = n + 1
         if at < depth:
             x = _through(part, x, at, depth)
@@ -139,7 +162,7 @@ def _through(part: Stack, x: PyTree, start: int, stop: int) -> PyTree:
     return jax.lax.fori_loop(start, stop, step, x)
 
 
-def _spread(keys: list[Hashable], count: int) -> set[int]:
+def spread(keys: list[Hashable], count: int) -> set[int]:
     """Up to `count` positions of each key, evenly spread, the first and the last among them."""
     positions: dict[Hashable, list[int]] = {}
     for i, key in enumerate(keys):
@@ -151,7 +174,7 @@ def _spread(keys: list[Hashable], count: int) -> set[int]:
     return chosen
 
 
-class _Costs:
+class Costs:
     """What one signature's options cost, and the largest errors seen among the layers that share it."""
 
     def __init__(self) -> None:
@@ -168,15 +191,21 @@ class _Costs:
         """The rules that have preconditions on values."""
         return [rule for rule, _ in self.moonwalk] + [rule for rule, _ in self.invert]
 
-    def add_errors(self, bench: Bench, one: PyTree, x: PyTree, unusable: frozenset[str]) -> None:
+    def check(self, one: PyTree, struct: PyTree) -> frozenset[str]:
+        """The rules that the weights of one of the layers, at inputs like `struct`, forbid; takes note of them."""
+        forbidden = frozenset(rule.name for rule in self.checked() if rule.check(one, struct) is not None)
+        self.unusable |= forbidden
+        return forbidden
+
+    def add_errors(self, key: jax.Array, one: PyTree, x: PyTree, unusable: frozenset[str]) -> None:
         """Measures local error and growth of every usable rule at one layer, and keeps the largest."""
         for rule in self.checked():
             if rule.name in unusable:
                 continue
             if isinstance(rule, rules.VijpRule):
-                got = growth.measure(one, rule, x, bench.key)
+                got = growth.measure(one, rule, x, key)
             else:
-                got = growth.measure_inverse(one, rule, x, bench.key)
+                got = growth.measure_inverse(one, rule, x, key)
             # Not a number is an error of unknown size: unusable.
             local_error, factor = (math.inf if math.isnan(value) else value for value in got)
             seen = self.errors.get(rule.name, (0.0, 0.0))
@@ -200,8 +229,8 @@ class _Costs:
         )
 
 
-def _measure(bench: Bench, one: PyTree, x: PyTree) -> _Costs:
-    """Measures all options of one layer at its input."""
+def measure_layer(bench: Pricing, one: PyTree, x: PyTree) -> Costs:
+    """What all options of one layer cost at its input: measured, or whatever else `bench` does."""
     plain = bench.program(operations.plain_forward, one, x)
     y = plain.result
     ct_out = bench.cotangent(y)
@@ -217,7 +246,7 @@ def _measure(bench: Bench, one: PyTree, x: PyTree) -> _Costs:
         if isinstance(rule, rules.InvertRule)
     ]
     bench.settle()
-    costs = _Costs()
+    costs = Costs()
     costs.forward_ns, costs.forward_workspace_bytes = plain.time_ns, plain.workspace_bytes
     costs.parameter_bytes = trees.nbytes(trees.parameters(one))
     costs.store = [programs.option() for programs in stores]
@@ -229,7 +258,7 @@ def _measure(bench: Bench, one: PyTree, x: PyTree) -> _Costs:
 class _StorePrograms:
     """The operations of one way to store a layer."""
 
-    def __init__(self, bench: Bench, rule: rules.StoreRule, one: PyTree, x: PyTree, ct_out: PyTree) -> None:
+    def __init__(self, bench: Pricing, rule: rules.StoreRule, one: PyTree, x: PyTree, ct_out: PyTree) -> None:
         self.name = rule.name
         self.forward = bench.program(functools.partial(operations.forward, rule=rule), one, x)
         y, self.held = self.forward.result
@@ -248,7 +277,7 @@ class _StorePrograms:
         )
 
     def option(self) -> StoreOption:
-        """What was measured."""
+        """What it costs."""
         return StoreOption(
             name=self.name,
             residual_bytes=new_bytes(self.held),
@@ -265,7 +294,7 @@ class _StorePrograms:
 class _MoonwalkPrograms:
     """The operations of one way through a moonwalk run."""
 
-    def __init__(self, bench: Bench, rule: rules.VijpRule, one: PyTree, x: PyTree, ct_out: PyTree) -> None:
+    def __init__(self, bench: Pricing, rule: rules.VijpRule, one: PyTree, x: PyTree, ct_out: PyTree) -> None:
         self.rule = rule
         self.forward = bench.program(functools.partial(operations.forward, rule=rule), one, x)
         y, self.held = self.forward.result
@@ -308,7 +337,7 @@ class _MoonwalkPrograms:
         )
 
     def option(self) -> MoonwalkOption:
-        """What was measured."""
+        """What it costs."""
         return MoonwalkOption(
             name=self.rule.name,
             residual_bytes=new_bytes(self.held),
@@ -333,7 +362,9 @@ class _MoonwalkPrograms:
 class _InvertPrograms:
     """The operation of one way to invert a layer."""
 
-    def __init__(self, bench: Bench, rule: rules.InvertRule, one: PyTree, y: PyTree, ct_out: PyTree) -> None:
+    def __init__(
+        self, bench: Pricing, rule: rules.InvertRule, one: PyTree, y: PyTree, ct_out: PyTree
+    ) -> None:
         self.rule = rule
         backward = functools.partial(operations.invert_backward, rule=rule)
         self.backward = bench.program(backward, one, y, ct_out, None)
@@ -349,7 +380,7 @@ class _InvertPrograms:
         )
 
     def option(self) -> InvertOption:
-        """What was measured."""
+        """What it costs."""
         return InvertOption(
             name=self.rule.name,
             backward_ns=self.backward.time_ns,

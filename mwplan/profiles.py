@@ -1,7 +1,7 @@
 """What each way of handling each layer costs: plain values, no JAX.
 
 A `Profile` is all that the solvers and the ledger know about a network. `mwplan.measure` makes one from a
-chain on this device. The meaning of every field in an event's accounting is in docs/accounting.md.
+chain on this device, `mwplan.estimating` for one that is not at hand. The meaning of every field in an event's accounting is in docs/accounting.md.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 
@@ -75,11 +75,13 @@ class VijpRule(abc.ABC):
     """A way to take a layer through a moonwalk run: F, R and M sweeps.
 
     Cotangents inside a run are in `trees.working_dtype` of the activations' dtype (float32 or wider), in `reverse` and
-    `rebuild` alike; fragments too. `has_fragment` is False where `fragment` is always `()`: strategy VIJP.
+    `rebuild` alike; fragments too. `has_fragment` is False where `fragment` is always `()`: strategy VIJP. `any_weights` is True where
+    local error and growth are the same for all weights, so that they are known without them.
     """
 
     name: str
     has_fragment: bool = False
+    any_weights: ClassVar[bool] = False
 
     def check(self, layer: PyTree, x: PyTree) -> str | None:
         """The reason why this layer's present weights do not allow the rule, or None. Concrete values only.
@@ -161,6 +163,7 @@ class WholeFragment(VijpRule):
 
     name: str = "whole"
     has_fragment: bool = True
+    any_weights: ClassVar[bool] = True
 
     def fragment(self, layer: PyTree, residuals: PyTree, ct_out: PyTree) -> PyTree:
         """All of `ct_out`."""
@@ -183,8 +186,18 @@ def parameter_gradient(layer: PyTree, x: PyTree, ct_out: PyTree) -> list[Any]:
 
 
 def _collect(layer: PyTree, x: PyTree, method: str) -> tuple[Any, ...]:
-    offer = getattr(layer, method, None)
-    return tuple(offer(trees.struct(x))) if callable(offer) else ()
+    if not callable(getattr(layer, method, None)):
+        return ()
+    found: list[Any] = []
+
+    def ask(layer: PyTree) -> None:
+        found.extend(getattr(layer, method)(trees.struct(x)))
+
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(layer)):
+        jax.eval_shape(ask, layer)  # with tracers for weights, which may be computed with as shapes may not
+    else:
+        ask(layer)
+    return tuple(found)
 
 
 def store_rules(layer: PyTree, x: PyTree) -> tuple[StoreRule, ...]:

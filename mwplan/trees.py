@@ -66,11 +66,13 @@ def working_dtype(dtype: Any) -> Any:
 
 
 def widen(tree: Any) -> Any:
-    """`tree` with its inexact leaves in `working_dtype`: the same object where one is already."""
+    """`tree` (arrays or shapes) with its inexact leaves in `working_dtype`: the same object where one is already."""
 
     def one(a: Any) -> Any:
         wide = working_dtype(a.dtype) if is_inexact(a) else None
-        return a if wide is None or a.dtype == wide else a.astype(wide)
+        if wide is None or a.dtype == wide:
+            return a
+        return jax.ShapeDtypeStruct(a.shape, wide) if isinstance(a, jax.ShapeDtypeStruct) else a.astype(wide)
 
     return jax.tree.map(one, tree)
 

@@ -60,9 +60,21 @@ def test_explain_and_profile_take_a_module(tmp_path: Path) -> None:
     assert len(mw.Profile.from_json(to.read_text())) == 2
 
 
+def test_plans_for_a_device_that_is_not_here(tmp_path: Path) -> None:
+    net, to = "tests.test_cli:network", tmp_path / "p.json"
+    assert "estimated" in run("profile", net, "--device", "a100", "--to", str(to)).output
+    assert mw.Profile.from_json(to.read_text()).device == "a100"
+    schedule = mw.Schedule.from_json(run("plan", net, "--device", "h100", "--json").stdout)
+    assert schedule.budget_bytes == 80 * 10**9
+    assert json.loads(run("frontier", net, "--device", "laptop", "--json").stdout)
+
+
 @pytest.mark.parametrize(
     ("args", "complaint"),
     [
+        (["plan", "PROFILE"], "--budget"),
+        (["plan", "PROFILE", "--budget", "1MB", "--device", "h100"], "saved profile already"),
+        (["plan", "tests.test_cli:network", "--device", "tpu"], "h100, a100, laptop"),
         (["plan", "PROFILE", "--budget", "2 bananas"], "2 bananas"),
         (["plan", "PROFILE", "--budget", "1 B"], "leanest schedule needs"),
         (["plan", "missing.json", "--budget", "1GB"], "does not exist"),

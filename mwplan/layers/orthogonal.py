@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -118,6 +118,7 @@ class OrthogonalJvp(LinearRule):
     r"""$\bar y = \bar x Q$: the layer applied to the cotangent. Nothing is erased or kept; cost of a forward; growth 1."""
 
     name: str = "jvp"
+    any_weights: ClassVar[bool] = True
 
     def check(self, layer: Any, x: Any) -> str | None:
         """Finite parameters."""
@@ -137,6 +138,7 @@ class OrthogonalNull(LinearRule):
 
     name: str = "null"
     has_fragment: bool = True
+    any_weights: ClassVar[bool] = True
 
     def check(self, layer: OrthogonalDense, x: Any) -> str | None:
         """Finite parameters."""
