@@ -123,7 +123,13 @@ def _planned(schedule: Schedule, *, check: bool) -> Callable[[Chain, PyTree, Arr
         return chain_ct, x_ct, report
 
     call.defvjp(forward, backward)
-    return call
+
+    def alike(chain: Chain, x: PyTree, probe: Array) -> PyTree:
+        # Within `jax.shard_map` weights may be the same on every device where the input is not. A gradient has its argument's type, so
+        # all arguments are first declared to vary alike; the derivative of that declaration sums the weights' gradient, as JAX does.
+        return call(*trees.vary((chain, x, probe), trees.varying_axes((chain, x, probe))))
+
+    return alike
 
 
 def _interpreter(chain: Chain, x: PyTree, check: bool) -> Interpreter:
@@ -214,7 +220,7 @@ def value_and_grad(
             return scalar, value
 
         wrt = (0, 1, 2) if wrt_input else (0, 2)
-        probe = jnp.zeros(len(runs), jnp.float32)
+        probe = trees.vary(jnp.zeros(len(runs), jnp.float32), trees.varying_axes((chain, x)))
         (_, value), got = jax.value_and_grad(total, argnums=wrt, has_aux=True)(
             trees.parameters(chain), trees.parameters(x), probe
         )

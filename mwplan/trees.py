@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -80,3 +81,32 @@ def cast_like(tree: Any, like: Any) -> Any:
     return jax.tree.map(
         lambda a, b: a.astype(b.dtype) if is_inexact(a) and a.dtype != b.dtype else a, tree, like
     )
+
+
+def transpose(linear: Callable[[Any], Any], shape: tuple[int, ...], ct: Any) -> Any:
+    """`ct` through the transpose of `linear`, a function of an array of this `shape` and of the dtype of `ct`.
+
+    Within `jax.shard_map` the argument of `linear` varies from device to device as `ct` does: otherwise the transpose would sum over the devices.
+    """
+    axes = varying_axes(ct)
+    struct = jax.eval_shape(lambda: vary(jnp.zeros(shape, ct.dtype), axes))
+    return jax.linear_transpose(linear, struct)(ct)[0]
+
+
+def varying_axes(tree: Any) -> frozenset[Any]:
+    """The axes of a surrounding `jax.shard_map` along which any array of `tree` varies."""
+    found: frozenset[Any] = frozenset()
+    for leaf in jax.tree.leaves(tree):
+        kind = jax.typeof(leaf) if is_array(leaf) else None
+        found |= frozenset(getattr(getattr(kind, "manual_axis_type", None), "varying", ()))
+    return found
+
+
+def vary(tree: Any, axes: frozenset[Any]) -> Any:
+    """`tree` with every array declared to vary along `axes`, as values that meet in a loop or in a derivative must be."""
+
+    def one(leaf: Any) -> Any:
+        missing = axes - varying_axes(leaf)
+        return jax.lax.pcast(leaf, tuple(sorted(missing)), to="varying") if missing else leaf
+
+    return jax.tree.map(one, tree) if axes else tree

@@ -264,5 +264,5 @@ class OrthogonalConvInverse(InvertRule):
     def inverse(self, layer: OrthogonalConv, y: Any) -> Any:
         """`x`, in the dtype of `y`."""
         wide = widen(y) if layer.bias is None else widen(y) - widen(layer.bias)
-        (x,) = jax.linear_transpose(widen(layer).linear, jax.ShapeDtypeStruct(wide.shape, wide.dtype))(wide)
+        x = transpose(widen(layer).linear, wide.shape, wide)
         return x.astype(y.dtype)
