@@ -22,6 +22,7 @@ from mwplan.planning import Frontier, frontier, plan
 from mwplan.profiles import Profile
 from mwplan.schedule import Run, RunKind, Schedule, Status, Strategy
 from mwplan.tracing import Timeline, trace
+from mwplan.updates import init_states, value_and_update
 
 __version__ = "0.1.0"
 __all__ = [
@@ -52,6 +53,7 @@ __all__ = [
     "fit",
     "fragment_of",
     "frontier",
+    "init_states",
     "jit",
     "layers",
     "plan",
@@ -62,5 +64,6 @@ __all__ = [
     "trace",
     "unstack",
     "value_and_grad",
+    "value_and_update",
     "vijp",
 ]

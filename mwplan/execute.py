@@ -120,7 +120,8 @@ def _planned(schedule: Schedule, *, check: bool) -> Callable[[Chain, PyTree, Arr
             None, [_part_cotangent(part, g) for part, g in zip(saved.chain.parts, interpreter.grads.parts)]
         )
         x_ct = jax.tree.map(_instantiate, saved.x[0], box[0])
-        return chain_ct, x_ct, report
+        axes = trees.varying_axes((saved.chain, saved.x[0]))
+        return trees.vary((chain_ct, x_ct, report), axes)
 
     call.defvjp(forward, backward)
 
@@ -138,11 +139,11 @@ def _interpreter(chain: Chain, x: PyTree, check: bool) -> Interpreter:
 
 def _part_cotangent(part: PyTree, grads: list[Any]) -> PyTree:
     if not isinstance(part, Stack):
-        return _cotangent(part, grads)
-    return Stack(tuple(_cotangent(one, g) for one, g in zip(part.block, grads)), part.depth)
+        return cotangent(part, grads)
+    return Stack(tuple(cotangent(one, g) for one, g in zip(part.block, grads)), part.depth)
 
 
-def _cotangent(layer: PyTree, grads: list[Any]) -> PyTree:
+def cotangent(layer: PyTree, grads: list[Any]) -> PyTree:
     """A cotangent for every leaf of `layer`: `grads` for its parameters, float0 zeros for the rest."""
     values = iter(grads)
     return jax.tree.map(
@@ -216,7 +217,7 @@ def value_and_grad(
         def total(params: list[Any], x_params: list[Any], probe: Array) -> tuple[Any, Any]:
             y = call(trees.with_parameters(chain, params), trees.with_parameters(x, x_params), probe)
             value = loss(y, *args)
-            scalar = _checked_scalar(value[0] if has_aux else value)
+            scalar = checked_scalar(value[0] if has_aux else value)
             return scalar, value
 
         wrt = (0, 1, 2) if wrt_input else (0, 2)
@@ -224,7 +225,9 @@ def value_and_grad(
         (_, value), got = jax.value_and_grad(total, argnums=wrt, has_aux=True)(
             trees.parameters(chain), trees.parameters(x), probe
         )
-        report = Report(got[-1], tuple((run.start, run.stop, run.kind) for run in runs))
+        axes = tuple(sorted(trees.varying_axes(got[-1])))
+        discrepancy = jax.lax.pmax(got[-1], axes) if axes else got[-1]  # the worst of all devices
+        report = Report(discrepancy, tuple((run.start, run.stop, run.kind) for run in runs))
         grads = _only_parameters(chain, got[0])
         return (value, report), ((grads, _only_parameters(x, got[1])) if wrt_input else grads)
 
@@ -236,7 +239,8 @@ def _only_parameters(tree: PyTree, grads: list[Any]) -> PyTree:
     return jax.tree.map(lambda leaf: next(values) if trees.is_inexact(leaf) else None, tree)
 
 
-def _checked_scalar(value: Any) -> Any:
+def checked_scalar(value: Any) -> Any:
+    """`value` if a gradient can be taken of it, else `ArgumentError`."""
     if not hasattr(value, "shape") or value.shape != () or not trees.is_inexact(value):
         what = f"{value.dtype}{list(value.shape)}" if hasattr(value, "shape") else type(value).__name__
         raise ArgumentError(

@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from mwplan import growth, operations, rules, trees
+from mwplan import growth, operations, rules, sharding, trees
 from mwplan.bench import Bench
 from mwplan.chain import Chain, Stack, boundaries, check_chain, fingerprint, layer_name, signatures
 from mwplan.errors import ArgumentError
@@ -38,6 +38,10 @@ def profile(
 ) -> Profile:
     """Measures every layer of `chain` at input `x`, on the default device.
 
+    Of arrays on a mesh (`jax.NamedSharding`) the figures are those of one device: `x` counts by its shard, which is what a data-parallel
+    step's device works on. Weights are gathered for the measurement, as for their use in a step; `fixed_bytes` counts their shards (and
+    gradients sharded like them). What is not modelled: activations sharded other than by `x`, the communication and its buffers.
+
     **Arguments:** `chain`; `x`, concrete arrays of the shape that will be trained on; `repeats`, timed runs of each operation (the
     median counts); `seed`, of the random cotangents; `progress(done, layers, name)`, called after each layer.
     **Returns:** a `Profile`: bytes and nanoseconds as integers, each option's local error and growth.
@@ -51,6 +55,8 @@ def profile(
         raise ArgumentError("`chain` and `x` must be concrete arrays: call `mw.profile` outside `jax.jit`")
     if repeats < 1:
         raise ArgumentError(f"`repeats={repeats}` must be at least 1")
+    fixed = sum(map(sharding.local_bytes, (chain, trees.parameters(chain), x)))
+    chain, x = sharding.gathered(chain), sharding.local(x)
     structs = boundaries(chain, x)
     bench = Bench(repeats, seed)
     names = [layer_name(one) for part in chain.parts for one in _block(part) * _depth(part)]
@@ -78,7 +84,6 @@ def profile(
         if (key, forbidden) not in known:
             known[key, forbidden] = measured[key].layer_profile(name, forbidden)
         profiles.append(known[key, forbidden])
-    params = trees.nbytes(trees.parameters(chain))
     device = jax.devices()[0]
     return Profile(
         layers=tuple(profiles),
@@ -87,7 +92,7 @@ def profile(
         sweep_cotangent_bytes=tuple(
             trees.nbytes(jax.eval_shape(trees.widen, trees.parameters(s))) for s in structs
         ),
-        fixed_bytes=trees.nbytes(chain) + params + trees.nbytes(structs[0]),
+        fixed_bytes=fixed,
         fingerprint=fingerprint(chain),
         device=f"{device.platform}:{device.device_kind}",
         source=f"measured, jax {jax.__version__}, median of {repeats}",

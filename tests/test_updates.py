@@ -1,0 +1,148 @@
+"""Gradients consumed as they come: the same training step in less memory."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import mwplan as mw
+from mwplan import rules
+from mwplan.chain import boundaries
+from mwplan.layers import Dense, LeakyReLU, MaxMin
+from mwplan.schedule import Run, RunKind, Schedule
+from tests.helpers import mean_square, mlp, random_runs, relative_error, segments, small_cnn, store_all
+from tests.test_stack import repeated, stacked, wide
+
+
+def plain_step(optimizer: Any, chain: mw.Chain, state: Any, x: Any) -> tuple[mw.Chain, Any]:
+    """Backpropagation and `optax` on the whole chain."""
+    grads = jax.grad(lambda c: mean_square(c(x)))(chain)
+    steps, state = optimizer.update(grads, state, chain)
+    return optax.apply_updates(chain, steps), state
+
+
+def check(optimizer: Any, chain: mw.Chain, x: Any, runs: tuple[Run, ...], tolerance: float) -> None:
+    """Three steps are those of backpropagation and the optimizer after it."""
+    step = mw.jit(mw.value_and_update(mean_square, Schedule(runs=runs), optimizer))
+    states = mw.init_states(optimizer, chain)
+    want, state = chain, optimizer.init(chain)
+    plain = mw.jit(lambda c, s, x: plain_step(optimizer, c, s, x))
+    for _ in range(3):
+        (value, report), chain, states = step(chain, states, x)
+        assert relative_error(value, mean_square(want(x))) < 10 * tolerance
+        want, state = plain(want, state, x)
+        assert not float(report.worst) > 1e-3
+    assert relative_error(chain, want) < tolerance, runs
+
+
+@settings(max_examples=8, deadline=None, derandomize=True, database=None)
+@given(seed=st.integers(0, 10**6))
+def test_any_schedule_takes_the_plain_step(seed: int) -> None:
+    rng = random.Random(seed)
+    with jax.enable_x64(True):
+        chain, x = wide((small_cnn(seed % 5), jax.random.normal(jax.random.key(seed), (3, 8, 8, 1))))
+        check(optax.sgd(0.1, momentum=0.9), chain, x, random_runs(rng, chain, x), 1e-9)
+
+
+@settings(max_examples=10, deadline=None, derandomize=True, database=None)
+@given(seed=st.integers(0, 10**6))
+def test_stacks_take_the_plain_step(seed: int) -> None:
+    rng = random.Random(seed)
+    with jax.enable_x64(True):
+        chain, x = wide(stacked())
+        check(optax.adamw(1e-2), chain, x, repeated(rng, chain, x), 1e-8)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        optax.adam(optax.cosine_decay_schedule(1e-2, 10)),
+        optax.chain(optax.clip(0.01), optax.lion(1e-3)),
+        optax.adamw(1e-2, mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params)),
+        optax.lamb(1e-2),
+    ],
+    ids=["schedule", "clipped", "mask", "lamb"],
+)
+def test_optimizers(optimizer: Any) -> None:
+    chain, x = mlp(3), jax.random.normal(jax.random.key(0), (4, 8))
+    check(optimizer, chain, x, (*segments(chain, 2)[:2], *store_all(chain)[4:]), 1e-4)
+
+
+def test_bfloat16_weights_aux_and_integer_leaves() -> None:
+    @mw.layers.layer
+    class Shift:
+        weight: Any
+        by: Any
+
+        def __call__(self, x: Any) -> Any:
+            return jnp.roll(x, self.by, axis=-1) * self.weight
+
+    chain = mw.Chain([*mlp(1), Shift(jnp.ones(8, jnp.bfloat16), jnp.int32(2)), jax.nn.relu])
+    x = jax.random.normal(jax.random.key(0), (4, 8))
+    optimizer = optax.adam(1e-2)
+    step = mw.value_and_update(
+        lambda y, t: (mean_square(y, t), y.sum()), Schedule(runs=store_all(chain)), optimizer, has_aux=True
+    )
+    ((_, total), _), new, states = mw.jit(step)(chain, mw.init_states(optimizer, chain), x, jnp.ones((4, 8)))
+    assert total.shape == ()
+    assert new[2].weight.dtype == jnp.bfloat16
+    assert int(new[2].by) == 2
+    assert jax.tree.structure(new) == jax.tree.structure(chain)
+    assert jax.tree.structure(states) == jax.tree.structure(mw.init_states(optimizer, chain))
+
+
+def whole_bytes(compiled: Any) -> int:
+    """Arguments, outputs that are not in their place, and temporaries."""
+    m = compiled.memory_analysis()
+    return (
+        m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
+    )
+
+
+def wide_networks() -> dict[str, tuple[mw.Chain, tuple[Run, ...]]]:
+    """Twenty-four layers of 1 MiB of weights, of kilobytes of activations, by every kind of run."""
+    keys = jax.random.split(jax.random.key(0), 24)
+    plain = mw.Chain([f for k in keys for f in (Dense.init(k, 512, 512), MaxMin())])
+    x = jnp.ones((8, 512))
+    stack = mw.stack(plain, x)
+    names = tuple(
+        next(r.name for r in rules.vijp_rules(one, s) if not isinstance(r, rules.Unavailable))
+        for one, s in zip(plain, boundaries(plain, x))
+    )
+    walked = (Run(kind=RunKind.MOONWALK, start=0, stop=48, options=names),)
+    return {
+        "stored": (plain, store_all(plain)),
+        "recomputed": (plain, segments(plain, 8)),
+        "walked": (plain, walked),
+        "stack, stored": (stack, store_all(plain)),
+        "stack, recomputed": (stack, segments(plain, 8)),
+        "stack, walked": (stack, walked),
+    }
+
+
+@pytest.mark.parametrize("name", list(wide_networks()))
+def test_gradients_never_live_together(name: str) -> None:
+    """The compiled step needs about the gradients' bytes less than `value_and_grad` and the optimizer after it."""
+    chain, runs = wide_networks()[name]
+    x, optimizer = jnp.ones((8, 512)), optax.adam(1e-3)
+    schedule = Schedule(runs=runs)
+
+    def after(chain: mw.Chain, state: Any, x: Any) -> Any:
+        value, grads = mw.value_and_grad(mean_square, schedule)(chain, x)
+        steps, state = optimizer.update(grads, state, chain)
+        return value, optax.apply_updates(chain, steps), state
+
+    late = mw.jit(after, donate_argnums=(0, 1)).lower(chain, optimizer.init(chain), x).compile()
+    early = mw.jit(mw.value_and_update(mean_square, schedule, optimizer), donate_argnums=(0, 1))
+    early = early.lower(chain, mw.init_states(optimizer, chain), x).compile()
+    gradients = sum(leaf.nbytes for leaf in jax.tree.leaves(chain))
+    print(name, whole_bytes(late) / gradients, whole_bytes(early) / gradients, mw.temporaries(early) / 2**20)
+    assert whole_bytes(late) - whole_bytes(early) > 0.85 * gradients
+    assert whole_bytes(early) < 3.25 * gradients  # weights, two moments, and little else
