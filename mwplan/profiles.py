@@ -203,7 +203,8 @@ class Profile:
 
         No gradient outlives the operation after it, so that `fixed_bytes` holds the optimizer's states, `states_bytes`, in place of the
         gradients, and a layer's gradient is workspace of what makes it. Assumes that chain and states are donated, and that the update itself is
-        one pass over them (elementwise), which needs no arrays of its own.
+        one pass over them (elementwise), which needs no arrays of its own. Not counted: a loop over a stack writes a layer's new parameters and
+        states apart before they take the place of the old.
         """
         if isinstance(states_bytes, bool) or not isinstance(states_bytes, int) or states_bytes < 0:
             raise ArgumentError(f"`states_bytes={states_bytes!r}` must be an integer, at least 0")
@@ -235,9 +236,7 @@ def _consuming(layer: LayerProfile) -> LayerProfile:
     return dataclasses.replace(
         layer,
         store=tuple(more(o, "backward_workspace_bytes") for o in layer.store),
-        moonwalk=tuple(
-            more(o, "advance_workspace_bytes", "last_workspace_bytes") for o in layer.moonwalk
-        ),
+        moonwalk=tuple(more(o, "advance_workspace_bytes", "last_workspace_bytes") for o in layer.moonwalk),
         invert=tuple(more(o, "backward_workspace_bytes") for o in layer.invert),
     )
 

@@ -114,8 +114,9 @@ def vary(tree: Any, axes: frozenset[str]) -> Any:
         missing = tuple(sorted(axes - varying_axes(leaf))) if is_array(leaf) else ()
         if not missing or leaf.dtype == jax.dtypes.float0:
             return leaf
-        if hasattr(jax.lax, "pcast"):
-            return jax.lax.pcast(leaf, missing, to="varying")
-        return jax.lax.pvary(leaf, missing)
+        cast = getattr(jax.lax, "pcast", None)
+        if cast is None:  # older than jax 0.9
+            return getattr(jax.lax, "pvary")(leaf, missing)  # noqa: B009
+        return cast(leaf, missing, to="varying")
 
     return jax.tree.map(one, tree) if axes else tree

@@ -60,7 +60,8 @@ def value_and_update(
 ) -> Callable[..., tuple[tuple[Any, Report], Chain, tuple[PyTree, ...]]]:
     """A function that takes a whole training step: each layer is updated as soon as its gradient exists, which is then gone.
 
-    The gradients of all layers never live together. With the chain and the states donated, a step needs parameters, states and
+    The gradients of all layers never live together, stacked or not. (Of layers that are not stacked XLA may do as much by itself, where the
+    optimizer follows `value_and_grad` in the same program; here it is tied, and so can be planned for.) With the chain and the states donated, a step needs parameters, states and
     input, temporaries, and the largest layer's gradient; `Profile.consuming_gradients` tells the planner so.
 
     ```python
@@ -148,7 +149,9 @@ class Updates(Gradients):
         """Parameters and states of a stack, as they are now."""
         if self.parts[part] is None:
             block = self.chain.parts[part].block
-            self.parts[part] = [(trees.parameters(one), state) for one, state in zip(block, self.states[part])]
+            self.parts[part] = [
+                (trees.parameters(one), state) for one, state in zip(block, self.states[part])
+            ]
         return self.parts[part]
 
     def layer(self, view: View, position: int) -> PyTree:
@@ -188,7 +191,9 @@ class Updates(Gradients):
         for i, (part, new) in enumerate(zip(self.chain.parts, self.parts)):
             if isinstance(part, Stack):
                 pairs = self.stacked(i)
-                block = tuple(trees.with_parameters(one, params) for one, (params, _) in zip(part.block, pairs))
+                block = tuple(
+                    trees.with_parameters(one, params) for one, (params, _) in zip(part.block, pairs)
+                )
                 parts.append(Stack(block, part.depth))
                 states.append(tuple(state for _, state in pairs))
             else:

