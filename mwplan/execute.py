@@ -179,7 +179,7 @@ def check_match(schedule: Schedule, chain: Chain) -> None:
 def apply(schedule: Schedule, chain: Chain, x: PyTree) -> PyTree:
     """`chain(x)`, to be differentiated by `schedule`.
 
-    An ordinary JAX function of `chain` and `x`: `jax.grad`, `jit`, `vmap` and `optax` work on it as on the plain chain. Jit
+    An ordinary JAX function of `chain` and `x`: `jax.grad`, `jit`, `vmap`, `shard_map` and `optax` work on it as on the plain chain. Jit
     it with `mw.jit`, or pass `compiler_options=mw.compiler_options()` to `jax.jit`: without them XLA:CPU undoes the plan.
 
     **Arguments:** `schedule` from `mw.plan`; `chain`, with the layers and parameter shapes that the schedule was made for;
@@ -200,7 +200,8 @@ def value_and_grad(
     **Arguments:** `loss(y, *args)`, a scalar (with `has_aux`, a pair of it and anything); `schedule`; `wrt_input`: also the
     gradient with respect to the input.
     **Returns:** `f(chain, x, *args) -> ((value, report), grads)`, where `value` is what `loss` returned, `grads` is a chain (with None
-    for leaves that are not parameters), or a pair `(chain, x)` of gradients. `report` is a `Report`.
+    for leaves that are not parameters), or a pair `(chain, x)` of gradients. `report` is a `Report`; within `jax.shard_map`, each run's worst of
+    all devices.
     **Raises:** `ArgumentError` for a loss that is not scalar; as `apply`.
     """
     if not callable(loss):

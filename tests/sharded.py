@@ -160,7 +160,6 @@ def memory(out: dict[str, float]) -> None:
     alone = mw.profile(mlp(depth=12, width=64), jnp.ones((1024, 64)), repeats=1)
     out["profile: activations"] = profile.activation_bytes == alone.activation_bytes
     out["profile: fixed"] = profile.fixed_bytes == alone.fixed_bytes
-    out["memory: gradients"] = mw.trees.nbytes(chain)
     both = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     dense = jax.device_put(mlp(1, 8), NamedSharding(both, P()))
     halved = jax.tree.map(
@@ -174,6 +173,8 @@ def memory(out: dict[str, float]) -> None:
         schedule = frontier.at(total)
         step = mw.jit(mw.value_and_grad(lambda y: jnp.mean(y**2), schedule))
         got = step.lower(chain, x).compile()
+        one = step.lower(mlp(depth=12, width=64), jnp.ones((1024, 64))).compile()
+        out[f"memory: {label} alone"] = mw.temporaries(one)
         out[f"memory: {label} predicted"] = schedule.peak_bytes
         out[f"memory: {label} measured"] = mw.temporaries(got)
         arguments = got.memory_analysis()

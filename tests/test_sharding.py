@@ -44,9 +44,9 @@ def test_a_profile_of_sharded_arrays_is_of_one_device(figures: dict[str, float])
     assert figures["profile: parameter-sharded fixed"] == 1
     for label in ("least", "middle", "most"):
         predicted, measured = figures[f"memory: {label} predicted"], figures[f"memory: {label} measured"]
-        # Local gradients, before they are summed over the devices, are temporaries that one device has not.
-        gradients = figures["memory: gradients"]
-        assert 0.85 * predicted < measured < 1.1 * predicted + gradients, label
+        assert measured < 1.05 * figures[f"memory: {label} alone"], label
+        # The leanest plan leaves holes between buffers, on one device as on eight.
+        assert 0.85 * predicted < measured < (1.4 if label == "least" else 1.1) * predicted, label
         assert abs(figures[f"memory: {label} fixed"]) < 1024, (
             label
         )  # the loss, the report, the result's table

@@ -42,7 +42,7 @@ def check(optimizer: Any, chain: mw.Chain, x: Any, runs: tuple[Run, ...], tolera
     assert relative_error(chain, want) < tolerance, runs
 
 
-@settings(max_examples=6, deadline=None, derandomize=True, database=None)
+@settings(max_examples=3, deadline=None, derandomize=True, database=None)
 @given(seed=st.integers(0, 10**6))
 def test_any_schedule_takes_the_plain_step(seed: int) -> None:
     rng = random.Random(seed)
@@ -51,7 +51,7 @@ def test_any_schedule_takes_the_plain_step(seed: int) -> None:
         check(optax.sgd(0.1, momentum=0.9), chain, x, random_runs(rng, chain, x), 1e-9)
 
 
-@settings(max_examples=6, deadline=None, derandomize=True, database=None)
+@settings(max_examples=3, deadline=None, derandomize=True, database=None)
 @given(seed=st.integers(0, 10**6))
 def test_stacks_take_the_plain_step(seed: int) -> None:
     rng = random.Random(seed)
@@ -104,37 +104,32 @@ def whole_bytes(compiled: Any) -> int:
     return m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
 
 
-def wide_networks() -> dict[str, tuple[mw.Chain, tuple[Run, ...]]]:
-    """Twenty-four layers of 1 MiB of weights, of kilobytes of activations, by every kind of run."""
-    keys = jax.random.split(jax.random.key(0), 24)
-    plain = mw.Chain([f for k in keys for f in (Dense.init(k, 512, 512), MaxMin())])
-    x = jnp.ones((8, 512))
-    stack = mw.stack(plain, x)
-    names = tuple(
-        next(r.name for r in rules.vijp_rules(one, s) if not isinstance(r, rules.Unavailable))
-        for one, s in zip(plain, boundaries(plain, x))
-    )
-    walked = (Run(kind=RunKind.MOONWALK, start=0, stop=48, options=names),)
-    return {
-        "stored": (plain, store_all(plain)),
-        "recomputed": (plain, segments(plain, 8)),
-        "walked": (plain, walked),
-        "stack, stored": (stack, store_all(plain)),
-        "stack, recomputed": (stack, segments(plain, 8)),
-        "stack, walked": (stack, walked),
-    }
+def wide_network(kind: str, depth: int) -> tuple[mw.Chain, Any, Schedule]:
+    """Layers of 1 MiB of weights, of kilobytes of activations, by one kind of run."""
+    keys = jax.random.split(jax.random.key(0), depth)
+    chain, x = mw.Chain([f for k in keys for f in (Dense.init(k, 512, 512), MaxMin())]), jnp.ones((8, 512))
+    if kind == "walked":
+        names = tuple(
+            next(r.name for r in rules.vijp_rules(one, s) if not isinstance(r, rules.Unavailable))
+            for one, s in zip(chain, boundaries(chain, x))
+        )
+        runs: tuple[Run, ...] = (Run(kind=RunKind.MOONWALK, start=0, stop=2 * depth, options=names),)
+    else:
+        runs = store_all(chain) if kind == "stored" else segments(chain, 8)
+    return chain, x, Schedule(runs=runs)
 
 
-@pytest.mark.parametrize("name", list(wide_networks()))
-def test_gradients_never_live_together(name: str) -> None:
+@pytest.mark.parametrize("stacks", [False, True])
+@pytest.mark.parametrize("kind", ["stored", "recomputed", "walked"])
+def test_gradients_never_live_together(kind: str, stacks: bool) -> None:
     """The compiled step needs about the gradients' bytes less than `value_and_grad` and the optimizer after it.
 
     Of layers that are not stacked XLA:CPU sees to that by itself if both are one program; so there the gradient step alone is the measure,
     as where gradients are summed or sent before the update.
     """
-    chain, runs = wide_networks()[name]
-    x, optimizer = jnp.ones((8, 512)), optax.adam(1e-3)
-    schedule = Schedule(runs=runs)
+    chain, x, schedule = wide_network(kind, 24 if stacks else 8)
+    chain = mw.stack(chain, x) if stacks else chain
+    optimizer = optax.adam(1e-3)
 
     def after(chain: mw.Chain, state: Any, x: Any) -> Any:
         value, grads = mw.value_and_grad(mean_square, schedule)(chain, x)
@@ -145,13 +140,13 @@ def test_gradients_never_live_together(name: str) -> None:
     states = mw.init_states(optimizer, chain)
     early = mw.jit(mw.value_and_update(mean_square, schedule, optimizer), donate_argnums=(0, 1))
     early = early.lower(chain, states, x).compile()
-    if "stack" in name:
+    if stacks:
         late = mw.jit(after, donate_argnums=(0, 1)).lower(chain, optimizer.init(chain), x).compile()
         needs = whole_bytes(late)
     else:
         late = mw.jit(mw.value_and_grad(mean_square, schedule)).lower(chain, x).compile()
         needs = whole_bytes(late) + sum(leaf.nbytes for leaf in jax.tree.leaves(states))
-    assert needs - whole_bytes(early) > 0.85 * gradients
+    assert needs - whole_bytes(early) > 0.8 * gradients
     assert whole_bytes(early) < 3.3 * gradients  # weights, two moments, and little else
 
 
