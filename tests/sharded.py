@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import mwplan as mw
@@ -151,6 +152,33 @@ def check(name: str, chain: mw.Chain, x: Any, runs: tuple[Run, ...], out: dict[s
     out[f"{name}: untracked shard_map"] = relative_error(mw.jit(untracked)(chain, x, target), want[0])
 
 
+def updates(out: dict[str, float]) -> None:
+    """Layers updated as their gradients come, on a mesh: placed by `jax.jit`, and averaged by the optimizer within `shard_map`."""
+    chain, x, runs = networks()["stack, walked"]
+    target, adam = jnp.zeros_like(x), optax.adam(1e-2)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    average = optax.chain(optax.stateless(lambda grads, _: jax.lax.pmean(grads, "data")), adam)
+
+    def new_chain(optimizer: Any, *args: Any) -> mw.Chain:
+        return mw.value_and_update(local_loss, Schedule(runs=runs), optimizer)(*args)[1]
+
+    alone = mw.jit(functools.partial(new_chain, adam))
+    states = mw.init_states(adam, chain)
+    want = alone(chain, states, x, target)
+    same, spread = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
+    got = alone(*jax.device_put((chain, states), same), *jax.device_put((x, target), spread))
+    out["updates: data-parallel"] = relative_error(got, want)
+    specs = {"in_specs": (P(), P(), P("data"), P("data")), "out_specs": P()}
+    mapped = jax.shard_map(functools.partial(new_chain, average), mesh=mesh, check_vma=False, **specs)
+    got = mw.jit(mapped)(chain, mw.init_states(average, chain), x, target)
+    out["updates: untracked shard_map"] = relative_error(got, want)
+    tracked = jax.shard_map(functools.partial(new_chain, adam), mesh=mesh, **specs)
+    try:
+        mw.jit(tracked)(chain, states, x, target)
+    except mw.ArgumentError as error:
+        out["refused"] = "check_vma=False" in str(error)
+
+
 def memory(out: dict[str, float]) -> None:
     """The temporaries of one device of a data-parallel step against the profile of a sharded input, for three schedules."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
@@ -167,15 +195,19 @@ def memory(out: dict[str, float]) -> None:
     )
     spread = mw.profile(halved, jax.device_put(jnp.ones((8, 8)), NamedSharding(both, P("data"))), repeats=1)
     out["profile: parameter-sharded fixed"] = spread.fixed_bytes == 2 * (8 * 8 + 8) // 2 * 4 + 2 * 8 * 4
-    frontier = mw.frontier(profile)
-    points = [total for total, _ in frontier.points]
-    for label, total in (("least", points[0]), ("middle", points[len(points) // 2]), ("most", points[-1])):
-        schedule = frontier.at(total)
+    single = mlp(depth=12, width=64)
+    plans = {
+        "stored": store_all(single),
+        "recomputed": segments(single, 6),
+        "walked": (walk(single, jnp.ones((1024, 64)), 0, 24),),
+    }
+    for label, runs in plans.items():
+        schedule = Schedule(runs=runs)
         step = mw.jit(mw.value_and_grad(lambda y: jnp.mean(y**2), schedule))
         got = step.lower(chain, x).compile()
-        one = step.lower(mlp(depth=12, width=64), jnp.ones((1024, 64))).compile()
+        one = step.lower(single, jnp.ones((1024, 64))).compile()
         out[f"memory: {label} alone"] = mw.temporaries(one)
-        out[f"memory: {label} predicted"] = schedule.peak_bytes
+        out[f"memory: {label} predicted"] = mw.replay(profile, runs).peak_bytes
         out[f"memory: {label} measured"] = mw.temporaries(got)
         arguments = got.memory_analysis()
         out[f"memory: {label} fixed"] = (
@@ -189,6 +221,7 @@ def main() -> None:
     for name, network in networks().items():
         if len(sys.argv) < 2 or name in sys.argv[1:]:
             check(name, *network, out)
+    updates(out)
     memory(out)
     print(json.dumps({name: float(np.asarray(figure)) for name, figure in out.items()}))
 

@@ -33,7 +33,8 @@ def test_gradients_on_meshes_are_those_of_one_device(figures: dict[str, float]) 
     assert figures["devices"] == 8
     checks = {name: error for name, error in figures.items() if ": " in name and "memory" not in name}
     checks = {name: error for name, error in checks.items() if "profile" not in name}
-    assert len(checks) == 29
+    assert len(checks) == 31
+    assert figures["refused"] == 1  # gradients consumed within a `shard_map` that tracks what varies
     for name, error in checks.items():
         assert error < 1e-5, name  # the networks are float32; reports too are below their tolerance
 
@@ -42,11 +43,10 @@ def test_a_profile_of_sharded_arrays_is_of_one_device(figures: dict[str, float])
     """As of the shard alone, and each device's part of the compiled step needs what the schedule says."""
     assert figures["profile: activations"] == figures["profile: fixed"] == 1
     assert figures["profile: parameter-sharded fixed"] == 1
-    for label in ("least", "middle", "most"):
+    for label in ("stored", "recomputed", "walked"):
         predicted, measured = figures[f"memory: {label} predicted"], figures[f"memory: {label} measured"]
-        assert measured < 1.05 * figures[f"memory: {label} alone"], label
-        # The leanest plan leaves holes between buffers, on one device as on eight.
-        assert 0.85 * predicted < measured < (1.4 if label == "least" else 1.1) * predicted, label
+        assert measured < 1.02 * figures[f"memory: {label} alone"], label
+        assert 0.85 * predicted < measured < 1.05 * predicted, label
         assert abs(figures[f"memory: {label} fixed"]) < 1024, (
             label
         )  # the loss, the report, the result's table
