@@ -13,13 +13,17 @@ PyTree = Any
 
 
 def local(tree: PyTree) -> PyTree:
-    """One device's shards of the arrays of `tree`, on that device; an array that lies on one device, or on all alike, is as it was."""
-    return jax.tree.map(lambda a: a.addressable_shards[0].data if _spread(a) else a, tree)
+    """A shard of each array of `tree`, on one device; an array that is on one device already is as it was."""
+    return jax.tree.map(lambda a: _on_one_device(a.addressable_shards[0].data) if _spread(a) else a, tree)
 
 
 def gathered(tree: PyTree) -> PyTree:
-    """`tree` with every array whole on one device. Cost: a copy of what is spread."""
-    return jax.tree.map(lambda a: jax.device_put(a, jax.local_devices()[0]) if _spread(a) else a, tree)
+    """`tree` with every array whole on one device. Cost: a copy of what is spread, all of which this process must address."""
+    return jax.tree.map(lambda a: _on_one_device(a) if _spread(a) else a, tree)
+
+
+def _on_one_device(a: Any) -> Any:
+    return jax.device_put(a, jax.local_devices()[0])
 
 
 def local_bytes(tree: PyTree) -> int:
