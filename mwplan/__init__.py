@@ -24,6 +24,7 @@ from mwplan.profiles import Profile
 from mwplan.roofline import Device
 from mwplan.schedule import Run, RunKind, Schedule, Status, Strategy
 from mwplan.tracing import Timeline, trace
+from mwplan.updates import init_states, value_and_update
 
 __version__ = "0.1.0"
 __all__ = [
@@ -56,6 +57,7 @@ __all__ = [
     "fit",
     "fragment_of",
     "frontier",
+    "init_states",
     "jit",
     "layers",
     "plan",
@@ -66,5 +68,6 @@ __all__ = [
     "trace",
     "unstack",
     "value_and_grad",
+    "value_and_update",
     "vijp",
 ]

@@ -339,7 +339,8 @@ def one_block(part: Stack) -> tuple[Any, ...]:
 
 def _output(one: Any, x: PyTree, position: int) -> PyTree:
     try:
-        return jax.eval_shape(lambda one, x: one(x), one, x)
+        # Shapes and dtypes alone: within `jax.shard_map` JAX's structs also say where arrays are.
+        return trees.struct(jax.eval_shape(lambda one, x: one(x), one, x))
     except Exception as error:
         raise ChainError(
             f"layer {position} ({layer_name(one)}) does not accept its input {_shapes(x)}: {error}"

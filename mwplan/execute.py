@@ -121,10 +121,17 @@ def _planned(schedule: Schedule, *, check: bool) -> Callable[[Chain, PyTree, Arr
             None, [_part_cotangent(part, g) for part, g in zip(saved.chain.parts, interpreter.grads.parts)]
         )
         x_ct = jax.tree.map(_instantiate, saved.x[0], box[0])
-        return chain_ct, x_ct, report
+        axes = trees.varying_axes((saved.chain, saved.x[0]))
+        return trees.vary((chain_ct, x_ct, report), axes)
 
     call.defvjp(forward, backward)
-    return call
+
+    def alike(chain: Chain, x: PyTree, probe: Array) -> PyTree:
+        # Within `jax.shard_map` weights may be the same on every device where the input is not. A gradient has its argument's type, so
+        # all arguments are first declared to vary alike; the derivative of that declaration sums the weights' gradient, as JAX does.
+        return call(*trees.vary((chain, x, probe), trees.varying_axes((chain, x, probe))))
+
+    return alike
 
 
 def _interpreter(chain: Chain, x: PyTree, check: bool) -> Interpreter:
@@ -133,11 +140,11 @@ def _interpreter(chain: Chain, x: PyTree, check: bool) -> Interpreter:
 
 def _part_cotangent(part: PyTree, grads: list[Any]) -> PyTree:
     if not isinstance(part, Stack):
-        return _cotangent(part, grads)
-    return Stack(tuple(_cotangent(one, g) for one, g in zip(part.block, grads)), part.depth)
+        return cotangent(part, grads)
+    return Stack(tuple(cotangent(one, g) for one, g in zip(part.block, grads)), part.depth)
 
 
-def _cotangent(layer: PyTree, grads: list[Any]) -> PyTree:
+def cotangent(layer: PyTree, grads: list[Any]) -> PyTree:
     """A cotangent for every leaf of `layer`: `grads` for its parameters, float0 zeros for the rest."""
     values = iter(grads)
     return jax.tree.map(
@@ -173,7 +180,7 @@ def check_match(schedule: Schedule, chain: Chain) -> None:
 def apply(schedule: Schedule, chain: Chain, x: PyTree) -> PyTree:
     """`chain(x)`, to be differentiated by `schedule`.
 
-    An ordinary JAX function of `chain` and `x`: `jax.grad`, `jit`, `vmap` and `optax` work on it as on the plain chain. Jit
+    An ordinary JAX function of `chain` and `x`: `jax.grad`, `jit`, `vmap`, `shard_map` and `optax` work on it as on the plain chain. Jit
     it with `mw.jit`, or pass `compiler_options=mw.compiler_options()` to `jax.jit`: without them XLA:CPU undoes the plan.
 
     **Arguments:** `schedule` from `mw.plan`; `chain`, with the layers and parameter shapes that the schedule was made for;
@@ -194,7 +201,8 @@ def value_and_grad(
     **Arguments:** `loss(y, *args)`, a scalar (with `has_aux`, a pair of it and anything); `schedule`; `wrt_input`: also the
     gradient with respect to the input.
     **Returns:** `f(chain, x, *args) -> ((value, report), grads)`, where `value` is what `loss` returned, `grads` is a chain (with None
-    for leaves that are not parameters), or a pair `(chain, x)` of gradients. `report` is a `Report`.
+    for leaves that are not parameters), or a pair `(chain, x)` of gradients. `report` is a `Report`; within `jax.shard_map`, each run's worst of
+    all devices.
     **Raises:** `ArgumentError` for a loss that is not scalar; as `apply`.
     """
     if not callable(loss):
@@ -211,15 +219,17 @@ def value_and_grad(
         def total(params: list[Any], x_params: list[Any], probe: Array) -> tuple[Any, Any]:
             y = call(trees.with_parameters(chain, params), trees.with_parameters(x, x_params), probe)
             value = loss(y, *args)
-            scalar = _checked_scalar(value[0] if has_aux else value)
+            scalar = checked_scalar(value[0] if has_aux else value)
             return scalar, value
 
         wrt = (0, 1, 2) if wrt_input else (0, 2)
-        probe = jnp.zeros(len(runs), jnp.float32)
+        probe = trees.vary(jnp.zeros(len(runs), jnp.float32), trees.varying_axes((chain, x)))
         (_, value), got = jax.value_and_grad(total, argnums=wrt, has_aux=True)(
             trees.parameters(chain), trees.parameters(x), probe
         )
-        report = Report(got[-1], tuple((run.start, run.stop, run.kind) for run in runs))
+        axes = tuple(sorted(trees.varying_axes(got[-1])))
+        discrepancy = jax.lax.pmax(got[-1], axes) if axes else got[-1]  # the worst of all devices
+        report = Report(discrepancy, tuple((run.start, run.stop, run.kind) for run in runs))
         grads = _only_parameters(chain, got[0])
         return (value, report), ((grads, _only_parameters(x, got[1])) if wrt_input else grads)
 
@@ -231,7 +241,8 @@ def _only_parameters(tree: PyTree, grads: list[Any]) -> PyTree:
     return jax.tree.map(lambda leaf: next(values) if trees.is_inexact(leaf) else None, tree)
 
 
-def _checked_scalar(value: Any) -> Any:
+def checked_scalar(value: Any) -> Any:
+    """`value` if a gradient can be taken of it, else `ArgumentError`."""
     if not hasattr(value, "shape") or value.shape != () or not trees.is_inexact(value):
         what = f"{value.dtype}{list(value.shape)}" if hasattr(value, "shape") else type(value).__name__
         raise ArgumentError(

@@ -96,12 +96,25 @@ class Gradients:
         self.chain = chain
         self.parts: list[Any] = [None] * len(chain.parts) if parts is None else parts
 
-    def put(self, view: View, position: int, grads: list[Any]) -> None:
-        """The gradient of one layer has come."""
+    def within(self, part: int, buffers: Any) -> Gradients:
+        """Those of one repetition of a stack; `buffers`, its gradients so far."""
+        parts = [None] * len(self.parts)
+        parts[part] = buffers
+        return Gradients(self.chain, parts)
+
+    def layer(self, view: View, position: int) -> PyTree:
+        """The layer that makes `x_position`."""
+        return view.layer(position)
+
+    def found(
+        self, walker: Interpreter, position: int, depth: int, grads: list[Any], later: PyTree
+    ) -> PyTree:
+        """The gradient of one layer has come. Returns `later`, what follows needs: it may be made to wait."""
+        view = walker.view
         place = view.places[position - 1]
         if not isinstance(self.chain.parts[place.part], Stack):
             self.parts[place.part] = grads
-            return
+            return later
         block = list(self.stacked(place.part))
         row = view.at + place.repetition
         block[place.phase] = [
@@ -109,8 +122,9 @@ class Gradients:
             for old, new in zip(block[place.phase], grads)
         ]
         self.parts[place.part] = block
+        return later
 
-    def stacked(self, part: int) -> list[list[Array]]:
+    def stacked(self, part: int) -> list[Any]:
         """The arrays of a stack's gradients, zeros where none has come."""
         if self.parts[part] is None:
             block = self.chain.parts[part].block
@@ -186,6 +200,10 @@ class Interpreter:
         self.report: dict[tuple[int, int], Any] = {}
         self.sketches: dict[int, Array] = {}
 
+    def layer(self, position: int) -> PyTree:
+        """The layer that makes `x_position`."""
+        return self.grads.layer(self.view, position)
+
     # -- activations -----------------------------------------------------------------------------------------------
 
     def claim(self, position: int, value: PyTree = None) -> None:
@@ -247,12 +265,10 @@ class Interpreter:
 
     def within(self, many: Repeat, repetition: Any, buffers: Any = None) -> Interpreter:
         """An interpreter of one repetition; `buffers`, the stack's gradients so far."""
-        parts = [None] * len(self.grads.parts)
-        parts[self.view.places[many.start].part] = buffers
         return Interpreter(
             self.view.window(many.start, many.span, repetition),
             self.structs[many.start : many.start + many.span + 1],
-            Gradients(self.grads.chain, parts),
+            self.grads.within(self.view.places[many.start].part, buffers),
             looped if self.perform is compiled and jax.default_backend() == "cpu" else self.perform,
             self.gate,
             check=self.check,
@@ -395,7 +411,7 @@ class Interpreter:
     def _forward_layers(self, run: Run | _Part, depth: int) -> list[Any]:
         kept = []
         for layer in range(run.start + 1, run.stop + 1):
-            one = self.view.layer(layer)
+            one = self.layer(layer)
             keeps_input = keeps_output = False
             if run.kind in (RunKind.STORE, RunKind.MOONWALK):
                 operation = functools.partial(operations.forward, rule=self.rule(run, layer))
@@ -452,14 +468,13 @@ class Interpreter:
             layer,
             depth,
             operation,
-            self.view.layer(layer),
+            self.layer(layer),
             held,
             *self.shared(layer, held),
             box.pop(),
         )
-        self.grads.put(self.view, layer, grads)
-        box.append(ct)
         self.release_shared(layer, held)
+        box.append(self.grads.found(self, layer, depth, grads, ct))
 
     def _moonwalk(self, run: Run, kept: list[Any], box: list[PyTree], depth: int) -> None:
         pieces = self.pieces(run)
@@ -510,7 +525,7 @@ class Interpreter:
                 layer,
                 depth,
                 operation,
-                self.view.layer(layer),
+                self.layer(layer),
                 held,
                 *self.shared(layer, held),
                 box.pop(),
@@ -526,20 +541,19 @@ class Interpreter:
     ) -> None:
         """M over some layers; `end`, the last of the run, whose output nobody needs."""
         for layer in range(part.start + 1, part.stop + 1):
-            one = self.view.layer(layer)
+            one = self.layer(layer)
             operation: Callable[..., Any] = functools.partial(operations.vijp, rule=self.rule(part, layer))
             ct = self.perform(
                 "rebuild", layer, depth, operation, one, self.x[layer - 1], box.pop(), fragments.pop()
             )
             operation = functools.partial(operations.advance, last=layer == end)
             y, grads = self.perform("advance", layer, depth, operation, one, self.x[layer - 1], ct)
+            self.release(layer - 1)
+            ct, y = self.grads.found(self, layer, depth, grads, (ct, y))
             box.append(ct)
-            del ct
-            self.grads.put(self.view, layer, grads)
             if layer != end:
                 self.claim(layer, y)
-            del y
-            self.release(layer - 1)
+            del ct, y
 
     def _scan_advance(self, run: Run, piece: Repeat, fragments: Any, box: list[PyTree], depth: int) -> None:
         part = _part(run, piece)
@@ -594,8 +608,8 @@ class Interpreter:
     ) -> tuple[PyTree, PyTree]:
         """`(x, ct_in)`."""
         operation = functools.partial(operations.invert_backward, rule=self.rule(run, layer))
-        x, grads, ct = self.perform("backward", layer, depth, operation, self.view.layer(layer), y, ct, known)
-        self.grads.put(self.view, layer, grads)
+        x, grads, ct = self.perform("backward", layer, depth, operation, self.layer(layer), y, ct, known)
+        x, ct = self.grads.found(self, layer, depth, grads, (x, ct))
         return x, ct
 
     def _scan_invert(self, run: Run, piece: Repeat, box: list[PyTree], depth: int) -> PyTree:
@@ -618,7 +632,7 @@ class Interpreter:
 
     def rule(self, run: Run | _Part, layer: int) -> Any:
         """The rule that a run names for one of its layers."""
-        one, x = self.view.layer(layer), self.structs[layer - 1]
+        one, x = self.layer(layer), self.structs[layer - 1]
         find = {
             RunKind.STORE: rules.store_rules,
             RunKind.MOONWALK: rules.vijp_rules,

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from mwplan import trees
+
 PyTree = Any
 
 
@@ -34,9 +36,19 @@ def scan(
         traced[:] = [treedef]
         return carry, leaves
 
-    structs = jax.eval_shape(lambda c: flat(c, jnp.int32(0))[1], carry)
+    # Within `jax.shard_map` a loop's state keeps one type: what a step makes vary from device to device varies from the start.
+    while True:
+        after, structs = jax.eval_shape(lambda c: flat(c, jnp.int32(0)), carry)
+        axes = [trees.varying_axes(leaf) for leaf in jax.tree.leaves(after)]
+        leaves, treedef = jax.tree.flatten(carry)
+        if all(then <= trees.varying_axes(now) for then, now in zip(axes, leaves)):
+            break
+        carry = jax.tree.unflatten(treedef, [trees.vary(now, then) for then, now in zip(axes, leaves)])
     carry, zero = _after(carry)
-    out = [jnp.broadcast_to(zero.astype(s.dtype), (count, *s.shape)) for s in structs]
+    out = [
+        trees.vary(jnp.broadcast_to(zero.astype(s.dtype), (count, *s.shape)), trees.varying_axes(s))
+        for s in structs
+    ]
 
     def body(k: Any, state: Any) -> Any:
         carry, out = state

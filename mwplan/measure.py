@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from mwplan import growth, operations, rules, trees
+from mwplan import growth, operations, rules, sharding, trees
 from mwplan.bench import Bench, Pricing
 from mwplan.chain import Chain, Stack, boundaries, check_chain, fingerprint, layer_name, signatures
 from mwplan.errors import ArgumentError
@@ -38,6 +38,10 @@ def profile(
 ) -> Profile:
     """Measures every layer of `chain` at input `x`, on the default device.
 
+    Of arrays on a mesh (`jax.NamedSharding`) the figures are those of one device: `x` counts by its shard, which is what a data-parallel
+    step's device works on. Weights are gathered for the measurement, as for their use in a step; `fixed_bytes` counts their shards (and
+    gradients sharded like them). What is not modelled: activations sharded other than by `x`, the communication and its buffers.
+
     **Arguments:** `chain`; `x`, concrete arrays of the shape that will be trained on; `repeats`, timed runs of each operation (the
     median counts); `seed`, of the random cotangents; `progress(done, layers, name)`, called after each layer.
     **Returns:** a `Profile`: bytes and nanoseconds as integers, each option's local error and growth.
@@ -51,6 +55,8 @@ def profile(
         raise ArgumentError("`chain` and `x` must be concrete arrays: call `mw.profile` outside `jax.jit`")
     if repeats < 1:
         raise ArgumentError(f"`repeats={repeats}` must be at least 1")
+    fixed = sum(map(sharding.local_bytes, (chain, trees.parameters(chain), x)))
+    chain, x = sharding.gathered(chain), sharding.local(x)
     structs = boundaries(chain, x)
     bench = Bench(repeats, seed)
     names = layer_names(chain)
@@ -71,6 +77,7 @@ def profile(
         chain,
         structs,
         [(names[i], measured[key], unusable.get(i)) for i, key in enumerate(keys)],
+        fixed_bytes=fixed,
         device=f"{device.platform}:{device.device_kind}",
         source=f"measured, jax {jax.__version__}, median of {repeats}",
     )
@@ -81,6 +88,7 @@ def assemble(
     structs: list[PyTree],
     layers: list[tuple[str, Costs, frozenset[str] | None]],
     *,
+    fixed_bytes: int,
     device: str,
     source: str,
 ) -> Profile:
@@ -92,7 +100,6 @@ def assemble(
         if (id(costs), forbidden) not in known:
             known[id(costs), forbidden] = costs.layer_profile(name, forbidden)
         profiles.append(known[id(costs), forbidden])
-    params = trees.nbytes(trees.parameters(chain))
     return Profile(
         layers=tuple(profiles),
         activation_bytes=tuple(trees.nbytes(s) for s in structs),
@@ -100,7 +107,7 @@ def assemble(
         sweep_cotangent_bytes=tuple(
             trees.nbytes(jax.eval_shape(trees.widen, trees.parameters(s))) for s in structs
         ),
-        fixed_bytes=trees.nbytes(chain) + params + trees.nbytes(structs[0]),
+        fixed_bytes=fixed_bytes,
         fingerprint=fingerprint(chain),
         device=device,
         source=source,

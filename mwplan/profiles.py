@@ -198,6 +198,25 @@ class Profile:
                 total += sum(getattr(o, f.name) for f in dataclasses.fields(o) if f.name.endswith("_ns"))
         return total
 
+    def consuming_gradients(self, states_bytes: int) -> Profile:
+        """The same chain for a step that updates each layer as its gradient comes: `mw.value_and_update`.
+
+        No gradient outlives the operation after it, so that `fixed_bytes` holds the optimizer's states, `states_bytes`, in place of the
+        gradients, and a layer's gradient is workspace of what makes it. Assumes that chain and states are donated, and that the update itself is
+        one pass over them (elementwise), which needs no arrays of its own. Not counted: a loop over a stack writes a layer's new parameters and
+        states apart before they take the place of the old.
+        """
+        if isinstance(states_bytes, bool) or not isinstance(states_bytes, int) or states_bytes < 0:
+            raise ArgumentError(f"`states_bytes={states_bytes!r}` must be an integer, at least 0")
+        gradients = sum(layer.parameter_bytes for layer in self.layers)
+        if gradients > self.fixed_bytes:
+            raise ArgumentError("this `Profile` states no bytes of gradients: they are consumed already")
+        return dataclasses.replace(
+            self,
+            layers=tuple(_consuming(layer) for layer in self.layers),
+            fixed_bytes=self.fixed_bytes - gradients + states_bytes,
+        )
+
     def to_json(self) -> str:
         """This profile as JSON with a schema number."""
         return serial.dump(self, kind="profile", schema=SCHEMA)
@@ -206,6 +225,20 @@ class Profile:
     def from_json(cls, text: str) -> Profile:
         """Reads what `to_json` wrote. Raises `FileFormatError` on anything else."""
         return serial.load(text, cls, kind="profile", schema=SCHEMA)
+
+
+def _consuming(layer: LayerProfile) -> LayerProfile:
+    """The layer with its gradient in the workspace of each operation that makes it."""
+
+    def more(option: Any, *names: str) -> Any:
+        return dataclasses.replace(option, **{n: getattr(option, n) + layer.parameter_bytes for n in names})
+
+    return dataclasses.replace(
+        layer,
+        store=tuple(more(o, "backward_workspace_bytes") for o in layer.store),
+        moonwalk=tuple(more(o, "advance_workspace_bytes", "last_workspace_bytes") for o in layer.moonwalk),
+        invert=tuple(more(o, "backward_workspace_bytes") for o in layer.invert),
+    )
 
 
 def _options(layer: LayerProfile) -> Iterator[StoreOption | MoonwalkOption | InvertOption]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -82,3 +83,42 @@ def cast_like(tree: Any, like: Any) -> Any:
     return jax.tree.map(
         lambda a, b: a.astype(b.dtype) if is_inexact(a) and a.dtype != b.dtype else a, tree, like
     )
+
+
+def transpose(linear: Callable[[Any], Any], x: jax.ShapeDtypeStruct, ct: Any) -> Any:
+    """`ct` through the transpose of `linear`, a function of an array like `x`.
+
+    Within `jax.shard_map` that array varies from device to device as `ct` does: otherwise the transpose would sum over the devices.
+    """
+    axes = varying_axes(ct)
+    like = jax.eval_shape(lambda: vary(jnp.zeros(x.shape, x.dtype), axes))
+    return jax.linear_transpose(linear, like)(ct)[0]
+
+
+def varying_axes(tree: Any) -> frozenset[str]:
+    """The axes of a surrounding `jax.shard_map` along which any array (or `jax.ShapeDtypeStruct`) of `tree` varies from device to device.
+
+    None where JAX does not track it: outside `shard_map`, and with `check_vma=False`.
+    """
+    found: frozenset[str] = frozenset()
+    for leaf in jax.tree.leaves(tree):
+        kind = jax.typeof(leaf) if is_array(leaf) else leaf
+        # jax 0.11 says `manual_axis_type`, what came before `vma`.
+        names = getattr(getattr(kind, "manual_axis_type", None), "varying", None)
+        found |= frozenset((getattr(kind, "vma", None) or ()) if names is None else names)
+    return found
+
+
+def vary(tree: Any, axes: frozenset[str]) -> Any:
+    """`tree` with every array declared to vary along `axes`, as values that meet in a loop or in a derivative must be. Costs nothing."""
+
+    def one(leaf: Any) -> Any:
+        missing = tuple(sorted(axes - varying_axes(leaf))) if is_array(leaf) else ()
+        if not missing or leaf.dtype == jax.dtypes.float0:
+            return leaf
+        cast = getattr(jax.lax, "pcast", None)
+        if cast is None:  # older than jax 0.9
+            return getattr(jax.lax, "pvary")(leaf, missing)  # noqa: B009
+        return cast(leaf, missing, to="varying")
+
+    return jax.tree.map(one, tree) if axes else tree

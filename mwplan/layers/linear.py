@@ -61,8 +61,7 @@ def times(
 def transpose(layer: LinearLayer, x: InputShape, ct_out: Array) -> Array:
     """`ct_in = ct_out J^T` of a linear layer, in working precision. Cost: one input vjp."""
     wide = trees.widen(layer)
-    (ct_in,) = jax.linear_transpose(wide.linear, x.wide())(trees.widen(ct_out))
-    return ct_in
+    return trees.transpose(wide.linear, x.wide(), trees.widen(ct_out))
 
 
 def cast(a: Array, dtype: Any) -> Array:

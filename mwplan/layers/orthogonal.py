@@ -21,7 +21,7 @@ from mwplan.layers.base import layer, static
 from mwplan.layers.fourier import irfftn, rfftn
 from mwplan.layers.linear import LinearRule, WholeOf, times
 from mwplan.rules import InvertRule, Unavailable, VijpRule
-from mwplan.trees import widen
+from mwplan.trees import transpose, widen
 
 METHODS = ("cayley", "householder", "expm")
 
@@ -266,5 +266,5 @@ class OrthogonalConvInverse(InvertRule):
     def inverse(self, layer: OrthogonalConv, y: Any) -> Any:
         """`x`, in the dtype of `y`."""
         wide = widen(y) if layer.bias is None else widen(y) - widen(layer.bias)
-        (x,) = jax.linear_transpose(widen(layer).linear, jax.ShapeDtypeStruct(wide.shape, wide.dtype))(wide)
+        x = transpose(widen(layer).linear, jax.ShapeDtypeStruct(wide.shape, wide.dtype), wide)
         return x.astype(y.dtype)

@@ -177,7 +177,7 @@ def reverse_halo(layer: Any, residuals: InputShape, ct_out: Array) -> tuple[Arra
     lead = wide.shape[: -1 - dims]
     flat = flatten_batch(wide, dims)
     padded = jax.ShapeDtypeStruct((flat.shape[0], *g.padded, residuals.shape[-1]), flat.dtype)
-    (u,) = jax.linear_transpose(trees.widen(layer).valid, padded)(flat)
+    u = trees.transpose(trees.widen(layer).valid, padded, flat)
     ct_in, slabs = split_halo(u, g)
     return ct_in.reshape(residuals.shape), tuple(s.reshape(*lead, *s.shape[1:]) for s in slabs)
 

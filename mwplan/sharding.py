@@ -1,0 +1,44 @@
+"""What one device of a mesh sees: the figures of a profile are bytes of one device."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+
+from mwplan import trees
+
+PyTree = Any
+
+
+def local(tree: PyTree) -> PyTree:
+    """A shard of each array of `tree`, on one device; an array that is on one device already is as it was."""
+    return jax.tree.map(lambda a: _on_one_device(a.addressable_shards[0].data) if _spread(a) else a, tree)
+
+
+def gathered(tree: PyTree) -> PyTree:
+    """`tree` with every array whole on one device. Cost: a copy of what is spread, all of which this process must address."""
+    return jax.tree.map(lambda a: _on_one_device(a) if _spread(a) else a, tree)
+
+
+def _on_one_device(a: Any) -> Any:
+    return jax.device_put(a, jax.local_devices()[0])
+
+
+def local_bytes(tree: PyTree) -> int:
+    """Bytes of the arrays of `tree` on each device."""
+    return sum(
+        trees.nbytes(jax.ShapeDtypeStruct(_shard_shape(leaf), leaf.dtype))
+        for leaf in jax.tree.leaves(tree)
+        if trees.is_array(leaf) and math.prod(leaf.shape)
+    )
+
+
+def _shard_shape(leaf: Any) -> tuple[int, ...]:
+    return tuple(leaf.sharding.shard_shape(leaf.shape)) if _spread(leaf) else tuple(leaf.shape)
+
+
+def _spread(leaf: Any) -> bool:
+    """Whether `leaf` is an array on more devices than one."""
+    return isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) > 1
