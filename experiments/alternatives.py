@@ -13,8 +13,8 @@
 | `moonwalk`, `fragment` | moonwalk runs everywhere, with the smallest fragments or the largest |
 | `plan` | the schedule that `mw.frontier` finds for the budget |
 
-The scans stack the repeated blocks' parameters inside the step: as many temporary bytes as they have. Methods that take a budget plan again with
-less where the compiled step exceeds it, the plan and its rivals alike.
+The scans take the parameters of repeated blocks stacked, and so do the schedules of chains too long to be unrolled. Methods that take a
+budget plan again with less where the compiled step exceeds it, the plan and its rivals alike.
 """
 
 from __future__ import annotations
@@ -38,7 +38,6 @@ import numpy as np
 import mwplan as mw
 from experiments import zoo
 from mwplan import trees
-from mwplan.chain import boundaries
 from mwplan.compiling import temporaries
 from mwplan.errors import InfeasibleError, MwplanError
 from mwplan.ledger import replay, strategies
@@ -57,6 +56,10 @@ POLICIES: dict[str, Callable[..., Any] | None] = {
     "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "nothing": jax.checkpoint_policies.nothing_saveable,
 }
+
+
+#: Chains of more innermost layers than this are run stacked.
+UNROLL = 64
 
 
 class NotApplicableError(MwplanError):
@@ -85,6 +88,16 @@ class Problem:
         """Parameters, gradients and input."""
         return 2 * trees.nbytes(trees.parameters(self.chain)) + trees.nbytes(self.x)
 
+    @functools.cached_property
+    def stacked(self) -> mw.Chain:
+        """The chain with repeated layers stacked."""
+        return mw.stack(self.chain, self.x)
+
+    @functools.cached_property
+    def flat(self) -> mw.Chain:
+        """The innermost layers, with repeated blocks stacked."""
+        return mw.stack(mw.Chain(_flat(self.chain)), self.x)
+
     def frontier(self, allowed: Iterable[Strategy] = frozenset(Strategy)) -> mw.Frontier:
         """The frontier, solved once for each set of strategies."""
         return _frontier(self.profile, self.max_error, frozenset(allowed), self.thin)
@@ -99,10 +112,11 @@ def _frontier(profile: Profile, max_error: float, allowed: frozenset[Strategy], 
 class Way:
     """A method made for one chain and budget: the network, to be differentiated, and the schedule behind it if any.
 
-    Two ways with equal `key` are the same program.
+    `chain`, whose parameters the network takes: the problem's, or that with blocks stacked. Two ways with equal `key` are the same program.
     """
 
     network: Network
+    chain: mw.Chain
     schedule: Schedule | None
     key: Any
 
@@ -134,7 +148,7 @@ _checkpointed = jax.checkpoint(_through)
 
 def backprop(problem: Problem, budget: int | None) -> Way:
     """Plain backpropagation."""
-    return Way(lambda chain, x: chain(x), None, "backprop")
+    return Way(lambda chain, x: chain(x), problem.chain, None, "backprop")
 
 
 def checkpoint_each(problem: Problem, budget: int | None) -> Way:
@@ -143,7 +157,7 @@ def checkpoint_each(problem: Problem, budget: int | None) -> Way:
     def network(chain: mw.Chain, x: Any) -> Any:
         return functools.reduce(lambda value, one: _checkpointed([one], value), _flat(chain), x)
 
-    return Way(network, None, "checkpoint_each")
+    return Way(network, problem.chain, None, "checkpoint_each")
 
 
 def chen(problem: Problem, budget: int | None) -> Way:
@@ -157,7 +171,7 @@ def chen(problem: Problem, budget: int | None) -> Way:
             x = _checkpointed(layers[start:stop], x)
         return _through(layers[cuts[-2] :], x)
 
-    return Way(network, None, "chen")
+    return Way(network, problem.chain, None, "chen")
 
 
 Scan = Callable[[Callable[[Any, Any], Any], Any, Any, int], Any]
@@ -165,22 +179,18 @@ Scan = Callable[[Callable[[Any, Any], Any], Any, Any, int], Any]
 
 def _scanned(name: str, problem: Problem, scan: Scan, key: Any = None) -> Way:
     """`scan(block, x, stacked blocks, count)` over each stretch of repeated blocks, other layers in between."""
-    found = zoo.stretches(_flat(problem.chain), problem.x)
-    if all(count == 1 for _, _, count in found):
-        raise NotApplicableError("no block of this chain repeats three times")
+    if not any(isinstance(part, mw.Stack) for part in problem.flat.parts):
+        raise NotApplicableError("no block of this chain repeats")
 
     def network(chain: mw.Chain, x: Any) -> Any:
-        layers = _flat(chain)
-        for start, period, count in found:
-            blocks = [layers[at : at + period] for at in range(start, start + period * count, period)]
-            if count == 1:
-                x = _through(blocks[0], x)
-                continue
-            stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
-            x = scan(lambda x, block: _through(block, x), x, stacked, count)
+        for part in chain.parts:
+            if isinstance(part, mw.Stack):
+                x = scan(lambda x, block: _through(block, x), x, part.block, part.depth)
+            else:
+                x = part(x)
         return x
 
-    return Way(network, None, (name, key))
+    return Way(network, problem.flat, None, (name, key))
 
 
 def _scan(block: Callable[[Any, Any], Any], x: Any, stacked: Any) -> Any:
@@ -222,12 +232,13 @@ def equinox(problem: Problem, budget: int | None) -> Way:
         import equinox.internal as eqxi
     except ImportError as error:
         raise NotApplicableError('needs Equinox: pip install "mwplan[equinox]"') from error
-    layers = _flat(problem.chain)
-    shapes = boundaries(mw.Chain(layers), problem.x)
-    found = [one for one in zoo.stretches(layers, problem.x) if one[2] > 1]
+    carried, longest, x = 0, 0, trees.struct(problem.x)
+    for part in problem.flat.parts:
+        if isinstance(part, mw.Stack):
+            carried, longest = carried + trees.nbytes(x), max(longest, part.depth)
+        x = jax.eval_shape(part, x)
     checkpoints = None
     if budget is not None:
-        carried = sum(trees.nbytes(shapes[start]) for start, _, _ in found)
         room = budget - problem.fixed_bytes
         checkpoints = room // max(1, carried)
         if checkpoints < 1:
@@ -240,7 +251,6 @@ def equinox(problem: Problem, budget: int | None) -> Way:
         use = None if checkpoints is None else min(checkpoints, count)
         return eqxi.scan(body, x, stacked, kind="checkpointed", checkpoints=use)[0]
 
-    longest = max((count for _, _, count in found), default=0)
     return _scanned("equinox", problem, scan, None if checkpoints is None else min(checkpoints, longest))
 
 
@@ -265,15 +275,16 @@ def scheduled(profile: Profile, solution: Solution, max_error: float) -> Schedul
     )
 
 
-def _applied(schedule: Schedule) -> Way:
-    return Way(lambda chain, x: mw.apply(schedule, chain, x), schedule, schedule.runs)
+def _applied(problem: Problem, schedule: Schedule) -> Way:
+    chain = problem.chain if len(_flat(problem.chain)) <= UNROLL else problem.stacked
+    return Way(lambda chain, x: mw.apply(schedule, chain, x), chain, schedule, schedule.runs)
 
 
 def _baseline(problem: Problem, solution: Solution, kind: RunKind, what: str) -> Way:
     assert solution.runs is not None
     if not any(run.kind is kind for run in solution.runs):
         raise NotApplicableError(f"no layer of this chain {what} within max_error={problem.max_error}")
-    return _applied(scheduled(problem.profile, solution, problem.max_error))
+    return _applied(problem, scheduled(problem.profile, solution, problem.max_error))
 
 
 def invert(problem: Problem, budget: int | None) -> Way:
@@ -300,12 +311,12 @@ def _at(frontier: mw.Frontier, budget: int | None) -> Schedule:
 
 def plan(problem: Problem, budget: int | None) -> Way:
     """The fastest schedule of all strategies that fits; without a budget, the fastest of all."""
-    return _applied(_at(problem.frontier(), budget))
+    return _applied(problem, _at(problem.frontier(), budget))
 
 
 def recompute(problem: Problem, budget: int | None) -> Way:
     """The fastest schedule of STORE and RECOMPUTE runs that fits."""
-    return _applied(_at(problem.frontier(RECOMPUTATION), budget))
+    return _applied(problem, _at(problem.frontier(RECOMPUTATION), budget))
 
 
 def nested_checkpoint(runs: Sequence[Run]) -> Network:
@@ -337,7 +348,7 @@ def recompute_checkpoint(problem: Problem, budget: int | None) -> Way:
     """The fastest plan of what `jax.checkpoint` can express, as nested `jax.checkpoint`s."""
     profile = _expressible(problem.profile)
     schedule = _at(_frontier(profile, problem.max_error, RECOMPUTATION, problem.thin), budget)
-    return Way(nested_checkpoint(schedule.runs), schedule, ("nested", schedule.runs))
+    return Way(nested_checkpoint(schedule.runs), problem.chain, schedule, ("nested", schedule.runs))
 
 
 def rotor_checkpoint(problem: Problem, budget: int | None) -> Way:
@@ -350,7 +361,7 @@ def rotor_checkpoint(problem: Problem, budget: int | None) -> Way:
     if solution is None or solution.runs is None:
         raise InfeasibleError("rotor finds nothing that fits", budget_bytes=budget)
     schedule = scheduled(profile, solution, problem.max_error)
-    return Way(nested_checkpoint(schedule.runs), schedule, ("nested", schedule.runs))
+    return Way(nested_checkpoint(schedule.runs), problem.chain, schedule, ("nested", schedule.runs))
 
 
 Method = Callable[[Problem, "int | None"], Way]
@@ -437,7 +448,7 @@ class Bench:
         return self.programs[way.key]
 
     def _compiled(self, way: Way, setting: str, options: dict[str, Any]) -> Compiled:
-        args = (self.problem.chain, self.problem.x, self.problem.labels)
+        args = (way.chain, self.problem.x, self.problem.labels)
         start = time.perf_counter()
         executable = mw.jit(way.step(self.problem.loss), compiler_options=options).lower(*args).compile()
         seconds = time.perf_counter() - start
@@ -476,7 +487,7 @@ class Bench:
         """Gradient errors of the programs in use against float64 backpropagation."""
         truth = float64_gradients(self.problem)
         for one in self.used():
-            one.error, one.worst_error = relative_error(jax.tree.leaves(one.run()[1]), truth)
+            one.error, one.worst_error = relative_error(innermost(one.run()[1]), truth)
 
     def used(self) -> list[Compiled]:
         """The programs that rows stand on, each once."""
@@ -552,11 +563,17 @@ def float64_gradients(problem: Problem) -> list[np.ndarray]:
             )
 
         chain, x = jax.tree.map(wide, (problem.chain, problem.x))
-        way = backprop(problem, None)
+        wider = dataclasses.replace(problem, chain=chain, x=x)
+        way = backprop(wider, None)
         with contextlib.suppress(NotApplicableError):
-            way = backprop_scan(dataclasses.replace(problem, chain=chain, x=x), None)
-        _, grads = mw.jit(way.step(problem.loss))(chain, x, problem.labels)
-        return [np.asarray(leaf) for leaf in jax.tree.leaves(grads)]
+            way = backprop_scan(wider, None)
+        _, grads = mw.jit(way.step(problem.loss))(way.chain, x, problem.labels)
+        return [np.asarray(leaf) for leaf in innermost(grads)]
+
+
+def innermost(grads: mw.Chain) -> list[Any]:
+    """The gradients of all layers in turn, whether they came stacked or not."""
+    return jax.tree.leaves(jax.device_get(grads).layers)
 
 
 def relative_error(got: Sequence[Any], truth: Sequence[np.ndarray]) -> tuple[float, float]:
@@ -643,7 +660,7 @@ def _spaced(count: int, points: Sequence[tuple[int, int]], bench: Bench) -> list
 
 def _yardstick(config: zoo.Config, study: Study, problem: Problem) -> list[Compiled]:
     """Backpropagation of the network at the yardstick's depth, in both its forms."""
-    small = Problem(*zoo.build(dataclasses.replace(config, depth=study.yardstick, group=1)))
+    small = Problem(*zoo.build(dataclasses.replace(config, depth=study.yardstick, group=0)))
     bench = Bench(small, try_settings=study.try_settings)
     for name in ("backprop", "backprop_scan"):
         made = bench.add(name, None)

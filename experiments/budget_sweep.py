@@ -10,7 +10,6 @@ recomputation may take. Chains of more than `layers` blocks are planned with blo
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,12 +56,12 @@ class Config:
 def point(config: Config, model: str) -> sweep.Point:
     """One model's point."""
     resolution = {"fragmental": config.length, "gpt": config.text}.get(model, config.resolution)
-    group = max(1, math.ceil(config.depth / config.layers))
+    group = zoo.joined(config.depth, config.layers)
     network = zoo.Config(
         model=model, depth=config.depth, width=config.width, batch=config.batch, resolution=resolution,
         group=group, seed=config.seed,
     )  # fmt: skip
-    methods = tuple(m for m in alternatives.METHODS if group == 1 or m not in UNROLLED)
+    methods = tuple(m for m in alternatives.METHODS if group == 0 or m not in UNROLLED)
     study = alternatives.Study(
         methods=methods, budgets=config.budgets, rounds=config.rounds, seconds=config.seconds,
         max_error=config.max_error, thin=config.thin, repeats=config.repeats,

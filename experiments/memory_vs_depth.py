@@ -8,7 +8,6 @@ block compare. Writes results/memory_vs_depth/: records.jsonl (finished points; 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,10 +29,10 @@ class Config:
     """Sizes. `layers`: longest chain that is planned (more blocks are joined); `rounds`, `seconds`: of timing at each point."""
 
     models: tuple[str, ...] = ("revnet", "lipschitz")
-    depths: tuple[int, ...] = (16, 32, 64, 128, 256, 512)
+    depths: tuple[int, ...] = (32, 64, 128, 256, 512)
     reference: int = 32
     multiples: tuple[float, ...] = (0.5, 1.0)
-    unrolled: int = 64
+    unrolled: int = 32
     layers: int = 64
     width: int = 16
     batch: int = 64
@@ -55,7 +54,7 @@ UNROLLED = ("backprop", "checkpoint_each", "chen", "rotor_checkpoint", "recomput
 def network(config: Config, model: str, depth: int) -> zoo.Config:
     """The network of one point."""
     sizes = {"width": config.width, "batch": config.batch, "resolution": config.resolution}
-    group = max(1, math.ceil(depth / config.layers))
+    group = zoo.joined(depth, config.layers)
     return zoo.Config(model=model, depth=depth, group=group, seed=config.seed, **sizes)
 
 

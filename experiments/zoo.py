@@ -11,8 +11,8 @@
 | `gpt` | pre-norm transformer on characters; its blocks have no vijp |
 | `resnet` | pre-activation ResNet; its blocks have no vijp |
 
-`depth` counts blocks (gpt: transformer blocks, two layers each); with `group=k`, up to k consecutive blocks of one kind are one layer of the
-chain, so that very deep networks stay quick to plan. Data comes with scikit-learn: digits, enlarged to the resolution asked for; the
+`depth` counts blocks (gpt: transformer blocks, two layers each); with `group=k`, up to k consecutive blocks of one kind are one layer of
+the chain, so that very deep networks stay quick to plan; with 0, every layer is itself. Data comes with scikit-learn: digits, enlarged to the resolution asked for; the
 descriptions of its data sets as text. The long signals are generated.
 """
 
@@ -26,7 +26,7 @@ os.environ.setdefault("NPROC", "16")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any, NamedTuple
@@ -38,7 +38,6 @@ from jaxtyping import Array, Float, Int
 
 import mwplan as mw
 from mwplan import layers as ml
-from mwplan.chain import boundaries, layer_signature
 from mwplan.errors import ArgumentError
 from mwplan.rules import StoreRule, VjpStore
 from mwplan.training import cross_entropy, digits
@@ -57,15 +56,15 @@ class Config:
     width: int = 16
     batch: int = 64
     resolution: int = 16
-    group: int = 1
+    group: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.model not in MODELS:
             raise ArgumentError(f"`model={self.model!r}` is none of {', '.join(MODELS)}")
-        for name in ("depth", "width", "batch", "resolution", "group"):
-            if getattr(self, name) < 1:
-                raise ArgumentError(f"`{name}={getattr(self, name)}` must be at least 1")
+        for name, least in (("depth", 1), ("width", 1), ("batch", 1), ("resolution", 1), ("group", 0)):
+            if getattr(self, name) < least:
+                raise ArgumentError(f"`{name}={getattr(self, name)}` must be at least {least}")
 
 
 class Model(NamedTuple):
@@ -91,44 +90,25 @@ def build(config: Config) -> Model:
     at = np.arange(config.batch) % len(everything.x)
     layers = make(config, iter(jax.random.split(jax.random.key(config.seed), 4 * config.depth + 8)))
     x, labels = jnp.asarray(everything.x[at]), jnp.asarray(everything.labels[at])
-    chain = mw.Chain(layers if config.group == 1 else grouped(mw.Chain(layers), x, config.group))
-    return Model(chain, x, labels, cross_entropy)
+    chain = mw.Chain(layers)
+    return Model(grouped(chain, x, config.group) if config.group else chain, x, labels, cross_entropy)
 
 
-def grouped(chain: mw.Chain, x: Any, size: int) -> list[Any]:
+def joined(depth: int, layers: int) -> int:
+    """The `group` that makes a chain of `depth` blocks one of about `layers` layers; 0 where it has no more than that (two a block)."""
+    return 0 if 2 * depth <= layers else math.ceil(depth / layers)
+
+
+def grouped(chain: mw.Chain, x: Any, size: int) -> mw.Chain:
     """The layers of `chain`, `size` repetitions of each repeated block joined into one `Sequential`."""
     made: list[Any] = []
-    for start, period, count in stretches(chain.layers, x):
-        layers = chain.layers[start : start + period * count]
-        if count == 1:
-            made += layers
+    for part in mw.stack(chain, x).parts:
+        if not isinstance(part, mw.Stack):
+            made.append(part)
             continue
-        step = period * min(size, count)
+        layers, step = part.unstacked(), len(part.block) * min(size, part.depth)
         made += [ml.Sequential(tuple(layers[at : at + step])) for at in range(0, len(layers), step)]
-    return made
-
-
-def stretches(layers: Sequence[Any], x: Any, longest: int = 8) -> list[tuple[int, int, int]]:
-    """`layers` as consecutive stretches `(start, period, count)`: `count` repetitions of `period` layers that keep the shape.
-
-    Greedy from the left; at least 3 repetitions of at most `longest` layers, or a single layer with `count` 1.
-    """
-    shapes = boundaries(mw.Chain(layers), x)
-    kinds = [f"{layer_signature(one)} {shape}" for one, shape in zip(layers, shapes)]
-    found, at = [], 0
-    while at < len(layers):
-        best = (1, 1)
-        for period in range(1, longest + 1):
-            count = 1
-            while kinds[at + count * period : at + (count + 1) * period] == kinds[at : at + period]:
-                count += 1
-            end = at + period
-            keeps = end <= len(layers) and shapes[end] == shapes[at]
-            if keeps and count >= 3 and period * count > best[0] * best[1]:
-                best = (period, count)
-        found.append((at, *best))
-        at += best[0] * best[1]
-    return found
+    return mw.Chain(made)
 
 
 def data(config: Config) -> Data:
