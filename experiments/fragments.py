@@ -76,7 +76,7 @@ def measure(point: dict[str, Any]) -> dict[str, Any]:
         rows.append(
             {
                 "option": rule.name,
-                "fragment": (way.fragment_bytes if way else 0) / told.output_bytes,
+                "fragment": ((way and way.fragment_bytes) or 0) / told.output_bytes,
                 "local_error": local if math.isfinite(local) else None,
                 "growth": grown if math.isfinite(grown) else None,
                 "plain_ns": statistics.median(plain),

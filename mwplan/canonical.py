@@ -12,13 +12,17 @@ from typing import Any
 
 import jax
 from jax import lax
-from jax.extend.core import Jaxpr, Literal
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+
+#: Primitives that only call what they hold.
+CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr"}  # fmt: skip
 
 
 def canonical(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` with every convolution, nested `jit`s included, in batch-first, channels-last layout.
+    """`function` with every convolution, those within calls, loops, branches and `jax.checkpoint` included, in batch-first, channels-last layout.
 
-    Same values; a transposed copy of an operand where its layout was another.
+    Same values; a transposed copy of an operand where its layout was another. Not to be differentiated any more: rules of `jax.custom_vjp`
+    are gone.
     """
 
     def call(*args: Any) -> Any:
@@ -39,16 +43,44 @@ def _evaluate(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[
         values = [read(var) for var in eqn.invars]
         if eqn.primitive is lax.conv_general_dilated_p:
             out = [_convolution(*values, **eqn.params)]
-        elif eqn.primitive.name in ("jit", "pjit"):
-            inner = eqn.params["jaxpr"]
+        elif eqn.primitive.name in CALLS:
+            inner = eqn.params[CALLS[eqn.primitive.name]]
             out = _evaluate(inner.jaxpr, inner.consts, values)
         else:
-            params = eqn.primitive.get_bind_params(eqn.params)
+            params = eqn.params
+            if _convolves(eqn):
+                params = {name: _inside(value) for name, value in params.items()}
+            params = eqn.primitive.get_bind_params(params)
             functions, params = params if isinstance(params, tuple) else ((), params)  # older jax, newer jax
             got = eqn.primitive.bind(*functions, *values, **params)
             out = got if eqn.primitive.multiple_results else [got]
         env.update(zip(eqn.outvars, out))
     return [read(var) for var in jaxpr.outvars]
+
+
+def _jaxprs(value: Any) -> list[Jaxpr]:
+    """The programs in an equation's parameter: one, the branches of a choice, or none."""
+    several = value if isinstance(value, (tuple, list)) else (value,)
+    closed = [one.jaxpr if isinstance(one, ClosedJaxpr) else one for one in several]
+    return [one for one in closed if isinstance(one, Jaxpr)]
+
+
+def _convolves(eqn: Any) -> bool:
+    if eqn.primitive is lax.conv_general_dilated_p:
+        return True
+    return any(_convolves(e) for value in eqn.params.values() for jaxpr in _jaxprs(value) for e in jaxpr.eqns)
+
+
+def _inside(value: Any) -> Any:
+    """An equation's parameter, its programs in the canonical layout."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(map(_inside, value)) if _jaxprs(value) else value
+    if isinstance(value, ClosedJaxpr):
+        return jax.make_jaxpr(lambda *args: _evaluate(value.jaxpr, value.consts, args))(*value.in_avals)
+    if isinstance(value, Jaxpr):
+        closed = _inside(ClosedJaxpr(value, ()))
+        return value if closed.consts else closed.jaxpr  # there is no place for constants: right, and slow
+    return value
 
 
 def _convolution(lhs: Any, rhs: Any, *, dimension_numbers: Any, **params: Any) -> Any:
