@@ -60,10 +60,6 @@ POLICIES: dict[str, Callable[..., Any] | None] = {
 }
 
 
-#: Chains of more innermost layers than this are run stacked.
-UNROLL = 64
-
-
 class NotApplicableError(MwplanError):
     """A method does not apply to a chain; the message says why."""
 
@@ -280,7 +276,7 @@ def scheduled(profile: Profile, solution: Solution, max_error: float) -> Schedul
 
 
 def _applied(problem: Problem, schedule: Schedule) -> Way:
-    chain = problem.chain if len(_flat(problem.chain)) <= UNROLL else problem.stacked
+    chain = problem.chain if len(_flat(problem.chain)) <= zoo.UNROLL else problem.stacked
     return Way(lambda chain, x: mw.apply(schedule, chain, x), chain, schedule, schedule.runs)
 
 

@@ -17,7 +17,6 @@ from typing import Any
 import rich.box
 import seaborn as sns
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.table import Table
 
 from experiments import alternatives, reading, record, sweep, zoo
@@ -35,7 +34,7 @@ class Config:
     models: tuple[str, ...] = tuple(zoo.MODELS)
     depth: int = 16
     budgets: int = 8
-    layers: int = 64
+    layers: int = 512
     width: int = 32
     batch: int = 32
     resolution: int = 32
@@ -202,7 +201,7 @@ def draw(config: Config, one: Record) -> Figure:
 
 def main(config: Config) -> None:
     """Runs what is missing, prints, draws and saves."""
-    console = Console()
+    console = record.console()
     points = [point(config, model) for model in config.models]
     found = sweep.run(
         points, alternatives.measure, config.out / "records.jsonl", executor=config.executor, workers=config.workers,

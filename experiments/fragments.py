@@ -19,7 +19,6 @@ import jax.numpy as jnp
 import rich.box
 import seaborn as sns
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.table import Table
 
 from experiments import record, sweep, vijp_cost
@@ -143,7 +142,7 @@ def draw(found: list[dict[str, Any]]) -> Figure:
 
 def main(config: Config) -> None:
     """Runs what is missing, prints, draws and saves."""
-    console = Console()
+    console = record.console()
     points = [
         {"weights": weights, "length": length, **{k: getattr(config, k) for k in ("channels", "samples", "rounds", "seed")}}
         for weights in config.weights

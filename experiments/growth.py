@@ -31,7 +31,6 @@ import jax
 import jax.numpy as jnp
 import rich.box
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.table import Table
 
 from experiments import record
@@ -201,7 +200,7 @@ STUDIES = {"orthogonal": orthogonal, "unsafe": unsafe, "ordinary": ordinary, "tr
 
 def main(config: Config, studies: list[str]) -> None:
     """Runs the studies, prints and saves."""
-    console = Console()
+    console = record.console()
     for name in studies:
         with console.status(name):
             rows = STUDIES[name](config)

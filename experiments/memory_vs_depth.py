@@ -15,7 +15,6 @@ from typing import Any
 import rich.box
 import seaborn as sns
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.table import Table
 
 from experiments import alternatives, reading, record, sweep, zoo
@@ -33,7 +32,7 @@ class Config:
     reference: int = 32
     multiples: tuple[float, ...] = (0.5, 1.0)
     unrolled: int = 32
-    layers: int = 64
+    layers: int = 512
     width: int = 16
     batch: int = 64
     resolution: int = 32
@@ -193,7 +192,7 @@ def draw(config: Config, model: str, records: list[Record]) -> Figure:
 
 def main(config: Config) -> None:
     """Runs what is missing, prints, draws and saves."""
-    console = Console()
+    console = record.console()
     found = run(config)
     rows = [row for model, records in found.items() for row in summary(config, model, records)]
     console.print(table(rows))

@@ -19,7 +19,6 @@ import jax.numpy as jnp
 import rich.box
 import seaborn as sns
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.table import Table
 
 import mwplan as mw
@@ -263,7 +262,7 @@ def draw(found: list[dict[str, Any]]) -> Figure:
 
 def main(config: Config) -> None:
     """Runs what is missing, prints, draws and saves."""
-    console = Console()
+    console = record.console()
     found = sweep.run(
         points(config), measure, config.out / "records.jsonl", executor=config.executor, workers=config.workers, title="chains"
     )  # fmt: skip

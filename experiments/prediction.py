@@ -22,7 +22,6 @@ import jax.numpy as jnp
 import optax
 import seaborn as sns
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.table import Table
 
 import mwplan as mw
@@ -278,7 +277,7 @@ def draw(found: list[dict[str, Any]]) -> Figure:
 
 def main(config: Config) -> None:
     """Runs what is missing, prints, draws and saves."""
-    console = Console()
+    console = record.console()
     points = [
         {k: v for k, v in sweep.plain(config).items() if k != "chains"} | {"chain": config.seed + i}
         for i in range(config.chains)

@@ -5,16 +5,24 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from rich.console import Console
+
 from mwplan import __version__
 from mwplan.serial import write_atomically
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
+
+
+def console() -> Console:
+    """Where tables go: as wide as the terminal, and wide enough for them where there is none."""
+    return Console(width=None if sys.stdout.isatty() else 150)
 
 
 def provenance() -> dict[str, Any]:

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
@@ -281,7 +280,7 @@ def rotor_alone(profile: Profile, config: Config) -> dict[str, Any]:
 
 def main(config: Config) -> None:
     """Does what is not done yet, then writes the table and the figure."""
-    console = Console()
+    console = record.console()
     config.out.mkdir(parents=True, exist_ok=True)
     path = config.out / "records.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

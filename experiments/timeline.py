@@ -15,7 +15,6 @@ import rich.box
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from rich.console import Console
 from rich.table import Table
 
 import mwplan as mw
@@ -160,7 +159,7 @@ def main(config: Config) -> None:
         )
         network = one["point"]["network"]
         write_atomically(config.out / f"{network['model']}_{network['depth']}.png", png(draw(one)))
-    console = Console()
+    console = record.console()
     console.print(table)
     console.print(f"wrote {config.out}")
 

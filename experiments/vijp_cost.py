@@ -24,7 +24,6 @@ import jax
 import jax.numpy as jnp
 import rich.box
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
@@ -121,7 +120,7 @@ def sample(calls: dict[str, Callable[[], Any]], samples: int) -> dict[str, list[
 
 def main(config: Config) -> None:
     """Measures, prints and saves."""
-    console = Console()
+    console = record.console()
     rows: list[dict[str, Any]] = []
     every = [
         (name, layer, shape, rule)

@@ -3,7 +3,7 @@
 | name | what it is |
 |---|---|
 | `strided` | submersive CNN: three resolutions, strided convolutions between them, leaky ReLU |
-| `lipschitz` | 1-Lipschitz CNN at one resolution: orthogonal (Cayley) convolutions and MaxMin |
+| `lipschitz` | 1-Lipschitz CNN at one resolution: MaxMin and orthogonal (paraunitary) convolutions |
 | `fragmental` | 1D CNN on long signals: SAME convolutions of stride 1 whose first tap dominates, for block recursion |
 | `revnet` | couplings of convolutional branches |
 | `revvit` | vision transformer whose blocks are couplings of attention and MLP |
@@ -43,6 +43,8 @@ from mwplan.rules import StoreRule, VjpStore
 from mwplan.training import cross_entropy, digits
 
 CLASSES = 10
+#: Chains of more innermost layers than this are run stacked.
+UNROLL = 64
 SLOPE = 0.8
 
 
@@ -95,8 +97,8 @@ def build(config: Config) -> Model:
 
 
 def joined(depth: int, layers: int) -> int:
-    """The `group` that makes a chain of `depth` blocks one of about `layers` layers; 0 where it has no more than that (two a block)."""
-    return 0 if 2 * depth <= layers else math.ceil(depth / layers)
+    """The `group` that makes a chain of `depth` blocks one of at most `layers` layers; 0, every layer itself, where two a block are few enough to unroll."""
+    return 0 if 2 * depth <= UNROLL else math.ceil(depth / layers)
 
 
 def grouped(chain: mw.Chain, x: Any, size: int) -> mw.Chain:
@@ -261,10 +263,11 @@ def strided(config: Config, keys: Keys) -> list[Any]:
 
 
 def lipschitz(config: Config, keys: Keys) -> list[Any]:
-    """Orthogonal convolutions and MaxMin at constant resolution."""
+    """MaxMin and orthogonal convolutions at constant resolution."""
     layers = _image_stem(config)
     for _ in range(config.depth):
-        layers += [ml.OrthogonalConv.init(next(keys), config.width, config.width), ml.MaxMin()]
+        conv = ml.ParaunitaryConv.init(next(keys), config.width, config.width, reflections=4)
+        layers += [ml.MaxMin(), conv]
     return layers + _head(config, keys, config.width)
 
 

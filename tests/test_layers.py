@@ -151,6 +151,8 @@ ROWS = {
         lambda: ml.OrthogonalDense.init(K(1), 4, 6, method="householder"), (4,), ("null",)
     ),
     "orthogonal-conv1d": Row(lambda: ml.OrthogonalConv.init(K(1), 4, 3, dims=1), (7, 4), ("jvp",)),
+    "paraunitary-1d": Row(lambda: ml.ParaunitaryConv.init(K(1), 4, 3, 4, dims=1), (7, 4), ("jvp",)),
+    "paraunitary-2d": Row(lambda: ml.ParaunitaryConv.init(K(1), 4, 4), (6, 5, 4), ("jvp", "whole_free")),
     "orthogonal-conv2d": Row(lambda: ml.OrthogonalConv.init(K(1), 4, 4), (6, 5, 4), ("jvp", "whole_free")),
     "smooth-gelu": Row(lambda: ml.Smooth("gelu", 0.3), (5,), ("divide", "whole_input")),
     "smooth-softplus": Row(lambda: ml.Smooth("softplus", 0.2), (5,), ("divide", "whole_input")),

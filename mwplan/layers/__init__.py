@@ -7,6 +7,7 @@ from mwplan.layers.conv import Conv1D, Conv2D
 from mwplan.layers.dense import Dense
 from mwplan.layers.norm import LayerNorm, RMSNorm
 from mwplan.layers.orthogonal import OrthogonalConv, OrthogonalDense
+from mwplan.layers.paraunitary import ParaunitaryConv
 from mwplan.layers.pooling import AveragePool, MaxPool
 from mwplan.layers.shapes import Flatten, PadChannels, Permute, Reshape, SpaceToDepth
 from mwplan.layers.smooth import Smooth
@@ -26,6 +27,7 @@ __all__ = [
     "OrthogonalConv",
     "OrthogonalDense",
     "PadChannels",
+    "ParaunitaryConv",
     "Permute",
     "RMSNorm",
     "ReLU",

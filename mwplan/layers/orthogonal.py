@@ -169,8 +169,69 @@ class OrthogonalInverse(InvertRule):
         return (wide @ layer.matrix()[: layer.inner, : layer.outer].T).astype(y.dtype)
 
 
+class CircularOrthogonal:
+    """What orthogonal convolutions share: circular, stride 1, `inner` channels to the first `outer`; `linear` is theirs."""
+
+    bias: Array | None
+    outer: int
+
+    @property
+    def inner(self) -> int:
+        """The number of input channels."""
+        raise NotImplementedError
+
+    @property
+    def dims(self) -> int:
+        """The number of spatial axes."""
+        raise NotImplementedError
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """The least spatial size that the layer takes."""
+        raise NotImplementedError
+
+    def linear(self, x: Array) -> Array:
+        """The layer without its bias."""
+        raise NotImplementedError
+
+    def check_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The spatial size of an input of `shape`. Raises `ArgumentError` where the layer does not take it."""
+        dims, name = self.dims, type(self).__name__
+        if len(shape) < dims + 1 or shape[-1] != self.inner:
+            raise ArgumentError(
+                f"`x.shape={tuple(shape)}`: this {name} takes {dims} spatial axes and {self.inner} channels, last"
+            )
+        size = tuple(shape[-1 - dims : -1])
+        if any(k > n for k, n in zip(self.kernel, size)):
+            raise ArgumentError(f"spatial size {size} is smaller than the kernel {self.kernel}")
+        return size
+
+    def __call__(self, x: Array) -> Array:
+        """Applies the layer."""
+        y = self.linear(x)
+        return y if self.bias is None else y + self.bias
+
+    def vijp_rules(self, x: Any) -> Sequence[VijpRule | Unavailable]:
+        """The jvp."""
+        return [OrthogonalJvp(), WholeOf("whole_free", base=OrthogonalJvp())]
+
+    def invert_rules(self, x: Any) -> Sequence[InvertRule | Unavailable]:
+        """The transpose, for as many outputs as inputs."""
+        if self.outer < self.inner:
+            return [Unavailable("transpose", f"{self.outer} outputs do not determine {self.inner} inputs")]
+        return [OrthogonalConvInverse()]
+
+
+def check_sizes(inner: int, outer: int, dims: int) -> None:
+    """Raises `ArgumentError` where there is no such orthogonal convolution."""
+    if outer > inner or dims not in (1, 2):
+        raise ArgumentError(
+            f"`outer={outer}`, `dims={dims}`: needs outer <= inner={inner}, and 1 or 2 dimensions"
+        )
+
+
 @layer
-class OrthogonalConv:
+class OrthogonalConv(CircularOrthogonal):
     r"""A circular convolution of stride 1 in one or two dimensions whose symbol is unitary at every frequency: the Cayley transform.
 
     With $A(\omega)$ the transform of the taps, $S = A - A^H$, $Q(\omega) = (I + S)^{-1}(I - S)$, of which the first `outer` columns are used. As a
@@ -196,24 +257,29 @@ class OrthogonalConv:
         dtype: Any = jnp.float32,
     ) -> OrthogonalConv:
         """White taps, zero bias."""
-        if outer > inner or dims not in (1, 2):
-            raise ArgumentError(
-                f"`outer={outer}`, `dims={dims}`: needs outer <= inner={inner}, and 1 or 2 dimensions"
-            )
+        check_sizes(inner, outer, dims)
         shape = (kernel,) * dims + (inner, inner)
         weight = (jax.random.normal(key, shape) / math.sqrt(inner * kernel**dims)).astype(dtype)
         return OrthogonalConv(weight, jnp.zeros((outer,), dtype) if bias else None, outer)
+
+    @property
+    def inner(self) -> int:
+        """The number of input channels."""
+        return self.weight.shape[-1]
 
     @property
     def dims(self) -> int:
         """The number of spatial axes."""
         return self.weight.ndim - 2
 
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """The taps along each axis."""
+        return self.weight.shape[: self.dims]
+
     def symbol(self, size: tuple[int, ...]) -> Complex[Array, "*frequencies inner outer"]:
         """$Q$ at every frequency of the half grid for an input of `size`."""
         weight = widen(self.weight)
-        if any(k > n for k, n in zip(weight.shape, size)):
-            raise ArgumentError(f"spatial size {size} is smaller than the kernel {weight.shape[: self.dims]}")
         a = jnp.fft.rfftn(weight, s=size, axes=range(self.dims))
         skew = a - jnp.conj(jnp.swapaxes(a, -1, -2))
         eye = jnp.eye(weight.shape[-1], dtype=skew.dtype)
@@ -221,36 +287,12 @@ class OrthogonalConv:
 
     def linear(self, x: Array) -> Array:
         """The layer without its bias."""
-        dims, inner = self.dims, self.weight.shape[-1]
-        if x.ndim < dims + 1 or x.shape[-1] != inner:
-            raise ArgumentError(
-                f"`x.shape={x.shape}`: this OrthogonalConv takes {dims} spatial axes and {inner} channels, last"
-            )
-        size = x.shape[-1 - dims : -1]
+        size, dims, inner = self.check_shape(x.shape), self.dims, self.inner
         lead = x.shape[: -1 - dims]
         axes = range(1, dims + 1)
         flat = widen(x).reshape(math.prod(lead), *size, inner)
         hat = jnp.einsum("n...i,...io->n...o", rfftn(flat, size, axes), self.symbol(size))
         return irfftn(hat, size, axes).reshape(*lead, *size, self.outer).astype(x.dtype)
-
-    def __call__(self, x: Array) -> Array:
-        """Applies the layer."""
-        y = self.linear(x)
-        return y if self.bias is None else y + self.bias
-
-    def vijp_rules(self, x: Any) -> Sequence[VijpRule | Unavailable]:
-        """The jvp."""
-        return [OrthogonalJvp(), WholeOf("whole_free", base=OrthogonalJvp())]
-
-    def invert_rules(self, x: Any) -> Sequence[InvertRule | Unavailable]:
-        """The transpose, for as many outputs as inputs."""
-        if self.outer < self.weight.shape[-1]:
-            return [
-                Unavailable(
-                    "transpose", f"{self.outer} outputs do not determine {self.weight.shape[-1]} inputs"
-                )
-            ]
-        return [OrthogonalConvInverse()]
 
 
 @dataclass(frozen=True)
@@ -259,11 +301,11 @@ class OrthogonalConvInverse(InvertRule):
 
     name: str = "transpose"
 
-    def check(self, layer: OrthogonalConv, x: Any) -> str | None:
+    def check(self, layer: Any, x: Any) -> str | None:
         """Finite parameters."""
         return _finite(layer)
 
-    def inverse(self, layer: OrthogonalConv, y: Any) -> Any:
+    def inverse(self, layer: CircularOrthogonal, y: Any) -> Any:
         """`x`, in the dtype of `y`."""
         wide = widen(y) if layer.bias is None else widen(y) - widen(layer.bias)
         x = transpose(widen(layer).linear, jax.ShapeDtypeStruct(wide.shape, wide.dtype), wide)
