@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import numpy as np
-
 from rich.console import Console
 
 from mwplan import __version__

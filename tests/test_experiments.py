@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import mwplan as mw
-from experiments import alternatives, reading, sweep, zoo
+from experiments import alternatives, fragments, precision, reading, sweep, zoo
 from mwplan.errors import ArgumentError
 from mwplan.schedule import Schedule
 from tests.helpers import relative_error, segments
@@ -194,3 +194,36 @@ def test_options_of_the_command_line() -> None:
     assert config.depths == (4, 8)
     assert config.models == memory_vs_depth.Config().models
     assert "executor" not in sweep.plain(config)
+
+
+def test_fragments_of_one_convolution() -> None:
+    """Smaller fragments for larger blocks, down to the halo; stable where the first tap dominates, and not for ordinary weights."""
+    sizes = {"channels": 4, "samples": 512, "rounds": 3, "seed": 0}
+    rows = {
+        weights: {
+            row["option"]: row
+            for row in fragments.measure({"weights": weights, "length": 128, **sizes})["rows"]
+        }
+        for weights in ("dominant", "ordinary")
+    }
+    shares = [rows["dominant"][name]["fragment"] for name in ("whole", "block_4", "block_16", "block_64")]
+    assert shares == [1.0, 0.5, 0.125, 0.03125]
+    assert rows["dominant"]["halo"]["fragment"] == 2 / 128
+    assert rows["dominant"]["block_64"]["local_error"] < 1e-5
+    assert (rows["ordinary"]["block_64"]["local_error"] or 1.0) > 1e-2
+    assert all(row["reverse"] > 0 and row["rebuild"] > 0 for row in rows["dominant"].values())
+
+
+def test_precision_of_one_network() -> None:
+    """What was predicted, what the step reported and the truth, for pure Moonwalk and a plan; with steps, over training."""
+    sizes = {"kind": "slope_0.8", "width": 16, "batch": 64, "repeats": 1, "seed": 0, "tolerances": [1e-4]}
+    rows = {row["name"]: row for row in precision.measure({"depth": 4, "steps": 0, **sizes})["rows"]}
+    assert set(rows) == {"pure moonwalk", "max_error 1e-04", "backpropagation"}
+    assert rows["pure moonwalk"]["temporary_bytes"] < rows["backpropagation"]["temporary_bytes"]
+    assert 0 < rows["pure moonwalk"]["error"] < 1e-4
+    assert rows["max_error 1e-04"]["predicted_error"] <= 1e-4
+    training = {"depth": 2, "steps": 2, "every": 1, "rate": 0.1}
+    followed = precision.measure({**sizes, **training})["rows"]
+    losses = [row["loss"] for row in followed if row["name"] == "pure moonwalk"]
+    assert len(losses) == 3
+    assert losses[2] < losses[0]
