@@ -43,6 +43,7 @@ from mwplan.errors import InfeasibleError, MwplanError
 from mwplan.ledger import replay, strategies
 from mwplan.profiles import Profile
 from mwplan.schedule import Run, RunKind, Schedule, Solution, Strategy
+from mwplan.side_by_side import relative_error
 from mwplan.solvers import baselines, rotor
 
 PyTree = Any
@@ -574,14 +575,6 @@ def float64_gradients(problem: Problem) -> list[np.ndarray]:
 def innermost(grads: mw.Chain) -> list[Any]:
     """The gradients of all layers in turn, whether they came stacked or not."""
     return jax.tree.leaves(jax.device_get(grads).layers)
-
-
-def relative_error(got: Sequence[Any], truth: Sequence[np.ndarray]) -> tuple[float, float]:
-    """Relative distance of all gradients together, and the largest of any parameter (those whose true gradient is 0 left out)."""
-    apart = [np.asarray(a, np.float64) - b for a, b in zip(got, truth, strict=True)]
-    lengths = [(float(np.linalg.norm(d)), float(np.linalg.norm(b))) for d, b in zip(apart, truth)]
-    whole = math.hypot(*(d for d, _ in lengths)) / max(math.hypot(*(b for _, b in lengths)), 1e-300)
-    return whole, max((d / b for d, b in lengths if b > 0), default=0.0)
 
 
 # -- one point of a sweep ----------------------------------------------------------------------------------------------
