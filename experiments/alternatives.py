@@ -69,7 +69,10 @@ class NotApplicableError(MwplanError):
 
 @dataclass(frozen=True)
 class Problem:
-    """One network with what planning needs: `max_error` for rebuilt cotangents, `thin` as in `mw.frontier`, timed runs of each operation of the profile."""
+    """One network with what planning needs: `max_error` for rebuilt cotangents, `thin` as in `mw.frontier`, timed runs of each operation of the profile.
+
+    Schedules of chains with more than `unroll` innermost layers are run stacked.
+    """
 
     chain: mw.Chain
     x: Any
@@ -78,6 +81,7 @@ class Problem:
     max_error: float = 1e-4
     thin: float = 0.0
     repeats: int = 5
+    unroll: int = UNROLL
 
     @functools.cached_property
     def profile(self) -> Profile:
@@ -276,8 +280,9 @@ def scheduled(profile: Profile, solution: Solution, max_error: float) -> Schedul
     )
 
 
-def _applied(problem: Problem, schedule: Schedule) -> Way:
-    chain = problem.chain if len(_flat(problem.chain)) <= UNROLL else problem.stacked
+def applied(problem: Problem, schedule: Schedule) -> Way:
+    """A schedule of the problem's profile, run by `mw.apply`."""
+    chain = problem.chain if len(_flat(problem.chain)) <= problem.unroll else problem.stacked
     return Way(lambda chain, x: mw.apply(schedule, chain, x), chain, schedule, schedule.runs)
 
 
@@ -285,7 +290,7 @@ def _baseline(problem: Problem, solution: Solution, kind: RunKind, what: str) ->
     assert solution.runs is not None
     if not any(run.kind is kind for run in solution.runs):
         raise NotApplicableError(f"no layer of this chain {what} within max_error={problem.max_error}")
-    return _applied(problem, scheduled(problem.profile, solution, problem.max_error))
+    return applied(problem, scheduled(problem.profile, solution, problem.max_error))
 
 
 def invert(problem: Problem, budget: int | None) -> Way:
@@ -312,12 +317,12 @@ def _at(frontier: mw.Frontier, budget: int | None) -> Schedule:
 
 def plan(problem: Problem, budget: int | None) -> Way:
     """The fastest schedule of all strategies that fits; without a budget, the fastest of all."""
-    return _applied(problem, _at(problem.frontier(), budget))
+    return applied(problem, _at(problem.frontier(), budget))
 
 
 def recompute(problem: Problem, budget: int | None) -> Way:
     """The fastest schedule of STORE and RECOMPUTE runs that fits."""
-    return _applied(problem, _at(problem.frontier(RECOMPUTATION), budget))
+    return applied(problem, _at(problem.frontier(RECOMPUTATION), budget))
 
 
 def nested_checkpoint(runs: Sequence[Run]) -> Network:

@@ -227,7 +227,7 @@ def draw(found: list[dict[str, Any]]) -> Figure:
             [one[name] / 2**20 for name, _ in sizes],
             color=[c for _, c in sizes],
         )
-        bars.bar_label(drawn, fmt="%.1f")
+        bars.bar_label(drawn, fmt="%.1f", label_type="center", bbox={"fc": "white", "ec": "none", "pad": 1})
         bars.axhline(
             (one["budget_bytes"] - one["fixed_bytes"]) / 2**20, color=LIMIT, ls="--", lw=1, label="budget"
         )
