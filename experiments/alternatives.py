@@ -611,14 +611,14 @@ def point(config: zoo.Config, study: Study) -> dict[str, Any]:
     return {"network": dataclasses.asdict(config), "study": json.loads(json.dumps(dataclasses.asdict(study)))}
 
 
-def measure(point: dict[str, Any]) -> dict[str, Any]:
+def measure(point: dict[str, Any], unroll: int = UNROLL) -> dict[str, Any]:
     """Measures one point: `rows`, one a method and budget (see `Bench.records`), the frontier's `(total bytes, ns)`, the yardstick's samples."""
     config = zoo.Config(**point["network"])
     given = point["study"]
     budgets = given["budgets"] if isinstance(given["budgets"], int) else tuple(given["budgets"])
     study = Study(**(given | {"methods": tuple(given["methods"]), "budgets": budgets}))
     chain, x, labels, loss = zoo.build(config)
-    problem = Problem(chain, x, labels, loss, study.max_error, study.thin, study.repeats)
+    problem = Problem(chain, x, labels, loss, study.max_error, study.thin, study.repeats, unroll)
     bench = Bench(problem, try_settings=study.try_settings)
     for name in study.methods:
         if name in FIXED:

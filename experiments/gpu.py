@@ -8,12 +8,13 @@ call goes on. The pool of the device's memory is capped before JAX starts, so th
 - **budgets**: at fixed depth, methods interleaved in one process, errors against float64, as `experiments.budget_sweep`;
 - **precision**: as `experiments.precision`, at full float32 precision and at JAX's default, which on a GPU rounds the products' operands.
 
-Writes results/gpu/: records.jsonl, summary.json, figures. Needs the packages of pyproject.toml's dependencies and the `example` extra, and for two
-of the alternatives' rows Equinox; OR-tools and pandas are not used.
+Writes results/gpu/: records.jsonl, summary.json, figures. Needs the packages of pyproject.toml's dependencies and the `example` extra; of the dependencies not
+OR-tools and typer, which it does without. Equinox, where it is there, gives rows of its own.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -23,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,9 +54,9 @@ class Config:
     minutes: float = 9.0
     per_point: float = 170.0
     model: str = "revnet"
-    pool_gib: float = 4.0
+    pool_gib: float = 8.0
     shares: tuple[float, ...] = (0.92, 0.8, 0.65)
-    depths: tuple[int, ...] = (16, 32, 64, 128, 256, 512)
+    depths: tuple[int, ...] = (16, 64, 256, 512)
     methods: tuple[str, ...] = ("backprop_scan", "plan", "recompute", "checkpoint_scan")
     refine: int = 1
     width: int = 64
@@ -67,8 +68,8 @@ class Config:
     budgets: int = 4
     length: int = 512
     text_width: int = 512
-    text_batch: int = 32
-    kinds: tuple[str, ...] = ("slope_0.8", "maxmin", "ordinary")
+    text_batch: int = 8
+    kinds: tuple[str, ...] = ("maxmin", "ordinary")
     blocks: tuple[int, ...] = (16, 64)
     features: int = 256
     rows: int = 4096
@@ -109,9 +110,12 @@ class Small(Config):
 
 def measure(point: sweep.Point) -> dict[str, Any]:
     """The point's work; running out of memory is a result. `memory`: the pool's limit and the process's peak, in bytes, or null."""
-    jax.config.update("jax_default_matmul_precision", point.get("matmul"))
+    matmul = point.get("matmul")
     try:
-        found = {"plan": plan, "step": step, "budgets": budgets, "precision": errors}[point["kind"]](point)
+        with jax.default_matmul_precision(matmul) if matmul else contextlib.nullcontext():
+            found = {"plan": plan, "step": step, "budgets": budgets, "precision": errors}[point["kind"]](
+                point
+            )
     except Exception as error:
         if not ran_out(error):
             raise
@@ -219,7 +223,7 @@ def budgets(point: sweep.Point) -> dict[str, Any]:
     )  # fmt: skip
     return {
         "ran": True,
-        **alternatives.measure(alternatives.point(zoo.Config(**point["network"]), study)),
+        **alternatives.measure(alternatives.point(zoo.Config(**point["network"]), study), unroll=0),
     }
 
 
@@ -383,9 +387,9 @@ def ladder(config: Config, method: str) -> Steps:
             bad = depth
 
 
-def swept(config: Config) -> Steps:
+def swept(config: Config, models: Sequence[str]) -> Steps:
     """Budgets at fixed depth."""
-    for model in config.others:
+    for model in models:
         yield {
             "kind": "budgets", "model": model, "depth": config.yard, "network": _sizes(config, model, config.yard),
             **_common(config), "budgets": config.budgets,
@@ -405,12 +409,11 @@ def precise(config: Config) -> Steps:
 
 
 def order(config: Config) -> Iterator[Steps]:
-    """Generators of points, one after the other; those in a `_together` in turns."""
-    first, *rest = [ladder(config, method) for method in config.methods]
-    yield _together([first, *rest[:1]])
-    yield swept(config)
+    """Generators of points, one after the other."""
+    yield _together([ladder(config, method) for method in config.methods])
+    yield swept(config, config.others[:1])
     yield precise(config)
-    yield _together(rest[1:])
+    yield swept(config, config.others[1:])
 
 
 def _together(parts: list[Steps]) -> Steps:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import mwplan as mw
-from experiments import alternatives, reading, sweep, zoo
+from experiments import alternatives, reading, sweep, training, zoo
 from mwplan.errors import ArgumentError
 from mwplan.schedule import Schedule
 from tests.helpers import relative_error, segments
@@ -194,3 +194,17 @@ def test_options_of_the_command_line() -> None:
     assert config.depths == (4, 8)
     assert config.models == memory_vs_depth.Config().models
     assert "executor" not in sweep.plain(config)
+
+
+def test_training_in_small(tmp_path: Path) -> None:
+    """A few steps of one network: the records, the summary and the figure."""
+    config = training.Config(
+        models=("mlp",), depths=(4,), widths=(32,), resolutions=(8,), batches=(256,), steps=4, checks=2, repeats=1, executor="serial",
+        out=tmp_path,
+    )  # fmt: skip
+    training.main(config)
+    (row,) = json.loads((tmp_path / "summary.json").read_text())["rows"]
+    assert row["planned_bytes"] <= row["budget_bytes"] < row["backprop_bytes"]
+    assert row["worst_gradient_error"] < 1e-4
+    assert row["median_loss_distance"] < 1e-3
+    assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
