@@ -275,10 +275,10 @@ class Runner:
         if key not in self.known:
             if self.clock.left < SHORTEST:
                 raise OutOfTimeError
-            found = self._compute(point)
-            self.known[key] = {"key": key, "point": point, **found}
-            with self.records.appending() as append:
-                append(self.known[key])
+            self.known[key] = {"key": key, "point": point, **self._compute(point)}
+            if not self.known[key].get("crashed"):  # a bug is no measurement: the next call tries again
+                with self.records.appending() as append:
+                    append(self.known[key])
         return self.known[key]
 
     def _compute(self, point: sweep.Point) -> dict[str, Any]:
@@ -313,7 +313,12 @@ class Runner:
                 found: dict[str, Any] = json.loads(path.read_text())
                 outcome = "" if found["ran"] else f": {found['reason'][:90]}"
             else:
-                found = {"ran": False, "reason": f"exit status {process.returncode}: {said[-600:]}"}
+                # A signal's status is negative: killed for memory, perhaps. A positive one is an exception.
+                found = {
+                    "ran": False,
+                    "crashed": process.returncode > 0,
+                    "reason": f"exit status {process.returncode}: {said[-600:]}",
+                }
                 outcome = f": {found['reason']}"
             self.console.print(f"{name}: {took:.0f} s{outcome}", markup=False, highlight=False)
             return found
@@ -556,15 +561,17 @@ def draw_peaks(rows: list[dict[str, Any]]) -> Figure:
 
 
 def deepest(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Of each method: the deepest network that ran, the shallowest that did not."""
+    """Of each method: the deepest network that ran, the shallowest that did not, and why."""
     made: dict[str, dict[str, Any]] = {}
     for name in dict.fromkeys(row["method"] for row in rows):
         mine = [row for row in rows if row["method"] == name]
         ran = max((row for row in mine if row["ran"]), key=lambda row: row["depth"], default=None)
+        failed = min((row for row in mine if not row["ran"]), key=lambda row: row["depth"], default=None)
         made[name] = {
             "deepest": ran and ran["depth"],
             "seconds_a_block": ran and ran["seconds"] / ran["depth"],
-            "failed_at": min((row["depth"] for row in mine if not row["ran"]), default=None),
+            "failed_at": failed and failed["depth"],
+            "reason": failed and failed["reason"],
         }
     return made
 

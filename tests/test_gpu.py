@@ -82,15 +82,18 @@ def test_running_out_of_memory_is_a_result(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_points_run_apart_within_the_time_and_are_kept(tmp_path: Path) -> None:
-    """What dies in its process is a record; a second call reads it; without time nothing begins."""
+    """What crashes in its process is told and tried again; what was measured is read; without time nothing begins."""
     config = gpu.Small(out=tmp_path)
     point = {"kind": "nonsense", "pool_bytes": 1 << 30}
     first = gpu.Runner(config, gpu.Clock(600), QUIET)(point)
     assert not first["ran"]
     assert "KeyError" in first["reason"]
-    assert gpu.Runner(config, gpu.Clock(0), QUIET)(point) == first
     with pytest.raises(gpu.OutOfTimeError):
-        gpu.Runner(config, gpu.Clock(0), QUIET)({**point, "kind": "other"})
+        gpu.Runner(config, gpu.Clock(0), QUIET)(point)
+    kept = {"key": sweep.key(point), "point": point, "ran": True}
+    with sweep.Records(tmp_path / "records.jsonl").appending() as append:
+        append(kept)
+    assert gpu.Runner(config, gpu.Clock(0), QUIET)(point) == kept
 
 
 @pytest.mark.slow
