@@ -45,6 +45,7 @@ from mwplan.errors import InfeasibleError, MwplanError
 from mwplan.ledger import replay, strategies
 from mwplan.profiles import Profile
 from mwplan.schedule import Run, RunKind, Schedule, Solution, Strategy
+from mwplan.side_by_side import relative_error
 from mwplan.solvers import baselines, rotor
 
 PyTree = Any
@@ -66,7 +67,10 @@ class NotApplicableError(MwplanError):
 
 @dataclass(frozen=True)
 class Problem:
-    """One network with what planning needs: `max_error` for rebuilt cotangents, `thin` as in `mw.frontier`, timed runs of each operation of the profile."""
+    """One network with what planning needs: `max_error` for rebuilt cotangents, `thin` as in `mw.frontier`, timed runs of each operation of the profile.
+
+    Schedules of chains with more than `unroll` innermost layers are run stacked.
+    """
 
     chain: mw.Chain
     x: Any
@@ -75,6 +79,7 @@ class Problem:
     max_error: float = 1e-4
     thin: float = 0.0
     repeats: int = 5
+    unroll: int = zoo.UNROLL
 
     @functools.cached_property
     def profile(self) -> Profile:
@@ -275,8 +280,9 @@ def scheduled(profile: Profile, solution: Solution, max_error: float) -> Schedul
     )
 
 
-def _applied(problem: Problem, schedule: Schedule) -> Way:
-    chain = problem.chain if len(_flat(problem.chain)) <= zoo.UNROLL else problem.stacked
+def applied(problem: Problem, schedule: Schedule) -> Way:
+    """A schedule of the problem's profile, run by `mw.apply`."""
+    chain = problem.chain if len(_flat(problem.chain)) <= problem.unroll else problem.stacked
     return Way(lambda chain, x: mw.apply(schedule, chain, x), chain, schedule, schedule.runs)
 
 
@@ -284,7 +290,7 @@ def _baseline(problem: Problem, solution: Solution, kind: RunKind, what: str) ->
     assert solution.runs is not None
     if not any(run.kind is kind for run in solution.runs):
         raise NotApplicableError(f"no layer of this chain {what} within max_error={problem.max_error}")
-    return _applied(problem, scheduled(problem.profile, solution, problem.max_error))
+    return applied(problem, scheduled(problem.profile, solution, problem.max_error))
 
 
 def invert(problem: Problem, budget: int | None) -> Way:
@@ -311,12 +317,12 @@ def _at(frontier: mw.Frontier, budget: int | None) -> Schedule:
 
 def plan(problem: Problem, budget: int | None) -> Way:
     """The fastest schedule of all strategies that fits; without a budget, the fastest of all."""
-    return _applied(problem, _at(problem.frontier(), budget))
+    return applied(problem, _at(problem.frontier(), budget))
 
 
 def recompute(problem: Problem, budget: int | None) -> Way:
     """The fastest schedule of STORE and RECOMPUTE runs that fits."""
-    return _applied(problem, _at(problem.frontier(RECOMPUTATION), budget))
+    return applied(problem, _at(problem.frontier(RECOMPUTATION), budget))
 
 
 def nested_checkpoint(runs: Sequence[Run]) -> Network:
@@ -576,14 +582,6 @@ def innermost(grads: mw.Chain) -> list[Any]:
     return jax.tree.leaves(jax.device_get(grads).layers)
 
 
-def relative_error(got: Sequence[Any], truth: Sequence[np.ndarray]) -> tuple[float, float]:
-    """Relative distance of all gradients together, and the largest of any parameter (those whose true gradient is 0 left out)."""
-    apart = [np.asarray(a, np.float64) - b for a, b in zip(got, truth, strict=True)]
-    lengths = [(float(np.linalg.norm(d)), float(np.linalg.norm(b))) for d, b in zip(apart, truth)]
-    whole = math.hypot(*(d for d, _ in lengths)) / max(math.hypot(*(b for _, b in lengths)), 1e-300)
-    return whole, max((d / b for d, b in lengths if b > 0), default=0.0)
-
-
 # -- one point of a sweep ----------------------------------------------------------------------------------------------
 
 
@@ -613,14 +611,14 @@ def point(config: zoo.Config, study: Study) -> dict[str, Any]:
     return {"network": dataclasses.asdict(config), "study": json.loads(json.dumps(dataclasses.asdict(study)))}
 
 
-def measure(point: dict[str, Any]) -> dict[str, Any]:
+def measure(point: dict[str, Any], unroll: int = zoo.UNROLL) -> dict[str, Any]:
     """Measures one point: `rows`, one a method and budget (see `Bench.records`), the frontier's `(total bytes, ns)`, the yardstick's samples."""
     config = zoo.Config(**point["network"])
     given = point["study"]
     budgets = given["budgets"] if isinstance(given["budgets"], int) else tuple(given["budgets"])
     study = Study(**(given | {"methods": tuple(given["methods"]), "budgets": budgets}))
     chain, x, labels, loss = zoo.build(config)
-    problem = Problem(chain, x, labels, loss, study.max_error, study.thin, study.repeats)
+    problem = Problem(chain, x, labels, loss, study.max_error, study.thin, study.repeats, unroll)
     bench = Bench(problem, try_settings=study.try_settings)
     for name in study.methods:
         if name in FIXED:

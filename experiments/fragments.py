@@ -112,7 +112,10 @@ def draw(found: list[dict[str, Any]]) -> Figure:
     kinds = list(dict.fromkeys(one["point"]["weights"] for one in found))
     figure = Figure(figsize=(4.5 * len(kinds), 6.5), layout="constrained")
     grid = figure.subplots(2, len(kinds), squeeze=False, sharex=True)
-    names = sorted({row["option"] for one in found for row in one["rows"]})
+    every = [row for one in found for row in one["rows"]]
+    names = sorted(
+        {row["option"] for row in every}, key=lambda n: -max(r["fragment"] for r in every if r["option"] == n)
+    )
     marks = dict(zip(names, "os^DvPX*<>hpd" * 4))
     lengths = sorted({one["point"]["length"] for one in found})
     colors = dict(zip(lengths, sns.color_palette("viridis", len(lengths))))

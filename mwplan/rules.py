@@ -17,15 +17,32 @@ new memory: `mwplan.residuals` finds and shares it.
 from __future__ import annotations
 
 import abc
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar, cast
 
 import jax
 
 from mwplan import trees
 
 PyTree = Any
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def full_precision(function: Function) -> Function:
+    """`function`, whose products are of float32 operands as they are, whatever JAX's default.
+
+    GPUs and TPUs round them to fewer bits by default (TF32 has 10): an error that a vijp amplifies. For what *inverts*: the reverse sweep and the
+    vijp of a rule with products, and what pulls back in both. Not for a layer's own forward pass, which must be the same in every sweep.
+    """
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with jax.default_matmul_precision("highest"):
+            return function(*args, **kwargs)
+
+    return cast("Function", call)
 
 
 @dataclass(frozen=True)
@@ -75,7 +92,7 @@ class VijpRule(abc.ABC):
     """A way to take a layer through a moonwalk run: F, R and M sweeps.
 
     Cotangents inside a run are in `trees.working_dtype` of the activations' dtype (float32 or wider), in `reverse` and
-    `rebuild` alike; fragments too. `has_fragment` is False where `fragment` is always `()`: strategy VIJP. `any_weights` is True where
+    `rebuild` alike; fragments too. Where these hold products they ask for `full_precision`. `has_fragment` is False where `fragment` is always `()`: strategy VIJP. `any_weights` is True where
     local error and growth are the same for all weights, so that they are known without them.
     """
 

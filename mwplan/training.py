@@ -1,31 +1,28 @@
 """The main job: train a convolutional classifier on handwritten digits within a budget that backpropagation exceeds.
 
-Plain and planned training run side by side from the same start on the same batches, interleaved step by step, so that times
-compare. Needs the `example` extra (optax, scikit-learn).
+By `mwplan.side_by_side`. Needs the `example` extra (optax, scikit-learn).
 """
 
 from __future__ import annotations
 
-import dataclasses
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from mwplan import execute, fitting, measure, planning, serial
+from mwplan import planning, serial, side_by_side
 from mwplan.chain import Chain
-from mwplan.compiling import jit, temporaries
-from mwplan.errors import ArgumentError, InfeasibleError, MwplanError
+from mwplan.compiling import jit
+from mwplan.errors import ArgumentError, MwplanError
 from mwplan.layers import Conv2D, Dense, Flatten, LeakyReLU, MaxMin, SpaceToDepth
 from mwplan.profiles import Profile
 from mwplan.schedule import Schedule, Strategy
+from mwplan.side_by_side import Progress, Task, shuffled
 from mwplan.sizes import parse_bytes
 
 SCHEMA = 1
@@ -95,13 +92,6 @@ class TrainResult:
         return serial.load(text, cls, kind="training", schema=SCHEMA)
 
 
-class Progress(Protocol):
-    """Where the run says how far it is."""
-
-    def __call__(self, phase: str, done: int, total: int, /) -> None:
-        """`phase` is at `done` of `total`."""
-
-
 @dataclass(frozen=True)
 class Digits:
     """scikit-learn's bundled handwritten digits, 8x8, scaled to mean 0 and variance 1, split with a fixed seed."""
@@ -151,30 +141,9 @@ def cross_entropy(logits: Float[Array, "batch classes"], labels: Int[Array, " ba
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
-def gradient_error(grads: Any, chain: Chain, x: Any, labels: Any) -> float:
-    """Relative distance of `grads` from float64 backpropagation at the same weights: the largest over the parameters."""
-    got = jax.tree.leaves(grads)
-    with jax.enable_x64(True):
-        wide = jax.tree.map(lambda a: jnp.asarray(np.asarray(a), jnp.float64), (chain, x))
-        truth = jit(jax.grad(lambda net, x: cross_entropy(net(x), labels)))(*wide)
-        pairs = zip(got, jax.tree.leaves(truth))
-        return max(float(np.linalg.norm(np.asarray(a, np.float64) - b) / np.linalg.norm(b)) for a, b in pairs)
-
-
 def accuracy(chain: Chain, x: Any, labels: Any) -> float:
     """Fraction of right answers."""
     return float((jnp.argmax(jit(lambda net, x: net(x))(chain, x), axis=-1) == labels).mean())
-
-
-@dataclass
-class _Training:
-    """One of the two runs: its compiled step, weights and records."""
-
-    step: Any
-    chain: Chain
-    state: Any
-    losses: list[float] = dataclasses.field(default_factory=list)
-    seconds: list[float] = dataclasses.field(default_factory=list)
 
 
 def train(config: TrainConfig, progress: Progress, say: Callable[[str], None]) -> TrainResult:
@@ -189,134 +158,58 @@ def train(config: TrainConfig, progress: Progress, say: Callable[[str], None]) -
     data = digits(config.seed)
     if config.batch > len(data.train_x):
         raise ArgumentError(f"`batch={config.batch}` is more than the {len(data.train_x)} training images")
-    chain = digits_network(jax.random.key(config.seed), config.depth)
-    x, labels = jnp.asarray(data.train_x[: config.batch]), jnp.asarray(data.train_y[: config.batch])
-
     steps_per_epoch = len(data.train_x) // config.batch
     total = config.epochs * steps_per_epoch
-    optimizer = optax.adam(optax.cosine_decay_schedule(config.learning_rate, total))
-    compiled: dict[str, Any] = {}
-    compile_seconds: dict[str, float] = {}
-
-    def plain_gradient(net: Chain, x: Any, labels: Any) -> Any:
-        return jax.value_and_grad(lambda net: cross_entropy(net(x), labels))(net)
-
-    def planned_gradient(schedule: Schedule) -> Any:
-        return execute.value_and_grad(cross_entropy, schedule)
-
-    def compile_gradient(name: str, gradient: Any) -> None:
-        start = time.perf_counter()
-        compiled[name] = jit(gradient).lower(chain, x, labels).compile()
-        compile_seconds[name] = time.perf_counter() - start
-
-    compile_gradient("plain", plain_gradient)
-
-    def profiled(net: Chain) -> Profile:
-        return measure.profile(
-            net, x, progress=lambda done, total, _: progress("profiling layers", done, total)
-        )
-
-    def fitted(net: Chain, profile: Profile, budget: int) -> fitting.Fitted:
-        return fitting.fit(
-            cross_entropy, net, x, labels,
-            budget=budget, profile=profile, max_error=config.max_error, allowed=allowed, say=say,
-        )  # fmt: skip
-
     allowed = frozenset(Strategy) - frozenset(config.forbid)
-    profile = profiled(chain)
-    if config.budget is None:
+
+    def budget(profile: Profile, backprop: int) -> int:
+        if config.budget is not None:
+            return parse_bytes(config.budget)
         least = planning.frontier(profile, max_error=config.max_error, allowed=allowed).least_bytes or 0
-        room = int(BUDGET_FRACTION * temporaries(compiled["plain"]))
-        budget = max(profile.fixed_bytes + room, int(1.25 * least))
-    else:
-        budget = parse_bytes(config.budget)
-    found = fitted(chain, profile, budget)
-    schedule, compiled["planned"] = found.schedule, found.step
-    compile_seconds["planned"] = found.attempts[-1].compile_seconds
-    say(str(schedule))
+        return max(profile.fixed_bytes + int(BUDGET_FRACTION * backprop), int(1.25 * least))
 
-    def stepper(gradient: Any) -> Any:
-        def step(net: Chain, state: Any, x: Any, labels: Any) -> tuple[Any, Any, Any]:
-            value, grads = gradient(net, x, labels)
-            updates, state = optimizer.update(grads, state, net)
-            return optax.apply_updates(net, updates), state, value
-
-        return jit(step)
-
-    (_, _), grads = compiled["planned"](chain, x, labels)
-    error_first = gradient_error(grads, chain, x, labels)
-    plain_first = gradient_error(compiled["plain"](chain, x, labels)[1], chain, x, labels)
-
-    state = optimizer.init(chain)
-    plain = _Training(stepper(plain_gradient), chain, state)
-    planned = _Training(stepper(planned_gradient(schedule)), chain, state)
-    rng = np.random.default_rng(config.seed)
-    discrepancies: list[float] = []
-    replans: list[int] = []
-    for step in range(total):
-        if step % steps_per_epoch == 0:
-            order = rng.permutation(len(data.train_x))
-        at = (step % steps_per_epoch) * config.batch
-        index = order[at : at + config.batch]
-        batch = jnp.asarray(data.train_x[index]), jnp.asarray(data.train_y[index])
-        for run in (plain, planned):
-            start = time.perf_counter()
-            run.chain, run.state, value = jax.block_until_ready(run.step(run.chain, run.state, *batch))
-            run.seconds.append(time.perf_counter() - start)
-            loss = value if run is plain else value[0]
-            run.losses.append(float(loss))
-            if run is planned:
-                discrepancies.append(float(value[1].worst))
-        if discrepancies[-1] > config.max_error and (not replans or step - replans[-1] >= steps_per_epoch):
-            say(
-                f"step {step}: a run's cotangent is off by {discrepancies[-1]:.1e}, above {config.max_error:.0e}: "
-                "profiling the weights as they are now, and planning again"
-            )
-            replans.append(step)
-            try:
-                schedule = fitted(planned.chain, profiled(planned.chain), budget).schedule
-            except InfeasibleError as error:
-                raise InfeasibleError(
-                    f"after step {step} no schedule keeps `max_error={config.max_error}` within the budget any more: {error}",
-                    budget_bytes=budget,
-                    least_bytes=error.least_bytes,
-                ) from error
-            planned.step = stepper(planned_gradient(schedule))
-        progress("training, plain and planned", step + 1, total)
-    (_, _), grads = jit(planned_gradient(schedule))(planned.chain, x, labels)
-    _, plain_grads = compiled["plain"](planned.chain, x, labels)
+    chain = digits_network(jax.random.key(config.seed), config.depth)
+    task = Task(
+        chain=chain,
+        loss=cross_entropy,
+        batch=shuffled(data.train_x, data.train_y, config.batch, config.seed),
+        steps=total,
+        optimizer=optax.adam(optax.cosine_decay_schedule(config.learning_rate, total)),
+        budget=budget,
+        max_error=config.max_error,
+        allowed=allowed,
+        checks=(0, total),
+        patience=steps_per_epoch,
+    )
+    got = side_by_side.train(task, progress, say)
+    fitted, first, last = got.fitted, got.checks[0], got.checks[-1]
     return TrainResult(
         config=config,
-        device=profile.device,
+        device=fitted.profile.device,
         versions=tuple(f"{m.__name__} {m.__version__}" for m in (jax, np, optax)),
-        layers=tuple(layer.name for layer in profile.layers),
-        schedule=schedule,
-        budget_bytes=budget,
-        fixed_bytes=schedule.fixed_bytes,
-        predicted_temporary_bytes=schedule.peak_bytes,
-        measured_temporary_bytes=temporaries(compiled["planned"]),
-        backprop_temporary_bytes=temporaries(compiled["plain"]),
-        predicted_step_seconds=schedule.time_ns / 1e9,
-        planned_step_seconds=_median(planned.seconds),
-        backprop_step_seconds=_median(plain.seconds),
-        planned_compile_seconds=compile_seconds["planned"],
-        backprop_compile_seconds=compile_seconds["plain"],
-        gradient_error_first=error_first,
-        gradient_error_last=gradient_error(grads, planned.chain, x, labels),
-        backprop_error_first=plain_first,
-        backprop_error_last=gradient_error(plain_grads, planned.chain, x, labels),
-        accuracy_planned=accuracy(planned.chain, data.test_x, data.test_y),
-        accuracy_plain=accuracy(plain.chain, data.test_x, data.test_y),
-        losses_planned=tuple(planned.losses),
-        losses_plain=tuple(plain.losses),
-        discrepancies=tuple(discrepancies),
-        replans=tuple(replans),
+        layers=tuple(layer.name for layer in fitted.profile.layers),
+        schedule=fitted.schedule,
+        budget_bytes=got.budget_bytes,
+        fixed_bytes=fitted.schedule.fixed_bytes,
+        predicted_temporary_bytes=fitted.schedule.peak_bytes,
+        measured_temporary_bytes=fitted.temporary_bytes,
+        backprop_temporary_bytes=got.backprop_temporary_bytes,
+        predicted_step_seconds=fitted.schedule.time_ns / 1e9,
+        planned_step_seconds=got.planned.median_seconds,
+        backprop_step_seconds=got.plain.median_seconds,
+        planned_compile_seconds=fitted.attempts[-1].compile_seconds,
+        backprop_compile_seconds=got.backprop_compile_seconds,
+        gradient_error_first=first.planned_worst,
+        gradient_error_last=last.planned_worst,
+        backprop_error_first=first.plain_worst,
+        backprop_error_last=last.plain_worst,
+        accuracy_planned=accuracy(got.planned.chain, data.test_x, data.test_y),
+        accuracy_plain=accuracy(got.plain.chain, data.test_x, data.test_y),
+        losses_planned=tuple(got.planned.losses),
+        losses_plain=tuple(got.plain.losses),
+        discrepancies=got.discrepancies,
+        replans=got.replans,
     )
-
-
-def _median(seconds: list[float]) -> float:
-    """The median without the first call, which compiles."""
-    return statistics.median(seconds[1:] or seconds)
 
 
 def write(result: TrainResult, folder: Path) -> tuple[Path, Path]:

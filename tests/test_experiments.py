@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import mwplan as mw
-from experiments import alternatives, fragments, precision, reading, sweep, zoo
+from experiments import alternatives, fragments, precision, reading, sweep, training, zoo
 from mwplan.errors import ArgumentError
 from mwplan.schedule import Schedule
 from tests.helpers import relative_error, segments
@@ -222,8 +222,21 @@ def test_precision_of_one_network() -> None:
     assert rows["pure moonwalk"]["temporary_bytes"] < rows["backpropagation"]["temporary_bytes"]
     assert 0 < rows["pure moonwalk"]["error"] < 1e-4
     assert rows["max_error 1e-04"]["predicted_error"] <= 1e-4
-    training = {"depth": 2, "steps": 2, "every": 1, "rate": 0.1}
-    followed = precision.measure({**sizes, **training})["rows"]
+    followed = precision.measure({**sizes, "depth": 2, "steps": 2, "every": 1, "rate": 0.1})["rows"]
     losses = [row["loss"] for row in followed if row["name"] == "pure moonwalk"]
     assert len(losses) == 3
     assert losses[2] < losses[0]
+
+
+def test_training_in_small(tmp_path: Path) -> None:
+    """A few steps of one network: the records, the summary and the figure."""
+    config = training.Config(
+        models=("mlp",), depths=(4,), widths=(32,), resolutions=(8,), batches=(256,), steps=4, checks=2, repeats=1, executor="serial",
+        out=tmp_path,
+    )  # fmt: skip
+    training.main(config)
+    (row,) = json.loads((tmp_path / "summary.json").read_text())["rows"]
+    assert row["planned_bytes"] <= row["budget_bytes"] < row["backprop_bytes"]
+    assert row["worst_gradient_error"] < 1e-4
+    assert row["median_loss_distance"] < 1e-3
+    assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")

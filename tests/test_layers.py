@@ -374,3 +374,41 @@ FRAGMENTS = {
     "orthogonal-wide": {"null": 2},
     "relu": {"whole": 5},
 }
+
+
+def products(jaxpr: Any) -> list[Any]:
+    """The products of a jaxpr, those of its inner ones too."""
+    found = []
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in ("dot_general", "conv_general_dilated"):
+            found.append(eqn)
+        for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda leaf: hasattr(leaf, "eqns")):
+            inner = getattr(inner, "jaxpr", inner)
+            found += products(inner) if hasattr(inner, "eqns") else []
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "option"), [one for one in FIRST.values() if "+" not in one[1] and "sequential" not in one[0]]
+)
+def test_full_precision(name: str, option: str) -> None:
+    """Both sweeps multiply float32 operands as they are, on devices too that round them by default.
+
+    Not so a layer's forward pass, which must be the same in every sweep: `Sequential` runs it for what is between its parts.
+    """
+    layer, rule, x, ct_out = case(name, option)
+    _, kept = rule.forward(layer, x)
+    reverse = jax.make_jaxpr(lambda layer, kept, ct: rule.reverse(layer, kept, ct))(layer, kept, ct_out)
+    ct_in, fragment = jax.eval_shape(rule.reverse, layer, kept, ct_out)
+    rebuild = jax.make_jaxpr(rule.rebuild)(layer, x, ct_in, fragment)
+    for eqn in products(reverse.jaxpr) + products(rebuild.jaxpr):
+        assert "HIGHEST" in str(eqn.params["precision"]), eqn
+
+
+@pytest.mark.parametrize("name", ["dense", "orthogonal", "orthogonal-conv2d", "conv2d-circular-s2"])
+def test_inverses_in_full_precision(name: str) -> None:
+    layer, x, _ = arrays(name)
+    for rule in rules.invert_rules(layer, x):
+        if isinstance(rule, rules.InvertRule):
+            for eqn in products(jax.make_jaxpr(rule.inverse)(layer, layer(x)).jaxpr):
+                assert "HIGHEST" in str(eqn.params["precision"]), eqn

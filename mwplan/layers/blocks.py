@@ -14,7 +14,15 @@ from mwplan import rules, trees
 from mwplan.errors import ArgumentError
 from mwplan.layers.base import layer
 from mwplan.layers.linear import WholeOf
-from mwplan.rules import InvertRule, StoreRule, Unavailable, VijpRule, VjpStore, WholeFragment
+from mwplan.rules import (
+    InvertRule,
+    StoreRule,
+    Unavailable,
+    VijpRule,
+    VjpStore,
+    WholeFragment,
+    full_precision,
+)
 from mwplan.trees import widen
 
 
@@ -25,8 +33,9 @@ def _halves(x: Array, who: str) -> tuple[Array, Array]:
     return x[..., :half], x[..., half:]
 
 
+@full_precision
 def _vjp(branch: Any, x: Array) -> tuple[Array, Any]:
-    """A branch in working precision at `x`, and its vjp."""
+    """A branch in working and full precision at `x`, and its vjp."""
     y, vjp = jax.vjp(widen(branch), x)
     return y, vjp
 
@@ -110,7 +119,7 @@ class SubtractVjps(Subtract):
 
 @dataclass(frozen=True)
 class CouplingInverse(InvertRule):
-    """`x2 = y2 - g(y1)`, `x1 = y1 - f(x2)`."""
+    """`x2 = y2 - g(y1)`, `x1 = y1 - f(x2)`. The branches compute as in the forward pass, in JAX's default precision: what was added is subtracted."""
 
     name: str = "subtract"
 

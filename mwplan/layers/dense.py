@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 from mwplan.errors import ArgumentError
 from mwplan.layers.base import layer
 from mwplan.layers.linear import LinearRule, Refined, left_inverse, percent_of, rank_problem, times
-from mwplan.rules import InvertRule, Unavailable, VijpRule
+from mwplan.rules import InvertRule, Unavailable, VijpRule, full_precision
 from mwplan.trees import widen
 
 PERCENTS = (2, 5, 10, 20, 30, 50)
@@ -264,6 +264,7 @@ class DenseInverse(InvertRule):
         """Full row rank, finite."""
         return rank_problem(np.asarray(layer.weight).T, "`weight`")
 
+    @full_precision
     def inverse(self, layer: Dense, y: Any) -> Any:
         """`*batch inner`, in the dtype of `y`."""
         wide = widen(y) if layer.bias is None else widen(y) - widen(layer.bias)

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Inexact
 
 from mwplan import trees
-from mwplan.rules import VijpRule, WholeFragment
+from mwplan.rules import VijpRule, WholeFragment, full_precision
 
 
 class LinearLayer(Protocol):
@@ -70,7 +70,12 @@ def cast(a: Array, dtype: Any) -> Array:
 
 
 class LinearRule(VijpRule):
-    """Base of the vijps of linear layers: no input residuals, and a reverse in working precision."""
+    """Base of the vijps of linear layers: no input residuals, and a reverse in working precision. Both sweeps multiply in `full_precision`."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name in ("reverse", "fragment", "rebuild"):
+            setattr(cls, name, full_precision(getattr(cls, name)))
 
     def forward(self, layer: Any, x: Any) -> tuple[Any, Any]:
         """The layer's output; nothing is kept but the input's shape."""

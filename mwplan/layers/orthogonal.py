@@ -20,7 +20,7 @@ from mwplan.errors import ArgumentError
 from mwplan.layers.base import layer, static
 from mwplan.layers.fourier import irfftn, rfftn
 from mwplan.layers.linear import LinearRule, WholeOf, times
-from mwplan.rules import InvertRule, Unavailable, VijpRule
+from mwplan.rules import InvertRule, Unavailable, VijpRule, full_precision
 from mwplan.trees import transpose, widen
 
 METHODS = ("cayley", "householder", "expm")
@@ -163,6 +163,7 @@ class OrthogonalInverse(InvertRule):
         """Finite parameters."""
         return _finite(layer)
 
+    @full_precision
     def inverse(self, layer: OrthogonalDense, y: Any) -> Any:
         """`x`, in the dtype of `y`."""
         wide = widen(y) if layer.bias is None else widen(y) - widen(layer.bias)
@@ -305,6 +306,7 @@ class OrthogonalConvInverse(InvertRule):
         """Finite parameters."""
         return _finite(layer)
 
+    @full_precision
     def inverse(self, layer: CircularOrthogonal, y: Any) -> Any:
         """`x`, in the dtype of `y`."""
         wide = widen(y) if layer.bias is None else widen(y) - widen(layer.bias)

@@ -43,7 +43,7 @@ from mwplan.layers.linear import (
     percent_of,
     rank_problem,
 )
-from mwplan.rules import InvertRule, Unavailable, VijpRule
+from mwplan.rules import InvertRule, Unavailable, VijpRule, full_precision
 
 
 @jax.tree_util.register_dataclass
@@ -364,6 +364,7 @@ class SpectralInverse(InvertRule):
         a = np.swapaxes(np.asarray(symbol(layer.weight, self.geometry, layer.groups)), -1, -2)
         return rank_problem(a, f"`weight` at some frequency of the grid {self.geometry.grid}")
 
+    @full_precision
     def inverse(self, layer: Any, y: Any) -> Any:
         """`x`, in the dtype of `y`."""
         g, dims, groups = self.geometry, layer.dims, layer.groups

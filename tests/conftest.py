@@ -1,0 +1,16 @@
+"""What every test of the suite runs under."""
+
+from __future__ import annotations
+
+import jax
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _whole_float32() -> None:
+    """Where there is a GPU: products of float32 operands as they are. JAX's default there has ten bits, and the tests compare digits.
+
+    Asked for once tests run: whoever starts JAX's CPU client while they are collected forestalls `experiments.zoo`.
+    """
+    if jax.default_backend() != "cpu":
+        jax.config.update("jax_default_matmul_precision", "highest")
