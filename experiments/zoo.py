@@ -298,12 +298,12 @@ def _conv_stem(config: Config, keys: Keys) -> list[Any]:
 
 
 def revnet(config: Config, keys: Keys) -> list[Any]:
-    """Couplings of one-convolution branches at constant resolution."""
+    """Couplings of one-convolution branches at constant resolution; gelu, for an inverse flips the signs of ReLUs near 0."""
     layers, half = _conv_stem(config, keys), config.width // 2
 
     def branch() -> ml.Sequential:
         conv = _small(ml.Conv2D.he(next(keys), half, half), 0.3)
-        return ml.Sequential((ml.RMSNorm.init(None, half), ml.ReLU(), conv))
+        return ml.Sequential((ml.RMSNorm.init(None, half), ml.Smooth("gelu"), conv))
 
     layers += [ml.Coupling(branch(), branch()) for _ in range(config.depth)]
     return layers + _head(config, keys, config.width)

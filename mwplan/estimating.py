@@ -75,7 +75,7 @@ def estimate(
                 _errors_without_weights(counted[keys[i]], one, structs[i], examples, seed)
         if abstract:
             tell(i + 1, len(chain), names[i])
-    unusable: dict[int, frozenset[str]] = {}
+    unusable: dict[int, frozenset[measure.Name]] = {}
     if not abstract:
         key = jax.random.key(seed)
         sampled = measure.spread(keys, measure.GROWTH_SAMPLES)
@@ -181,7 +181,7 @@ def _errors_without_weights(
     """The errors that no weights change, at random ones; infinite for the others."""
     key = jax.random.key(seed)
     known = [r for r in costs.checked() if not jax.tree.leaves(one) or getattr(r, "any_weights", False)]
-    others = frozenset(r.name for r in costs.checked() if r not in known)
+    others = frozenset(measure.name_of(r) for r in costs.checked() if r not in known)
     costs.errors.update(dict.fromkeys(others, (math.inf, math.inf)))
     if _exact(known):
         return

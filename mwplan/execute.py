@@ -16,14 +16,14 @@ from mwplan.chain import Chain, Stack, boundaries, check_chain, fingerprint
 from mwplan.compiling import warn_if_undone
 from mwplan.errors import ArgumentError, ScheduleMismatchError, SecondDerivativeError
 from mwplan.interpret import Gradients, Interpreter, View
-from mwplan.schedule import Run, RunKind, Schedule, walk
+from mwplan.schedule import RunKind, Schedule, reporting_runs
 
 PyTree = Any
 
 
 @dataclass(frozen=True, slots=True)
 class RunDiscrepancy:
-    """How far one run's reconstruction was from the truth, relative."""
+    """How far one run's reconstruction was from the truth, relative; as in `Report`."""
 
     start: int
     stop: int
@@ -36,12 +36,21 @@ class RunDiscrepancy:
 class Report:
     """What a step's runs report of themselves.
 
-    `discrepancy`: one float32 for each MOONWALK and INVERT run (inner ones too, in the order of `runs`), the relative distance between
-    a 64-number random sketch of what the run rebuilt last and of the truth. NaN if no cotangent reached the run.
+    `discrepancy`: one float32 for each MOONWALK and INVERT run (inner ones too, in the order of `runs`), an estimate of its gradients' relative error
+    beside those of `jax.grad`: the distance between 64-number random sketches of what the run rebuilt last and of the truth. For an INVERT run, which
+    rebuilds activations, it is multiplied with what the profile says such an error does to gradients (`Schedule.report_scales`; 1 in a schedule made by
+    hand). NaN if no cotangent reached the run.
     """
 
     discrepancy: Float[Array, " runs"]
     runs: tuple[tuple[int, int, RunKind], ...] = field(metadata={"static": True})
+
+    @classmethod
+    def of(cls, schedule: Schedule, found: Float[Array, " runs"]) -> Report:
+        """The report from the discrepancies that the runs found."""
+        runs = tuple((run.start, run.stop, run.kind) for run in reporting_runs(schedule.runs))
+        scales = schedule.report_scales or (1.0,) * len(runs)
+        return cls(found * jnp.asarray(scales, found.dtype), runs)
 
     @property
     def worst(self) -> Float[Array, ""]:
@@ -54,11 +63,6 @@ class Report:
             RunDiscrepancy(start, stop, kind, float(value))
             for (start, stop, kind), value in zip(self.runs, self.discrepancy)
         )
-
-
-def reporting_runs(schedule: Schedule) -> tuple[Run, ...]:
-    """The runs that rebuild something, and so can be compared with the truth."""
-    return tuple(run for run in walk(schedule.runs) if run.kind in (RunKind.MOONWALK, RunKind.INVERT))
 
 
 @jax.custom_jvp
@@ -115,7 +119,7 @@ def _planned(schedule: Schedule, *, check: bool) -> Callable[[Chain, PyTree, Arr
         box = [ct]
         interpreter.backward(schedule.runs, saved.kept, box, 0)
         report = interpreter.reported(
-            [(run.start, run.stop) for run in reporting_runs(schedule)] if check else []
+            [(run.start, run.stop) for run in reporting_runs(schedule.runs)] if check else []
         )
         chain_ct = Chain.tree_unflatten(
             None, [_part_cotangent(part, g) for part, g in zip(saved.chain.parts, interpreter.grads.parts)]
@@ -209,7 +213,7 @@ def value_and_grad(
         raise ArgumentError(
             f"`loss` is {loss!r}, which is not callable: give a function `loss(y, *args)` that returns a scalar"
         )
-    runs = reporting_runs(schedule)
+    runs = reporting_runs(schedule.runs)
 
     def step(chain: Chain, x: PyTree, *args: Any) -> tuple[tuple[Any, Report], Any]:
         check_match(schedule, chain)
@@ -229,7 +233,7 @@ def value_and_grad(
         )
         axes = tuple(sorted(trees.varying_axes(got[-1])))
         discrepancy = jax.lax.pmax(got[-1], axes) if axes else got[-1]  # the worst of all devices
-        report = Report(discrepancy, tuple((run.start, run.stop, run.kind) for run in runs))
+        report = Report.of(schedule, discrepancy)
         grads = _only_parameters(chain, got[0])
         return (value, report), ((grads, _only_parameters(x, got[1])) if wrt_input else grads)
 

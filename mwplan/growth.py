@@ -7,6 +7,9 @@ cotangents on the layer's present weights, in working precision; seeds are the c
   both sweeps, amplified by this one layer.
 - **growth**: $\frac{|d J^+| / |d|}{|\bar y| / |\bar x|}$ with $d$ fresh white noise in place of $\bar x$ and no noise in the fragment, which is kept
   exactly: a vijp is linear in the cotangent and the fragment together, so $d J^+$ is the rebuild from $(d, 0)$.
+
+An INVERT run rebuilds activations, and differentiates at them. Of an inverse, local error and growth are those of the activation, and three more numbers
+say what an activation's error does to the vjp there (`InverseErrors`).
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +70,21 @@ def _output(rule: None, layer: PyTree, x: PyTree) -> PyTree:
     return layer(x)
 
 
+class InverseErrors(NamedTuple):
+    """What an inverse, and the vjp at what it rebuilds, do to errors.
+
+    `local_error`, `growth`: of the activation, relative to it. `sensitivity`: relative change of the input's cotangent over the relative change of
+    the input; `gradient_sensitivity`: likewise of the parameters' gradient. `kink`: the square of what either changes besides, over the change of the
+    input, where the layer is not smooth.
+    """
+
+    local_error: float
+    growth: float
+    sensitivity: float
+    gradient_sensitivity: float
+    kink: float
+
+
 def _invert_errors(rule: InvertRule, layer: PyTree, x: PyTree, y: PyTree, key: jax.Array) -> jax.Array:
     back = rule.inverse(layer, y)
     scale = _norm(x)
@@ -76,6 +94,76 @@ def _invert_errors(rule: InvertRule, layer: PyTree, x: PyTree, y: PyTree, key: j
     _, moved = jax.jvp(lambda out: rule.inverse(layer, out), (y,), (tangent,))
     growth = _ratio(_norm(moved) * _norm(y), _norm(noise) * scale)
     return jnp.stack([local, growth])
+
+
+_LEVELS = (2.0**5, 2.0**10)  # of the input's precision: an error early in a run, and one near the tolerance
+_KINK_LEVELS = (2.0**-11, 2.0**-7)  # of the input: large enough for some of a few thousand ReLUs to flip
+_DRAWS = 4
+
+
+def _sensitivities(rule: None, layer: PyTree, x: PyTree, y: PyTree, key: jax.Array) -> jax.Array:
+    r"""`(sensitivity, gradient_sensitivity, kink)`: the layer's vjp at `x` moved by white noise against that at `x`, the root mean square of 4 draws, the larger
+    of two sizes of noise (4e-6 and 1e-4 of the input in float32).
+
+    Differences, not a derivative: where a norm's input is nearly zero, or a ReLU's is exactly so, the vjp changes by a part of itself however
+    small the noise. The vjp is of the output itself and white noise, equal in size, so that the gradient of the parameters is a sum of terms that agree,
+    as gradients of losses are, and not the small remainder of terms that cancel.
+
+    **Kinks.** Noise of relative size $h$ flips a share of about $0.4h$ of a layer's ReLUs, each of which changes its element of the cotangent by a part of itself: in
+    Euclidean norm the square of the change is $(sh)^2 + kh$, with $k$ the `kink`. It is the difference between the same noise at two sizes (1/2048 and
+    1/128 of the input), $k = (D_1^2/h_1^2 - D_2^2/h_2^2) / (1/h_1 - 1/h_2)$, near 0 where the layer is smooth. So that flips do not count in the sensitivity of
+    the cotangent as well, that is of sums of absolute values, to which a flip adds by its share.
+    """
+    leaves = [leaf for leaf in jax.tree.leaves(x) if trees.is_inexact(leaf)]
+    if not leaves:
+        return jnp.zeros(3)
+    noise_key, key = jax.random.split(key)
+    noise = random_cotangent(y, noise_key)
+    scale = _ratio(_norm(noise), _norm(y))
+    ct = jax.tree.map(
+        lambda n, leaf: (n + scale * leaf).astype(leaf.dtype) if trees.is_inexact(leaf) else n, noise, y
+    )
+
+    def pull(x: PyTree) -> tuple[list[Any], list[Any]]:
+        _, vjp = jax.vjp(lambda p, x: trees.with_parameters(layer, p)(x), trees.parameters(layer), x)
+        grads, ct_in = vjp(ct)
+        return [g for g in jax.tree.leaves(trees.widen(ct_in)) if trees.is_inexact(g)], trees.widen(grads)
+
+    def size(arrays: list[Any]) -> jax.Array:
+        return sum((jnp.sum(jnp.abs(a)) for a in arrays), start=jnp.zeros(()))
+
+    def moved(at: tuple[jax.Array, jax.Array]) -> jax.Array:
+        level, key = at
+        noise = random_cotangent(x, key)
+        step = level * _ratio(_norm(x), _norm(noise))
+        other = jax.tree.map(
+            lambda leaf, n: (leaf + step * n).astype(leaf.dtype) if trees.is_inexact(leaf) else leaf, x, noise
+        )
+        by = _ratio(_norm(_minus(other, x)), _norm(x))  # what rounding left of it
+        ct_in, grads = pull(other)
+        moved_ct, moved_grads = _minus(ct_in, truth[0]), _minus(grads, truth[1])
+        changes = (
+            _ratio(size(moved_ct), size(truth[0])),
+            _ratio(_norm(moved_grads), _norm(truth[1])),
+            _ratio(_norm(moved_ct), _norm(truth[0])),
+        )
+        return jnp.stack([_ratio(change, by) for change in changes])
+
+    truth = jax.lax.optimization_barrier(pull(x))
+    eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in leaves)
+    sizes = [*(min(0.25, level * eps) for level in _LEVELS), *_KINK_LEVELS]
+    draws = jnp.tile(jax.random.split(key, _DRAWS), len(sizes))  # the same at each size
+    found = jax.lax.map(moved, (jnp.repeat(jnp.asarray(sizes), _DRAWS), draws))
+    squares = jnp.mean(found.reshape(len(sizes), _DRAWS, 3) ** 2, axis=1)
+    small, large = (1 / h for h in _KINK_LEVELS)
+    kink = (squares[2] - squares[3])[1:].max() / (small - large)
+    return jnp.append(jnp.sqrt(squares[:2, :2].max(axis=0)), jnp.maximum(kink, 0))
+
+
+def _minus(a: PyTree, b: PyTree) -> list[Any]:
+    """The differences of the inexact leaves, in working precision."""
+    pairs = zip(jax.tree.leaves(trees.widen(a)), jax.tree.leaves(trees.widen(b)), strict=True)
+    return [p - q for p, q in pairs if trees.is_inexact(p)]
 
 
 @lru_cache(maxsize=512)
@@ -109,9 +197,8 @@ def _finite(value: Any) -> float:
     return number if math.isfinite(number) else math.inf
 
 
-def _run(function: Callable[..., Any], rule: Any, layer: PyTree, *args: Any) -> tuple[float, float]:
-    local, growth = jax.device_get(_call(function, rule, layer, *args))
-    return _finite(local), _finite(growth)
+def _run(function: Callable[..., Any], rule: Any, layer: PyTree, *args: Any) -> tuple[float, ...]:
+    return tuple(map(_finite, jax.device_get(_call(function, rule, layer, *args))))
 
 
 def measure(
@@ -127,12 +214,15 @@ def measure(
     first, second = jax.random.split(key)
     if ct_out is None:
         ct_out = random_cotangent(jax.eval_shape(layer, x), first)
-    return _run(_vijp_errors, rule, layer, x, ct_out, second)
+    local, growth = _run(_vijp_errors, rule, layer, x, ct_out, second)
+    return local, growth
 
 
-def measure_inverse(layer: PyTree, rule: InvertRule, x: PyTree, key: jax.Array) -> tuple[float, float]:
-    """`(local_error, growth)` of the rebuilt activation of one inverse, relative to the activation."""
-    return _run(_invert_errors, rule, layer, x, _call(_output, None, layer, x), key)
+def measure_inverse(layer: PyTree, rule: InvertRule, x: PyTree, key: jax.Array) -> InverseErrors:
+    """The errors of `layer` inverted by `rule` at input `x` (arrays), infinity where not finite. **Cost:** an inverse and its derivative, and 17 vjps."""
+    y = _call(_output, None, layer, x)
+    errors = _run(_invert_errors, rule, layer, x, y, key)
+    return InverseErrors(*errors, *_run(_sensitivities, None, layer, x, y, key))
 
 
 def predict(options: Iterable[tuple[float, float]]) -> list[float]:
@@ -142,6 +232,37 @@ def predict(options: Iterable[tuple[float, float]]) -> list[float]:
         error = ((growth * error) ** 2 + local**2) ** 0.5 if growth * error < 1e150 else float("inf")
         errors.append(error)
     return errors
+
+
+_SLACK = 2.0
+
+
+def steady(factors: Sequence[float], each: float = 1.0) -> float:
+    """One growth for layers that share an option: the least with which no run over some of them is predicted below half of what their own growths say.
+
+    `factors`: of layers spread evenly over those that share, in order, each standing for `each` layers. Their largest would be wrong by a power of the
+    run's length where growth changes with depth, as that of residual blocks does; it is what comes out for `each = 1` if one factor stands out.
+    """
+    if not all(map(math.isfinite, factors)):
+        return math.inf
+    logs = [math.log(max(f, 1e-30)) for f in factors]
+    best = sum(logs) / len(logs)
+    for i in range(len(logs)):
+        for j in range(i + 1, len(logs) + 1):
+            best = max(best, sum(logs[i:j]) / (j - i) - math.log(_SLACK) / (each * (j - i)))
+    return math.exp(best) if best > math.log(1e-30) else 0.0
+
+
+def predict_inverse(options: Sequence[InverseErrors]) -> float:
+    """The predicted error of an INVERT run, input first: the largest of its activations', its gradients' and of the cotangent that leaves it."""
+    activation = cotangent = worst = 0.0
+    for o in reversed(options):
+        activation = math.hypot(o.growth * activation, o.local_error)
+        kink = math.sqrt(o.kink * activation)
+        gradient = math.hypot(cotangent, o.gradient_sensitivity * activation, kink)
+        cotangent = math.hypot(cotangent, o.sensitivity * activation, kink)
+        worst = max(worst, activation, gradient, cotangent)
+    return worst
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,6 +279,63 @@ class Followed:
     local_error: tuple[float, ...]
     gradient: float
     worst_gradient: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inverted:
+    """One INVERT run, followed layer by layer from its end: relative errors.
+
+    `predicted` of the run; measured ones of the worst rebuilt activation, of all parameter gradients together, of the worst layer's, and of the cotangent
+    that leaves the run.
+    """
+
+    predicted: float
+    activation: float
+    gradient: float
+    worst_gradient: float
+    cotangent: float
+
+
+def _invert_step(rule: InvertRule, layer: PyTree, y: PyTree, ct: PyTree, x: PyTree, truth: PyTree) -> Any:
+    """`(x rebuilt, ct_in there, ct_in at x, [error and norm of the activation, of the gradient, of ct_in])`."""
+    back = rule.inverse(layer, y)
+
+    def pull(x: PyTree, ct: PyTree) -> Any:
+        _, vjp = jax.vjp(lambda p, x: trees.with_parameters(layer, p)(x), trees.parameters(layer), x)
+        return vjp(ct)
+
+    (got, got_in), (want, want_in) = pull(back, ct), pull(x, truth)
+    pairs = ((back, x), (got, want), (got_in, want_in))
+    return back, got_in, want_in, [norm for a, b in pairs for norm in (_norm(_minus(a, b)), _norm(b))]
+
+
+def follow_inverse(
+    layers: Sequence[PyTree], options: Sequence[InvertRule], x: PyTree, ct_out: PyTree, key: jax.Array
+) -> Inverted:
+    """Takes `layers` through one INVERT run, as `follow` does through a moonwalk run; `ct_out` as there."""
+    xs = [x]
+    for one in layers:
+        xs.append(_call(_output, None, one, xs[-1]))
+    y = xs[-1]
+    ct = trees.cast_like(random_cotangent(y, key), y) if ct_out is None else ct_out
+    truth, rows, errors = ct, [], []
+    for i in range(len(layers) - 1, -1, -1):
+        one, rule = layers[i], options[i]
+        y, ct, truth, row = _call(_invert_step, rule, one, y, ct, xs[i], truth)
+        rows.append([float(v) for v in row])
+        errors.append(measure_inverse(one, rule, xs[i], jax.random.fold_in(key, i)))
+
+    def relative(error: float, norm: float) -> float:
+        return _finite(error / norm) if norm else 0.0
+
+    total = math.hypot(*(row[3] for row in rows))
+    return Inverted(
+        predicted=predict_inverse(errors[::-1]),
+        activation=max(relative(row[0], row[1]) for row in rows),
+        gradient=relative(math.hypot(*(row[2] for row in rows)), total),
+        worst_gradient=max(relative(row[2], row[3]) for row in rows),
+        cotangent=relative(rows[-1][4], rows[-1][5]),
+    )
 
 
 def _forward(rule: VijpRule, layer: PyTree, x: PyTree) -> Any:

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from mwplan.errors import ScheduleMismatchError
 from mwplan.profiles import InvertOption, MoonwalkOption, Profile, StoreOption
-from mwplan.schedule import Run, RunKind, Strategy, check_cover
+from mwplan.schedule import Run, RunKind, Strategy, check_cover, reporting_runs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,13 +45,14 @@ class Event:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replay:
-    """What a schedule costs: temporaries' peak and where it stands, time, error, and every event."""
+    """What a schedule costs: temporaries' peak and where it stands, time, error, and every event. `report_scales`: as in `Schedule`."""
 
     peak_bytes: int
     time_ns: int
     error: float
     binding: Event
     events: tuple[Event, ...]
+    report_scales: tuple[float, ...] = ()
 
 
 def replay(profile: Profile, runs: Sequence[Run]) -> Replay:
@@ -70,7 +71,8 @@ def replay(profile: Profile, runs: Sequence[Run]) -> Replay:
     return Replay(
         peak_bytes=binding.live_bytes,
         time_ns=sum(event.time_ns for event in book.events),
-        error=book.error,
+        error=max(book.error, book.inverted),
+        report_scales=tuple(book.scales.get((run.start, run.stop), 1.0) for run in reporting_runs(runs)),
         binding=binding,
         events=tuple(book.events),
     )
@@ -84,7 +86,9 @@ class _Ledger:
         self.live: dict[tuple[str, int, int], int] = {}  # (what, position, depth) -> bytes; x at depth 0
         self.claims: dict[int, int] = {}  # position -> how many want that activation
         self.events: list[Event] = []
-        self.error = 0.0
+        self.error = 0.0  # the largest of the MOONWALK runs'
+        self.inverted = 0.0  # the INVERT runs' together
+        self.scales: dict[tuple[int, int], float] = {}  # of the INVERT runs
 
     # -- buffers -------------------------------------------------------------------------------------------------
 
@@ -239,19 +243,27 @@ class _Ledger:
         del self.live["rebuilt", run.stop, depth], self.live["sweep", run.start, depth]
 
     def _backward_invert(self, run: Run, depth: int) -> None:
-        p, error = self.profile, 0.0
+        p, before, error, left, worst = self.profile, 0.0, 0.0, 0.0, 0.0
         self.live["ct", run.stop, depth] = p.cotangent_bytes[run.stop]
         for layer in range(run.stop, run.start, -1):
             o = self.invert(run, layer)
-            saving = 0 if layer == 1 or self.claims.get(layer - 1) else o.backward_saving_bytes
+            known = layer == 1 or bool(self.claims.get(layer - 1))
+            saving = 0 if known else o.backward_saving_bytes
             self.claim(layer - 1)
             self.live["ct", layer - 1, depth] = p.cotangent_bytes[layer - 1]
             self.event("backward", layer, depth, o.backward_workspace_bytes, o.backward_ns, saving)
             self.release(layer)
             del self.live["ct", layer, depth]
-            grown = o.growth * error if error else 0.0
-            error = math.hypot(grown, o.local_error)
-            self.error = max(self.error, error)
+            before, error = error, math.hypot(o.growth * error if error else 0.0, o.local_error)
+            if error:  # a sensitivity of infinity times an error of 0 is no error
+                kink = math.sqrt(o.kink * error)
+                worst = max(worst, error, math.hypot(left, o.gradient_sensitivity * error, kink))
+                left = math.hypot(left, o.sensitivity * error, kink)
+                worst = max(worst, left)
+        # The report compares x_start, or x_{start+1} where the former is kept by the run to the left.
+        compared = before if known and run.stop > run.start + 1 else error
+        self.scales[run.start, run.stop] = worst / compared if compared else 1.0
+        self.inverted = math.hypot(self.inverted, worst)
         self.release(run.start)
         del self.live["ct", run.start, depth]
 

@@ -8,6 +8,7 @@ the shapes it returns. Layers with the same structure, parameter shapes and inpu
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import math
@@ -25,7 +26,7 @@ from mwplan.residuals import Residuals, new_bytes
 
 PyTree = Any
 CHECKED_REPETITIONS = 64  # of a deeper stack, only the repetitions whose growth is measured are checked
-GROWTH_SAMPLES = 8  # layers of one signature whose growth is measured; the largest counts for all
+GROWTH_SAMPLES = 8  # layers of one signature whose errors are measured; the largest count for all (inverses' growth: `growth.steady`)
 
 
 def profile(
@@ -44,7 +45,7 @@ def profile(
 
     **Arguments:** `chain`; `x`, concrete arrays of the shape that will be trained on; `repeats`, timed runs of each operation (the
     median counts); `seed`, of the random cotangents; `progress(done, layers, name)`, called after each layer.
-    **Returns:** a `Profile`: bytes and nanoseconds as integers, each option's local error and growth.
+    **Returns:** a `Profile`: bytes and nanoseconds as integers, each option's local error and growth, and what an inverse's error does to gradients.
     **Raises:** `ChainError` where a layer does not accept what it gets; `ArgumentError` for abstract inputs.
     **Cost:** a compilation for each operation of each distinct layer, and some runs of it. Memory: that of one layer's
     operations and its activations.
@@ -63,7 +64,7 @@ def profile(
     keys = layer_keys(chain, structs)
     sampled = spread(keys, GROWTH_SAMPLES)
     measured: dict[Hashable, Costs] = {}
-    unusable: dict[int, frozenset[str]] = {}  # by layer: the rules that its weights forbid
+    unusable: dict[int, frozenset[Name]] = {}  # by layer: the rules that its weights forbid
     for i, one, at in visit(chain, x, sampled, bench.forward):
         if keys[i] not in measured:
             measured[keys[i]] = measure_layer(bench, one, at)
@@ -86,7 +87,7 @@ def profile(
 def assemble(
     chain: Chain,
     structs: list[PyTree],
-    layers: list[tuple[str, Costs, frozenset[str] | None]],
+    layers: list[tuple[str, Costs, frozenset[Name] | None]],
     *,
     fixed_bytes: int,
     device: str,
@@ -95,10 +96,11 @@ def assemble(
     """The profile of a chain from each layer's name, costs and the rules that its weights forbid (None: not looked at)."""
     known: dict[Any, LayerProfile] = {}
     profiles = []
+    counts = collections.Counter(id(costs) for _, costs, _ in layers)
     for name, costs, seen in layers:
         forbidden = frozenset(costs.unusable) if seen is None else seen
         if (id(costs), forbidden) not in known:
-            known[id(costs), forbidden] = costs.layer_profile(name, forbidden)
+            known[id(costs), forbidden] = costs.layer_profile(name, forbidden, counts[id(costs)])
         profiles.append(known[id(costs), forbidden])
     return Profile(
         layers=tuple(profiles),
@@ -181,6 +183,14 @@ def spread(keys: list[Hashable], count: int) -> set[int]:
     return chosen
 
 
+Name = tuple[bool, str]
+
+
+def name_of(rule: rules.VijpRule | rules.InvertRule) -> Name:
+    """What tells the rules of one layer apart: a vijp and an inverse may share a name."""
+    return isinstance(rule, rules.InvertRule), rule.name
+
+
 class Costs:
     """What one signature's options cost, and the largest errors seen among the layers that share it."""
 
@@ -191,39 +201,47 @@ class Costs:
         self.store: list[StoreOption] = []
         self.moonwalk: list[tuple[rules.VijpRule, MoonwalkOption]] = []
         self.invert: list[tuple[rules.InvertRule, InvertOption]] = []
-        self.errors: dict[str, tuple[float, float]] = {}
-        self.unusable: set[str] = set()  # what any layer that was looked at forbids
+        self.errors: dict[Name, tuple[float, ...]] = {}
+        self.growths: dict[Name, list[float]] = {}  # of inverses, layer after layer
+        self.unusable: set[Name] = set()  # what any layer that was looked at forbids
 
     def checked(self) -> list[rules.VijpRule | rules.InvertRule]:
         """The rules that have preconditions on values."""
         return [rule for rule, _ in self.moonwalk] + [rule for rule, _ in self.invert]
 
-    def check(self, one: PyTree, struct: PyTree) -> frozenset[str]:
+    def check(self, one: PyTree, struct: PyTree) -> frozenset[Name]:
         """The rules that the weights of one of the layers, at inputs like `struct`, forbid; takes note of them."""
-        forbidden = frozenset(rule.name for rule in self.checked() if rule.check(one, struct) is not None)
+        forbidden = frozenset(name_of(rule) for rule in self.checked() if rule.check(one, struct) is not None)
         self.unusable |= forbidden
         return forbidden
 
-    def add_errors(self, key: jax.Array, one: PyTree, x: PyTree, unusable: frozenset[str]) -> None:
-        """Measures local error and growth of every usable rule at one layer, and keeps the largest."""
+    def add_errors(self, key: jax.Array, one: PyTree, x: PyTree, unusable: frozenset[Name]) -> None:
+        """Measures the errors of every usable rule at one layer, and keeps the largest."""
         for rule in self.checked():
-            if rule.name in unusable:
+            name = name_of(rule)
+            if name in unusable:
                 continue
+            got: tuple[float, ...]
             if isinstance(rule, rules.VijpRule):
                 got = growth.measure(one, rule, x, key)
             else:
                 got = growth.measure_inverse(one, rule, x, key)
             # Not a number is an error of unknown size: unusable.
-            local_error, factor = (math.inf if math.isnan(value) else value for value in got)
-            seen = self.errors.get(rule.name, (0.0, 0.0))
-            self.errors[rule.name] = max(seen[0], local_error), max(seen[1], factor)
+            got = tuple(math.inf if math.isnan(value) else value for value in got)
+            self.errors[name] = tuple(map(max, got, self.errors.get(name, got)))
+            if isinstance(rule, rules.InvertRule):
+                self.growths.setdefault(name, []).append(got[1])
 
-    def layer_profile(self, name: str, unusable: frozenset[str]) -> LayerProfile:
-        """The profile of one of the layers."""
+    def layer_profile(self, name: str, unusable: frozenset[Name], count: int) -> LayerProfile:
+        """The profile of one of the `count` layers that share these costs."""
 
         def option(rule: rules.VijpRule | rules.InvertRule, costs: Any) -> Any:
-            local_error, factor = self.errors.get(rule.name, (0.0, 0.0))
-            return dataclasses.replace(costs, local_error=local_error, growth=factor)
+            # A rule of moonwalk runs has the first two alone.
+            fields = ("local_error", "growth", "sensitivity", "gradient_sensitivity", "kink")
+            found = dict(zip(fields, self.errors.get(name_of(rule), ())))
+            if seen := self.growths.get(name_of(rule)):
+                found["growth"] = growth.steady(seen, count / len(seen))
+            return dataclasses.replace(costs, **found)
 
         return LayerProfile(
             name=name,
@@ -231,8 +249,8 @@ class Costs:
             forward_workspace_bytes=self.forward_workspace_bytes,
             parameter_bytes=self.parameter_bytes,
             store=tuple(self.store),
-            moonwalk=tuple(option(r, o) for r, o in self.moonwalk if r.name not in unusable),
-            invert=tuple(option(r, o) for r, o in self.invert if r.name not in unusable),
+            moonwalk=tuple(option(r, o) for r, o in self.moonwalk if name_of(r) not in unusable),
+            invert=tuple(option(r, o) for r, o in self.invert if name_of(r) not in unusable),
         )
 
 

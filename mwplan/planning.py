@@ -183,6 +183,7 @@ class Frontier:
             least_bytes=self.least_bytes,
             binding=f"{checked.binding}: {show_bytes(checked.binding.live_bytes)} alive",
             next_gain=self._next_gain(checked),
+            report_scales=checked.report_scales,
             solver=solution.solver,
             stats=solution.stats,
         )

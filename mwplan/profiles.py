@@ -15,7 +15,7 @@ from typing import Any
 from mwplan import serial
 from mwplan.errors import ArgumentError
 
-SCHEMA = 2
+SCHEMA = 3
 _INT64 = 2**63 - 1
 
 
@@ -102,7 +102,9 @@ class InvertOption:
     """How to rebuild a layer's input from its output and differentiate there (strategy INVERT).
 
     `backward_ns` and `backward_workspace_bytes` cover the inverse and the vjp; `local_error` and `growth` are those of
-    the rebuilt activation.
+    the rebuilt activation. A relative error `a` of the layer's input changes what the vjp makes there: the input's cotangent
+    by `sensitivity * a`, the parameters' gradient by `gradient_sensitivity * a`, relative, and both by the root of `kink * a` besides where
+    the layer is not smooth.
     """
 
     name: str
@@ -111,11 +113,14 @@ class InvertOption:
     backward_saving_bytes: int = 0
     local_error: float = 0.0
     growth: float = 0.0
+    sensitivity: float = 0.0
+    gradient_sensitivity: float = 0.0
+    kink: float = 0.0
 
     def __post_init__(self) -> None:
         _check_counts(self, f"InvertOption({self.name})")
-        _check_error(self.local_error, f"InvertOption({self.name}).local_error")
-        _check_error(self.growth, f"InvertOption({self.name}).growth")
+        for name in ("local_error", "growth", "sensitivity", "gradient_sensitivity", "kink"):
+            _check_error(getattr(self, name), f"InvertOption({self.name}).{name}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,7 @@ from mwplan import serial
 from mwplan.errors import ArgumentError
 from mwplan.sizes import show_bytes, show_ns
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 class Strategy(enum.Enum):
@@ -100,6 +100,11 @@ def walk(runs: Sequence[Run]) -> Iterator[Run]:
         yield from walk(run.inner)
 
 
+def reporting_runs(runs: Sequence[Run]) -> tuple[Run, ...]:
+    """The runs that rebuild something, inner ones too, and so can be compared with the truth."""
+    return tuple(run for run in walk(runs) if run.kind in (RunKind.MOONWALK, RunKind.INVERT))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Solution:
     """What a solver claims. The ledger recomputes time, peak and error of `runs` before anybody uses them.
@@ -130,9 +135,11 @@ class Schedule:
     """A plan for one chain: runs, what they are predicted to cost, and what was proved.
 
     `peak_bytes`: predicted temporaries; `fixed_bytes`: parameters, input and gradients; `budget_bytes`: the total asked for.
-    `time_ns`: predicted, without the loss. `error`: predicted relative error of the cotangents, `max_error` the tolerance.
+    `time_ns`: predicted, without the loss. `error`: predicted relative error of cotangents and gradients, `max_error` the tolerance.
     `least_bytes`: the least feasible total. `binding`: the event at which the peak stands. `next_gain`: what a little more memory would buy, in words.
     `fingerprint`: that of the profile; `apply` refuses another chain. `strategies`: of each layer, outermost, for people.
+    `report_scales`: for each of `reporting_runs`, how much larger the error of its gradients is predicted to be than that of what the run-time
+    report compares; empty for 1 throughout.
     """
 
     runs: tuple[Run, ...]
@@ -149,6 +156,7 @@ class Schedule:
     least_bytes: int | None = None
     binding: str = ""
     next_gain: str = ""
+    report_scales: tuple[float, ...] = ()
     solver: str = ""
     stats: tuple[tuple[str, float], ...] = ()
 
@@ -156,6 +164,10 @@ class Schedule:
         if not self.runs:
             raise ArgumentError("`runs` is empty: a schedule covers at least one layer")
         check_cover(self.runs, 0, self.runs[-1].stop)
+        if self.report_scales and len(self.report_scales) != len(reporting_runs(self.runs)):
+            raise ArgumentError(
+                f"`report_scales` has {len(self.report_scales)} entries: one for each MOONWALK and INVERT run, or none"
+            )
 
     def __len__(self) -> int:
         return self.runs[-1].stop

@@ -14,9 +14,9 @@ from mwplan import trees
 from mwplan.chain import Chain, Stack, boundaries, check_chain
 from mwplan.compiling import warn_if_undone
 from mwplan.errors import ArgumentError
-from mwplan.execute import Report, check_match, checked_scalar, cotangent, reporting_runs
+from mwplan.execute import Report, check_match, checked_scalar, cotangent
 from mwplan.interpret import Gradients, Interpreter, View
-from mwplan.schedule import Schedule
+from mwplan.schedule import Schedule, reporting_runs
 
 PyTree = Any
 
@@ -86,7 +86,7 @@ def value_and_update(
             f"`loss` is {loss!r}, which is not callable: give a function `loss(y, *args)` that returns a scalar"
         )
     _check_optimizer(optimizer)
-    runs = reporting_runs(schedule)
+    runs = reporting_runs(schedule.runs)
 
     def step(chain: Chain, states: Any, x: PyTree, *args: Any) -> tuple[tuple[Any, Report], Chain, Any]:
         check_match(schedule, chain)
@@ -116,8 +116,7 @@ def value_and_update(
         box = [cotangent(y, grads)]
         interpreter.backward(schedule.runs, kept, box, 0)
         found = interpreter.reported([(run.start, run.stop) for run in runs])
-        report = Report(found, tuple((run.start, run.stop, run.kind) for run in runs))
-        return (value, report), *updates.result()
+        return (value, Report.of(schedule, found)), *updates.result()
 
     return step
 

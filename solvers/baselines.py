@@ -13,13 +13,16 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 from mwplan.errors import ArgumentError
 from mwplan.ledger import replay
 from mwplan.profiles import InvertOption, MoonwalkOption, Profile
 from mwplan.schedule import Run, RunKind, Solution, Status, Strategy
 from mwplan.solvers.frontier import solve_frontier
-from mwplan.solvers.runs import ALL_STRATEGIES, moonwalk_strategy
+from mwplan.solvers.runs import ALL_STRATEGIES, invert_error, invert_share, moonwalk_strategy
+
+Option = TypeVar("Option", MoonwalkOption, InvertOption)
 
 
 def _solution(
@@ -140,7 +143,7 @@ def _grouped(profile: Profile, choose: Callable[[int, list[str]], str | None], k
     return runs
 
 
-def _error(options: Iterable[MoonwalkOption | InvertOption]) -> float:
+def _error(options: Iterable[MoonwalkOption]) -> float:
     error = worst = 0.0
     for o in options:
         if not math.isfinite(o.growth):
@@ -150,9 +153,7 @@ def _error(options: Iterable[MoonwalkOption | InvertOption]) -> float:
     return worst
 
 
-def _named(
-    options: Sequence[MoonwalkOption] | Sequence[InvertOption], name: str
-) -> MoonwalkOption | InvertOption:
+def _named(options: Sequence[Option], name: str) -> Option:
     return next(o for o in options if o.name == name)
 
 
@@ -184,8 +185,12 @@ def all_invert(profile: Profile, *, max_error: float = 1e-4) -> Solution:
     def choose(start: int, names: list[str]) -> str | None:
         at = start + len(names)
         before = [_named(profile.layers[start + k].invert, name) for k, name in enumerate(names)]
+        share = invert_share(max_error, len(before) + 1, len(profile))
         for o in sorted(profile.layers[at].invert, key=lambda o: o.backward_ns):
-            if _error([*before, o][::-1]) <= max_error:
+            finite = all(
+                map(math.isfinite, (o.growth, o.local_error, o.sensitivity, o.gradient_sensitivity, o.kink))
+            )
+            if finite and invert_error([*before, o]) <= share:
                 return o.name
         return None
 
@@ -262,7 +267,7 @@ def _spelled(profile: Profile, state: list[tuple[str, str]], pieces: int, max_er
         stop = at
         if how == "moonwalk":
             names: list[str] = []
-            used: list[MoonwalkOption | InvertOption] = []
+            used: list[MoonwalkOption] = []
             while stop < size and state[stop][0] == how:
                 o = _named(profile.layers[stop].moonwalk, state[stop][1])
                 if _error([*used, o]) > max_error:

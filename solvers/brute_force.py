@@ -9,6 +9,7 @@ One kind of plan is left out: a RECOMPUTE run whose inner schedule is a single R
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Iterator
@@ -58,7 +59,7 @@ def _plain_runs(
             yield Run(kind=RunKind.MOONWALK, start=start, stop=stop, options=names)
     if Strategy.INVERT in allowed:
         for inverses in itertools.product(*(filter(_finite, x.invert) for x in layers)):
-            if _error(inverses[::-1]) <= max_error:
+            if _invert_error(inverses) <= max_error * math.sqrt(len(inverses) / len(p)):
                 names = tuple(o.name for o in inverses)
                 yield Run(kind=RunKind.INVERT, start=start, stop=stop, options=names)
 
@@ -68,15 +69,27 @@ def _strategy(o: MoonwalkOption) -> Strategy:
 
 
 def _finite(o: MoonwalkOption | InvertOption) -> bool:
-    return math.isfinite(o.growth) and math.isfinite(o.local_error)
+    return all(math.isfinite(getattr(o, f.name)) for f in dataclasses.fields(o) if f.type == "float")
 
 
-def _error(options: tuple[MoonwalkOption | InvertOption, ...]) -> float:
+def _error(options: tuple[MoonwalkOption, ...]) -> float:
     error = worst = 0.0
     for o in options:
         error = math.hypot(o.growth * error, o.local_error)
         worst = max(worst, error)
     return worst
+
+
+def _invert_error(options: tuple[InvertOption, ...]) -> float:
+    """The largest error of any activation, any gradient, and any cotangent, layer by layer from the right."""
+    activation = cotangent = 0.0
+    errors = []
+    for o in options[::-1]:
+        activation = math.hypot(o.growth * activation, o.local_error)
+        cotangent = math.hypot(cotangent, math.sqrt(o.kink * activation))
+        errors += [activation, math.hypot(cotangent, o.gradient_sensitivity * activation)]
+        cotangent = math.hypot(cotangent, o.sensitivity * activation)
+    return max(*errors, cotangent)
 
 
 def every_cost(

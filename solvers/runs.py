@@ -15,14 +15,15 @@ these events come while the fragments to their right are alive, so `b' = max(b +
 and a label that is no better in any of the five numbers can be dropped whatever follows. This is exact. Whether layer `l`
 `keeps_output` decides what the next layer sees, so labels compete only within that class.
 
-**Invert runs** grow to the left from `r`, with labels `(t, B, err)`.
+**Invert runs** grow to the left from `r`, with labels `(t, B, a, e, err)`: `a` is the error of the activation, `e` that of the cotangent, `err` that of the
+run. A run ends where `err` is within its share of `max_error`; longer ones have larger shares.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +32,7 @@ from numpy.typing import NDArray
 
 from mwplan.errors import ArgumentError
 from mwplan.profiles import InvertOption, MoonwalkOption, Profile
-from mwplan.schedule import Run, RunKind, Strategy
+from mwplan.schedule import Run, RunKind, Strategy, walk
 from mwplan.solvers.pareto import Bools, Floats, Ints, nondominated
 
 ALL_STRATEGIES = frozenset(Strategy)
@@ -156,23 +157,37 @@ def moonwalk_strategy(option: MoonwalkOption) -> Strategy:
 
 
 def error_of(profile: Profile, runs: Iterable[Run]) -> float:
-    """The predicted error of `runs`: the largest of the runs', inner ones included."""
-    worst, left = 0.0, list(runs)
-    while left:
-        run = left.pop()
-        left += run.inner
-        if run.kind not in (RunKind.MOONWALK, RunKind.INVERT):
-            continue
-        moonwalk = run.kind is RunKind.MOONWALK
-        error = 0.0
-        pairs = list(zip(range(run.start, run.stop), run.options))
-        for at, name in pairs if moonwalk else reversed(pairs):
-            layer = profile.layers[at]
-            options: Iterable[MoonwalkOption | InvertOption] = layer.moonwalk if moonwalk else layer.invert
-            o = next(o for o in options if o.name == name)
-            error = math.hypot(o.growth * error, o.local_error)
-            worst = max(worst, error)
+    """The predicted error of `runs`: the largest of the MOONWALK runs' or, if larger, the INVERT runs' together; inner ones included."""
+    worst = inverted = 0.0
+    for run in walk(tuple(runs)):
+        layers = profile.layers[run.start : run.stop]
+        if run.kind is RunKind.MOONWALK:
+            error = 0.0
+            for layer, name in zip(layers, run.options):
+                o = next(o for o in layer.moonwalk if o.name == name)
+                error = math.hypot(o.growth * error, o.local_error)
+                worst = max(worst, error)
+        elif run.kind is RunKind.INVERT:
+            chosen = [next(o for o in x.invert if o.name == n) for x, n in zip(layers, run.options)]
+            inverted = math.hypot(inverted, invert_error(chosen))
+    return max(worst, inverted)
+
+
+def invert_error(options: Sequence[InvertOption]) -> float:
+    """The error of an INVERT run by these options, input first: of its activations, of its gradients, and of the cotangent that leaves it."""
+    error = left = worst = 0.0
+    for o in reversed(options):
+        error = math.hypot(o.growth * error, o.local_error)
+        kinked = math.hypot(left, math.sqrt(o.kink * error))
+        worst = max(worst, error, math.hypot(kinked, o.gradient_sensitivity * error))
+        left = math.hypot(kinked, o.sensitivity * error)
+        worst = max(worst, left)
     return worst
+
+
+def invert_share(max_error: float, layers: int, size: int) -> float:
+    """The largest error allowed to an INVERT run of `layers` layers in a chain of `size`: the runs' errors add in squares."""
+    return max_error * math.sqrt(layers / size)
 
 
 def fastest_ns(profile: Profile) -> int:
@@ -192,7 +207,8 @@ class Candidates:
     **Arguments:** `max_error`, the largest error that any run may predict; `allowed`, the strategies that may be used, at any depth; `per_layer`,
     a narrower choice for some layers (1 to L); `loss`, if not 0: labels of moonwalk runs whose times differ by less than that factor count as equally
     fast, so that fewer survive, at a loss of at most `(1 + loss)` for each layer of a run; `optimistic`: their times are then rounded down, for a bound; `by_strategy`: runs are left out only for runs of the
-    same strategies layer by layer (there are many of those), because a side condition may single out some layers and count different runs.
+    same strategies layer by layer (there are many of those), because a side condition may single out some layers and count different runs; `of`: how
+    many layers the chain has of which `profile` is a part.
     **Cost:** moonwalk labels are grown on first use, once for each distinct stretch of layers (equal layers at different depths
     share them); their number is that of the five-way trade-offs among the options, small when options are few or ordered.
     **Assumes** (checked by `Profile`): byte and time sums fit 63 bits.
@@ -208,6 +224,7 @@ class Candidates:
         loss: float = 0.0,
         optimistic: bool = False,
         by_strategy: bool = False,
+        of: int | None = None,
     ) -> None:
         check_max_error(max_error)
         self.profile = profile
@@ -220,6 +237,7 @@ class Candidates:
             self.allowed & (per_layer or {}).get(at + 1, self.allowed) for at in range(len(profile))
         ]
         self.size = len(profile)
+        self.whole = of or self.size
         self.activation = np.array(profile.activation_bytes, dtype=np.int64)
         self.cotangent = np.array(profile.cotangent_bytes, dtype=np.int64)
         self.sweep = np.array(profile.sweep_cotangent_bytes, dtype=np.int64)
@@ -327,7 +345,10 @@ class Candidates:
         out = []
         for o in options:
             strategy = Strategy.INVERT if isinstance(o, InvertOption) else moonwalk_strategy(o)
-            if strategy in self.layer_allowed[at] and np.isfinite([o.growth, o.local_error]).all():
+            errors = [o.growth, o.local_error]
+            if isinstance(o, InvertOption):
+                errors += [o.sensitivity, o.gradient_sensitivity, o.kink]
+            if strategy in self.layer_allowed[at] and np.isfinite(errors).all():
                 out.append(o)
         return [o for o in out if not self.max_error < o.local_error]
 
@@ -421,14 +442,6 @@ class Candidates:
             groups,
         )
 
-    def _error(
-        self, before: Floats, option: MoonwalkOption | InvertOption
-    ) -> tuple[Floats, NDArray[np.intp]]:
-        """Errors after one more layer, and the indices of those within `max_error`; the last digit is as the rounding of `hypot` has it."""
-        with np.errstate(over="ignore"):
-            error = np.hypot(option.growth * before, option.local_error)
-        return error, np.flatnonzero(error <= self.max_error)
-
     def _pattern(self, before: Ints, fragment: Ints) -> Ints:
         """Numbers for the strategies from a run's start on, one more layer appended: 0 for all unless `by_strategy`."""
         if not self.by_strategy:
@@ -503,11 +516,18 @@ class Candidates:
         self._invert = [[] for _ in range(self.size + 1)]
         for stop in range(1, self.size + 1):
             time, back = np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64)
-            error, forward = np.zeros(1), 0
+            error, left, worst = np.zeros((3, 1))
+            forward, most = 0, invert_share(self.max_error, stop, self.whole)
             for at in range(stop - 1, -1, -1):
                 parts = []
                 for k, o in enumerate(self._usable_invert[at]):
-                    err, ok = self._error(error, o)
+                    with np.errstate(over="ignore"):
+                        err = np.hypot(o.growth * error, o.local_error)
+                        kinked = np.hypot(left, np.sqrt(o.kink * err))
+                        out_ = np.hypot(kinked, o.sensitivity * err)
+                        most_ = np.maximum(worst, np.hypot(kinked, o.gradient_sensitivity * err))
+                    most_ = np.maximum(most_, np.maximum(err, out_))
+                    ok = np.flatnonzero(most_ <= most)
                     live = int(a[at + 1] + c[at + 1] + c[at]) + o.backward_workspace_bytes
                     spent = time[ok] + (self.forward_ns[at] + o.backward_ns)
                     bare = np.maximum(back[ok], live)
@@ -517,6 +537,8 @@ class Candidates:
                             np.maximum(back[ok], live + a[at] - o.backward_saving_bytes),
                             bare,
                             err[ok],
+                            out_[ok],
+                            most_[ok],
                             np.full(ok.size, k),
                             ok,
                         )
@@ -525,15 +547,17 @@ class Candidates:
                     break
                 columns = [np.concatenate(x) for x in zip(*parts)]
                 if not np.isfinite(self.max_error):
-                    columns[3] = np.zeros(len(columns[3]))
-                columns = [x[nondominated(columns[:4])] for x in columns]
-                time, back, bare, error, option, parent = columns
+                    columns[3:6] = np.zeros((3, len(columns[3])))
+                columns = [x[nondominated(columns[:6])] for x in columns]
+                time, back, bare, error, left, worst, option, parent = columns
                 self._invert[stop].append((time, back, option, parent))
                 event = int(a[at + 1] + self._workspace[at])
-                handles = np.arange(len(time))
-                for kept in (False, True):
+                ends = np.flatnonzero(worst <= invert_share(self.max_error, stop - at, self.whole))
+                for kept in (False, True) if ends.size else ():
                     own = 0 if kept else int(a[at])
-                    here = (stop, max(forward, event + own), bare if kept else back, time, handles)
-                    out.setdefault((at, kept), []).append(here)
+                    peak = (bare if kept else back)[ends]
+                    out.setdefault((at, kept), []).append(
+                        (stop, max(forward, event + own), peak, time[ends], ends)
+                    )
                 forward = max(forward, event + int(a[at]))
         return out

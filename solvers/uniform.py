@@ -67,7 +67,9 @@ class UniformTables:
         self.nested = Strategy.RECOMPUTE in allowed
         longest = self.size if thin == 0 else min(self.size, _LONGEST + 1)
         self.short = shortened(profile, longest)
-        self.candidates = Candidates(self.short, max_error=max_error, allowed=allowed, loss=thin / 6)
+        self.candidates = Candidates(
+            self.short, max_error=max_error, allowed=allowed, loss=thin / 6, of=self.size
+        )
         self.ladder = self._rungs()
         self.own = int(profile.activation_bytes[0])
         self.k = int(profile.cotangent_bytes[0])

@@ -78,6 +78,9 @@ def random_profile(
                 backward_saving_bytes=n(scale // 4),
                 local_error=rng.choice([0.0, 1e-6, 5e-5]),
                 growth=rng.choice([0.0, 1.0, 3.0]),
+                sensitivity=rng.choice([0.0, 0.5, 20.0]),
+                kink=rng.choice([0.0, 0.0, 1e-5]),
+                gradient_sensitivity=rng.choice([0.0, 1.0, 30.0, float("inf")] if n(9) == 0 else [0.0, 2.0]),
             )
             for k in range(0 if plain else n(inverts))
         )

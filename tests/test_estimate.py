@@ -83,7 +83,7 @@ def both(name: str) -> tuple[mw.Profile, mw.Profile]:
 
 def kept(profile: mw.Profile) -> Any:
     """The profile without its times, workspaces and errors, which an estimate may have otherwise."""
-    drop = {"device", "source", "local_error", "growth"}
+    drop = {"device", "source", "local_error", "growth", "sensitivity", "gradient_sensitivity", "kink"}
 
     def plain(value: Any) -> Any:
         if isinstance(value, tuple):
@@ -116,6 +116,11 @@ def test_errors_with_weights_are_those_measured_at_more_examples() -> None:
             for one, other in zip((*a.moonwalk, *a.invert), (*b.moonwalk, *b.invert), strict=True):
                 assert one.growth == pytest.approx(other.growth, rel=0.25)
                 assert one.local_error == pytest.approx(other.local_error, rel=0.5, abs=1e-8)
+            for one, other in zip(a.invert, b.invert, strict=True):
+                assert one.gradient_sensitivity == pytest.approx(other.gradient_sensitivity, rel=0.5)
+                assert one.sensitivity == pytest.approx(
+                    other.sensitivity, rel=0.5, abs=3
+                )  # few examples, rare kinks
 
 
 def test_errors_without_weights_are_known_or_infinite() -> None:

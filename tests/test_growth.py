@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import mwplan as mw
+from experiments import growth as study
 from mwplan import growth, rules
 from mwplan import layers as ml
+from mwplan.schedule import Run, RunKind, Strategy
 
 K = jax.random.key
 STRUCT = jax.ShapeDtypeStruct
@@ -117,6 +121,135 @@ def test_wild(name: str) -> None:
     assert max(got.predicted) > max(got.measured) / 10
 
 
+def relu_branch(key: Any) -> Any:
+    first = ml.Dense(0.1 * jax.random.normal(key, (32, 32)), None)
+    return ml.Sequential((ml.RMSNorm.init(None, 32), ml.ReLU(), first))
+
+
+# Blocks, repeats, the shape of the input, and how far above the measured error the predicted one may be: far where kinks are rarely met.
+INVERTED = {
+    "leaky": (lambda k: [ml.Dense.init(k, 32, 32), ml.LeakyReLU(0.8)], 16, (8192, 32), 5),
+    "smooth": (lambda k: [ml.Dense.init(k, 64, 64), ml.Smooth("gelu", 0.5)], 8, (64, 64), 3),
+    "he": (lambda k: [ml.Dense.he(k, 64, 64, slope=0.8)], 3, (64, 64), 3),
+    "coupling": (lambda k: [ml.Coupling(small_branch(k), small_branch(k))], 8, (64, 64), 3),
+    "coupling-relu": (lambda k: [ml.Coupling(relu_branch(k), relu_branch(k))], 8, (512, 64), math.inf),
+    "residual": (lambda k: [ml.Residual(small_branch(k))], 8, (64, 32), 3),
+}
+
+
+@pytest.mark.parametrize("name", INVERTED)
+def test_inverse_prediction(name: str) -> None:
+    """The predicted error of an INVERT run covers its gradients and the cotangent that leaves it, for white and for coherent cotangents."""
+    block, repeats, shape, most = INVERTED[name]
+    layers = [one for i in range(repeats) for one in block(K(100 + i))]
+    x = jax.random.normal(K(1), shape)
+    chosen, at = [], jax.eval_shape(lambda x: x, x)
+    for one in layers:
+        chosen.append(rules.invert_rules(one, at)[-1])
+        at = jax.eval_shape(one, at)
+    for ct in (None, jnp.ones(at.shape)):
+        got = growth.follow_inverse(layers, chosen, x, ct, K(3))
+        worst = max(got.activation, got.worst_gradient, got.cotangent)
+        assert worst / 4 < got.predicted < most * max(got.activation, got.gradient, got.cotangent)
+
+
+def reversible(zeros: bool, activation: Any) -> mw.Chain:
+    """A small RevNet; with `zeros`, half the channels of its stem begin as zeros, where norms are steep and ReLUs sit at their kink."""
+    keys = iter(jax.random.split(K(0), 32))
+
+    def branch() -> Any:
+        last = ml.Dense(0.1 * jax.random.normal(next(keys), (16, 16)), None)
+        return ml.Sequential((ml.RMSNorm.init(None, 16), activation, last))
+
+    stem = ml.Dense.init(next(keys), 8, 32)
+    if zeros:
+        stem = ml.Dense(stem.weight * (jnp.arange(32) < 16), stem.bias)
+    return mw.Chain(
+        [stem, *[ml.Coupling(branch(), branch()) for _ in range(6)], ml.Dense.init(next(keys), 32, 4)]
+    )
+
+
+@pytest.mark.parametrize("kind", ["zeros", "relu", "smooth"])
+def test_inverted_gradients(kind: str) -> None:
+    """A RevNet is inverted where its gradients allow it. Where they do not, the prediction, the planner and the run-time report all say so."""
+    chain = reversible(kind == "zeros", ml.Smooth("gelu") if kind == "smooth" else ml.ReLU())
+    x = jax.random.uniform(K(1), (256, 8))
+    labels = jax.random.normal(K(2), (256, 4))
+    profile = mw.estimate(chain, x, device="laptop", examples=256)
+    inner = Run(kind=RunKind.INVERT, start=1, stop=7, options=("subtract",) * 6)
+    ends = [Run(kind=RunKind.STORE, start=s, stop=s + 1, options=("vjp",)) for s in (0, 7)]
+    runs = (ends[0], inner, ends[1])
+    replayed = mw.replay(profile, runs)
+    leanest = mw.frontier(profile, allowed={Strategy.STORE, Strategy.INVERT})
+    strategies = leanest.at(leanest.least_bytes or 0).strategies[1:7]
+    if kind == "relu":  # a few flips in a step are enough
+        assert 1e-4 < replayed.error < 1e-2
+        assert strategies != (Strategy.INVERT,) * 6
+        return
+    schedule = mw.Schedule(runs=runs, report_scales=replayed.report_scales)
+
+    def loss(y: Any, labels: Any) -> Any:
+        return jnp.mean((y - labels) ** 2)
+
+    (_, report), grads = mw.jit(mw.value_and_grad(loss, schedule))(chain, x, labels)
+    want = mw.jit(jax.grad(lambda c: loss(c(x), labels)))(chain)
+    pairs = list(zip(jax.tree.leaves(grads), jax.tree.leaves(want), strict=True))
+    size = sum(float(jnp.sum(b**2)) for _, b in pairs)
+    error = (sum(float(jnp.sum((a - b) ** 2)) for a, b in pairs) / size) ** 0.5
+    assert replayed.error > error / 3
+    assert float(report.worst) > error / 3
+    if kind == "zeros":
+        assert error > 1e-3
+        assert strategies[0] is Strategy.STORE
+    else:
+        assert error < 1e-5
+        assert max(replayed.error, float(report.worst)) < 1e-4
+        assert strategies == (Strategy.INVERT,) * 6
+
+
+def test_kinks() -> None:
+    """ReLUs have a kink, their sensitivity apart from it is small; those that sit at it, as large as can be. Smooth layers have none."""
+    x = jax.random.normal(K(2), (512, 64))
+
+    def errors(one: Any, x: Any) -> growth.InverseErrors:
+        return growth.measure_inverse(one, rules.invert_rules(one, x)[0], x, K(3))
+
+    slope = 0.6
+    leaky = errors(ml.LeakyReLU(slope), x)
+    # By noise of size h the sign of 2 phi(0) E|noise| / 2 = h / pi elements changes, each by 1 - slope of 1.
+    share = (1 - slope) ** 2 / (1 + slope**2) * 2 / math.pi
+    assert 0.3 * share < leaky.kink < 3 * share
+    coupling = ml.Coupling(relu_branch(K(0)), relu_branch(K(1)))
+    assert errors(coupling, x).sensitivity < 10
+    assert errors(coupling, x.at[:, 32:].set(0)).sensitivity > 1e3
+    assert errors(ml.Smooth("gelu", 0.5), x).kink < 1e-5
+
+
+def test_linear_layers_carry_no_error_on() -> None:
+    """What a linear layer makes of a cotangent does not depend on its input; its gradient does, proportionally."""
+    one = ml.Dense.init(K(0), 64, 64)
+    x = jax.random.normal(K(1), (256, 64))
+    got = growth.measure_inverse(one, rules.invert_rules(one, x)[0], x, K(2))
+    assert got.sensitivity == 0
+    assert 0.3 < got.gradient_sensitivity < 3
+    none = growth.measure_inverse(ml.Permute((0,)), rules.invert_rules(ml.Permute((0,)), x)[0], x, K(2))
+    np.testing.assert_allclose(none, (0, 1, 0, 0, 0), rtol=1e-6)
+
+
+def test_steady_growth() -> None:
+    np.testing.assert_allclose(growth.steady([1.1] * 8, 16), 1.1)
+    np.testing.assert_allclose(growth.steady([280.0, 1.3, 1.3]), 140)
+    assert growth.steady([1.0, np.inf]) == np.inf
+    assert growth.steady([0.0, 0.0]) == 0
+    rng = np.random.default_rng(0)
+    for each in (1, 5):
+        factors = rng.uniform(0.8, 3, 8)
+        one, all_ = growth.steady(list(factors), each), np.repeat(factors, each)
+        for i in range(len(all_)):
+            for j in range(i + 1, len(all_) + 1):
+                assert one ** (j - i) > 0.49 * np.prod(all_[i:j]) or (each > 1 and j - i < each)
+
+
 @pytest.mark.parametrize(
     "block",
     [
@@ -195,3 +328,37 @@ def test_predict() -> None:
         growth.predict([(3.0, 5.0), (0.0, 2.0), (8.0, 1.0), (0.0, 0.0)]), [3, 6, 10, 0]
     )
     assert growth.predict([(1.0, 1.0), (1.0, 1e200), (1.0, 1e200)])[-1] == np.inf
+
+
+def subclasses(base: type) -> set[type]:
+    return {found for one in base.__subclasses__() for found in (one, *subclasses(one))}
+
+
+def test_the_study_of_the_library_is_of_the_whole_library() -> None:
+    """`experiments.growth library` has a run of every rule that carries an error on, and of every inverse."""
+    seen: set[type] = set()
+    for family in study.families().values():
+        at = jnp.zeros(family.shape)
+        for one in family.block(K(0)):
+            if family.inverse:
+                seen |= {type(r) for r in rules.invert_rules(one, at)}
+            else:
+                chosen = study.options([one], at, family.option)[0]
+                seen |= {type(chosen), type(getattr(chosen, "base", chosen))}
+            at = jnp.zeros(jax.eval_shape(one, at).shape)
+        assert at.shape == family.shape
+    library = {
+        c
+        for c in subclasses(rules.VijpRule) | subclasses(rules.InvertRule)
+        if "mwplan.layers" in c.__module__
+    }
+    # The first is abstract, the next two keep the whole cotangent, the last cuts zeros off: none makes an error.
+    exact = {"LinearRule", "WholeOf", "ReLUMask", "PadCut"}
+    assert {c.__name__ for c in library - seen} <= exact
+
+
+@pytest.mark.parametrize("name", ["Conv1D block 4", "Dense null", "Conv1D strided"])
+def test_prediction_as_a_plan_sees_it(name: str) -> None:
+    """From white cotangents and shared among layers that are alike, as in a profile."""
+    got = study.one_run(name, study.families()[name], 8)
+    assert 0.5 < got["ratio"] < (2 if got["growth"] < 3 else math.inf), got

@@ -272,6 +272,53 @@ def test_bfloat16(name: str, option: str) -> None:
     assert float(jnp.linalg.norm(rebuilt - ct_out) / jnp.linalg.norm(ct_out)) < 1e-3
 
 
+FACTORISATIONS = {
+    "lu",
+    "geqrf",
+    "qr",
+    "cholesky",
+    "householder_product",
+    "triangular_solve",
+    "eigh",
+    "svd",
+    "eig",
+}
+
+
+def linear_algebra(jaxpr: Any) -> list[tuple[Any, ...]]:
+    """Every factorisation or triangular solve of a program, with its shapes, calls and loops looked into."""
+    found: list[tuple[Any, ...]] = []
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in FACTORISATIONS:
+            found.append((eqn.primitive.name, *(v.aval.shape for v in eqn.invars)))
+        for inner in jax.tree.leaves(
+            list(eqn.params.values()), is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")
+        ):
+            if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
+                found += linear_algebra(getattr(inner, "jaxpr", inner))
+    return found
+
+
+@pytest.mark.parametrize(("name", "option"), RULES)
+def test_factorised_once_a_step(name: str, option: str) -> None:
+    """Nothing decomposes by singular or eigenvalues in a step, and what is factorised are the weights: the same for any number of examples."""
+    layer, rule, x, ct_out = case(name, option)
+
+    def passes(layer: Any, x: Any, ct_out: Any) -> list[Any]:
+        _, q = rule.forward(layer, x)
+        ct_in, fragment = rule.reverse(layer, q, ct_out)
+        return [ct_in, rule.rebuild(layer, x, ct_in, fragment)]
+
+    few, many = (linear_algebra(jax.make_jaxpr(passes)(layer, x[:n], ct_out[:n]).jaxpr) for n in (1, 2))
+    assert few == many
+    assert not {"svd", "eigh", "eig"} & {entry[0] for entry in many}
+    factorised = [entry for entry in many if entry[0] in ("lu", "geqrf", "qr", "cholesky")]
+    parts = len(layer.layers) if isinstance(layer, ml.Sequential) else 1
+    # A null space's basis is needed for the fragment and again for the rebuild; an orthogonal weight is itself made by a solve, in all three operations.
+    sweeps = 3 if name.startswith("orthogonal") else 2 if rule.has_fragment else 1
+    assert len(factorised) <= parts * sweeps
+
+
 @pytest.mark.parametrize(("name", "option"), RULES)
 def test_gradient(name: str, option: str) -> None:
     """Parameter and input gradients of a full F-R-M pass, residuals packed between the sweeps, equal `jax.grad`."""

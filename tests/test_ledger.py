@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 import mwplan as mw
@@ -94,6 +96,32 @@ def test_errors_add_in_squares_and_restart() -> None:
     assert restarted == pytest.approx(1e-7)
     assert mw.replay(chain(2), [invert(0, 2)]).error == pytest.approx(2**0.5 * 1e-6)
     assert mw.replay(chain(2), [store(0), store(1)]).error == 0
+
+
+def test_what_an_inverse_does_to_gradients_is_its_error() -> None:
+    """Activations off by 1, sqrt 2, sqrt 3 (times 1e-6) change cotangents by 10 times that, which add up and leave the run."""
+
+    def sensitive(size: int, **change: float) -> mw.Profile:
+        made = chain(size)
+        one = dataclasses.replace(made.layers[0].invert[0], **change)  # type: ignore[arg-type]
+        return dataclasses.replace(made, layers=(dataclasses.replace(made.layers[0], invert=(one,)),) * size)
+
+    moved = sensitive(3, sensitivity=10.0)
+    got = mw.replay(moved, [invert(0, 3)])
+    assert got.error == pytest.approx(1e-5 * (1 + 2 + 3) ** 0.5)
+    # x_0 is there already: the report compares x_1, which is off by sqrt 2.
+    assert got.report_scales == pytest.approx((10 * (6 / 2) ** 0.5,))
+    # A gradient's own error does not go on; that of the cotangent before it counts.
+    both = mw.replay(sensitive(3, sensitivity=10.0, gradient_sensitivity=100.0), [invert(0, 3)])
+    assert both.error == pytest.approx(1e-5 * (1 + 2 + 100 * 3) ** 0.5)
+    # Kinks add the error itself, not its square.
+    kinked = mw.replay(sensitive(3, kink=0.01), [invert(0, 3)])
+    assert kinked.error == pytest.approx((0.01 * 1e-6 * (1 + 2**0.5 + 3**0.5)) ** 0.5)
+    # Runs add in squares, wherever they are; a MOONWALK run's error is its own.
+    runs = [redo(0, 1, invert(0, 1)), walk(1, 2), invert(2, 3)]
+    assert mw.replay(moved, runs).error == pytest.approx(1e-5 * 2**0.5)
+    assert mw.replay(moved, runs).report_scales == pytest.approx((10, 1, 10))
+    assert mw.replay(sensitive(1, local_error=0.0, sensitivity=float("inf")), [invert(0, 1)]).error == 0
 
 
 def test_nested_runs_count_their_depth() -> None:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import mwplan.solvers
 from mwplan.errors import ArgumentError
 from mwplan.ledger import replay, strategies
-from mwplan.profiles import LayerProfile, Profile, StoreOption
+from mwplan.profiles import InvertOption, LayerProfile, Profile, StoreOption
 from mwplan.schedule import Run, RunKind, Status, Strategy
 from mwplan.solvers.brute_force import every_cost, every_plan
 from mwplan.solvers.frontier import Frontier, solve_frontier
@@ -106,6 +106,39 @@ def test_max_error_bounds_every_run(max_error: float) -> None:
         assert frontier.points == pareto(every_cost(profile, max_error=max_error))
         for need, _ in frontier.points:
             assert replay(profile, frontier.at(need).runs or ()).error <= max_error * (1 + 1e-12)
+
+
+def test_invert_runs_share_the_error() -> None:
+    """Four layers whose inverses each put 4e-5 into the cotangent: 8e-5 together, in one run or in several, fits whole or not at all."""
+    inverse = InvertOption(name="i", backward_ns=1, sensitivity=4.0, local_error=1e-5)
+    store = StoreOption(
+        name="s", residual_bytes=0, keeps_input=True, keeps_output=False, forward_ns=1, backward_ns=1
+    )
+    layer = LayerProfile(name="", forward_ns=1, store=(store,), invert=(inverse,))
+    bytes_ = (1,) * 5
+    profile = Profile(
+        layers=(layer,) * 4,
+        activation_bytes=bytes_,
+        cotangent_bytes=bytes_,
+        sweep_cotangent_bytes=bytes_,
+    )
+    for thin in (0.0, 0.1):
+        for max_error, feasible in ((8.1e-5, True), (7.9e-5, False)):
+            found = solve_frontier(profile, max_error=max_error, allowed={Strategy.INVERT}, thin=thin)
+            assert (found.least_bytes is not None) is feasible
+            if feasible:
+                assert replay(profile, found.at(10**9).runs or ()).error == pytest.approx(8e-5)
+    whole = dataclasses.replace(
+        profile,
+        layers=(layer,) * 300,
+        **{f"{what}_bytes": (1,) * 301 for what in ("activation", "cotangent", "sweep_cotangent")},
+    )
+    found = solve_frontier(whole, max_error=4.1e-5 * 300**0.5, allowed={Strategy.INVERT}, thin=0.1)
+    assert found.least_bytes is not None
+    assert (
+        solve_frontier(whole, max_error=3.9e-5 * 300**0.5, allowed={Strategy.INVERT}, thin=0.1).least_bytes
+        is None
+    )
 
 
 @pytest.mark.parametrize("depth", [0, 1, 2])
