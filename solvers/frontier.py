@@ -36,6 +36,7 @@ from mwplan.solvers.runs import (
     error_of,
     fastest_ns,
 )
+from mwplan.solvers.sparse import SparseTables
 from mwplan.solvers.splits import Buffer, Side, envelope, grid, grouped
 from mwplan.solvers.uniform import UniformTables, is_uniform
 
@@ -462,7 +463,7 @@ class Frontier:
     def __init__(
         self,
         profile: Profile,
-        tables: Tables | UniformTables,
+        tables: Tables | UniformTables | SparseTables,
         *,
         max_error: float,
         allowed: frozenset[Strategy],
@@ -495,7 +496,7 @@ class Frontier:
         """
         if self._bound is None:
             t, c = self.tables, self.candidates
-            if isinstance(t, UniformTables):
+            if not isinstance(t, Tables):
                 self._bound = ((0, fastest_ns(self.profile)),)
                 return self._bound
             c = Candidates(c.profile, max_error=c.max_error, allowed=c.allowed, loss=c.loss, optimistic=True)
@@ -589,9 +590,12 @@ def solve_frontier(
         raise ArgumentError(f"`max_recompute_depth={depth!r}` must be None or an integer, at least 0")
     check_max_error(max_error)
     chosen = check_allowed(allowed)
-    tables: Tables | UniformTables
+    tables: Tables | UniformTables | SparseTables
     if depth is None and len(profile) >= (_UNIFORM_THIN if thin else _UNIFORM) and is_uniform(profile):
-        tables = UniformTables(profile, max_error=max_error, allowed=chosen, thin=thin)
+        if thin:
+            tables = SparseTables(profile, max_error=max_error, allowed=chosen, thin=thin)
+        else:
+            tables = UniformTables(profile, max_error=max_error, allowed=chosen)
     else:
         candidates = Candidates(profile, max_error=max_error, allowed=chosen, loss=thin / 6)
         tables = Tables(candidates, depth, loss=thin / 3)

@@ -17,17 +17,19 @@ Samples are float32: they only decide what is left out, with a margin above thei
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mwplan.errors import ArgumentError
-from mwplan.solvers.pareto import Floats, Ints, staircase
+from mwplan.solvers.pareto import INF, Floats, Ints, staircase
 
 Stairs = tuple[Ints, Ints]
 Samples = NDArray[np.float32]
 Index = NDArray[np.intp]
+_Array = TypeVar("_Array", bound=NDArray[Any])
 _MARGIN = 2e-6
 _INF = np.float32(np.inf)
 
@@ -41,10 +43,10 @@ def grid(low: int, least: int, high: int, cells: int) -> Ints:
     return np.unique(np.concatenate([below, above, far]).astype(np.int64))
 
 
-def _longer(old: NDArray[np.generic], rows: int) -> NDArray[np.generic]:
+def _longer(old: _Array, rows: int) -> _Array:
     new = np.empty((rows, *old.shape[1:]), dtype=old.dtype)
     new[: len(old)] = old
-    return new
+    return cast(_Array, new)
 
 
 class Buffer:
@@ -104,10 +106,10 @@ class Side:
     """The groups of runs from one node: `left_g` in a buffer, and each group's `F`, `H` and row of the suffixes' buffer.
 
     **Arguments:** `held`, the `H` of all groups where they share it, None where not; if they do, their suffixes' rows are
-    `first_child, first_child + 2, ...`, or whatever `children` says where that is -1.
+    `first_child, first_child + 2, ...`; if `first_child` is -1, groups are asked for by index, and `children` says their rows anew at each merge.
     """
 
-    __slots__ = ("_moved", "children", "count", "first_child", "floor", "held", "left", "shared")
+    __slots__ = ("_moved", "_ready", "children", "count", "first_child", "floor", "held", "left", "shared")
 
     def __init__(
         self,
@@ -124,6 +126,7 @@ class Side:
         self.floor = np.zeros(4, dtype=np.int64)
         self.held = np.zeros(4, dtype=np.int64)
         self._moved: Index = np.zeros((0, 2 * budgets.size + 1), dtype=np.intp)
+        self._ready = 0
         if held is not None:
             self._moved = self._move(budgets, held)
 
@@ -152,37 +155,49 @@ class Side:
         self.left.append(g, g, stairs, floor)
         self.count = g + 1
 
-    def bounds(self, right: Buffer, groups: int) -> Samples:
+    def bounds(self, right: Buffer, groups: int | Ints) -> Samples:
         """Row g: lower bounds of `f_g` in the `n + 1` cells, then upper bounds at the `n` budgets."""
         if self.shared:
-            rows = (
-                slice(self.first_child, self.first_child + 2 * groups, 2)
-                if self.first_child >= 0
-                else self.children[:groups]
-            )
+            assert isinstance(groups, int)
+            rows = slice(self.first_child, self.first_child + 2 * groups, 2)
             out: Samples = right.samples[rows].take(self._moved, axis=1)
-        else:
-            if len(self._moved) < groups:
-                known = len(self._moved)
-                moved = self._move(right.grid, self.held[known : self.count, None])
-                moved += self.children[known : self.count, None] * right.samples.shape[1]
-                self._moved = np.concatenate([self._moved, moved])
+            out += self.left.samples[:groups]
+            return out
+        if self._ready < self.count:
+            if len(self._moved) < self.count:
+                self._moved = _longer(self._moved, 2 * self.count)
+            new = slice(self._ready, self.count)
+            self._moved[new] = self._move(right.grid, self.held[new, None])
+            if self.first_child >= 0:
+                self._moved[new] += self.children[new, None] * right.samples.shape[1]
+            self._ready = self.count
+        if isinstance(groups, int):
             out = right.samples.ravel().take(self._moved[:groups])
-        out += self.left.samples[:groups]
+            out += self.left.samples[:groups]
+        else:
+            out = right.samples.ravel().take(
+                self._moved[groups] + self.children[groups, None] * right.samples.shape[1]
+            )
+            out += self.left.samples[groups]
         return out
 
     def at(self, right: Buffer, k: int, group: Ints, budget: Ints) -> Stairs:
         """The points that `f_g` has at or below each of the budgets, for pairs `(group, budget)`; those without any are left out."""
+        need, time = self.values(right, k, group, budget)
+        ok = time < INF
+        return need[ok], time[ok]
+
+    def values(self, right: Buffer, k: int, group: Ints, budget: Ints) -> Stairs:
+        """Need and time of the points that `f_g` has at or below each of the budgets, for pairs `(group, budget)`; `INF` where it has none."""
         left, child = self.left, self.children[group]
         own = left.key[: left.size].searchsorted(left.base[group] + budget, side="right") - 1
         rest = budget - self.held[group]
         other = right.key[: right.size].searchsorted(right.base[child] + rest, side="right") - 1
         ok = (own >= left.pointer[group, 0]) & (other >= right.pointer[child, 0])
         ok &= (rest >= 0) & (budget >= self.floor[group] + k)
-        group, child, own, other = group[ok], child[ok], own[ok], other[ok]
         need = np.maximum(left.key[own] - left.base[group], self.floor[group] + k)
         np.maximum(need, right.key[other] - right.base[child] + self.held[group], out=need)
-        return need, left.time[own] + right.time[other]
+        return np.where(ok, need, INF), np.where(ok, left.time[own] + right.time[other], INF)
 
     def points(self, right: Buffer, k: int, group: int) -> Stairs:
         """All points of all runs of one group."""
@@ -256,7 +271,7 @@ def _spread(begin: NDArray[Any], end: NDArray[Any]) -> tuple[Ints, Index]:
 
 
 def envelope(
-    sides: list[tuple[Side, int]],
+    sides: Sequence[tuple[Side, int | Ints]],
     right: Buffer,
     k: int,
     known: Stairs,
@@ -266,7 +281,7 @@ def envelope(
 ) -> list[Stairs]:
     """Points whose Pareto set, together with the staircase `known`, is the envelope of all groups.
 
-    **Arguments:** `sides`, each with how many of its groups take part; `right`, the suffixes; `k`, the waiting cotangent; `slack`, the factor of time that
+    **Arguments:** `sides`, each with how many of its groups take part, or which; `right`, the suffixes; `k`, the waiting cotangent; `slack`, the factor of time that
     may be lost; `optimistic`: then no point is a schedule, but no schedule is faster than the staircase.
     """
     budgets = right.grid
@@ -281,12 +296,13 @@ def envelope(
     limit = np.append(_INF, np.minimum.accumulate(upper))
     goal = limit * np.float32((1 + _MARGIN) / (1 + slack))
     out: list[Stairs] = []
-    for (side, _), bound, lowest in zip(sides, bounds, least):
+    for (side, groups), bound, lowest in zip(sides, bounds, least):
+        which = np.arange(groups) if isinstance(groups, int) else groups
         # goal is infinite where nothing is known yet, and so is the bound of what does not fit.
         columns = np.flatnonzero(lowest[: n + 1] < goal)
         if columns.size:
             group, place = np.nonzero(bound[:, columns] < goal[columns])
-            out += side.steps(right, k, group, columns[place])
+            out += side.steps(right, k, which[group], columns[place])
         if slack and optimistic:
             out.append(_floor(bound[:, : n + 1], goal, limit, budgets))
         elif slack:
@@ -294,7 +310,7 @@ def envelope(
             useful = np.flatnonzero((lowest[n + 1 :] <= limit[1:]) & (lowest[n + 1 :] < limit[:-1]))
             if useful.size:
                 group = bound[:, n + 1 + useful].argmin(axis=0)
-                out.append(side.at(right, k, group, budgets[useful]))
+                out.append(side.at(right, k, which[group], budgets[useful]))
     return out
 
 
