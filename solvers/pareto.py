@@ -84,8 +84,9 @@ def _plainly_good(table: Ints) -> NDArray[np.intp]:
     **Cost:** linear, but for one sort of the last coordinate.
     """
     first, second = table[0], table[1]
-    low, width = int(first.min()), _CELLS + 1
-    cell = (first - low) >> max(0, (int(first.max()) - low).bit_length() - _CELLS.bit_length() + 1)
+    cells = min(_CELLS, 1 << (first.size // 8).bit_length())
+    low, width = int(first.min()), cells + 1
+    cell = (first - low) >> max(0, (int(first.max()) - low).bit_length() - cells.bit_length() + 1)
     level, levels, exact = np.zeros(1, dtype=np.intp), 1, True
     if len(table) == 3:
         values = np.unique(table[2])

@@ -25,9 +25,10 @@ import numpy as np
 from mwplan.errors import ArgumentError
 from mwplan.profiles import Profile
 from mwplan.schedule import Run, RunKind, Strategy
+from mwplan.solvers.diagonals import Ways, envelopes, thinned_all
 from mwplan.solvers.pareto import Ints, staircase, thinned
 from mwplan.solvers.runs import Candidates
-from mwplan.solvers.splits import Buffer, Side, envelope, grid, grouped
+from mwplan.solvers.splits import Buffer, Pairs, grid, grouped, longer, moves
 from mwplan.solvers.uniform import shortened
 
 Stairs = tuple[Ints, Ints]
@@ -98,9 +99,14 @@ class SparseTables:
         least = 2 * (self.activation + self.waiting) + layer.forward_workspace_bytes
         self.grid = grid(least // 2, least, high, _CELLS)
         self.pieces: dict[bool, list[_Piece]] = {False: [], True: []}
-        self._sides = {
-            e: Side(self.grid, self.span, self.waiting, first_child=-1, rows=256) for e in (False, True)
+        self._left = {
+            e: Buffer(self.grid, self.span, 256, sided=True, waiting=self.waiting) for e in (False, True)
         }
+        self._still = moves(self.grid, 0)
+        #: the moves, and `held` and `floor`, of the first `_known` pieces
+        self._moves = dict.fromkeys((False, True), self._still[None])
+        self._costs = {e: np.zeros((2, 1), dtype=np.int64) for e in (False, True)}
+        self._known = {False: 0, True: 0}
         #: numbers of pieces by the layers they take together
         self._by_layers: dict[bool, dict[int, list[int]]] = {False: {}, True: {}}
         self.inner, self.top = (
@@ -111,22 +117,22 @@ class SparseTables:
             self._add_atoms(n)
             if n < self.size and self.nested:
                 for e in (False, True):
-                    row = 2 * self.index[n] + e
-                    self.inner.append(row, row, self._merge(n, e, self.waiting, self.inner))
+                    self._merge(n, e, self.waiting, self.inner)
                 self._add_recompute(n)
         for n in self.lengths:
             for e in (False, True):
                 if e == (n == self.size) or self.both:
-                    row = 2 * self.index[n] + e
-                    self.top.append(row, row, self._merge(n, e, 0, self.top))
+                    self._merge(n, e, 0, self.top)
+                else:
+                    self.top.extend(1, _NONE[0], *_NONE)
 
     def _turn(self, e: bool) -> Stairs:
         return np.array([self.candidates.turn_bytes(e)]), np.zeros(1, dtype=np.int64)
 
     def _buffer(self, *ends: Stairs) -> Buffer:
         out = Buffer(self.grid, self.span, 2 * len(self.lengths) + 2)
-        for e, stairs in enumerate(ends):
-            out.append(e, e, stairs)
+        for stairs in ends:
+            out.extend(1, np.zeros(1, dtype=np.int64), *stairs)
         return out
 
     # -- pieces --------------------------------------------------------------------------------------------------
@@ -134,7 +140,8 @@ class SparseTables:
     def _add(self, e: bool, piece: _Piece) -> int:
         number = len(self.pieces[e])
         self.pieces[e].append(piece)
-        self._sides[e].append(0, piece.floor, piece.held, piece.stairs)
+        of = np.zeros(piece.stairs[0].size, dtype=np.int64)
+        self._left[e].extend(1, of, *piece.stairs, np.array([piece.floor]))
         self._by_layers[e].setdefault(piece.layers, []).append(number)
         return number
 
@@ -214,7 +221,7 @@ class SparseTables:
         part = slice(int(family.pointer[row, 0]), int(family.pointer[row, -1]))
         return family.key[part] - family.base[row], family.time[part]
 
-    def _choices(self, n: int, e: bool) -> tuple[Ints, Ints]:
+    def _choices(self, n: int, e: bool, k: int) -> Pairs:
         """The pieces that a stretch of `n` layers may begin with, and the rows of what is left."""
         pieces, rows = [], []
         longest = n - max(1, n // _SHARE)
@@ -227,17 +234,26 @@ class SparseTables:
                 if (n > 1 << _BITS) if piece.halves else (piece.atoms or piece.layers <= longest):
                     pieces.append(g)
                     rows.append(2 * rest + piece.keeps)
-        return np.array(pieces, dtype=np.int64), np.array(rows, dtype=np.int64)
+        which = np.array(pieces, dtype=np.int64)
+        held, floor = self._costs[e][:, which]
+        return Pairs(which, np.array(rows, dtype=np.int64), held, floor + k)
 
-    def _merge(self, n: int, e: bool, k: int, family: Buffer) -> Stairs:
-        pieces, rows = self._choices(n, e)
-        if not pieces.size:
-            return _NONE
-        side = self._sides[e]
-        side.children[pieces] = rows
-        points = envelope([(side, pieces)], family, k, _NONE, slack=self.thin * 2 / 3 if n >= 4 else 0.0)
-        need, time = staircase(*(np.concatenate([x[i] for x in points]) for i in (0, 1))) if points else _NONE
-        return thinned(need, time, self.thin / 3, optimistic=False) if n >= 4 else (need, time)
+    def _merge(self, n: int, e: bool, k: int, family: Buffer) -> None:
+        """Adds the table of `n` layers to a family, whose next row it is."""
+        new = self.pieces[e][self._known[e] :]
+        if new:
+            known, ready = self._known[e], len(self.pieces[e])
+            if len(self._moves[e]) < ready:
+                self._moves[e] = longer(self._moves[e], 2 * ready)
+                self._costs[e] = longer(self._costs[e].T, 2 * ready).T
+            self._costs[e][:, known:ready] = np.array([(piece.held, piece.floor) for piece in new]).T
+            self._moves[e][known:ready] = moves(self.grid, self._costs[e][0, known:ready, None])
+            self._known[e] = ready
+        pairs = self._choices(n, e, k)
+        way = Ways(pairs, 0, self._still, self._moves[e][pairs.left], _NONE)
+        slack, loss = (self.thin * 2 / 3, self.thin / 3) if n >= 4 else (0.0, 0.0)
+        found = envelopes([way], self._left[e], family, slack=slack, optimistic=False)
+        family.extend(1, *(thinned_all(*found, loss, optimistic=False) if loss and found[0].size else found))
 
     # -- reading -------------------------------------------------------------------------------------------------
 
@@ -255,12 +271,10 @@ class SparseTables:
             need, times = self._stairs(family, stop - at, e)
             step = int(need.searchsorted(budget, side="right")) - 1
             budget, time = int(need[step]), int(times[step])
-            pieces, rows = self._choices(stop - at, e)
-            side = self._sides[e]
-            side.children[pieces] = rows
+            pairs = self._choices(stop - at, e, k)
             # The point's own piece needs all of its budget; one that needs less may take as long, where merging overlooked it.
-            needs, times = side.values(family, k, pieces, np.full(pieces.size, budget))
-            number = int(pieces[np.flatnonzero((needs == budget) & (times == time))[0]])
+            needs, times = pairs.values(self._left[e], family, np.full(pairs.left.size, budget))
+            number = int(pairs.left[np.flatnonzero((needs == budget) & (times == time))[0]])
             piece = self.pieces[e][number]
             self._spell(at, e, number, budget, out)
             at, e, budget = at + piece.layers, piece.keeps, budget - piece.held
