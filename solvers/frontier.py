@@ -671,10 +671,11 @@ def solve_frontier(
 ) -> Frontier:
     """The frontier of `profile` under `max_error` with the strategies `allowed`.
 
-    **Arguments:** `thin`, the relative loss of time aimed at, 0 for exact: a stretch's merge may lose a factor `1 + 2 thin / 3` and the thinning after it
-    `1 + thin / 6`, moonwalk runs up to `1 + thin / 6` a layer, so a schedule of `k` runs, inner ones included, is at most
-    `((1 + 2 thin / 3) (1 + thin / 6))^k` times the optimum without moonwalk runs, times `(1 + thin / 6)^L` with them; losses measured are
-    below `thin`, and `Frontier.loss` proves a bound for the profile at hand. Needs stay exact. `max_recompute_depth`, how deep RECOMPUTE runs may stand inside one another: 0 for none, None for any.
+    **Arguments:** `thin`, the relative loss of time aimed at, 0 for exact: a stretch's merge may lose a factor `1 + thin / 2` and the thinning after it
+    `1 + thin / 8`, moonwalk runs up to `1 + thin / 6` a layer, so a schedule of `k` runs, inner ones included, is at most
+    `((1 + thin / 2) (1 + thin / 8))^k` times the optimum without moonwalk runs, times `(1 + thin / 6)^L` with them: that is all that is proved beforehand.
+    Measured losses are below `thin`; `Frontier.loss` proves a bound for the profile at hand, which is larger than `thin`, the more so the longer the chain
+    (results/solver_scaling). Least need and least time stay exact, but on long chains of identical layers (`mwplan.solvers.sparse`) the least need. `max_recompute_depth`, how deep RECOMPUTE runs may stand inside one another: 0 for none, None for any.
     **Returns:** a `Frontier`. **Raises:** `ArgumentError`. **Cost:** see `Tables`.
     """
     if not isinstance(profile, Profile):
@@ -696,5 +697,5 @@ def solve_frontier(
             tables = UniformTables(profile, max_error=max_error, allowed=chosen)
     else:
         candidates = Candidates(profile, max_error=max_error, allowed=chosen, loss=thin / 6)
-        tables = Tables(candidates, depth, loss=thin / 3)
+        tables = Tables(candidates, depth, loss=thin / 4)
     return Frontier(profile, tables, max_error=max_error, allowed=chosen, thin=thin)
