@@ -48,7 +48,11 @@ class _Points:
 def envelopes(
     ways: list[Ways], left: Buffer, right: Buffer, *, slack: float, optimistic: bool
 ) -> tuple[Ints, Ints, Ints]:
-    """`mwplan.solvers.splits.envelope` of many stretches: their staircases one after the other, as stretch, need, time."""
+    """The lower envelopes of many stretches' groups (`mwplan.solvers.splits`): their staircases one after the other, as stretch, need, time.
+
+    **Arguments:** `ways`, with their groups' rows in `left` and `right`; `slack`, the factor of time that may be lost at each, but for the least need and, but for
+    ties within float32, the least time; `optimistic`: then no point is a schedule, but no schedule is faster than the staircase.
+    """
     budgets = right.grid
     n, width = budgets.size, right.samples.shape[1]
     flat = right.samples.ravel()

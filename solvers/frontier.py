@@ -29,7 +29,7 @@ from mwplan.errors import ArgumentError
 from mwplan.profiles import Profile
 from mwplan.schedule import Run, RunKind, Solution, Status, Strategy
 from mwplan.solvers.diagonals import Ways, envelopes, thinned_all
-from mwplan.solvers.pareto import INF, Ints, staircase, value_at
+from mwplan.solvers.pareto import INF, Ints, staircase
 from mwplan.solvers.runs import (
     ALL_STRATEGIES,
     Candidates,
@@ -159,6 +159,7 @@ class Tables:
     # -- filling -------------------------------------------------------------------------------------------------
 
     def _fill(self, level: int) -> None:
+        """One level, by lengths of stretches."""
         c, memo, stairs = self.candidates, self._memo[level], self.stairs[level]
         source, reach = self.source(level), c.recompute_reach()
         p = c.profile
@@ -521,33 +522,33 @@ class Tables:
         def stairs(at: int, keeps: bool) -> Stairs:
             return top.nodes.get((at, keeps), _NOTHING) if top else self.suffix(level, at, stop, keeps)
 
-        def rest_time(at: int, keeps: bool, budget: int) -> int:
-            return value_at(*stairs(at, keeps), budget)
+        def point(found: Stairs, budget: int) -> tuple[int, int]:
+            k = int(found[0].searchsorted(budget, side="right")) - 1
+            return (int(found[0][k]), int(found[1][k])) if k >= 0 else (INF, INF)
 
-        # At a point's own need, thinned staircases too give its time exactly.
-        need, times = stairs(start, kept)
-        step = int(np.searchsorted(need, budget, side="right")) - 1
-        budget, time = int(need[step]), int(times[step])
+        # At a point's own need, thinned staircases too give its time exactly; its own run needs all of that, and where merging overlooked one
+        # that takes as long and needs less, that one is another point's.
+        budget, time = point(stairs(start, kept), budget)
         atoms = c.atoms(start, kept)
         peak = np.maximum(atoms.forward_peak + k, atoms.backward_peak)
         for row in np.flatnonzero((peak <= budget) & (atoms.stop <= stop)):
-            at, keeps = int(atoms.stop[row]), bool(atoms.keeps_end[row])
-            rest = budget - int(atoms.held[row])
-            if int(atoms.time[row]) + rest_time(at, keeps, rest) == time:
-                return c.run(start, kept, int(row)), at, keeps, rest, budget
+            at, keeps, held = int(atoms.stop[row]), bool(atoms.keeps_end[row]), int(atoms.held[row])
+            need, rest = point(stairs(at, keeps), budget - held)
+            if int(atoms.time[row]) + rest == time and max(int(peak[row]), held + need) == budget:
+                return c.run(start, kept, int(row)), at, keeps, budget - held, budget
         source = self.source(level)
         assert source is not None
-        own = 0 if kept else int(c.activation[start])
+        own = self._own(start, kept)
         peaks = c.recompute_forward_peak(start, kept)
         limit = stop if top is not None and top.closing else stop - 1
         for at in range(start + 1, limit + 1):
-            if peaks[at - start - 1] + k > budget:
+            peak_ = int(peaks[at - start - 1]) + k
+            if peak_ > budget:
                 break
-            inner = value_at(*self.suffix(source, start, at, kept), budget)
-            if (
-                inner + rest_time(at, False, budget - own) + int(c.forward_sum[at] - c.forward_sum[start])
-                == time
-            ):
+            inner_need, inner = point(self.suffix(source, start, at, kept), budget)
+            need, rest = point(stairs(at, False), budget - own)
+            spent = int(c.forward_sum[at] - c.forward_sum[start])
+            if inner + rest + spent == time and max(peak_, inner_need, own + need) == budget:
                 return None, at, False, budget - own, budget
         raise AssertionError("a staircase's point has no run behind it")
 

@@ -1,4 +1,4 @@
-r"""All ways to begin a stretch, at once: the inner loop of the frontier.
+r"""All ways to begin a stretch, at once: what `mwplan.solvers.diagonals` compares and evaluates.
 
 The runs from one node `(s, e)` come in groups: the same end `j` and `e'`, the same forward peak `F` and held bytes `H`. RECOMPUTE runs to `j` are
 one group (`H = A[s]`), whose staircase is that of the inner schedules and the forward; of MOONWALK runs, which differ in backward peak and
