@@ -92,7 +92,7 @@ def frontier(
 ) -> Frontier:
     """Every budget at once: the exact trade of memory against time.
 
-    **Arguments:** as `plan`; `thin`, a relative loss of time that may be traded for speed (0 is exact).
+    **Arguments:** as `plan`; `thin`, the relative loss of time aimed at for speed, measured and not proved beforehand (0 is exact).
     **Raises:** `ArgumentError`.
     """
     from mwplan.solvers.frontier import solve_frontier

@@ -23,11 +23,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mwplan.errors import ArgumentError
 from mwplan.profiles import Profile
 from mwplan.schedule import Run, RunKind, Solution, Status, Strategy
-from mwplan.solvers.pareto import INF, Ints, staircase, thinned, value_at
+from mwplan.solvers.diagonals import Ways, envelopes, thinned_all
+from mwplan.solvers.pareto import INF, Ints, staircase
 from mwplan.solvers.runs import (
     ALL_STRATEGIES,
     Candidates,
@@ -36,7 +38,8 @@ from mwplan.solvers.runs import (
     error_of,
     fastest_ns,
 )
-from mwplan.solvers.splits import Buffer, Side, envelope, grid, grouped
+from mwplan.solvers.sparse import SparseTables
+from mwplan.solvers.splits import Buffer, Pairs, grid, grouped, moves
 from mwplan.solvers.uniform import UniformTables, is_uniform
 
 Stairs = tuple[Ints, Ints]
@@ -45,8 +48,6 @@ _NOTHING: Stairs = (np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
 _SHORT = 4
 #: budgets at which staircases are compared first
 _CELLS = 384
-#: up to so many groups of runs are spelled out at once
-_FEW = 3
 #: shares of the loss aimed at that a merge and the thinning after it may take
 _SLACK, _THIN = 2.0, 0.5
 #: from here on chains of identical layers have tables of their own: exact, and thinned
@@ -81,16 +82,16 @@ class _Stretch:
     runs: list[Run]
 
 
-@dataclass(slots=True)
-class _Runs:
-    """The STORE, MOONWALK and INVERT runs from one node that lead to nodes before the end of a stretch, as groups; grows with the stretch.
+class _Node:
+    """STORE, MOONWALK and INVERT runs from one node as groups: `groups`, rows of left row, end, `e'`, `F`, `H`, and the moves of each; the moves and
+    forward peaks of RECOMPUTE runs."""
 
-    `ends`: the groups' ends, in order; `read`: how many of the node's `Atoms.groups` are in.
-    """
+    __slots__ = ("groups", "moved", "own", "peaks", "read")
 
-    side: Side
-    ends: list[int]
-    read: int = 0
+    def __init__(self, own: NDArray[np.intp], peaks: Ints) -> None:
+        self.own, self.peaks, self.read = own, peaks, 0
+        self.groups: Ints = np.zeros((5, 0), dtype=np.int64)
+        self.moved = np.zeros((0, own.size), dtype=np.intp)
 
 
 class Tables:
@@ -129,9 +130,8 @@ class Tables:
         # stairs[level][(s, r, e)]; with no limit on depth there is one level, which refers to itself.
         self.stairs: list[dict[tuple[int, int, bool], Stairs]] = [{} for _ in range(self.levels)]
         self._memo: list[dict[tuple[Any, ...], Stairs]] = [{} for _ in range(self.levels)]
-        self._content: dict[tuple[int, int], int] = {}
-        self._recomputed: list[dict[tuple[int, bool], Side]] = [{} for _ in range(self.levels)]
-        self._runs: list[dict[tuple[int, bool], _Runs]] = [{} for _ in range(self.levels + 1)]
+        self._rows: list[dict[tuple[Any, ...], int]] = [{} for _ in range(self.levels)]
+        self._again: list[dict[tuple[Any, ...], int]] = [{} for _ in range(self.levels)]
         for level in range(self.levels):
             if level == 0 and self._is_plain():
                 self._fill_plain()
@@ -159,30 +159,161 @@ class Tables:
     # -- filling -------------------------------------------------------------------------------------------------
 
     def _fill(self, level: int) -> None:
+        """One level, by lengths of stretches."""
         c, memo, stairs = self.candidates, self._memo[level], self.stairs[level]
-        ids: dict[tuple[int, int], int] = {}
+        source, reach = self.source(level), c.recompute_reach()
         p = c.profile
         boundary = list(zip(p.activation_bytes, p.cotangent_bytes, p.sweep_cotangent_bytes))
-        reach = c.recompute_reach()
-        for stop in range(1, self.size + 1):
-            right = Buffer(self.grid, self.span, 2 * self.size + 2)
-            nodes: dict[tuple[int, bool], Stairs] = {(stop, False): _DONE, (stop, True): _DONE}
-            top = Top(c, nodes, reach, False)
-            content, rank = -c.layer_class[stop], 0
-            for start in range(stop - 1, -1, -1):
-                content = ids.setdefault((c.layer_class[start + 1], content), len(ids) + 1)
-                for kept in self.kept_states(start):
-                    key = (content, kept, boundary[start])
-                    found = memo.get(key)
-                    if found is None:
-                        k = int(c.cotangent[stop])
-                        found = memo[key] = self._merge(level, start, stop, kept, k, top, right)
-                    stairs[start, stop, kept] = nodes[start, kept] = found
-                    if self.depth is None:
-                        self._recomputable(level, start, stop, kept)
-                for kept in self.kept_states(start):
-                    right.append(2 * start + kept, rank, nodes[start, kept])
-                    rank += 1
+        ids: dict[tuple[int, int], int] = {}
+        content = [-x for x in c.layer_class]
+        none = np.zeros(0, dtype=np.int64)
+        right = Buffer(self.grid, self.span, 2 * self.size)
+        left = Buffer(self.grid, self.span, 2 * self.size, sided=True, waiting=self.waiting)
+        # rows[e, s, r] of T[s, r, e]: 0 where s = r, 1 where there is no schedule; again[e, s, r] of the RECOMPUTE run, 0 where there is none.
+        right.extend(2, np.zeros(1, dtype=np.int64), *_DONE)
+        left.extend(1, none, none, none)
+        rows = np.ones((2, self.size + 1, self.size + 1), dtype=np.int64)
+        again = np.zeros_like(rows)
+        for at in range(self.size + 1):
+            rows[:, at, at] = 0
+        nodes: dict[tuple[int, bool], _Node] = {}
+        for n in range(1, self.size + 1):
+            content = [
+                ids.setdefault((c.layer_class[s + 1], content[s + 1]), len(ids) + 1)
+                for s in range(self.size - n + 1)
+            ]
+            keys = {
+                (s, e): (content[s], e, boundary[s])
+                for s in range(self.size - n + 1)
+                for e in self.kept_states(s)
+            }
+            fresh = {key: node for node, key in reversed(keys.items()) if key not in memo}
+            news = list(fresh.values())
+            if news:
+                self._read_atoms(n, news, nodes, source, left)
+                found = self._merge_all(n, news, nodes, rows, again, reach, source is not None, left, right)
+                of, need, time = found
+                first = right.rows
+                right.extend(len(news), of, need, time)
+                cuts = of.searchsorted(np.arange(len(news) + 1))
+                for k, (key, _) in enumerate(fresh.items()):
+                    part = slice(cuts[k], cuts[k + 1])
+                    memo[key] = (need[part], time[part])
+                    self._rows[level][key] = first + k
+            for (s, e), key in keys.items():
+                stairs[s, s + n, e] = memo[key]
+                rows[int(e), s, s + n] = self._rows[level][key]
+            if source is None:
+                continue
+            if news:
+                inner = [self.stairs[source][s, s + n, e] for s, e in news]
+                sums = [int(c.forward_sum[s + n] - c.forward_sum[s]) for s, _ in news]
+                floor = [int(c.recompute_forward_peak(s, e)[n - 1]) for s, e in news]
+                sizes = [x[0].size for x in inner]
+                of = np.repeat(np.arange(len(news)), sizes)
+                first = left.rows
+                left.extend(
+                    len(news),
+                    of,
+                    np.concatenate([x[0] for x in inner]),
+                    np.concatenate([x[1] for x in inner]) + np.repeat(sums, sizes),
+                    np.array(floor),
+                )
+                for k, key in enumerate(fresh):
+                    self._again[level][key] = first + k
+            for (s, e), key in keys.items():
+                again[int(e), s, s + n] = self._again[level][key]
+
+    def _read_atoms(
+        self,
+        n: int,
+        news: list[tuple[int, bool]],
+        nodes: dict[tuple[int, bool], _Node],
+        source: int | None,
+        left: Buffer,
+    ) -> None:
+        """The STORE, MOONWALK and INVERT runs of less than `n` layers from the given nodes, those that are not known yet."""
+        queue: list[tuple[_Node, int, bool, int, int, Stairs]] = []
+        for start, kept in news:
+            node = nodes.get((start, kept))
+            if node is None:
+                own = moves(self.grid, self._own(start, kept))
+                node = nodes[start, kept] = _Node(own, self.candidates.recompute_forward_peak(start, kept))
+            atoms = self.candidates.atoms(start, kept)
+            low = atoms.groups[node.read - 1][2] if node.read else 0
+            for at, keeps, high in atoms.groups[node.read :]:
+                if at - start >= n:
+                    break
+                columns = [
+                    x[low:high] for x in (atoms.forward_peak, atoms.backward_peak, atoms.held, atoms.time)
+                ]
+                if source is not None and not keeps:
+                    columns = self._undominated(columns, source, start, at, kept)
+                queue += [
+                    (node, at, keeps, *group) for group in grouped(columns, self.waiting) if columns[0].size
+                ]
+                node.read += 1
+                low = high
+        if not queue:
+            return
+        sizes = [x[5][0].size for x in queue]
+        first = left.rows
+        left.extend(
+            len(queue),
+            np.repeat(np.arange(len(queue)), sizes),
+            np.concatenate([x[5][0] for x in queue]),
+            np.concatenate([x[5][1] for x in queue]),
+            np.array([x[3] for x in queue]),
+        )
+        added: dict[int, tuple[_Node, list[tuple[int, ...]]]] = {}
+        for k, (node, at, keeps, floor, held, _) in enumerate(queue):
+            added.setdefault(id(node), (node, []))[1].append((first + k, at, keeps, floor, held))
+        for node, lines in added.values():
+            new = np.array(lines, dtype=np.int64).T
+            node.groups = np.concatenate([node.groups, new], axis=1)
+            node.moved = np.concatenate([node.moved, moves(self.grid, new[4][:, None])])
+
+    def _own(self, start: int, kept: bool) -> int:
+        return 0 if kept else int(self.candidates.activation[start])
+
+    def _merge_all(
+        self,
+        n: int,
+        news: list[tuple[int, bool]],
+        nodes: dict[tuple[int, bool], _Node],
+        rows: Ints,
+        again: Ints,
+        reach: Ints,
+        nested: bool,
+        left: Buffer,
+        right: Buffer,
+    ) -> tuple[Ints, Ints, Ints]:
+        """The recursion for stretches of `n` layers, as stretch, need, time."""
+        c, ways = self.candidates, []
+        for start, kept in news:
+            stop = start + n
+            k = int(c.cotangent[stop])
+            node = nodes[start, kept]
+            atoms = c.atoms(start, kept)
+            known = _NOTHING
+            low = atoms.groups[node.read - 1][2] if node.read else 0
+            ending = [x for x in atoms.groups[node.read : node.read + 2] if x[0] == stop]
+            if ending:
+                part = slice(low, ending[-1][2])
+                peak = np.maximum(atoms.forward_peak[part] + k, atoms.backward_peak[part])
+                known = staircase(np.maximum(peak, atoms.held[part]), atoms.time[part])
+            limit = min(stop - 1, int(reach[start])) if nested else start
+            lines, at, keeps, floor, held = node.groups
+            shared = limit - start
+            peaks = node.peaks[:shared]
+            pairs = Pairs(
+                np.concatenate([again[int(kept), start, start + 1 : limit + 1], lines]),
+                np.concatenate([rows[0, start + 1 : limit + 1, stop], rows[keeps, at, stop]]),
+                np.concatenate([np.full(shared, self._own(start, kept)), held]),
+                np.concatenate([peaks, floor]) + k,
+            )
+            ways.append(Ways(pairs, shared, node.own, node.moved, known))
+        return self._best(ways, left, right, n, c)
 
     def _is_plain(self) -> bool:
         """Whether the lowest level has runs of one layer only, so that all stretches with one beginning can be merged at once."""
@@ -254,115 +385,84 @@ class Tables:
         chain, which is never better but may be asked for.
         """
         c = candidates or self.candidates
-        right, stop, rank = Buffer(self.grid, self.span, 2 * self.size + 2), self.size, 0
+        stop, none = self.size, np.zeros(0, dtype=np.int64)
         nodes: dict[tuple[int, bool], Stairs] = {}
+        # Row 2 s + e + 1 for each node; row 0 is empty.
+        right = Buffer(self.grid, self.span, 2 * stop + 3)
+        right.extend(1, none, none, none)
+        rows = np.zeros((2, stop + 1), dtype=np.int64)
         for kept in (False, True):
             nodes[stop, kept] = (np.array([c.turn_bytes(kept)]), np.zeros(1, dtype=np.int64))
+            rows[int(kept), stop] = right.rows
+            right.extend(1, np.zeros(1, dtype=np.int64), *nodes[stop, kept])
         top = Top(c, nodes, c.recompute_reach(), closing)
-        if closing:
-            right.append(2 * stop, rank, nodes[stop, False])
-            rank += 1
+        source = self.source(self.levels)
         for start in range(stop - 1, -1, -1):
             for kept in self.kept_states(start):
-                nodes[start, kept] = self._merge(self.levels, start, stop, kept, 0, top, right)
+                way, left = self._top_ways(top, source, start, kept, rows)
+                _, need, time = self._best([way], left, right, stop - start, c)
+                nodes[start, kept] = need, time
             for kept in self.kept_states(start):
-                right.append(2 * start + kept, rank, nodes[start, kept])
-                rank += 1
+                rows[int(kept), start] = right.rows
+                need, time = nodes[start, kept]
+                right.extend(1, np.zeros(need.size, dtype=np.int64), need, time)
         return top
 
-    def _merge(
-        self, level: int, start: int, stop: int, kept: bool, k: int, top: Top, right: Buffer
-    ) -> Stairs:
-        """One application of the recursion: `top` holds the suffixes, `right` those that begin after `start`."""
-        source = self.source(level)
-        runs = self._runs_from(level, source, start, stop, kept, top)
-        # Those that end the stretch are whole schedules of it.
-        atoms = top.candidates.atoms(start, kept)
-        needs: list[Ints] = []
-        times: list[Ints] = []
-        low = 0
+    def _top_ways(
+        self, top: Top, source: int | None, start: int, kept: bool, rows: Ints
+    ) -> tuple[Ways, Buffer]:
+        """How the suffix from one node may begin, and the buffer that the runs are in."""
+        c, stop = top.candidates, self.size
+        limit = start if source is None else min(stop if top.closing else stop - 1, int(top.reach[start]))
+        ahead = range(start + 1, limit + 1)
+        stairs = [] if source is None else [self.suffix(source, start, at, kept) for at in ahead]
+        spent = (c.forward_sum[start + 1 : limit + 1] - c.forward_sum[start]).tolist()
+        floors = c.recompute_forward_peak(start, kept)[: limit - start].tolist()
+        holds = [self._own(start, kept)] * len(stairs)
+        to = rows[0, start + 1 : limit + 1].tolist()
+        known = _NOTHING
+        atoms, low = c.atoms(start, kept), 0
         for at, keeps, high in atoms.groups:
-            if at == stop:
-                rows = slice(low, high)
-                peak = np.maximum(atoms.forward_peak[rows] + k, atoms.backward_peak[rows])
-                needs.append(np.maximum(peak, atoms.held[rows] + top.nodes[stop, keeps][0][0]))
-                times.append(atoms.time[rows])
-            low = high
-        sides: list[tuple[Side, int]] = []
-        count = bisect.bisect_left(runs.ends, stop)
-        if count > _FEW:
-            sides.append((runs.side, count))
-        elif right.size:
-            for g in range(count):
-                need, time = runs.side.points(right, k, g)
-                needs.append(need)
-                times.append(time)
-        known = staircase(np.concatenate(needs), np.concatenate(times)) if needs else _NOTHING
-        limit = min(stop if top.closing else stop - 1, int(top.reach[start]))
-        if source is not None and limit > start:
-            side = self._recomputable(source, start, limit, kept)
-            sides.append((side, limit - start))
-        # Short stretches have few points, and their losses would add up over the chain.
-        loss = self.loss if stop - start >= _SHORT else 0.0
-        if sides and right.size:
-            found = envelope(sides, right, k, known, slack=loss * _SLACK, optimistic=self.optimistic)
-            known = staircase(*(np.concatenate([known[i], *(points[i] for points in found)]) for i in (0, 1)))
-        need, time = known
-        if self.cap is not None and need.size and need[-1] > self.cap and top.candidates is self.candidates:
-            fits = need <= self.cap
-            need, time = need[fits], time[fits]
-        return thinned(need, time, loss * _THIN, optimistic=self.optimistic) if loss else (need, time)
-
-    def _recomputable(self, level: int, start: int, stop: int, kept: bool) -> Side:
-        """RECOMPUTE runs from a node with inner schedules of `level`, up to `stop` at least."""
-        c = self.candidates
-        own = 0 if kept else int(c.activation[start])
-        side = self._recomputed[level].get((start, kept))
-        if side is None:
-            rows = (stop if self.depth is not None else self.size) - start
-            side = Side(self.grid, self.span, self.waiting, own, 2 * start + 2, rows=rows)
-            if level == self.levels - 1 and self.depth is not None:
-                # Only the top level asks for these, and seldom twice: they are large.
-                self._recomputed[level].clear()
-            self._recomputed[level][start, kept] = side
-        known = start + side.count
-        if known < stop:
-            peaks = c.recompute_forward_peak(start, kept)
-            for at in range(known + 1, stop + 1):
-                need, time = self.stairs[level].get((start, at, kept), _NOTHING)
-                spent = time + (c.forward_sum[at] - c.forward_sum[start])
-                side.append(2 * at, int(peaks[at - start - 1]), own, (need, spent))
-        return side
-
-    def _runs_from(
-        self, level: int, source: int | None, start: int, stop: int, kept: bool, top: Top
-    ) -> _Runs:
-        """The STORE, MOONWALK and INVERT runs from a node to nodes before `stop`.
-
-        One is left out if the RECOMPUTE run in its place, with the best inner schedule that fits its backward peak, is as good in every
-        respect: so go most moonwalk runs that are longer than memory asks for.
-        """
-        usual = top.candidates is self.candidates and source is not None and not top.closing
-        runs = self._runs[level].get((start, kept)) if top.candidates is self.candidates else None
-        if runs is None:
-            runs = _Runs(Side(self.grid, self.span, self.waiting), [])
-            if top.candidates is self.candidates and not top.closing:
-                self._runs[level][start, kept] = runs
-        atoms = top.candidates.atoms(start, kept)
-        low = atoms.groups[runs.read - 1][2] if runs.read else 0
-        for at, keeps, high in atoms.groups[runs.read :]:
-            if at >= stop:
-                break
             columns = [x[low:high] for x in (atoms.forward_peak, atoms.backward_peak, atoms.held, atoms.time)]
-            if usual and not keeps:
-                assert source is not None
-                columns = self._undominated(columns, source, start, at, kept)
-            for floor, held, stairs in grouped(columns, self.waiting):
-                runs.side.append(2 * at + keeps, floor, held, stairs)
-                runs.ends.append(at)
-            runs.read += 1
             low = high
-        return runs
+            if at == stop:
+                peak = np.maximum(columns[0], columns[1])
+                end = int(top.nodes[stop, keeps][0][0])
+                known = staircase(
+                    np.append(known[0], np.maximum(peak, columns[2] + end)), np.append(known[1], columns[3])
+                )
+                continue
+            if source is not None and not keeps and c is self.candidates and not top.closing:
+                columns = self._undominated(columns, source, start, at, kept)
+            for floor, held, found in grouped(columns, self.waiting) if columns[0].size else ():
+                stairs.append(found)
+                spent.append(0)
+                floors.append(floor)
+                holds.append(held)
+                to.append(int(rows[int(keeps), at]))
+        sizes = [x[0].size for x in stairs]
+        floor_, held_, to_ = (np.array(x, dtype=np.int64) for x in (floors, holds, to))
+        left = Buffer(self.grid, self.span, len(stairs), sided=True, waiting=self.waiting)
+        need, time = (np.concatenate([_NOTHING[i], *(x[i] for x in stairs)]) for i in (0, 1))
+        spent_ = np.repeat(np.array(spent, dtype=np.int64), sizes)
+        left.extend(len(stairs), np.repeat(np.arange(len(stairs)), sizes), need, time + spent_, floor_)
+        shared = limit - start
+        own, rest = moves(self.grid, self._own(start, kept)), moves(self.grid, held_[shared:, None])
+        return Ways(Pairs(np.arange(len(stairs)), to_, held_, floor_), shared, own, rest, known), left
+
+    def _best(
+        self, ways: list[Ways], left: Buffer, right: Buffer, n: int, c: Candidates
+    ) -> tuple[Ints, Ints, Ints]:
+        """The staircases of stretches of `n` layers, as stretch, need, time."""
+        # Short stretches have few points, and their losses would add up over the chain.
+        loss = self.loss if n >= _SHORT else 0.0
+        of, need, time = envelopes(ways, left, right, slack=loss * _SLACK, optimistic=self.optimistic)
+        if self.cap is not None and c is self.candidates:
+            fits = need <= self.cap
+            of, need, time = of[fits], need[fits], time[fits]
+        if loss and of.size:
+            return thinned_all(of, need, time, loss * _THIN, optimistic=self.optimistic)
+        return of, need, time
 
     def _undominated(self, columns: list[Ints], source: int, start: int, stop: int, kept: bool) -> list[Ints]:
         """Those of the runs `(F, B, H, t)` from `(start, kept)` to `(stop, False)` that no RECOMPUTE run beats."""
@@ -422,33 +522,33 @@ class Tables:
         def stairs(at: int, keeps: bool) -> Stairs:
             return top.nodes.get((at, keeps), _NOTHING) if top else self.suffix(level, at, stop, keeps)
 
-        def rest_time(at: int, keeps: bool, budget: int) -> int:
-            return value_at(*stairs(at, keeps), budget)
+        def point(found: Stairs, budget: int) -> tuple[int, int]:
+            k = int(found[0].searchsorted(budget, side="right")) - 1
+            return (int(found[0][k]), int(found[1][k])) if k >= 0 else (INF, INF)
 
-        # At a point's own need, thinned staircases too give its time exactly.
-        need, times = stairs(start, kept)
-        step = int(np.searchsorted(need, budget, side="right")) - 1
-        budget, time = int(need[step]), int(times[step])
+        # At a point's own need, thinned staircases too give its time exactly; its own run needs all of that, and where merging overlooked one
+        # that takes as long and needs less, that one is another point's.
+        budget, time = point(stairs(start, kept), budget)
         atoms = c.atoms(start, kept)
         peak = np.maximum(atoms.forward_peak + k, atoms.backward_peak)
         for row in np.flatnonzero((peak <= budget) & (atoms.stop <= stop)):
-            at, keeps = int(atoms.stop[row]), bool(atoms.keeps_end[row])
-            rest = budget - int(atoms.held[row])
-            if int(atoms.time[row]) + rest_time(at, keeps, rest) == time:
-                return c.run(start, kept, int(row)), at, keeps, rest, budget
+            at, keeps, held = int(atoms.stop[row]), bool(atoms.keeps_end[row]), int(atoms.held[row])
+            need, rest = point(stairs(at, keeps), budget - held)
+            if int(atoms.time[row]) + rest == time and max(int(peak[row]), held + need) == budget:
+                return c.run(start, kept, int(row)), at, keeps, budget - held, budget
         source = self.source(level)
         assert source is not None
-        own = 0 if kept else int(c.activation[start])
+        own = self._own(start, kept)
         peaks = c.recompute_forward_peak(start, kept)
         limit = stop if top is not None and top.closing else stop - 1
         for at in range(start + 1, limit + 1):
-            if peaks[at - start - 1] + k > budget:
+            peak_ = int(peaks[at - start - 1]) + k
+            if peak_ > budget:
                 break
-            inner = value_at(*self.suffix(source, start, at, kept), budget)
-            if (
-                inner + rest_time(at, False, budget - own) + int(c.forward_sum[at] - c.forward_sum[start])
-                == time
-            ):
+            inner_need, inner = point(self.suffix(source, start, at, kept), budget)
+            need, rest = point(stairs(at, False), budget - own)
+            spent = int(c.forward_sum[at] - c.forward_sum[start])
+            if inner + rest + spent == time and max(peak_, inner_need, own + need) == budget:
                 return None, at, False, budget - own, budget
         raise AssertionError("a staircase's point has no run behind it")
 
@@ -462,7 +562,7 @@ class Frontier:
     def __init__(
         self,
         profile: Profile,
-        tables: Tables | UniformTables,
+        tables: Tables | UniformTables | SparseTables,
         *,
         max_error: float,
         allowed: frozenset[Strategy],
@@ -495,7 +595,7 @@ class Frontier:
         """
         if self._bound is None:
             t, c = self.tables, self.candidates
-            if isinstance(t, UniformTables):
+            if not isinstance(t, Tables):
                 self._bound = ((0, fastest_ns(self.profile)),)
                 return self._bound
             c = Candidates(c.profile, max_error=c.max_error, allowed=c.allowed, loss=c.loss, optimistic=True)
@@ -572,10 +672,11 @@ def solve_frontier(
 ) -> Frontier:
     """The frontier of `profile` under `max_error` with the strategies `allowed`.
 
-    **Arguments:** `thin`, the relative loss of time aimed at, 0 for exact: a stretch's merge may lose a factor `1 + 2 thin / 3` and the thinning after it
-    `1 + thin / 6`, moonwalk runs up to `1 + thin / 6` a layer, so a schedule of `k` runs, inner ones included, is at most
-    `((1 + 2 thin / 3) (1 + thin / 6))^k` times the optimum without moonwalk runs, times `(1 + thin / 6)^L` with them; losses measured are
-    below `thin`, and `Frontier.loss` proves a bound for the profile at hand. Needs stay exact. `max_recompute_depth`, how deep RECOMPUTE runs may stand inside one another: 0 for none, None for any.
+    **Arguments:** `thin`, the relative loss of time aimed at, 0 for exact: a stretch's merge may lose a factor `1 + thin / 2` and the thinning after it
+    `1 + thin / 8`, moonwalk runs up to `1 + thin / 6` a layer, so a schedule of `k` runs, inner ones included, is at most
+    `((1 + thin / 2) (1 + thin / 8))^k` times the optimum without moonwalk runs, times `(1 + thin / 6)^L` with them: that is all that is proved beforehand.
+    Measured losses are below `thin`; `Frontier.loss` proves a bound for the profile at hand, which is larger than `thin`, the more so the longer the chain
+    (results/solver_scaling). Least need and least time stay exact, but on long chains of identical layers (`mwplan.solvers.sparse`) the least need. `max_recompute_depth`, how deep RECOMPUTE runs may stand inside one another: 0 for none, None for any.
     **Returns:** a `Frontier`. **Raises:** `ArgumentError`. **Cost:** see `Tables`.
     """
     if not isinstance(profile, Profile):
@@ -589,10 +690,13 @@ def solve_frontier(
         raise ArgumentError(f"`max_recompute_depth={depth!r}` must be None or an integer, at least 0")
     check_max_error(max_error)
     chosen = check_allowed(allowed)
-    tables: Tables | UniformTables
+    tables: Tables | UniformTables | SparseTables
     if depth is None and len(profile) >= (_UNIFORM_THIN if thin else _UNIFORM) and is_uniform(profile):
-        tables = UniformTables(profile, max_error=max_error, allowed=chosen, thin=thin)
+        if thin:
+            tables = SparseTables(profile, max_error=max_error, allowed=chosen, thin=thin)
+        else:
+            tables = UniformTables(profile, max_error=max_error, allowed=chosen)
     else:
         candidates = Candidates(profile, max_error=max_error, allowed=chosen, loss=thin / 6)
-        tables = Tables(candidates, depth, loss=thin / 3)
+        tables = Tables(candidates, depth, loss=thin / 4)
     return Frontier(profile, tables, max_error=max_error, allowed=chosen, thin=thin)

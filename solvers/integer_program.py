@@ -37,7 +37,6 @@ from mwplan.schedule import Run, RunKind, Solution, Status, Strategy
 from mwplan.solvers.frontier import Frontier, Tables, Top, solve_frontier
 from mwplan.solvers.pareto import INF, Ints, staircase, value_at
 from mwplan.solvers.runs import ALL_STRATEGIES, Candidates, error_of
-from mwplan.solvers.uniform import UniformTables
 
 _SLACKS = (0.0, 0.001, 0.01, 0.03, 0.1, 0.3, 1.0, 4.0)
 _INT64 = 2**63 - 1
@@ -195,11 +194,11 @@ class _Problem:
                 "`frontier` was made from another profile, `max_error` or `allowed`: leave it out"
             )
         tables = frontier.tables
-        if isinstance(tables, UniformTables) and (narrowed or max_distinct_runs is not None):
+        if not isinstance(tables, Tables) and (narrowed or max_distinct_runs is not None):
             # Side conditions tell layers apart.
             tables = Tables(Candidates(profile, max_error=max_error, allowed=allowed), max_recompute_depth)
             frontier = Frontier(profile, tables, max_error=max_error, allowed=allowed)
-        if isinstance(tables, UniformTables):
+        if not isinstance(tables, Tables):
             return cls(frontier, frontier.candidates, None, None, time_limit_s, seed, workers)
         if max_recompute_depth is not None and tables.depth not in (0, max_recompute_depth):
             raise ArgumentError("`frontier` was made with another `max_recompute_depth`: leave it out")

@@ -17,6 +17,8 @@ Bools = NDArray[np.bool_]
 Floats = NDArray[np.float64]
 INF = np.iinfo(np.int64).max // 2
 _CELLS = 512
+#: from so many points on `nondominated` looks them up in a table first; how many values of the last coordinate that tells apart
+_MANY, _LEVELS = 256, 64
 
 
 def staircase(need: Ints, time: Ints) -> tuple[Ints, Ints]:
@@ -75,6 +77,30 @@ def value_at(need: Ints, time: Ints, budget: int) -> int:
     return int(time[k]) if k >= 0 else INF
 
 
+def _plainly_good(table: Ints) -> NDArray[np.intp]:
+    """Indices of the points, of two or three coordinates, left when those with a better one in an earlier cell are gone.
+
+    Cells are stretches of the first coordinate and levels of the last of three; within a cell no points are compared.
+    **Cost:** linear, but for one sort of the last coordinate.
+    """
+    first, second = table[0], table[1]
+    cells = min(_CELLS, 1 << (first.size // 8).bit_length())
+    low, width = int(first.min()), cells + 1
+    cell = (first - low) >> max(0, (int(first.max()) - low).bit_length() - cells.bit_length() + 1)
+    level, levels, exact = np.zeros(1, dtype=np.intp), 1, True
+    if len(table) == 3:
+        values = np.unique(table[2])
+        # Where several values share a level, only lower levels are sure to be better.
+        exact = values.size <= _LEVELS
+        values = values if exact else values[:: -(-values.size // _LEVELS)]
+        level, levels = values.searchsorted(table[2], side="right") - exact, values.size + 1
+    best = np.full((levels, width), np.iinfo(np.int64).max)
+    at = level * width + cell
+    np.minimum.at(best.ravel(), at + 1, second)
+    best = np.minimum.accumulate(np.minimum.accumulate(best, axis=1), axis=0)
+    return np.flatnonzero(second < best.ravel()[at if exact else at - width])
+
+
 def _sweep(second: Ints, third: Ints, block: int = 128) -> NDArray[np.intp]:
     """Indices of points no earlier one is at most as large as in both coordinates: blocks against the staircase of those before them."""
     low, high = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
@@ -111,8 +137,12 @@ def nondominated(columns: Sequence[NDArray[Any]], block: int = 256) -> NDArray[n
     table = table[table.min(axis=1) != table.max(axis=1)]
     if not len(table):
         return np.zeros(1, dtype=np.intp)
-    order = np.lexsort(table[::-1])
-    table = table[:, order]
+    order: NDArray[np.intp] = np.arange(size)
+    if size > _MANY and len(table) in (2, 3):
+        order = _plainly_good(table)
+        table = table[:, order]
+    sort = np.lexsort(table[::-1])
+    order, table = order[sort], table[:, sort]
     # In lexicographic order a point is dominated only by earlier ones.
     if len(table) <= 2:
         last = table[-1]

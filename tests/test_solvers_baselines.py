@@ -17,6 +17,7 @@ from mwplan.solvers import baselines
 from mwplan.solvers.frontier import solve_frontier
 from mwplan.solvers.rotor import rotor
 from mwplan.solvers.runs import ALL_STRATEGIES
+from mwplan.solvers.sparse import SparseTables, lengths
 from mwplan.solvers.uniform import UniformTables, is_uniform
 from tests.chains import random_profile
 from tests.test_solvers import repeated
@@ -166,12 +167,43 @@ def test_identical_layers_by_length_equal_the_general_tables() -> None:
         size = rng.randint(1, 9)
         profile = repeated(random_profile(rng, size))
         assert is_uniform(profile)
-        uniform = UniformTables(profile, max_error=1e-4, allowed=ALL_STRATEGIES, thin=0.0)
+        uniform = UniformTables(profile, max_error=1e-4, allowed=ALL_STRATEGIES)
         frontier = solve_frontier(profile)
         assert tuple(zip(*(x.tolist() for x in uniform.points()))) == frontier.points
         for need, time in frontier.points:
             found = replay(profile, uniform.runs(need))
             assert (found.peak_bytes, found.time_ns) == (need, time)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_few_lengths_lose_little_and_keep_the_ledgers_word(seed: int) -> None:
+    rng = random.Random(seed)
+    profile = repeated(
+        random_profile(rng, rng.choice([70, 97, 111]), stores=2, moonwalks=seed % 3, inverts=seed % 2)
+    )
+    exact = UniformTables(profile, max_error=1e-4, allowed=ALL_STRATEGIES).points()
+    tables = SparseTables(profile, max_error=1e-4, allowed=ALL_STRATEGIES, thin=0.01)
+    needs, times = tables.points()
+    for need, time in list(zip(needs.tolist(), times.tolist()))[:: max(1, len(needs) // 8)]:
+        found = replay(profile, tables.runs(need))
+        assert (found.peak_bytes, found.time_ns) == (need, time)
+    assert times[-1] == exact[1][-1]
+    budget = exact[0][exact[0] >= needs[0]]
+    got = times[needs.searchsorted(budget, side="right") - 1]
+    best = exact[1][exact[0].searchsorted(budget, side="right") - 1]
+    assert (got >= best).all()
+    assert (got <= 1.02 * best).all()
+    assert needs[0] <= exact[0][0] + 2 * profile.activation_bytes[0]
+
+
+@pytest.mark.parametrize("size", [1, 64, 65, 127, 1000, 9_999, 10_000])
+def test_lengths_with_tables_leave_lengths_with_tables(size: int) -> None:
+    found = lengths(size)
+    assert found[-1] == size
+    assert len(found) <= 64 + 32 * max(0, size.bit_length() - 6) + 14
+    known = {0, *found}
+    # From each of them a stretch of a power of two of layers leads to another: what is kept layer by layer can be kept in these steps.
+    assert all(any(n - (1 << k) in known for k in range(14)) for n in found)
 
 
 def test_long_chains_of_identical_layers() -> None:
@@ -198,7 +230,7 @@ def test_long_thinned_chains_do_not_nest_as_deep_as_they_are_long() -> None:
 
 def test_schedules_may_nest_as_deep_as_a_chain_is_long() -> None:
     size = 450
-    tables = UniformTables(unit_chain(size), max_error=1e-4, allowed=RECOMPUTATION, thin=0.0)
+    tables = UniformTables(unit_chain(size), max_error=1e-4, allowed=RECOMPUTATION)
     need, times = tables.points()
     runs = tables.runs(int(need[0]))
     levels, spent, left = 0, 0, [(run, 1) for run in runs]

@@ -1,0 +1,306 @@
+r"""Long chains of identical layers, thinned: tables at few lengths, equal runs taken together.
+
+As in `mwplan.solvers.uniform` a stretch is known by its number of layers `n` and `e`. Tables are made at lengths of `_BITS` binary digits only: all up to
+`2^_BITS`, every second up to twice that, and so on; and at the chain's own length, with its lowest digits gone one after the other. A stretch begins with
+
+- one run, or the same run `p = 2^i` times, of `d` layers together, wherever `n - d` is such a length again. If a run has the staircase `m(b)` (of inner
+  schedules and forward, or one step) and holds `H`, then `p` of them have `m_p(b) = m_{p/2}(b) + m_{p/2}(b - H p / 2)` and hold `H p`.
+
+Every point is a schedule. What is lost: splits between these lengths, RECOMPUTE runs of all but less than one layer in `_SHARE` of their stretch (if
+any of them could be, schedules would nest as deep as the chain is long; like this a nest is at most about `_SHARE (1 + log(L / _SHARE))` deep), moonwalk and invert
+runs of more than `_LONGEST` layers or other lengths, and what merging (a factor `1 + 2 thin / 3` at each table) and thinning (`1 + thin / 3`) lose.
+No loss is proved: `bound_ns` is then the time of every layer's fastest option, and what does not fit is UNKNOWN, not INFEASIBLE; losses measured against
+exact tables, and how far the leanest schedule is from the least bytes, are in results/solver_scaling.
+
+**Cost:** O(2^_BITS log L) merges of O(2^_BITS log L) groups.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import numpy as np
+
+from mwplan.errors import ArgumentError
+from mwplan.profiles import Profile
+from mwplan.schedule import Run, RunKind, Strategy
+from mwplan.solvers.diagonals import Ways, envelopes, thinned_all
+from mwplan.solvers.pareto import Ints, staircase, thinned
+from mwplan.solvers.runs import Candidates
+from mwplan.solvers.splits import Buffer, Pairs, grid, grouped, longer, moves
+from mwplan.solvers.uniform import shortened
+
+Stairs = tuple[Ints, Ints]
+_NONE: Stairs = (np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
+_DONE: Stairs = (np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64))
+_BITS = 6
+_LONGEST = 256
+_SHARE = 32
+_CELLS = 384
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Runs of `layers` layers together, from a node with `e` to one with `keeps`: one RECOMPUTE run or one of `atoms`, the rows of
+    `Candidates.atoms`, or two pieces one after the other, by number. `floor`, `held` and `stairs`: as of a group of `mwplan.solvers.splits`."""
+
+    layers: int
+    keeps: bool
+    floor: int
+    held: int
+    stairs: Stairs
+    atoms: slice | None = None
+    halves: tuple[int, int] | None = None
+
+
+def lengths(size: int) -> list[int]:
+    """The lengths up to `size` at which there are tables, and `size` itself."""
+    found = set(range(1, min(size, 1 << _BITS) + 1))
+    step = 2
+    while step << (_BITS - 1) < size:
+        found.update(range(step << (_BITS - 1), min(size, step << _BITS) + 1, step))
+        step *= 2
+    left = size
+    while left not in found:
+        found.add(left)
+        left -= left & -left
+    return sorted(found)
+
+
+class SparseTables:
+    """The tables. `candidates` are those of a chain of at most `_LONGEST + 1` layers.
+
+    **Arguments:** as of `mwplan.solvers.frontier.solve_frontier`; `thin` must not be 0.
+    """
+
+    def __init__(
+        self, profile: Profile, *, max_error: float, allowed: frozenset[Strategy], thin: float
+    ) -> None:
+        self.size, self.thin = len(profile), thin
+        self.nested = Strategy.RECOMPUTE in allowed
+        short = shortened(profile, min(self.size, _LONGEST + 1))
+        self.candidates = Candidates(short, max_error=max_error, allowed=allowed, loss=thin / 6, of=self.size)
+        self.activation, self.waiting = int(profile.activation_bytes[0]), int(profile.cotangent_bytes[0])
+        layer = profile.layers[0]
+        self.forward = layer.forward_ns
+        first = layer.forward_workspace_bytes + self.activation
+        #: forward peak of RECOMPUTE runs without x_s: of one layer, and of more
+        self.peaks = (first, first + self.activation)
+        self.both = bool(self.candidates.kept_nodes[1:].any())
+        self.lengths = lengths(self.size)
+        self.index = {n: k for k, n in enumerate([0, *self.lengths])}
+        high = profile.bytes_bound() - profile.fixed_bytes
+        self.span = 1 << (high + 1).bit_length()
+        if self.span * (2 * len(self.lengths) + 2) >= 2**63:
+            raise ArgumentError(
+                f"`profile` has {self.size} layers and up to {profile.bytes_bound()} bytes: too many for its tables; state bytes in a larger unit"
+            )
+        least = 2 * (self.activation + self.waiting) + layer.forward_workspace_bytes
+        self.grid = grid(least // 2, least, high, _CELLS)
+        self.pieces: dict[bool, list[_Piece]] = {False: [], True: []}
+        self._left = {
+            e: Buffer(self.grid, self.span, 256, sided=True, waiting=self.waiting) for e in (False, True)
+        }
+        self._still = moves(self.grid, 0)
+        #: the moves, and `held` and `floor`, of the first `_known` pieces
+        self._moves = dict.fromkeys((False, True), self._still[None])
+        self._costs = {e: np.zeros((2, 1), dtype=np.int64) for e in (False, True)}
+        self._known = {False: 0, True: 0}
+        #: numbers of pieces by the layers they take together
+        self._by_layers: dict[bool, dict[int, list[int]]] = {False: {}, True: {}}
+        self.inner, self.top = (
+            self._buffer(_DONE, _DONE),
+            self._buffer(*(self._turn(e) for e in (False, True))),
+        )
+        for n in self.lengths:
+            self._add_atoms(n)
+            if n < self.size and self.nested:
+                for e in (False, True):
+                    self._merge(n, e, self.waiting, self.inner)
+                self._add_recompute(n)
+        for n in self.lengths:
+            for e in (False, True):
+                if e == (n == self.size) or self.both:
+                    self._merge(n, e, 0, self.top)
+                else:
+                    self.top.extend(1, _NONE[0], *_NONE)
+
+    def _turn(self, e: bool) -> Stairs:
+        return np.array([self.candidates.turn_bytes(e)]), np.zeros(1, dtype=np.int64)
+
+    def _buffer(self, *ends: Stairs) -> Buffer:
+        out = Buffer(self.grid, self.span, 2 * len(self.lengths) + 2)
+        for stairs in ends:
+            out.extend(1, np.zeros(1, dtype=np.int64), *stairs)
+        return out
+
+    # -- pieces --------------------------------------------------------------------------------------------------
+
+    def _add(self, e: bool, piece: _Piece) -> int:
+        number = len(self.pieces[e])
+        self.pieces[e].append(piece)
+        of = np.zeros(piece.stairs[0].size, dtype=np.int64)
+        self._left[e].extend(1, of, *piece.stairs, np.array([piece.floor]))
+        self._by_layers[e].setdefault(piece.layers, []).append(number)
+        return number
+
+    def _add_repeated(self, same: dict[bool, _Piece]) -> None:
+        """Pieces that are one run from either node, or from one of them, and the run `p = 2, 4, ...` times, as far as the chain goes."""
+        numbers = {e: self._add(e, piece) for e, piece in same.items()}
+        while same:
+            twice: dict[bool, _Piece] = {}
+            for e, first in same.items():
+                second = same.get(first.keeps)
+                if second is None or 2 * first.layers > self.size:
+                    continue
+                need, time = self._sum(first, second)
+                twice[e] = _Piece(
+                    2 * first.layers,
+                    second.keeps,
+                    max(first.floor, second.floor + first.held),
+                    first.held + second.held,
+                    thinned(need, time, self.thin / 3, optimistic=False),
+                    halves=(numbers[e], numbers[first.keeps]),
+                )
+            numbers = {e: self._add(e, piece) for e, piece in twice.items()}
+            same = twice
+
+    @staticmethod
+    def _sum(first: _Piece, second: _Piece) -> Stairs:
+        """`first(b) + second(b - H)`."""
+        budget = np.unique(np.concatenate([first.stairs[0], second.stairs[0] + first.held]))
+        one = first.stairs[0].searchsorted(budget, side="right") - 1
+        two = second.stairs[0].searchsorted(budget - first.held, side="right") - 1
+        ok = (one >= 0) & (two >= 0)
+        return staircase(budget[ok], first.stairs[1][one[ok]] + second.stairs[1][two[ok]])
+
+    def _add_atoms(self, n: int) -> None:
+        """STORE, MOONWALK and INVERT runs of `n` layers."""
+        stores: dict[int, dict[bool, _Piece]] = {}
+        for e in (False, True):
+            start = 0 if e else 1
+            if start + n > len(self.candidates.profile):
+                continue
+            atoms = self.candidates.atoms(start, e)
+            low = 0
+            for stop, keeps, high in atoms.groups:
+                rows, low = slice(low, high), high
+                if stop - start != n:
+                    continue
+                columns = [atoms.forward_peak, atoms.backward_peak, atoms.held, atoms.time]
+                if n == 1:
+                    # The same option from a kept input and from another one may alternate.
+                    for row in range(rows.start, rows.stop):
+                        f, _, held, _ = (int(x[row]) for x in columns)
+                        one = slice(row, row + 1)
+                        piece = _Piece(n, keeps, f, held, (atoms.backward_peak[one], atoms.time[one]), one)
+                        which = 3 * int(atoms.handle[row]) + int(atoms.kind[row])
+                        stores.setdefault(which, {})[e] = piece
+                    continue
+                for f, held, stairs in grouped([x[rows] for x in columns], self.waiting):
+                    self._add_repeated({e: _Piece(n, keeps, f, held, stairs, rows)})
+        for same in stores.values():
+            self._add_repeated(same)
+
+    def _add_recompute(self, n: int) -> None:
+        """RECOMPUTE runs of `n` layers."""
+        same = {}
+        for e in (False, True):
+            need, time = self._stairs(self.inner, n, e)
+            if need.size:
+                own = 0 if e else self.activation
+                stairs = need, time + n * self.forward
+                same[e] = _Piece(n, False, own + self.peaks[n > 1], own, stairs)
+        self._add_repeated(same)
+
+    # -- tables --------------------------------------------------------------------------------------------------
+
+    def _stairs(self, family: Buffer, n: int, e: bool) -> Stairs:
+        row = 2 * self.index[n] + e
+        part = slice(int(family.pointer[row, 0]), int(family.pointer[row, -1]))
+        return family.key[part] - family.base[row], family.time[part]
+
+    def _choices(self, n: int, e: bool, k: int) -> Pairs:
+        """The pieces that a stretch of `n` layers may begin with, and the rows of what is left."""
+        pieces, rows = [], []
+        longest = n - max(1, n // _SHARE)
+        for left, rest in self.index.items():
+            if left >= n:
+                break
+            for g in self._by_layers[e].get(n - left, ()):
+                piece = self.pieces[e][g]
+                # Where there are tables at all lengths, runs are repeated one by one.
+                if (n > 1 << _BITS) if piece.halves else (piece.atoms or piece.layers <= longest):
+                    pieces.append(g)
+                    rows.append(2 * rest + piece.keeps)
+        which = np.array(pieces, dtype=np.int64)
+        held, floor = self._costs[e][:, which]
+        return Pairs(which, np.array(rows, dtype=np.int64), held, floor + k)
+
+    def _merge(self, n: int, e: bool, k: int, family: Buffer) -> None:
+        """Adds the table of `n` layers to a family, whose next row it is."""
+        new = self.pieces[e][self._known[e] :]
+        if new:
+            known, ready = self._known[e], len(self.pieces[e])
+            if len(self._moves[e]) < ready:
+                self._moves[e] = longer(self._moves[e], 2 * ready)
+                self._costs[e] = longer(self._costs[e].T, 2 * ready).T
+            self._costs[e][:, known:ready] = np.array([(piece.held, piece.floor) for piece in new]).T
+            self._moves[e][known:ready] = moves(self.grid, self._costs[e][0, known:ready, None])
+            self._known[e] = ready
+        pairs = self._choices(n, e, k)
+        way = Ways(pairs, 0, self._still, self._moves[e][pairs.left], _NONE)
+        slack, loss = (self.thin * 2 / 3, self.thin / 3) if n >= 4 else (0.0, 0.0)
+        found = envelopes([way], self._left[e], family, slack=slack, optimistic=False)
+        family.extend(1, *(thinned_all(*found, loss, optimistic=False) if loss and found[0].size else found))
+
+    # -- reading -------------------------------------------------------------------------------------------------
+
+    def points(self) -> Stairs:
+        """The chain's staircase."""
+        return self._stairs(self.top, self.size, True)
+
+    def runs(self, budget: int) -> tuple[Run, ...]:
+        """The runs of the fastest schedule of the chain within `budget`, which must hold at least one."""
+        return self._read(0, self.size, True, budget, self.top, 0)
+
+    def _read(self, at: int, stop: int, e: bool, budget: int, family: Buffer, k: int) -> tuple[Run, ...]:
+        out: list[Run] = []
+        while at < stop:
+            need, times = self._stairs(family, stop - at, e)
+            step = int(need.searchsorted(budget, side="right")) - 1
+            budget, time = int(need[step]), int(times[step])
+            pairs = self._choices(stop - at, e, k)
+            # The point's own piece needs all of its budget; one that needs less may take as long, where merging overlooked it.
+            needs, times = pairs.values(self._left[e], family, np.full(pairs.left.size, budget))
+            number = int(pairs.left[np.flatnonzero((needs == budget) & (times == time))[0]])
+            piece = self.pieces[e][number]
+            self._spell(at, e, number, budget, out)
+            at, e, budget = at + piece.layers, piece.keeps, budget - piece.held
+        return tuple(out)
+
+    def _spell(self, at: int, e: bool, number: int, budget: int, out: list[Run]) -> None:
+        """Appends the runs of one piece within `budget`."""
+        piece = self.pieces[e][number]
+        need, times = piece.stairs
+        step = int(need.searchsorted(budget, side="right")) - 1
+        budget = int(need[step])
+        if piece.halves:
+            first, second = piece.halves
+            one = self.pieces[e][first]
+            self._spell(at, e, first, budget, out)
+            self._spell(at + one.layers, one.keeps, second, budget - one.held, out)
+        elif piece.atoms:
+            start = 0 if e else 1
+            atoms = self.candidates.atoms(start, e)
+            good = (atoms.held == piece.held) & (atoms.backward_peak == budget) & (atoms.time == times[step])
+            good &= atoms.forward_peak <= max(piece.floor, budget - self.waiting)
+            row = piece.atoms.start + int(np.flatnonzero(good[piece.atoms])[0])
+            out.append(
+                dataclasses.replace(self.candidates.run(start, e, row), start=at, stop=at + piece.layers)
+            )
+        else:
+            stop = at + piece.layers
+            inner = self._read(at, stop, e, budget, self.inner, self.waiting)
+            out.append(Run(kind=RunKind.RECOMPUTE, start=at, stop=stop, inner=inner))
