@@ -86,7 +86,9 @@ class _Saved:
     claims: tuple[tuple[int, int], ...] = field(metadata={"static": True})
 
 
-def _planned(schedule: Schedule, *, check: bool, perform: Performer = compiled) -> Callable[[Chain, PyTree, Array], PyTree]:
+def _planned(
+    schedule: Schedule, *, check: bool, perform: Performer = compiled
+) -> Callable[[Chain, PyTree, Array], PyTree]:
     """`(chain, x, probe) -> chain(x)`, differentiated by `schedule`; the probe's cotangent is the report.
 
     A cotangent is the only way out of a custom backward function, so the report leaves as that of an input that is not used.
@@ -135,7 +137,9 @@ def _planned(schedule: Schedule, *, check: bool, perform: Performer = compiled) 
 
 
 def _interpreter(chain: Chain, x: PyTree, check: bool, perform: Performer) -> Interpreter:
-    return Interpreter(View(chain, chain.places()), boundaries(chain, x), Gradients(chain), perform, check=check)
+    return Interpreter(
+        View(chain, chain.places()), boundaries(chain, x), Gradients(chain), perform, check=check
+    )
 
 
 def _part_cotangent(part: PyTree, grads: list[Any]) -> PyTree:

@@ -61,6 +61,7 @@ class Arranged:
     size: int
 
     def __call__(self, sweep: str, layer: int, depth: int, operation: Callable[..., Any], *args: Any) -> Any:
+        """As `compiled`."""
         leaves, treedef = jax.tree.flatten(trees.tie(args))
         small = [(leaf.size, i) for i, leaf in enumerate(leaves) if trees.is_inexact(leaf)]
         size, at = min(small, default=(self.size, 0))

@@ -11,7 +11,11 @@ from mwplan import sketch
 
 IMAGES = [(64, 32, 32, 16), (21, 30, 30, 16)]
 CASES = [
-    *((shape, where) for shape in IMAGES for where in ("everywhere", "one example", "an edge", "one channel")),
+    *(
+        (shape, where)
+        for shape in IMAGES
+        for where in ("everywhere", "one example", "an edge", "one channel")
+    ),
     *(((3, 1_000_003), where) for where in ("everywhere", "one example")),  # a size without divisors
     ((30, 10), "everywhere"),
 ]
