@@ -46,6 +46,11 @@ class Fitted:
     temporary_bytes: int
     attempts: tuple[Attempt, ...]
 
+    @property
+    def arrangement(self) -> int:
+        """That of the step, for `mw.value_and_grad` where it is to be part of a larger program."""
+        return self.attempts[-1].arrangement
+
 
 def fit(
     loss: Callable[..., Any],

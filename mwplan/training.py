@@ -201,8 +201,8 @@ def train(config: TrainConfig, progress: Progress, say: Callable[[str], None]) -
     def plain_gradient(net: Chain, x: Any, labels: Any) -> Any:
         return jax.value_and_grad(lambda net: cross_entropy(net(x), labels))(net)
 
-    def planned_gradient(schedule: Schedule) -> Any:
-        return execute.value_and_grad(cross_entropy, schedule)
+    def planned_gradient(found: fitting.Fitted) -> Any:
+        return execute.value_and_grad(cross_entropy, found.schedule, arrangement=found.arrangement)
 
     def compile_gradient(name: str, gradient: Any) -> None:
         start = time.perf_counter()
@@ -249,7 +249,7 @@ def train(config: TrainConfig, progress: Progress, say: Callable[[str], None]) -
 
     state = optimizer.init(chain)
     plain = _Training(stepper(plain_gradient), chain, state)
-    planned = _Training(stepper(planned_gradient(schedule)), chain, state)
+    planned = _Training(stepper(planned_gradient(found)), chain, state)
     rng = np.random.default_rng(config.seed)
     discrepancies: list[float] = []
     replans: list[int] = []
@@ -274,16 +274,17 @@ def train(config: TrainConfig, progress: Progress, say: Callable[[str], None]) -
             )
             replans.append(step)
             try:
-                schedule = fitted(planned.chain, profiled(planned.chain), budget).schedule
+                found = fitted(planned.chain, profiled(planned.chain), budget)
+                schedule = found.schedule
             except InfeasibleError as error:
                 raise InfeasibleError(
                     f"after step {step} no schedule keeps `max_error={config.max_error}` within the budget any more: {error}",
                     budget_bytes=budget,
                     least_bytes=error.least_bytes,
                 ) from error
-            planned.step = stepper(planned_gradient(schedule))
+            planned.step = stepper(planned_gradient(found))
         progress("training, plain and planned", step + 1, total)
-    (_, _), grads = jit(planned_gradient(schedule))(planned.chain, x, labels)
+    (_, _), grads = jit(planned_gradient(found))(planned.chain, x, labels)
     _, plain_grads = compiled["plain"](planned.chain, x, labels)
     return TrainResult(
         config=config,
