@@ -1,7 +1,7 @@
 """How deep: compile time at depth 1,000, and a hundredth of backpropagation's memory at depth 10,000: `python -m experiments.deep`.
 
 A block of a convolution and MaxMin, stacked, its weights near an orthogonal one so that activations keep their size. First, at `compiled` blocks, the seconds that tracing and
-compiling take of a planned step (at a quarter of backpropagation's temporaries) and of backpropagation as one `lax.scan`, in turns. Then, at `depth` blocks, a step whose
+compiling take of a planned step (at a quarter of backpropagation's temporaries, or the least that is feasible) and of backpropagation as one `lax.scan`, in turns. Then, at `depth` blocks, a step whose
 temporaries are at most `fraction` of those that the scanned backpropagation needs: planned, compiled, run, and its gradient compared. Writes results/deep/.
 """
 
@@ -94,7 +94,8 @@ def measure(config: Config, say: Callable[[str], None]) -> dict[str, Any]:
     chain, x = network(config, config.compiled)
     profile = mw.profile(chain, x, repeats=config.repeats)
     temporaries = mw.temporaries(backpropagation(chain, x))
-    schedule = mw.frontier(profile).at(profile.fixed_bytes + temporaries // 4)
+    frontier = mw.frontier(profile)
+    schedule = frontier.at(max(profile.fixed_bytes + temporaries // 4, frontier.least_bytes or 0))
     seconds: dict[str, list[float]] = {"planned": [], "backpropagation": []}
     for _ in range(config.turns):
         seconds["planned"].append(
