@@ -129,7 +129,7 @@ def measure(config: Config, say: Callable[[str], None]) -> dict[str, Any]:
         "step_seconds": taken,
         "backpropagation_step_seconds": plain_taken,
         "gradient_error": float(
-            optax.global_norm(jax.tree.map(jnp.subtract, grads, truth)) / optax.global_norm(truth)
+            optax.tree.norm(jax.tree.map(jnp.subtract, grads, truth)) / optax.tree.norm(truth)
         ),
         "reported": float(report.worst),
     }
