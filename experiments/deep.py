@@ -40,6 +40,7 @@ class Config:
     channels: int = 8
     turns: int = 3
     repeats: int = 3
+    thin: float = 0.02
     seed: int = 0
     out: Path = record.RESULTS / "deep"
 
@@ -94,7 +95,7 @@ def measure(config: Config, say: Callable[[str], None]) -> dict[str, Any]:
     chain, x = network(config, config.compiled)
     profile = mw.profile(chain, x, repeats=config.repeats)
     temporaries = mw.temporaries(backpropagation(chain, x))
-    frontier = mw.frontier(profile)
+    frontier = mw.frontier(profile, thin=config.thin)
     schedule = frontier.at(max(profile.fixed_bytes + temporaries // 4, frontier.least_bytes or 0))
     seconds: dict[str, list[float]] = {"planned": [], "backpropagation": []}
     for _ in range(config.turns):
@@ -109,7 +110,9 @@ def measure(config: Config, say: Callable[[str], None]) -> dict[str, Any]:
     room = int(config.fraction * mw.temporaries(plain))
     planning, profile = timed(lambda: mw.profile(chain, x, repeats=config.repeats))
     fitting, found = timed(
-        lambda: mw.fit(loss, chain, x, budget=profile.fixed_bytes + room, profile=profile, say=say)
+        lambda: mw.fit(
+            loss, chain, x, budget=profile.fixed_bytes + room, profile=profile, thin=config.thin, say=say
+        )
     )
     jax.block_until_ready(found.step(chain, x))
     taken, ((_, report), grads) = timed(lambda: found.step(chain, x))
