@@ -158,7 +158,12 @@ def at_budget(
         step = mw.jit(mw.value_and_grad(loss, schedule)).lower(chain, x).compile()
         return row | {"measured": mw.temporaries(step), "fitted": None}
     row["measured"] = found.attempts[0].measured_bytes
-    row["fitted"] = {"predicted": found.schedule.peak_bytes, "measured": found.temporary_bytes}
+    row["fitted"] = {
+        "predicted": found.schedule.peak_bytes,
+        "measured": found.temporary_bytes,
+        "arrangement": found.attempts[-1].arrangement,
+        "attempts": len(found.attempts),
+    }
     (_, report), grads = found.step(chain, x)
     row["gradient_error"] = float(
         optax.global_norm(jax.tree.map(jnp.subtract, grads, truth)) / optax.global_norm(truth)
@@ -242,6 +247,7 @@ def summary(found: list[dict[str, Any]]) -> dict[str, Any]:
         ),
         "memory error, fitted: median": statistics.median(fit_off),
         "fitted above the budget": sum(row["fitted"]["measured"] > row["budget"] for row in fits),
+        "fitted by another arrangement": sum(row["fitted"]["arrangement"] > 0 for row in fits),
         "budgets that nothing compiled fits": len(rows) - len(fits),
         "time error: median": statistics.median(times),
         "gradient error: largest": max(row["gradient_error"] for row in fits),

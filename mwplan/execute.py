@@ -15,7 +15,7 @@ from mwplan import trees
 from mwplan.chain import Chain, Stack, boundaries, check_chain, fingerprint
 from mwplan.compiling import warn_if_undone
 from mwplan.errors import ArgumentError, ScheduleMismatchError, SecondDerivativeError
-from mwplan.interpret import Gradients, Interpreter, View
+from mwplan.interpret import Arranged, Gradients, Interpreter, Performer, View, compiled
 from mwplan.schedule import RunKind, Schedule, reporting_runs
 
 PyTree = Any
@@ -90,7 +90,9 @@ class _Saved:
     claims: tuple[tuple[int, int], ...] = field(metadata={"static": True})
 
 
-def _planned(schedule: Schedule, *, check: bool) -> Callable[[Chain, PyTree, Array], PyTree]:
+def _planned(
+    schedule: Schedule, *, check: bool, perform: Performer = compiled
+) -> Callable[[Chain, PyTree, Array], PyTree]:
     """`(chain, x, probe) -> chain(x)`, differentiated by `schedule`; the probe's cotangent is the report.
 
     A cotangent is the only way out of a custom backward function, so the report leaves as that of an input that is not used.
@@ -101,7 +103,7 @@ def _planned(schedule: Schedule, *, check: bool) -> Callable[[Chain, PyTree, Arr
         return chain(x)
 
     def forward(chain: Chain, x: PyTree, probe: Array) -> tuple[PyTree, _Saved]:
-        interpreter = _interpreter(chain, x, check)
+        interpreter = _interpreter(chain, x, check, perform)
         interpreter.claim(0, x)
         interpreter.claim(0)  # the input is an argument: it is there to the end
         kept = interpreter.forward(schedule.runs, 0)
@@ -113,7 +115,7 @@ def _planned(schedule: Schedule, *, check: bool) -> Callable[[Chain, PyTree, Arr
     def backward(saved: _Saved, ct: PyTree) -> tuple[Chain, PyTree, Array]:
         saved, ct = _once((saved, ct))
         ct = trees.tie(ct)  # or XLA computes it from the output again for each of its users
-        interpreter = _interpreter(saved.chain, saved.x[0], check)
+        interpreter = _interpreter(saved.chain, saved.x[0], check, perform)
         interpreter.x, interpreter.claims = dict(saved.x), dict(saved.claims)
         interpreter.sketches = dict(saved.sketches)
         box = [ct]
@@ -138,8 +140,10 @@ def _planned(schedule: Schedule, *, check: bool) -> Callable[[Chain, PyTree, Arr
     return alike
 
 
-def _interpreter(chain: Chain, x: PyTree, check: bool) -> Interpreter:
-    return Interpreter(View(chain, chain.places()), boundaries(chain, x), Gradients(chain), check=check)
+def _interpreter(chain: Chain, x: PyTree, check: bool, perform: Performer) -> Interpreter:
+    return Interpreter(
+        View(chain, chain.places()), boundaries(chain, x), Gradients(chain), perform, check=check
+    )
 
 
 def _part_cotangent(part: PyTree, grads: list[Any]) -> PyTree:
@@ -198,12 +202,18 @@ def apply(schedule: Schedule, chain: Chain, x: PyTree) -> PyTree:
 
 
 def value_and_grad(
-    loss: Callable[..., Any], schedule: Schedule, *, has_aux: bool = False, wrt_input: bool = False
+    loss: Callable[..., Any],
+    schedule: Schedule,
+    *,
+    has_aux: bool = False,
+    wrt_input: bool = False,
+    arrangement: int = 0,
 ) -> Callable[..., tuple[tuple[Any, Report], Any]]:
     """A function that returns `(loss, report), grads`, like `jax.value_and_grad` with the runs' error report.
 
     **Arguments:** `loss(y, *args)`, a scalar (with `has_aux`, a pair of it and anything); `schedule`; `wrt_input`: also the
-    gradient with respect to the input.
+    gradient with respect to the input; `arrangement`: above 0, as many other programs for the same step, which differ in the holes that XLA's allocator
+    leaves between buffers (`mw.fit` tries some; without effect where a parameter is larger than 64 KiB).
     **Returns:** `f(chain, x, *args) -> ((value, report), grads)`, where `value` is what `loss` returned, `grads` is a chain (with None
     for leaves that are not parameters), or a pair `(chain, x)` of gradients. `report` is a `Report`; within `jax.shard_map`, each run's worst of
     all devices.
@@ -218,7 +228,7 @@ def value_and_grad(
     def step(chain: Chain, x: PyTree, *args: Any) -> tuple[tuple[Any, Report], Any]:
         check_match(schedule, chain)
         warn_if_undone(x, chain)
-        call = _planned(schedule, check=True)
+        call = _planned(schedule, check=True, perform=_performer(chain, arrangement))
 
         def total(params: list[Any], x_params: list[Any], probe: Array) -> tuple[Any, Any]:
             y = call(trees.with_parameters(chain, params), trees.with_parameters(x, x_params), probe)
@@ -238,6 +248,21 @@ def value_and_grad(
         return (value, report), ((grads, _only_parameters(x, got[1])) if wrt_input else grads)
 
     return step
+
+
+#: The largest parameter, in bytes, that detours are made around: they must be larger, and cost time.
+LARGEST_ARRANGED = 1 << 16
+
+
+def can_be_arranged(chain: Chain) -> bool:
+    """Whether `arrangement` makes a difference."""
+    return max(map(trees.nbytes, trees.parameters(chain)), default=LARGEST_ARRANGED) < LARGEST_ARRANGED
+
+
+def _performer(chain: Chain, arrangement: int) -> Performer:
+    if not arrangement or not can_be_arranged(chain):
+        return compiled
+    return Arranged(arrangement, max(leaf.size for leaf in trees.parameters(chain)) + 257)
 
 
 def _only_parameters(tree: PyTree, grads: list[Any]) -> PyTree:

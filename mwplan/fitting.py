@@ -1,8 +1,9 @@
-"""From a budget to a compiled step that keeps it: plan, compile, measure, and plan again with less where the compiler needs more."""
+"""From a budget to a compiled step that keeps it: plan, compile, measure; where the compiler needs more, arrange the program otherwise, or plan with less."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -17,12 +18,14 @@ from mwplan.schedule import Schedule, Strategy
 from mwplan.sizes import parse_bytes, show_bytes
 
 PyTree = Any
+ARRANGEMENTS = 5  # of one schedule, beside the plain one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attempt:
-    """One schedule that was compiled: predicted and measured temporaries, and seconds of compilation."""
+    """One program that was compiled: predicted and measured temporaries, and seconds of compilation; `arrangement`, as in `mw.value_and_grad`."""
 
+    arrangement: int = 0
     predicted_bytes: int
     measured_bytes: int
     compile_seconds: float
@@ -43,6 +46,11 @@ class Fitted:
     temporary_bytes: int
     attempts: tuple[Attempt, ...]
 
+    @property
+    def arrangement(self) -> int:
+        """That of the step, for `mw.value_and_grad` where it is to be part of a larger program."""
+        return self.attempts[-1].arrangement
+
 
 def fit(
     loss: Callable[..., Any],
@@ -55,16 +63,17 @@ def fit(
     allowed: Iterable[Strategy] = planning.EVERY_STRATEGY,
     has_aux: bool = False,
     wrt_input: bool = False,
-    max_attempts: int = 6,
+    max_attempts: int = 18,
+    thin: float = 0.0,
     say: Callable[[str], None] = lambda text: None,
 ) -> Fitted:
     """The fastest schedule whose *compiled* step fits the budget.
 
     A schedule's peak is what is alive at once. The compiler's allocator may need more, where buffers of different lifetimes leave holes
-    between them; then the next leaner schedule is compiled, until one fits.
+    between them; then other arrangements of the same step are compiled, and then leaner schedules, until one fits.
 
     **Arguments:** `loss(y, *args)`, as `mw.value_and_grad`, with `has_aux` and `wrt_input`; `chain`, `x`; `budget`, bytes of the whole step or a text
-    such as "2GiB"; `profile` (measured if None); `max_error`, `allowed`, as `mw.plan`; `max_attempts`, compilations; `say`, told of each.
+    such as "2GiB"; `profile` (measured if None); `max_error`, `allowed`, as `mw.plan`; `thin`, as `mw.frontier`, for deep chains; `max_attempts`, compilations; `say`, told of each.
     **Returns:** a `Fitted`.
     **Raises:** `InfeasibleError` where no schedule fits, or none of those compiled; as `mw.plan` and `mw.value_and_grad`.
     **Cost:** a profile, a plan, and one compilation of the step or a few.
@@ -75,13 +84,22 @@ def fit(
     profile = measure.profile(chain, x) if profile is None else profile
     room = budget_bytes - profile.fixed_bytes
     attempts: list[Attempt] = []
-    for schedule in _leaner(profile, budget_bytes, attempts, max_error, frozenset(allowed)):
+    arrangements = range(1 + ARRANGEMENTS) if execute.can_be_arranged(chain) else range(1)
+    candidates = (
+        (schedule, arrangement)
+        for schedule in _leaner(profile, budget_bytes, attempts, max_error, frozenset(allowed), thin)
+        for arrangement in arrangements
+    )
+    for schedule, arrangement in itertools.islice(candidates, max_attempts):
         start = time.perf_counter()
-        step = jit(execute.value_and_grad(loss, schedule, has_aux=has_aux, wrt_input=wrt_input))
-        step = step.lower(chain, x, *args).compile()
+        function = execute.value_and_grad(
+            loss, schedule, has_aux=has_aux, wrt_input=wrt_input, arrangement=arrangement
+        )
+        step = jit(function).lower(chain, x, *args).compile()
         needs = temporaries(step)
         attempts.append(
             Attempt(
+                arrangement=arrangement,
                 predicted_bytes=schedule.peak_bytes,
                 measured_bytes=needs,
                 compile_seconds=time.perf_counter() - start,
@@ -97,10 +115,8 @@ def fit(
             )
         say(
             f"a schedule of {show_bytes(schedule.peak_bytes)} needs {show_bytes(needs)} compiled, "
-            f"{show_bytes(needs - room)} above the budget: trying a leaner one"
+            f"{show_bytes(needs - room)} above the budget: trying another arrangement, or a leaner one"
         )
-        if len(attempts) == max_attempts:
-            break
     least = min(attempt.measured_bytes for attempt in attempts) + profile.fixed_bytes
     raise InfeasibleError(
         f"`budget={budget!r}`: schedules fit by what is alive at once, but of the {len(attempts)} that were compiled none does: "
@@ -112,16 +128,22 @@ def fit(
 
 
 def _leaner(
-    profile: Profile, budget: int, attempts: list[Attempt], max_error: float, allowed: frozenset[Strategy]
+    profile: Profile,
+    budget: int,
+    attempts: list[Attempt],
+    max_error: float,
+    allowed: frozenset[Strategy],
+    thin: float,
 ) -> Iterator[Schedule]:
-    """The plan for the budget; then plans for as much less as the last attempt was above it; then those between, the fastest first."""
-    frontier = planning.frontier(profile, max_error=max_error, allowed=allowed)
+    """The plan for the budget; then plans for as much less as the best attempt at the last was above it; then those between, the fastest first."""
+    frontier = planning.frontier(profile, max_error=max_error, allowed=allowed, thin=thin)
     room, target, seen = budget - profile.fixed_bytes, budget, set()
     schedule = planning.plan(profile, budget, max_error=max_error, allowed=allowed, frontier=frontier)
     while True:
         yield schedule
         seen.add(schedule.peak_bytes)
-        target = min(target, schedule.total_bytes) - max(1, attempts[-1].measured_bytes - room)
+        best = min(a.measured_bytes for a in attempts if a.predicted_bytes == schedule.peak_bytes)
+        target = min(target, schedule.total_bytes) - max(1, best - room)
         if frontier.least_bytes is None or target < frontier.least_bytes:
             break
         schedule = frontier.at(target)

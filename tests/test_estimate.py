@@ -218,7 +218,8 @@ def test_programs_are_fused() -> None:
     assert bias.moved_bytes == 4 * (4 * 16 + 16 + 4 * 16)
     # x - mean is computed again, not stored: no kernel writes an array of that size but the last.
     norm = kernels(LayerNorm.init(None, 32), (64, 32))
-    assert [k.writes[0].size for k in norm] == [64, 64, 64 * 32]
+    # (And a number: the constants are made to depend on the scale.)
+    assert [k.writes[0].size for k in norm if k.writes[0].size > 1] == [64, 64, 64 * 32]
     # Equal expressions are computed once, dead ones never.
     assert len(kernels(lambda x, w: (x @ w) + (x @ w) + 0 * jnp.sum(x), (4, 4), (4, 4))) == 3
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import mwplan as mw
-from experiments import alternatives, fragments, precision, reading, sweep, training, zoo
+from experiments import alternatives, deep, fragments, precision, reading, sweep, training, zoo
 from mwplan.errors import ArgumentError
 from mwplan.schedule import Schedule
 from tests.helpers import relative_error, segments
@@ -240,3 +240,13 @@ def test_training_in_small(tmp_path: Path) -> None:
     assert row["worst_gradient_error"] < 1e-4
     assert row["median_loss_distance"] < 1e-3
     assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_deep_in_small(tmp_path: Path) -> None:
+    """The experiment's figures at toy depths: a step within a fraction of backpropagation's temporaries, and its gradient."""
+    sizes = {"compiled": 8, "depth": 64, "fraction": 0.5, "batch": 2, "size": 8, "channels": 4}
+    figures = deep.main(deep.Config(**sizes, turns=1, repeats=1, out=tmp_path))  # type: ignore[arg-type]
+    assert figures["measured_bytes"] <= figures["room_bytes"] < 0.51 * figures["backpropagation_bytes"]
+    assert figures["gradient_error"] < 1e-4
+    assert json.loads((tmp_path / "deep.json").read_text())["compile_ratio"] > 0
+    assert (tmp_path / "deep.png").stat().st_size > 0

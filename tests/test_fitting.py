@@ -9,6 +9,7 @@ import pytest
 import mwplan as mw
 from mwplan import fitting
 from mwplan.layers import Dense
+from mwplan.schedule import Run, RunKind, Schedule
 from tests.helpers import mean_square, relative_error, with_round_times
 
 
@@ -36,6 +37,45 @@ def test_the_compiled_step_keeps_the_budget(profile: mw.Profile) -> None:
     assert found.attempts[-1].measured_bytes == found.temporary_bytes
 
 
+def test_arrangements_are_other_programs_for_the_same_step(profile: mw.Profile) -> None:
+    """Other holes, the same numbers to the last bit; where a parameter is too large for detours, the plain program."""
+    chain, x = network(), jax.random.normal(jax.random.key(0), (512, 32))
+    frontier = mw.frontier(profile)
+    assert frontier.least_bytes is not None
+    schedule = frontier.at(frontier.least_bytes)
+    steps = [
+        mw.jit(mw.value_and_grad(mean_square, schedule, arrangement=i)).lower(chain, x) for i in range(3)
+    ]
+    assert len({step.as_text() for step in steps}) == 3
+    wanted, *others = (step.compile()(chain, x) for step in steps)
+    for other in others:
+        assert all(jnp.array_equal(a, b) for a, b in zip(jax.tree.leaves(wanted), jax.tree.leaves(other)))
+    wide = mw.Chain([Dense.init(jax.random.key(0), 128, 128)])
+    plan = Schedule(runs=(Run(kind=RunKind.STORE, start=0, stop=1, options=("vjp",)),))
+    texts = {
+        mw.jit(mw.value_and_grad(mean_square, plan, arrangement=i)).lower(wide, jnp.ones((4, 128))).as_text()
+        for i in range(2)
+    }
+    assert len(texts) == 1
+
+
+def test_an_arrangement_is_tried_before_a_leaner_schedule(
+    profile: mw.Profile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chain, x = network(), jnp.ones((512, 32))
+    real, asked = fitting.temporaries, []
+
+    def once_above(compiled: object) -> int:
+        asked.append(real(compiled))
+        return 1 << 40 if len(asked) == 1 else asked[-1]
+
+    monkeypatch.setattr(fitting, "temporaries", once_above)
+    total = mw.frontier(profile).points[-1][0] + 3 * x.nbytes
+    first, second = mw.fit(mean_square, chain, x, budget=total, profile=profile).attempts
+    assert (first.arrangement, second.arrangement) == (0, 1)
+    assert first.predicted_bytes == second.predicted_bytes
+
+
 def test_leaner_schedules_are_tried_until_one_fits(
     profile: mw.Profile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -47,13 +87,14 @@ def test_leaner_schedules_are_tried_until_one_fits(
         return 1 << 40 if len(asked) < 3 else asked[-1]
 
     monkeypatch.setattr(fitting, "temporaries", pessimist)
+    monkeypatch.setattr(fitting, "ARRANGEMENTS", 0)
     told: list[str] = []
     total = mw.frontier(profile).points[-1][0] + 3 * x.nbytes
     found = mw.fit(mean_square, chain, x, budget=total, profile=profile, say=told.append)
     assert len(found.attempts) == 3 == len(told) + 1
     sizes = [attempt.predicted_bytes for attempt in found.attempts]
     assert sizes == sorted(sizes, reverse=True)
-    assert "trying a leaner one" in told[0]
+    assert "or a leaner one" in told[0]
     monkeypatch.setattr(fitting, "temporaries", lambda compiled: 1 << 40)
     with pytest.raises(mw.InfeasibleError, match=r"of the 2 that were compiled none does.*raise the budget"):
         mw.fit(mean_square, chain, x, budget=total, profile=profile, max_attempts=2)

@@ -25,20 +25,32 @@ class _Norm:
     eps: float
     centred: bool = False
 
+    def known(self, number: float, like: Array) -> Array:
+        """`number` in the dtype of `like`, as something that depends on the scale (and is not a number where that is none).
+
+        XLA:CPU writes a constant that several operations of a step share out for each row, once, and keeps it from the first to the last.
+        """
+        first = lax.stop_gradient(self.scale).reshape(-1)[0]
+        return jnp.where(first == first, number, jnp.nan).astype(like.dtype)
+
+    def mean(self, x: Array) -> Array:
+        """The mean of each row."""
+        return jnp.sum(x, -1, keepdims=True) * self.known(1 / x.shape[-1], x)
+
     def normalised(self, x: Array) -> tuple[Array, Array]:
         """The normalised rows and the number that each was divided by, in float32 or wider."""
         x = widen(x)
         if self.centred:
-            x = x - jnp.mean(x, -1, keepdims=True)
-        size = jnp.sqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + self.eps)
+            x = x - self.mean(x)
+        size = jnp.sqrt(self.mean(jnp.square(x)) + self.known(self.eps, x))
         return x / size, size
 
     def pull(self, x: Array, ct_out: Array) -> tuple[Array, Array]:
         """`(ct_in, moments)` in float32 or wider: what is erased of each row of `ct_out * scale`."""
         hat, size = self.normalised(x)
         g = widen(ct_out) * widen(self.scale)
-        moments = [jnp.mean(g, -1, keepdims=True)] if self.centred else []
-        moments.append(jnp.mean(g * hat, -1, keepdims=True))
+        moments = [self.mean(g)] if self.centred else []
+        moments.append(self.mean(g * hat))
         rest = g - moments[-1] * hat
         return (rest - moments[0] if self.centred else rest) / size, jnp.concatenate(moments, -1)
 
