@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from mwplan.solvers import frontier as frontier_solver
 
 EVERY_STRATEGY = frozenset(Strategy)
+#: Sets of strategies whose plans are worth timing beside that of all: a profile's times are estimates, and recomputation alone may turn out faster.
+NARROWER = (
+    EVERY_STRATEGY - {Strategy.VIJP, Strategy.FRAGMENT},
+    frozenset({Strategy.STORE, Strategy.RECOMPUTE}),
+)
 
 
 class SolverMismatchError(MwplanError, AssertionError):
