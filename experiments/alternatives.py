@@ -11,7 +11,7 @@
 | `equinox` | Equinox's checkpointed scan over repeated blocks |
 | `invert` | RevNet-style inversion wherever a layer allows it |
 | `moonwalk`, `fragment` | moonwalk runs everywhere, with the smallest fragments or the largest |
-| `plan` | the schedule that `mw.frontier` finds for the budget, or that of fewer strategies where a trial shows it faster, as `mw.fit(tune=...)` |
+| `plan` | the schedule that `mw.frontier` finds for the budget, or, where a trial shows it faster, for less or of fewer strategies, as `mw.fit(tune=...)` |
 
 The scans take the parameters of repeated blocks stacked, and so do the schedules of chains too long to be unrolled. On CPU the convolutions of
 scans are in the layout that XLA runs fast in loops, ours and the rivals' (`mwplan.canonical`): JAX's own is up to 60 times slower there. Methods that take a
@@ -445,6 +445,7 @@ class Bench:
         self.tune = tune
         self.programs: dict[Any, Compiled] = {}
         self.rows: list[tuple[dict[str, Any], Compiled | None]] = []
+        self.plans: dict[int, list[Compiled]] = {}
 
     def compile(self, way: Way) -> Compiled:
         """The way's program, under the leanest setting; schedules of ours have one setting."""
@@ -472,25 +473,27 @@ class Bench:
         """
         row: dict[str, Any] = {"method": name, "budget_bytes": budget}
         made = self._fitted(row, METHODS[name], budget)
+        self.rows.append((row, made))
         if name == "plan" and budget is not None:
             fewer = [functools.partial(plan, allowed=some) for some in planning.NARROWER]
             found = [made, *(self._fitted({}, method, budget) for method in fewer)]
-            several = {one.way.key: one for one in found if one is not None}
-            if several:
-                made = self._fastest(list(several.values()))
-                row["timed_plans"] = len(several)
-                row.pop("reason", None)
-        self.rows.append((row, made))
+            self.plans[len(self.rows) - 1] = [one for one in found if one is not None]
         return made
 
-    def _fastest(self, several: list[Compiled]) -> Compiled:
-        """As `mw.fit(tune=...)`: the fastest in a trial of its own, whose samples are not kept."""
-        if len(several) > 1:
-            interleave(several, self.tune)
-        best = min(several, key=lambda one: statistics.median(one.seconds or [0.0]))
-        for one in several:
+    def tune_plans(self) -> None:
+        """Takes for each `plan` the fastest, in a trial of its own whose samples are not kept, of what was planned for its budget or less: by all
+        strategies, without vijps, by recomputation alone. As `mw.fit(tune=...)`."""
+        every = list(dict.fromkeys(one for several in self.plans.values() for one in several))
+        interleave(every, self.tune)
+        for at, several in self.plans.items():
+            row, _ = self.rows[at]
+            choice = [one for k, several in self.plans.items() for one in several if self.rows[k][0]["budget_bytes"] <= row["budget_bytes"]]  # fmt: skip
+            if choice:
+                self.rows[at] = row, min(choice, key=lambda one: statistics.median(one.seconds))
+                row["timed_plans"] = len(set(choice))
+                row.pop("reason", None)
+        for one in every:
             one.seconds = []
-        return best
 
     def _fitted(self, row: dict[str, Any], method: Method, budget: int | None) -> Compiled | None:
         """The method's program that fits, or None; the row is told how it went."""
@@ -659,6 +662,7 @@ def measure(point: dict[str, Any], unroll: int = zoo.UNROLL) -> dict[str, Any]:
             for name in study.methods:
                 if name in BUDGETED:
                     bench.add(name, budget)
+    bench.tune_plans()
     programs = bench.used()
     measures = [] if not study.yardstick else _yardstick(config, study, problem)
     if study.rounds:

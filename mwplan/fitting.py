@@ -24,6 +24,7 @@ from mwplan.sizes import parse_bytes, show_bytes
 
 PyTree = Any
 ARRANGEMENTS = 5  # of one schedule, beside the plain one
+LESS = (0.5, 0.25)  # shares of the room for temporaries whose plans are timed when tuning
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +42,7 @@ class Fitted:
     """A compiled gradient step within its budget.
 
     `step(chain, x, *args) -> ((value, report), grads)`, as `mw.value_and_grad`, for the shapes it was compiled for. `schedule`, its plan,
-    with the budget that was asked for; `temporary_bytes`, what the compiled program needs beside arguments and
+    with the budget that it was made for: that asked for or, tuned, less; `temporary_bytes`, what the compiled program needs beside arguments and
     results; `attempts`, everything that was compiled, the chosen one last.
     """
 
@@ -80,11 +81,11 @@ def fit(
 
     **Arguments:** `loss(y, *args)`, as `mw.value_and_grad`, with `has_aux` and `wrt_input`; `chain`, `x`; `budget`, bytes of the whole step or a text
     such as "2GiB"; `profile` (measured if None); `max_error`, `allowed`, as `mw.plan`; `thin`, as `mw.frontier`, for deep chains; `max_attempts`, compilations; `tune`, rounds in which
-    the plans of fewer strategies (no vijps; recomputation alone) are timed in turn with that of all, and the fastest kept: a profile's times are
-    estimates, and where two plans are close only running them tells; 0, the predicted fastest is taken; `say`, told of each.
+    plans of fewer strategies (no vijps; recomputation alone) and for less memory (a half, a quarter) are timed in turn with the predicted fastest, and the
+    fastest kept: a profile's times are estimates, and fresh memory costs time of its own; 0, the predicted fastest is taken; `say`, told of each.
     **Returns:** a `Fitted`.
     **Raises:** `InfeasibleError` where no schedule fits, or none of those compiled; as `mw.plan` and `mw.value_and_grad`.
-    **Cost:** a profile, a plan, and one compilation of the step or a few; with `tune` up to three times that, and some steps.
+    **Cost:** a profile, a plan, and one compilation of the step or a few; with `tune` up to five times that, and some steps.
     """
     if max_attempts < 1:
         raise ArgumentError(f"`max_attempts={max_attempts}` must be at least 1")
@@ -94,20 +95,23 @@ def fit(
     profile = measure.profile(chain, x) if profile is None else profile
     allowed = frozenset(allowed)
 
-    def fitted(allowed: frozenset[Strategy]) -> Fitted:
-        schedules = functools.partial(
-            _leaner, profile, budget_bytes, max_error=max_error, allowed=allowed, thin=thin
-        )
+    def fitted(allowed: frozenset[Strategy], room: int) -> Fitted:
+        schedules = functools.partial(_leaner, profile, room, max_error=max_error, allowed=allowed, thin=thin)
         return _fit(
             functools.partial(execute.value_and_grad, loss, has_aux=has_aux, wrt_input=wrt_input),
-            (chain, x, *args), schedules, profile, budget_bytes, max_attempts, say,
+            (chain, x, *args), schedules, profile, room, max_attempts, say,
         )  # fmt: skip
 
-    found = [fitted(allowed)]
+    found = [fitted(allowed, budget_bytes)]
     if tune:
-        for fewer in dict.fromkeys(allowed & some for some in planning.NARROWER):
+        fewer = [(allowed & some, budget_bytes) for some in planning.NARROWER]
+        less = [
+            (allowed, profile.fixed_bytes + int(share * (budget_bytes - profile.fixed_bytes)))
+            for share in LESS
+        ]
+        for some, room in dict.fromkeys([*fewer, *less]):
             with contextlib.suppress(InfeasibleError):
-                found.append(fitted(fewer))
+                found.append(fitted(some, room))
         found = list({one.schedule.runs: one for one in reversed(found)}.values())[::-1]
     return _fastest(found, (chain, x, *args), tune, say) if len(found) > 1 else found[0]
 
