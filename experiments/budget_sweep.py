@@ -33,15 +33,15 @@ class Config:
 
     models: tuple[str, ...] = tuple(zoo.MODELS)
     depth: int = 16
-    budgets: int = 8
+    budgets: int = 6
     layers: int = 512
     width: int = 32
     batch: int = 32
     resolution: int = 32
     length: int = 2048
     text: int = 128
-    rounds: int = 9
-    seconds: float = 60.0
+    rounds: int = 7
+    seconds: float = 40.0
     max_error: float = 1e-4
     thin: float = 0.0
     limit: float = 1.7
