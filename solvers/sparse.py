@@ -26,7 +26,7 @@ from mwplan.errors import ArgumentError
 from mwplan.profiles import Profile
 from mwplan.schedule import Run, RunKind, Strategy
 from mwplan.solvers.diagonals import Ways, envelopes, thinned_all
-from mwplan.solvers.pareto import Ints, staircase, thinned
+from mwplan.solvers.pareto import Ints, nondominated, staircase, thinned
 from mwplan.solvers.runs import Candidates
 from mwplan.solvers.splits import Buffer, Pairs, grid, grouped, longer, moves, with_tail
 from mwplan.solvers.uniform import repeated
@@ -38,6 +38,8 @@ _BITS = 6
 _LONGEST = 256
 _SHARE = 32
 _CELLS = 384
+#: runs of several layers that differ by less than a factor `1 + _STEP thin` in everything count as one
+_STEP = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,10 +217,24 @@ class SparseTables:
                         which = 3 * int(atoms.handle[row]) + int(atoms.kind[row])
                         stores.setdefault(which, {})[e] = piece
                     continue
-                for f, held, stairs in grouped([x[rows] for x in columns], self.waiting):
-                    self._add_repeated({e: _Piece(n, keeps, f, held, stairs, rows)})
+                for f, held, stairs in grouped(self._few([x[rows] for x in columns]), self.waiting):
+                    piece = _Piece(n, keeps, f, held, stairs, rows)
+                    if n // (n & -n) <= 3:
+                        self._add_repeated({e: piece})
+                    else:
+                        self._add(e, piece)
         for same in stores.values():
             self._add_repeated(same)
+
+    def _few(self, columns: list[Ints]) -> list[Ints]:
+        """Of runs `(F, B, H, t)` of one length: those that no other beats by steps of a factor `1 + _STEP thin` in each."""
+        f, b, held, time = columns
+        steps = [np.where(f + self.waiting <= b, 0, f), b, held, time]
+        rough = [np.floor(np.log(np.maximum(x, 1)) / np.log1p(_STEP * self.thin)).astype(np.int64) for x in steps]
+        # Of those in one cell the one with the least sum of logarithms.
+        first = np.argsort(time, kind="stable")
+        kept = first[nondominated([x[first] for x in rough])]
+        return [x[kept] for x in columns]
 
     def _add_recompute(self, n: int) -> None:
         """RECOMPUTE runs of `n` layers."""
