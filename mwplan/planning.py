@@ -163,7 +163,8 @@ class Frontier:
         binding = str(replay(self.profile, leanest.runs or ()).binding)
         proved = self.solved.at(budget_bytes - self.profile.fixed_bytes).status is Status.INFEASIBLE
         return InfeasibleError(
-            f"`budget={budget!r}` is infeasible: the leanest schedule {'needs' if proved else 'found (thinned: none proved) needs'} {least:_} bytes ({show_bytes(least)}, of which "
+            f"`budget={budget!r}` is {'infeasible' if proved else 'too small'}: the leanest schedule "
+            f"{'' if proved else 'found (the frontier is thinned, so a leaner one may exist) '}needs {least:_} bytes ({show_bytes(least)}, of which "
             f"{show_bytes(self.profile.fixed_bytes)} are parameters, input and gradients), in {binding}. "
             f"Raise the budget to that, or lower the batch size",
             budget_bytes=budget_bytes,

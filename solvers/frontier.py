@@ -417,9 +417,7 @@ class Tables:
         for start in range(stop - 1, -1, -1):
             for kept in self.kept_states(start):
                 way, left = self._top_ways(top, source, start, kept, rows)
-                _, need, time = self._best(
-                    [way], left, right, stop - start + (_SHORT if self.ends else 0), c
-                )
+                _, need, time = self._best([way], left, right, stop - start + (_SHORT if self.ends else 0), c)
                 nodes[start, kept] = need, time
             for kept in self.kept_states(start):
                 rows[int(kept), start] = right.rows
@@ -528,9 +526,7 @@ class Tables:
             stack.pop()
             if not stack:
                 return tuple(x.runs), x.kept, x.budget
-            run = Run(
-                kind=RunKind.RECOMPUTE, start=x.start + first, stop=x.stop + first, inner=tuple(x.runs)
-            )
+            run = Run(kind=RunKind.RECOMPUTE, start=x.start + first, stop=x.stop + first, inner=tuple(x.runs))
             stack[-1].runs.append(run)
 
     def _first_run(
@@ -597,7 +593,13 @@ class JoinedTables:
             piece = part(profile, start, stop)
             if uniform:
                 sparse = SparseTables(
-                    piece, max_error=max_error, allowed=allowed, thin=thin, whole=profile, first=start, ends=ends
+                    piece,
+                    max_error=max_error,
+                    allowed=allowed,
+                    thin=thin,
+                    whole=profile,
+                    first=start,
+                    ends=ends,
                 )
                 ends = (sparse.points(False), sparse.points(True))
                 self._read.insert(0, sparse.read)

@@ -140,7 +140,7 @@ class SparseTables:
         for n in self.lengths:
             for e in (False, True):
                 # The part's own start may be any node that the layers before it lead to, but for the chain's start.
-                if (e or bool(first) if n == self.size else not e or self.both):
+                if e or bool(first) if n == self.size else not e or self.both:
                     self._merge(n, e, 0, self.top)
                 else:
                     self.top.extend(1, _NONE[0], *_NONE)
@@ -230,7 +230,9 @@ class SparseTables:
         """Of runs `(F, B, H, t)` of one length: those that no other beats by steps of a factor `1 + _STEP thin` in each."""
         f, b, held, time = columns
         steps = [np.where(f + self.waiting <= b, 0, f), b, held, time]
-        rough = [np.floor(np.log(np.maximum(x, 1)) / np.log1p(_STEP * self.thin)).astype(np.int64) for x in steps]
+        rough = [
+            np.floor(np.log(np.maximum(x, 1)) / np.log1p(_STEP * self.thin)).astype(np.int64) for x in steps
+        ]
         # Of those in one cell the one with the least sum of logarithms.
         first = np.argsort(time, kind="stable")
         kept = first[nondominated([x[first] for x in rough])]
