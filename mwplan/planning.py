@@ -154,14 +154,14 @@ class Frontier:
     def infeasible(self, budget_bytes: int, budget: int | str) -> InfeasibleError:
         """The error for a budget below the least feasible one: says that, and which event needs it."""
         least = self.least_bytes
+        proved = self.solved.at(budget_bytes - self.profile.fixed_bytes).status is Status.INFEASIBLE
         if least is None or self.solved.least_bytes is None:
             return InfeasibleError(
-                f"no schedule keeps `max_error={self.max_error}` with the strategies allowed, at any budget",
+                f"no schedule {'keeps' if proved else 'was found that keeps'} `max_error={self.max_error}` with the strategies allowed, at any budget",
                 budget_bytes=budget_bytes,
             )
         leanest = self.solved.at(self.solved.least_bytes)
         binding = str(replay(self.profile, leanest.runs or ()).binding)
-        proved = self.solved.at(budget_bytes - self.profile.fixed_bytes).status is Status.INFEASIBLE
         return InfeasibleError(
             f"`budget={budget!r}` is {'infeasible' if proved else 'too small'}: the leanest schedule "
             f"{'' if proved else 'found (the frontier is thinned, so a leaner one may exist) '}needs {least:_} bytes ({show_bytes(least)}, of which "

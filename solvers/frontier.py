@@ -40,8 +40,8 @@ from mwplan.solvers.runs import (
     error_of,
     fastest_ns,
 )
-from mwplan.solvers.splits import Buffer, Pairs, grid, grouped, moves, with_tail
 from mwplan.solvers.sparse import SparseTables
+from mwplan.solvers.splits import Buffer, Pairs, grid, grouped, moves, with_tail
 from mwplan.solvers.uniform import UniformTables, is_uniform, part, stretches
 
 Stairs = tuple[Ints, Ints]
@@ -694,7 +694,8 @@ class Frontier:
         return worst
 
     def at(self, budget_bytes: int) -> Solution:
-        """The fastest schedule within `budget_bytes` of temporaries; INFEASIBLE, with `least_bytes`, where none fits.
+        """The fastest schedule within `budget_bytes` of temporaries; INFEASIBLE, with `least_bytes`, where none fits, UNKNOWN where none was found and
+        `least_bytes` is not proved.
 
         OPTIMAL if the frontier is exact; if thinned, FEASIBLE (unless its bound is reached): the bound is that of `bound_points` if they have been
         asked for before, else what every layer's fastest way takes.
@@ -704,7 +705,7 @@ class Frontier:
             raise ArgumentError(f"`budget_bytes={budget_bytes!r}` must be an integer")
         k = bisect.bisect_right(self.points, (int(budget_bytes), INF)) - 1
         if k < 0:
-            proved = self.thin == 0 or isinstance(self.tables, Tables) or not self.points
+            proved = self.thin == 0 or isinstance(self.tables, Tables)
             status = Status.INFEASIBLE if proved else Status.UNKNOWN
             return Solution(status=status, least_bytes=self.least_bytes, solver="frontier")
         need, time = self.points[k]
