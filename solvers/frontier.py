@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from mwplan.errors import ArgumentError
 from mwplan.profiles import Profile
 from mwplan.schedule import Run, RunKind, Solution, Status, Strategy
+from mwplan.solvers.approach import Approach
 from mwplan.solvers.diagonals import Ways, envelopes, thinned_all
 from mwplan.solvers.pareto import INF, Ints, staircase
 from mwplan.solvers.runs import (
@@ -56,6 +57,8 @@ _SLACK, _THIN = 2.0, 0.5
 _UNIFORM = 48
 #: thinned, in chains of so many layers, stretches of so many identical ones have
 _LONG, _STRETCH = 160, 96
+#: RECOMPUTE runs go into these from so many layers before
+_NEAR = 4
 _DONE: Stairs = (np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64))
 
 
@@ -574,7 +577,8 @@ class Tables:
 class JoinedTables:
     """The top level of a chain in parts, from the last to the first: long stretches of identical layers by `mwplan.solvers.sparse`, the rest by `Tables`.
 
-    No run crosses a joint: each part's staircases end in those of what follows. `parts` are as `mwplan.solvers.uniform.stretches` gives them.
+    Each part's staircases end in those of what follows. No run crosses a joint but RECOMPUTE runs into identical layers from at most `_NEAR` layers before
+    them (`mwplan.solvers.approach`). `parts` are as `mwplan.solvers.uniform.stretches` gives them.
     **Arguments:** as of `solve_frontier`; `thin` must not be 0. **Cost:** the sum of the parts'.
     """
 
@@ -589,6 +593,7 @@ class JoinedTables:
     ) -> None:
         self._read: list[Callable[[bool, int], tuple[tuple[Run, ...], bool, int]]] = []
         ends: tuple[Stairs, Stairs] | None = None
+        sparse: SparseTables | None = None  # of the part that follows
         for start, stop, uniform in reversed(parts):
             piece = part(profile, start, stop)
             if uniform:
@@ -608,6 +613,13 @@ class JoinedTables:
                     piece, max_error=max_error, allowed=allowed, loss=thin / 6, of=len(profile)
                 )
                 tables = Tables(candidates, None, loss=thin / 4, whole=profile, first=start, ends=ends)
+                if sparse and sparse.nested and stop - start <= _NEAR:
+                    approach = Approach(tables, sparse)
+                    ends = (approach.points(False), approach.points(True))
+                    self._read[0] = approach.read
+                    sparse = None
+                    continue
+                sparse = None
                 top = tables.solve_top()
                 ends = (top.nodes.get((0, False), _NOTHING), top.nodes[0, True])
                 self._read.insert(0, partial(tables.read, top))
@@ -753,8 +765,8 @@ def solve_frontier(
     `((1 + thin / 2) (1 + thin / 8))^k` times the optimum without moonwalk runs, times `(1 + thin / 6)^L` with them: that is all that is proved beforehand.
     Measured losses are below `thin`; `Frontier.loss` proves a bound for the profile at hand, which is larger than `thin`, the more so the longer the chain
     (results/solver_scaling). Least need and least time stay exact, but the least need where
-    a chain of `_LONG` layers or more has stretches of `_STRETCH` or more identical ones: these are taken by `mwplan.solvers.sparse`, and no run crosses from such a
-    stretch into what lies beside it; no loss is proved then. `max_recompute_depth`, how deep RECOMPUTE runs may stand inside one another: 0 for none, None for any.
+    a chain of `_LONG` layers or more has stretches of `_STRETCH` or more identical ones: these are taken by `mwplan.solvers.sparse`, and few runs cross from such a
+    stretch into what lies beside it (`JoinedTables`); no loss is proved then. `max_recompute_depth`, how deep RECOMPUTE runs may stand inside one another: 0 for none, None for any.
     **Returns:** a `Frontier`. **Raises:** `ArgumentError`. **Cost:** see `Tables`.
     """
     if not isinstance(profile, Profile):

@@ -70,6 +70,11 @@ def lengths(size: int) -> list[int]:
     return sorted(found)
 
 
+def longest_within(n: int) -> int:
+    """Up to how many of `n` layers a RECOMPUTE run takes that begins a schedule of them."""
+    return n - max(1, n // _SHARE)
+
+
 class SparseTables:
     """The tables. `candidates` are those of a chain of at most `_LONGEST + 1` layers.
 
@@ -260,7 +265,7 @@ class SparseTables:
         """The pieces that a stretch of `n` layers may begin with, and the rows of what is left."""
         pieces, rows = [], []
         # A RECOMPUTE run may end the part, but neither the chain nor the RECOMPUTE run it stands in.
-        longest = n if family is self.top and self.inside else n - max(1, n // _SHARE)
+        longest = n if family is self.top and self.inside else longest_within(n)
         for left, rest in self.index.items():
             if left >= n:
                 break
@@ -304,11 +309,12 @@ class SparseTables:
 
     def read(self, e: bool, budget: int) -> tuple[tuple[Run, ...], bool, int]:
         """As `runs`, of a part of a chain from the node with `e`; with `e` at its end and the budget left there."""
-        return self._read(self.first, self.first + self.size, e, budget, self.top, 0)
+        return self.rest(self.first, self.first + self.size, e, budget, self.top, 0)
 
-    def _read(
+    def rest(
         self, at: int, stop: int, e: bool, budget: int, family: Buffer, k: int
     ) -> tuple[tuple[Run, ...], bool, int]:
+        """As `read`, from one position of the chain to another, inside RECOMPUTE runs (`family`, and `k` waiting) or not."""
         out: list[Run] = []
         while at < stop:
             need, times = self._stairs(family, stop - at, e)
@@ -345,5 +351,5 @@ class SparseTables:
             )
         else:
             stop = at + piece.layers
-            inner = self._read(at, stop, e, budget, self.inner, self.waiting)[0]
+            inner = self.rest(at, stop, e, budget, self.inner, self.waiting)[0]
             out.append(Run(kind=RunKind.RECOMPUTE, start=at, stop=stop, inner=inner))
