@@ -58,7 +58,7 @@ _UNIFORM = 48
 #: thinned, in chains of so many layers, stretches of so many identical ones have
 _LONG, _STRETCH = 160, 96
 #: RECOMPUTE runs go into these from so many layers before
-_NEAR = 4
+_NEAR = 8
 _DONE: Stairs = (np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64))
 
 

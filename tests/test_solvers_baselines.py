@@ -9,6 +9,7 @@ import warnings
 import checkpoint_schedules
 import pytest
 
+from experiments.solver_scaling import deep
 from mwplan import planning
 from mwplan.errors import ArgumentError, InfeasibleError
 from mwplan.ledger import replay
@@ -258,10 +259,30 @@ def test_identical_layers_between_others_keep_the_ledgers_word(seed: int) -> Non
             assert (found.peak_bytes, found.time_ns) == (need, time)
             assert found.error <= 1e-4 * (1 + 1e-12)
             assert time >= exact[1][exact[0].searchsorted(need, side="right") - 1]
-        # Runs that would cross a joint cost memory; of that, not of time, there is enough here.
-        for budget in (3 * int(needs[0]), int(needs[-1])):
+        # What is lost is two activations or so, and little time where there are as many.
+        for budget in (2 * int(exact[0][0]), 4 * int(exact[0][0]), int(needs[-1])):
             got = times[needs.searchsorted(budget, side="right") - 1]
+            assert needs[0] <= budget
             assert got <= 1.03 * exact[1][exact[0].searchsorted(budget, side="right") - 1]
+
+
+def test_recomputation_reaches_from_the_layers_before_into_identical_ones() -> None:
+    """Without such runs the joint's activation is kept: a fifth more time at twice the least bytes."""
+    profile = deep(100, submersive=False)
+    general = Tables(Candidates(profile, allowed=RECOMPUTATION), None, loss=0.0025).solve_top()
+    best_needs, best_times = general.nodes[0, True]
+    parts = stretches(profile, 96)
+    tables = JoinedTables(profile, parts, max_error=1e-4, allowed=RECOMPUTATION, thin=0.02)
+    needs, times = tables.points()
+    for share in (1.5, 2.0, 3.0):
+        budget = int(share * best_needs[0])
+        best = best_times[best_needs.searchsorted(budget, side="right") - 1]
+        step = needs.searchsorted(budget, side="right") - 1
+        assert times[step] <= 1.02 * best
+        runs = tables.runs(int(needs[step]))
+        found = replay(profile, runs)
+        assert (found.peak_bytes, found.time_ns) == (needs[step], times[step])
+        assert any(run.start < 2 < run.stop for run in runs)
 
 
 def test_deep_networks_are_planned_in_seconds() -> None:
