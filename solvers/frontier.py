@@ -764,9 +764,9 @@ def solve_frontier(
     `1 + thin / 8`, moonwalk runs up to `1 + thin / 6` a layer, so a schedule of `k` runs, inner ones included, is at most
     `((1 + thin / 2) (1 + thin / 8))^k` times the optimum without moonwalk runs, times `(1 + thin / 6)^L` with them: that is all that is proved beforehand.
     Measured losses are below `thin`; `Frontier.loss` proves a bound for the profile at hand, which is larger than `thin`, the more so the longer the chain
-    (results/solver_scaling). Least need and least time stay exact, but the least need where
+    (results/solver_scaling). Least need and least time stay exact, unless
     a chain of `_LONG` layers or more has stretches of `_STRETCH` or more identical ones: these are taken by `mwplan.solvers.sparse`, and few runs cross from such a
-    stretch into what lies beside it (`JoinedTables`); no loss is proved then. `max_recompute_depth`, how deep RECOMPUTE runs may stand inside one another: 0 for none, None for any.
+    stretch into what lies beside it (`JoinedTables`); no loss is proved then, measured ones are in results/solver_scaling. `max_recompute_depth`, how deep RECOMPUTE runs may stand inside one another: 0 for none, None for any.
     **Returns:** a `Frontier`. **Raises:** `ArgumentError`. **Cost:** see `Tables`.
     """
     if not isinstance(profile, Profile):

@@ -8,7 +8,8 @@ As in `mwplan.solvers.uniform` a stretch is known by its number of layers `n` an
 
 Every point is a schedule. What is lost: splits between these lengths, RECOMPUTE runs of all but less than one layer in `_SHARE` of their stretch (if
 any of them could be, schedules would nest as deep as the chain is long; like this a nest is at most about `_SHARE (1 + log(L / _SHARE))` deep), moonwalk and invert
-runs of more than `_LONGEST` layers or other lengths, and what merging (a factor `1 + 2 thin / 3` at each table) and thinning (`1 + thin / 3`) lose.
+runs of more than `_LONGEST` layers or other lengths, one after the other only of `2^i` or `3 2^i` layers, those that others beat but for a factor
+`1 + _STEP thin` in each of their costs, and what merging (a factor `1 + 2 thin / 3` at each table) and thinning (`1 + thin / 3`) lose.
 No loss is proved: `bound_ns` is then the time of every layer's fastest option, and what does not fit is UNKNOWN, not INFEASIBLE; losses measured against
 exact tables, and how far the leanest schedule is from the least bytes, are in results/solver_scaling.
 
@@ -238,7 +239,7 @@ class SparseTables:
         rough = [
             np.floor(np.log(np.maximum(x, 1)) / np.log1p(_STEP * self.thin)).astype(np.int64) for x in steps
         ]
-        # Of those in one cell the one with the least sum of logarithms.
+        # Of those that count as one, the fastest.
         first = np.argsort(time, kind="stable")
         kept = first[nondominated([x[first] for x in rough])]
         return [x[kept] for x in columns]
