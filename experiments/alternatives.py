@@ -11,7 +11,7 @@
 | `equinox` | Equinox's checkpointed scan over repeated blocks |
 | `invert` | RevNet-style inversion wherever a layer allows it |
 | `moonwalk`, `fragment` | moonwalk runs everywhere, with the smallest fragments or the largest |
-| `plan` | the schedule that `mw.frontier` finds for the budget |
+| `plan` | the schedule that `mw.frontier` finds for the budget, or, where a trial shows it faster, for less or of fewer strategies, as `mw.fit(tune=...)` |
 
 The scans take the parameters of repeated blocks stacked, and so do the schedules of chains too long to be unrolled. On CPU the convolutions of
 scans are in the layout that XLA runs fast in loops, ours and the rivals' (`mwplan.canonical`): JAX's own is up to 60 times slower there. Methods that take a
@@ -38,7 +38,7 @@ import numpy as np
 
 import mwplan as mw
 from experiments import zoo
-from mwplan import trees
+from mwplan import planning, trees
 from mwplan.canonical import canonical
 from mwplan.compiling import temporaries
 from mwplan.errors import InfeasibleError, MwplanError
@@ -315,9 +315,11 @@ def _at(frontier: mw.Frontier, budget: int | None) -> Schedule:
     return frontier.at(budget if budget is not None else frontier.points[-1][0])
 
 
-def plan(problem: Problem, budget: int | None) -> Way:
-    """The fastest schedule of all strategies that fits; without a budget, the fastest of all."""
-    return applied(problem, _at(problem.frontier(), budget))
+def plan(
+    problem: Problem, budget: int | None, *, allowed: frozenset[Strategy] = planning.EVERY_STRATEGY
+) -> Way:
+    """The fastest schedule of the allowed strategies that fits; without a budget, the fastest of all."""
+    return applied(problem, _at(problem.frontier(allowed), budget))
 
 
 def recompute(problem: Problem, budget: int | None) -> Way:
@@ -434,12 +436,16 @@ def settings() -> dict[str, dict[str, Any]]:
 class Bench:
     """Ways to take one gradient, compiled; equal programs are compiled, run and checked once."""
 
-    def __init__(self, problem: Problem, *, try_settings: bool = True, attempts: int = 4) -> None:
+    def __init__(
+        self, problem: Problem, *, try_settings: bool = True, attempts: int = 4, tune: int = 4
+    ) -> None:
         self.problem = problem
         self.settings = settings() if try_settings else {"default": mw.compiler_options()}
         self.attempts = attempts
+        self.tune = tune
         self.programs: dict[Any, Compiled] = {}
         self.rows: list[tuple[dict[str, Any], Compiled | None]] = []
+        self.plans: dict[int, list[Compiled]] = {}
 
     def compile(self, way: Way) -> Compiled:
         """The way's program, under the leanest setting; schedules of ours have one setting."""
@@ -466,13 +472,38 @@ class Bench:
         None where it does not apply or nothing fits: the row says why.
         """
         row: dict[str, Any] = {"method": name, "budget_bytes": budget}
+        made = self._fitted(row, METHODS[name], budget)
+        self.rows.append((row, made))
+        if name == "plan" and budget is not None:
+            fewer = [functools.partial(plan, allowed=some) for some in planning.NARROWER]
+            found = [made, *(self._fitted({}, method, budget) for method in fewer)]
+            self.plans[len(self.rows) - 1] = [one for one in found if one is not None]
+        return made
+
+    def tune_plans(self) -> None:
+        """Takes for each `plan` the fastest, in a trial of its own whose samples are not kept, of what was planned for its budget or less: by all
+        strategies, without vijps, by recomputation alone. As `mw.fit(tune=...)`."""
+        every = list(dict.fromkeys(one for several in self.plans.values() for one in several))
+        interleave(every, self.tune)
+        for at, several in self.plans.items():
+            row, _ = self.rows[at]
+            choice = [one for k, several in self.plans.items() for one in several if self.rows[k][0]["budget_bytes"] <= row["budget_bytes"]]  # fmt: skip
+            if choice:
+                self.rows[at] = row, min(choice, key=lambda one: statistics.median(one.seconds))
+                row["timed_plans"] = len(set(choice))
+                row.pop("reason", None)
+        for one in every:
+            one.seconds = []
+
+    def _fitted(self, row: dict[str, Any], method: Method, budget: int | None) -> Compiled | None:
+        """The method's program that fits, or None; the row is told how it went."""
         asked = budget
         made: Compiled | None = None
         try:
             for attempt in range(1, self.attempts + 1):
                 row["attempts"] = attempt
-                made = self.compile(METHODS[name](self.problem, asked))
-                if asked is None or budget is None or name in FIXED:
+                made = self.compile(method(self.problem, asked))
+                if asked is None or budget is None:
                     break
                 excess = made.temporary_bytes + self.problem.fixed_bytes - budget
                 if excess <= 0:
@@ -486,7 +517,6 @@ class Bench:
             row["reason"] = str(error)
         except InfeasibleError as error:
             row |= {"reason": str(error), "least_bytes": error.least_bytes}
-        self.rows.append((row, made))
         return made
 
     def check(self) -> None:
@@ -632,6 +662,7 @@ def measure(point: dict[str, Any], unroll: int = zoo.UNROLL) -> dict[str, Any]:
             for name in study.methods:
                 if name in BUDGETED:
                     bench.add(name, budget)
+    bench.tune_plans()
     programs = bench.used()
     measures = [] if not study.yardstick else _yardstick(config, study, problem)
     if study.rounds:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import itertools
+import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
+
+import jax
 
 from mwplan import execute, measure, planning
 from mwplan.chain import Chain
@@ -19,6 +24,7 @@ from mwplan.sizes import parse_bytes, show_bytes
 
 PyTree = Any
 ARRANGEMENTS = 5  # of one schedule, beside the plain one
+LESS = (0.5, 0.25)  # shares of the room for temporaries whose plans are timed when tuning
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +42,7 @@ class Fitted:
     """A compiled gradient step within its budget.
 
     `step(chain, x, *args) -> ((value, report), grads)`, as `mw.value_and_grad`, for the shapes it was compiled for. `schedule`, its plan,
-    with the budget that was asked for; `temporary_bytes`, what the compiled program needs beside arguments and
+    with the budget that it was made for: that asked for or, tuned, less; `temporary_bytes`, what the compiled program needs beside arguments and
     results; `attempts`, everything that was compiled, the chosen one last.
     """
 
@@ -65,6 +71,7 @@ def fit(
     wrt_input: bool = False,
     max_attempts: int = 18,
     thin: float | None = None,
+    tune: int = 0,
     say: Callable[[str], None] = lambda text: None,
 ) -> Fitted:
     """The fastest schedule whose *compiled* step fits the budget.
@@ -73,29 +80,80 @@ def fit(
     between them; then other arrangements of the same step are compiled, and then leaner schedules, until one fits.
 
     **Arguments:** `loss(y, *args)`, as `mw.value_and_grad`, with `has_aux` and `wrt_input`; `chain`, `x`; `budget`, bytes of the whole step or a text
-    such as "2GiB"; `profile` (measured if None); `max_error`, `allowed`, as `mw.plan`; `thin`, as `mw.plan`; `max_attempts`, compilations; `say`, told of each.
+    such as "2GiB"; `profile` (measured if None); `max_error`, `allowed`, as `mw.plan`; `thin`, as `mw.plan`; `max_attempts`, compilations; `tune`, rounds in which
+    plans of fewer strategies (no vijps; recomputation alone) and for less memory (a half, a quarter) are timed in turn with the predicted fastest, and the
+    fastest kept: a profile's times are estimates, and fresh memory costs time of its own; 0, the predicted fastest is taken; `say`, told of each.
     **Returns:** a `Fitted`.
     **Raises:** `InfeasibleError` where no schedule fits, or none of those compiled; as `mw.plan` and `mw.value_and_grad`.
-    **Cost:** a profile, a plan, and one compilation of the step or a few.
+    **Cost:** a profile, a plan, and one compilation of the step or a few; with `tune` up to five times that, and some steps.
     """
     if max_attempts < 1:
         raise ArgumentError(f"`max_attempts={max_attempts}` must be at least 1")
+    if tune < 0:
+        raise ArgumentError(f"`tune={tune}` must be 0 or a number of rounds")
     budget_bytes = parse_bytes(budget)
     profile = measure.profile(chain, x) if profile is None else profile
+    allowed = frozenset(allowed)
+
+    def fitted(allowed: frozenset[Strategy], room: int) -> Fitted:
+        schedules = functools.partial(_leaner, profile, room, max_error=max_error, allowed=allowed, thin=thin)
+        return _fit(
+            functools.partial(execute.value_and_grad, loss, has_aux=has_aux, wrt_input=wrt_input),
+            (chain, x, *args), schedules, profile, room, max_attempts, say,
+        )  # fmt: skip
+
+    found = [fitted(allowed, budget_bytes)]
+    if tune:
+        fewer = [(allowed & some, budget_bytes) for some in planning.NARROWER]
+        less = [
+            (allowed, profile.fixed_bytes + int(share * (budget_bytes - profile.fixed_bytes)))
+            for share in LESS
+        ]
+        for some, room in dict.fromkeys([*fewer, *less]):
+            with contextlib.suppress(InfeasibleError):
+                found.append(fitted(some, room))
+        found = list({one.schedule.runs: one for one in reversed(found)}.values())[::-1]
+    return _fastest(found, (chain, x, *args), tune, say) if len(found) > 1 else found[0]
+
+
+def _fastest(found: list[Fitted], args: tuple[Any, ...], rounds: int, say: Callable[[str], None]) -> Fitted:
+    """The one of least median time over `rounds` interleaved steps each, after a warm-up."""
+    seconds: list[list[float]] = [[] for _ in found]
+    for at in range(rounds + 1):
+        for one, samples in zip(found, seconds):
+            start = time.perf_counter()
+            jax.block_until_ready(one.step(*args))
+            if at:
+                samples.append(time.perf_counter() - start)
+    medians = [statistics.median(samples) for samples in seconds]
+    best = found[medians.index(min(medians))]
+    text = ", ".join(
+        f"{one.schedule.time_ns / 1e6:.1f} ms predicted, {m * 1e3:.1f} measured"
+        for one, m in zip(found, medians)
+    )
+    say(f"{len(found)} plans timed: {text}")
+    return best
+
+
+def _fit(
+    gradient: Callable[..., Callable[..., Any]],
+    args: tuple[Any, ...],
+    schedules: Callable[..., Iterator[Schedule]],
+    profile: Profile,
+    budget_bytes: int,
+    max_attempts: int,
+    say: Callable[[str], None],
+) -> Fitted:
+    """The first of `schedules(attempts=...)` whose step, `gradient(schedule, arrangement=...)`, fits when compiled."""
     room = budget_bytes - profile.fixed_bytes
     attempts: list[Attempt] = []
-    arrangements = range(1 + ARRANGEMENTS) if execute.can_be_arranged(chain) else range(1)
+    arrangements = range(1 + ARRANGEMENTS) if execute.can_be_arranged(args[0]) else range(1)
     candidates = (
-        (schedule, arrangement)
-        for schedule in _leaner(profile, budget_bytes, attempts, max_error, frozenset(allowed), thin)
-        for arrangement in arrangements
+        (schedule, arrangement) for schedule in schedules(attempts=attempts) for arrangement in arrangements
     )
     for schedule, arrangement in itertools.islice(candidates, max_attempts):
         start = time.perf_counter()
-        function = execute.value_and_grad(
-            loss, schedule, has_aux=has_aux, wrt_input=wrt_input, arrangement=arrangement
-        )
-        step = jit(function).lower(chain, x, *args).compile()
+        step = jit(gradient(schedule, arrangement=arrangement)).lower(*args).compile()
         needs = temporaries(step)
         attempts.append(
             Attempt(
@@ -119,7 +177,7 @@ def fit(
         )
     least = min(attempt.measured_bytes for attempt in attempts) + profile.fixed_bytes
     raise InfeasibleError(
-        f"`budget={budget!r}`: schedules fit by what is alive at once, but of the {len(attempts)} that were compiled none does: "
+        f"`budget={budget_bytes}`: schedules fit by what is alive at once, but of the {len(attempts)} that were compiled none does: "
         f"the allocator leaves holes between buffers. The leanest compiled needs {least:_} bytes ({show_bytes(least)}): raise the "
         "budget to that",
         budget_bytes=budget_bytes,

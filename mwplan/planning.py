@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 EVERY_STRATEGY = frozenset(Strategy)
 #: longer chains are planned with this loss of time aimed at, unless told otherwise
 EXACT_LAYERS, DEEP_THIN = 128, 0.02
+#: Sets of strategies whose plans are worth timing beside that of all: a profile's times are estimates, and recomputation alone may turn out faster.
+NARROWER = (
+    EVERY_STRATEGY - {Strategy.VIJP, Strategy.FRAGMENT},
+    frozenset({Strategy.STORE, Strategy.RECOMPUTE}),
+)
 
 
 class SolverMismatchError(MwplanError, AssertionError):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -106,3 +109,36 @@ def test_budgets_that_nothing_fits(profile: mw.Profile) -> None:
         mw.fit(mean_square, chain, x, budget=profile.fixed_bytes + 1, profile=profile)
     with pytest.raises(mw.ArgumentError, match="max_attempts"):
         mw.fit(mean_square, chain, x, budget="1GiB", profile=profile, max_attempts=0)
+
+
+def test_tuning_times_the_plans_of_fewer_strategies(
+    profile: mw.Profile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Plans of fewer strategies are run beside that of all, and the one that is really the fastest is kept."""
+    chain, x = network(), jax.random.normal(jax.random.key(0), (512, 32))
+    # A profile by which inverting costs nothing: the plan of all strategies inverts, and would be wrong to.
+    cheap = dataclasses.replace(
+        profile,
+        layers=tuple(
+            dataclasses.replace(one, invert=tuple(dataclasses.replace(o, backward_ns=1) for o in one.invert))
+            for one in profile.layers
+        ),
+    )
+    frontier = mw.frontier(cheap)
+    assert frontier.least_bytes is not None
+    budget = 2 * frontier.least_bytes
+    told: list[str] = []
+    timed: list[int] = []
+
+    def last(found: list[fitting.Fitted], *args: Any) -> fitting.Fitted:
+        timed.append(len(found))
+        assert len({one.schedule.runs for one in found}) == len(found)
+        return fastest(found, *args)
+
+    fastest = fitting._fastest
+    monkeypatch.setattr(fitting, "_fastest", last)
+    found = mw.fit(mean_square, chain, x, budget=budget, profile=cheap, tune=2, say=told.append)
+    assert timed
+    assert timed[0] >= 2
+    assert found.temporary_bytes + profile.fixed_bytes <= budget
+    assert any(f"{timed[0]} plans timed" in text for text in told)
