@@ -31,7 +31,8 @@ from mwplan.ledger import replay
 from mwplan.profiles import LayerProfile, MoonwalkOption, Profile, StoreOption
 from mwplan.schedule import Strategy
 from mwplan.solvers import baselines, integer_program, rotor, unrestricted
-from mwplan.solvers.frontier import Frontier, solve_frontier
+from mwplan.solvers.frontier import Frontier, Tables, solve_frontier
+from mwplan.solvers.runs import ALL_STRATEGIES, Candidates
 
 RECOMPUTATION = frozenset({Strategy.STORE, Strategy.RECOMPUTE})
 
@@ -47,6 +48,7 @@ class Config:
     long: tuple[int, ...] = (200, 300)
     one_level: tuple[int, ...] = (300, 1_000)
     identical: tuple[int, ...] = (100, 1_000, 10_000)
+    deep: tuple[int, ...] = (512, 1_024)
     quality: tuple[int, ...] = (10, 20, 40, 60)
     unrestricted: tuple[int, ...] = (2, 3)
     budgets: int = 10
@@ -115,6 +117,18 @@ def identical(size: int, *, submersive: bool) -> Profile:
     )
 
 
+def deep(size: int, *, submersive: bool) -> Profile:
+    """Two random layers, `size` identical ones, two random layers."""
+    ends, body = chain(1, 4, submersive=submersive), identical(size, submersive=submersive)
+    counts = (*ends.activation_bytes[:2], *body.activation_bytes, *ends.activation_bytes[3:])
+    return Profile(
+        layers=ends.layers[:2] + body.layers + ends.layers[2:],
+        activation_bytes=counts,
+        cotangent_bytes=counts,
+        sweep_cotangent_bytes=counts,
+    )
+
+
 def timed(call: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
     """What `call` returns, and the seconds it took."""
     wall, cpu = time.perf_counter(), time.process_time()
@@ -157,6 +171,21 @@ def identical_loss(profile: Profile, thin: float) -> dict[str, Any]:
         min(t for n, t in thinned.points if n <= need) / ns - 1 for need, ns in exact.points if need >= least
     )
     return {"measured": worst, "least_over_exact": least / exact.points[0][0]}
+
+
+def deep_loss(profile: Profile, thin: float) -> dict[str, Any]:
+    """What tables of the identical layers alone lose at multiples of the least bytes, against general tables thinned to a fifth of the loss."""
+    candidates = Candidates(profile, loss=thin / 30)
+    general = Tables(candidates, None, loss=thin / 20)
+    best = Frontier(profile, general, max_error=1e-4, allowed=ALL_STRATEGIES, thin=thin / 5).points
+    found = solve_frontier(profile, thin=thin).points
+    rows = []
+    for times in (1.25, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0):
+        budget = int(best[0][0] * times)
+        got = min((t for n, t in found if n <= budget), default=None)
+        ratio = None if got is None else got / min(t for n, t in best if n <= budget) - 1
+        rows.append({"over_least": times, "loss": ratio})
+    return {"rows": rows, "least_over_general": found[0][0] / best[0][0]}
 
 
 def proof(profile: Profile, count: int) -> dict[str, Any]:
@@ -263,6 +292,11 @@ def cases(config: Config) -> Iterator[tuple[str, dict[str, Any], Callable[[], di
     key = {"size": 250, "submersive": False, "seed": 0}
     yield "identical_loss", key, partial(identical_loss, identical(250, submersive=False), config.thin)
     for submersive in (False, True):
+        key = {"size": 160, "submersive": submersive, "seed": 0}
+        yield "deep_loss", key, partial(deep_loss, deep(160, submersive=submersive), config.thin)
+        for size in config.deep:
+            key = {"size": size, "submersive": submersive, "seed": 0}
+            yield "deep", key, partial(speed, deep(size, submersive=submersive), config.thin, None)
         for size in config.identical:
             if submersive and size > 1000:
                 continue
@@ -323,12 +357,20 @@ def summary(rows: list[dict[str, Any]]) -> list[tuple[str, int, str]]:
         groups.setdefault((row["part"], row["key"]["submersive"], row["key"]["size"]), []).append(row)
     for (part, submersive, size), members in sorted(groups.items()):
         kind = "submersive" if submersive else "store and recompute"
-        if part in ("exact", "thinned", "one_level", "identical", "rotor"):
+        if part in ("exact", "thinned", "one_level", "identical", "deep", "rotor"):
             wall, cpu = (statistics.median(m[k] for m in members) for k in ("wall_s", "cpu_s"))
             out.append((f"{part}, {kind}", size, f"{wall:.2f} s wall, {cpu:.2f} s CPU"))
         elif part == "identical_loss":
             found = f"{members[0]['measured']:.2%} measured; leanest needs {members[0]['least_over_exact']:.2f} times the least"
             out.append((f"{part}, {kind}", size, found))
+        elif part == "deep_loss":
+            each = members[0]["rows"]
+            losses = ", ".join(
+                "none" if r["loss"] is None else f"{r['loss']:.1%} at {r['over_least']:g} times the least"
+                for r in each
+            )
+            least = members[0]["least_over_general"]
+            out.append((f"{part}, {kind}", size, f"{losses}; leanest needs {least:.2f} times the least"))
         elif part == "loss":
             measured, proved = (max(m[k] for m in members) for k in ("measured", "proved"))
             out.append((f"{part}, {kind}", size, f"{measured:.2%} measured, {proved:.2%} proved, at worst"))

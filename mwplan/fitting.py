@@ -70,7 +70,7 @@ def fit(
     has_aux: bool = False,
     wrt_input: bool = False,
     max_attempts: int = 18,
-    thin: float = 0.0,
+    thin: float | None = None,
     tune: int = 0,
     say: Callable[[str], None] = lambda text: None,
 ) -> Fitted:
@@ -80,7 +80,7 @@ def fit(
     between them; then other arrangements of the same step are compiled, and then leaner schedules, until one fits.
 
     **Arguments:** `loss(y, *args)`, as `mw.value_and_grad`, with `has_aux` and `wrt_input`; `chain`, `x`; `budget`, bytes of the whole step or a text
-    such as "2GiB"; `profile` (measured if None); `max_error`, `allowed`, as `mw.plan`; `thin`, as `mw.frontier`, for deep chains; `max_attempts`, compilations; `tune`, rounds in which
+    such as "2GiB"; `profile` (measured if None); `max_error`, `allowed`, as `mw.plan`; `thin`, as `mw.plan`; `max_attempts`, compilations; `tune`, rounds in which
     plans of fewer strategies (no vijps; recomputation alone) and for less memory (a half, a quarter) are timed in turn with the predicted fastest, and the
     fastest kept: a profile's times are estimates, and fresh memory costs time of its own; 0, the predicted fastest is taken; `say`, told of each.
     **Returns:** a `Fitted`.
@@ -191,9 +191,10 @@ def _leaner(
     attempts: list[Attempt],
     max_error: float,
     allowed: frozenset[Strategy],
-    thin: float,
+    thin: float | None,
 ) -> Iterator[Schedule]:
     """The plan for the budget; then plans for as much less as the best attempt at the last was above it; then those between, the fastest first."""
+    thin = planning.default_thin(profile) if thin is None else thin
     frontier = planning.frontier(profile, max_error=max_error, allowed=allowed, thin=thin)
     room, target, seen = budget - profile.fixed_bytes, budget, set()
     schedule = planning.plan(profile, budget, max_error=max_error, allowed=allowed, frontier=frontier)

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from mwplan.solvers import frontier as frontier_solver
 
 EVERY_STRATEGY = frozenset(Strategy)
+#: longer chains are planned with this loss of time aimed at, unless told otherwise
+EXACT_LAYERS, DEEP_THIN = 128, 0.02
 #: Sets of strategies whose plans are worth timing beside that of all: a profile's times are estimates, and recomputation alone may turn out faster.
 NARROWER = (
     EVERY_STRATEGY - {Strategy.VIJP, Strategy.FRAGMENT},
@@ -41,6 +43,7 @@ def plan(
     max_distinct_runs: int | None = None,
     time_limit_s: float = 30.0,
     seed: int = 0,
+    thin: float | None = None,
     frontier: Frontier | None = None,
 ) -> Schedule:
     """The fastest schedule whose gradient step fits the budget, with a certificate.
@@ -48,16 +51,19 @@ def plan(
     **Arguments:** `profile`; `budget`, device bytes of the whole step (parameters, input, gradients, temporaries), an integer or a text such
     as "2GiB"; `max_error`, the largest predicted relative error of any reconstructed cotangent; `allowed`, the
     strategies to choose from; `pins`, a strategy forced on some layers (1 to L, from the input); `max_distinct_runs`, a limit on
-    different runs (compile time); `time_limit_s` and `seed`, of the integer program;
+    different runs (compile time); `time_limit_s` and `seed`, of the integer program; `thin`, as in `frontier`, None for `default_thin`;
     `frontier`, what `mw.frontier` returned for the same profile, `max_error` and `allowed`, where it is there already.
     **Returns:** a `Schedule` that the ledger has replayed; `status` says whether it is proved optimal, else `gap` how far it may be from it.
     **Raises:** `InfeasibleError` with the least feasible budget and what binds there; `ArgumentError`.
-    **Cost:** the frontier of the chain, and the proof on top (seconds at 100 layers).
+    **Cost:** the frontier of the chain, and the proof on top (seconds at 100 layers). Chains of 160 layers or more with long stretches of identical ones
+    (`solve_frontier`) have no proof but the bound of every layer's fastest way, and with `pins` or `max_distinct_runs` are as slow as any (minutes from 300 layers on).
     """
     from mwplan.solvers import integer_program
 
     budget_bytes = parse_bytes(budget)
-    solved = frontier or _frontier(profile, max_error=max_error, allowed=allowed)
+    solved = frontier or _frontier(
+        profile, max_error=max_error, allowed=allowed, thin=default_thin(profile) if thin is None else thin
+    )
     room = budget_bytes - profile.fixed_bytes
     if solved.solved.least_bytes is None or room < solved.solved.least_bytes:
         raise solved.infeasible(budget_bytes, budget)
@@ -118,6 +124,11 @@ def frontier(
 _frontier = frontier  # `plan` has an argument of that name
 
 
+def default_thin(profile: Profile) -> float:
+    """The loss of time aimed at where nothing is said: 0 up to `EXACT_LAYERS` layers, `DEEP_THIN` beyond, where an exact frontier takes minutes to hours."""
+    return 0.0 if len(profile) <= EXACT_LAYERS else DEEP_THIN
+
+
 @dataclass(frozen=True)
 class Frontier:
     """The least time at every budget. `points` are `(total bytes, ns)`, cheapest memory first."""
@@ -148,15 +159,17 @@ class Frontier:
     def infeasible(self, budget_bytes: int, budget: int | str) -> InfeasibleError:
         """The error for a budget below the least feasible one: says that, and which event needs it."""
         least = self.least_bytes
+        proved = self.solved.at(budget_bytes - self.profile.fixed_bytes).status is Status.INFEASIBLE
         if least is None or self.solved.least_bytes is None:
             return InfeasibleError(
-                f"no schedule keeps `max_error={self.max_error}` with the strategies allowed, at any budget",
+                f"no schedule {'keeps' if proved else 'was found that keeps'} `max_error={self.max_error}` with the strategies allowed, at any budget",
                 budget_bytes=budget_bytes,
             )
         leanest = self.solved.at(self.solved.least_bytes)
         binding = str(replay(self.profile, leanest.runs or ()).binding)
         return InfeasibleError(
-            f"`budget={budget!r}` is infeasible: the leanest schedule needs {least:_} bytes ({show_bytes(least)}, of which "
+            f"`budget={budget!r}` is {'infeasible' if proved else 'too small'}: the leanest schedule "
+            f"{'' if proved else 'found (the frontier is thinned, so a leaner one may exist) '}needs {least:_} bytes ({show_bytes(least)}, of which "
             f"{show_bytes(self.profile.fixed_bytes)} are parameters, input and gradients), in {binding}. "
             f"Raise the budget to that, or lower the batch size",
             budget_bytes=budget_bytes,

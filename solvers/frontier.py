@@ -18,8 +18,10 @@ moonwalk and invert runs are ours.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterable
+import dataclasses
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,6 +30,7 @@ from numpy.typing import NDArray
 from mwplan.errors import ArgumentError
 from mwplan.profiles import Profile
 from mwplan.schedule import Run, RunKind, Solution, Status, Strategy
+from mwplan.solvers.approach import Approach
 from mwplan.solvers.diagonals import Ways, envelopes, thinned_all
 from mwplan.solvers.pareto import INF, Ints, staircase
 from mwplan.solvers.runs import (
@@ -39,8 +42,8 @@ from mwplan.solvers.runs import (
     fastest_ns,
 )
 from mwplan.solvers.sparse import SparseTables
-from mwplan.solvers.splits import Buffer, Pairs, grid, grouped, moves
-from mwplan.solvers.uniform import UniformTables, is_uniform
+from mwplan.solvers.splits import Buffer, Pairs, grid, grouped, moves, with_tail
+from mwplan.solvers.uniform import UniformTables, is_uniform, part, stretches
 
 Stairs = tuple[Ints, Ints]
 _NOTHING: Stairs = (np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
@@ -50,8 +53,12 @@ _SHORT = 4
 _CELLS = 384
 #: shares of the loss aimed at that a merge and the thinning after it may take
 _SLACK, _THIN = 2.0, 0.5
-#: from here on chains of identical layers have tables of their own: exact, and thinned
-_UNIFORM, _UNIFORM_THIN = 48, 160
+#: from here on chains of identical layers have exact tables of their own
+_UNIFORM = 48
+#: thinned, in chains of so many layers, stretches of so many identical ones have
+_LONG, _STRETCH = 160, 96
+#: RECOMPUTE runs go into these from so many layers before
+_NEAR = 8
 _DONE: Stairs = (np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64))
 
 
@@ -98,20 +105,30 @@ class Tables:
     """`T[s, r, e]` for all stretches; `solve_top` adds the top level.
 
     **Arguments:** `candidates`; `depth`, how many levels of RECOMPUTE the schedules may hold, None for any; `loss`, what `thinned` may lose at
-    each stretch of `_SHORT` layers or more; `optimistic`, whether the tables are then a bound instead of schedules.
+    each stretch of `_SHORT` layers or more; `optimistic`, whether the tables are then a bound instead of schedules. Where the candidates are of a part of
+    the chain `whole`, after its first `first` layers: `ends`, the staircases of what follows, without and with its first input kept; None where nothing does.
     **Cost:** O(L^3) combinations of staircases, each linear in their sizes up to a sort. Equal stretches are solved once.
     """
 
     def __init__(
-        self, candidates: Candidates, depth: int | None, *, loss: float = 0.0, optimistic: bool = False
+        self,
+        candidates: Candidates,
+        depth: int | None,
+        *,
+        loss: float = 0.0,
+        optimistic: bool = False,
+        whole: Profile | None = None,
+        first: int = 0,
+        ends: tuple[Stairs, Stairs] | None = None,
     ) -> None:
+        self.first, self.ends = first, ends
         self.loss, self.optimistic = loss, optimistic
         self.candidates = candidates
         self.size = candidates.size
         self.depth = depth if Strategy.RECOMPUTE in candidates.allowed else 0
-        self.cap = candidates.fastest_need()
+        self.cap = None if whole else candidates.fastest_need()
         self.levels = 1 if self.depth is None else self.depth
-        p = candidates.profile
+        p = whole or candidates.profile
         self.span = 1 << (p.bytes_bound() - p.fixed_bytes + 1).bit_length()
         if self.span * (self.size + 2) >= 2**63:
             raise ArgumentError(
@@ -122,6 +139,8 @@ class Tables:
         single = [int(candidates.atoms(at, False).backward_peak.min(initial=high)) for at in range(self.size)]
         least = min(high, max(single))
         self.grid = grid(least // 4, least, high, _CELLS if self.size <= 400 else _CELLS // 3)
+        if ends:
+            self.grid = with_tail(self.grid, least, high, ends)
         self.waiting = int(candidates.cotangent.max())
         if p.time_bound() >= 2**60:
             raise ArgumentError(
@@ -147,7 +166,7 @@ class Tables:
     def kept_states(self, position: int) -> tuple[bool, ...]:
         """The values of `e` that occur at `position`."""
         if position == 0:
-            return (True,)
+            return (False, True) if self.first else (True,)
         return (False, True) if self.candidates.kept_nodes[position] else (False,)
 
     def suffix(self, level: int, start: int, stop: int, kept: bool) -> Stairs:
@@ -392,15 +411,16 @@ class Tables:
         right.extend(1, none, none, none)
         rows = np.zeros((2, stop + 1), dtype=np.int64)
         for kept in (False, True):
-            nodes[stop, kept] = (np.array([c.turn_bytes(kept)]), np.zeros(1, dtype=np.int64))
+            turn = np.array([c.turn_bytes(kept)]), np.zeros(1, dtype=np.int64)
+            nodes[stop, kept] = need, time = self.ends[kept] if self.ends else turn
             rows[int(kept), stop] = right.rows
-            right.extend(1, np.zeros(1, dtype=np.int64), *nodes[stop, kept])
-        top = Top(c, nodes, c.recompute_reach(), closing)
+            right.extend(1, np.zeros(need.size, dtype=np.int64), need, time)
+        top = Top(c, nodes, c.recompute_reach(), closing or self.ends is not None)
         source = self.source(self.levels)
         for start in range(stop - 1, -1, -1):
             for kept in self.kept_states(start):
                 way, left = self._top_ways(top, source, start, kept, rows)
-                _, need, time = self._best([way], left, right, stop - start, c)
+                _, need, time = self._best([way], left, right, stop - start + (_SHORT if self.ends else 0), c)
                 nodes[start, kept] = need, time
             for kept in self.kept_states(start):
                 rows[int(kept), start] = right.rows
@@ -420,19 +440,11 @@ class Tables:
         floors = c.recompute_forward_peak(start, kept)[: limit - start].tolist()
         holds = [self._own(start, kept)] * len(stairs)
         to = rows[0, start + 1 : limit + 1].tolist()
-        known = _NOTHING
         atoms, low = c.atoms(start, kept), 0
         for at, keeps, high in atoms.groups:
             columns = [x[low:high] for x in (atoms.forward_peak, atoms.backward_peak, atoms.held, atoms.time)]
             low = high
-            if at == stop:
-                peak = np.maximum(columns[0], columns[1])
-                end = int(top.nodes[stop, keeps][0][0])
-                known = staircase(
-                    np.append(known[0], np.maximum(peak, columns[2] + end)), np.append(known[1], columns[3])
-                )
-                continue
-            if source is not None and not keeps and c is self.candidates and not top.closing:
+            if source is not None and not keeps and at <= limit and c is self.candidates and not top.closing:
                 columns = self._undominated(columns, source, start, at, kept)
             for floor, held, found in grouped(columns, self.waiting) if columns[0].size else ():
                 stairs.append(found)
@@ -448,7 +460,7 @@ class Tables:
         left.extend(len(stairs), np.repeat(np.arange(len(stairs)), sizes), need, time + spent_, floor_)
         shared = limit - start
         own, rest = moves(self.grid, self._own(start, kept)), moves(self.grid, held_[shared:, None])
-        return Ways(Pairs(np.arange(len(stairs)), to_, held_, floor_), shared, own, rest, known), left
+        return Ways(Pairs(np.arange(len(stairs)), to_, held_, floor_), shared, own, rest, _NOTHING), left
 
     def _best(
         self, ways: list[Ways], left: Buffer, right: Buffer, n: int, c: Candidates
@@ -482,15 +494,20 @@ class Tables:
 
     def runs(self, top: Top, budget: int) -> tuple[Run, ...]:
         """The runs of the fastest schedule of the chain within `budget`, which must hold at least one."""
-        return self._read(self.levels, 0, self.size, True, budget, top)
+        return self.read(top, True, budget)[0]
+
+    def read(self, top: Top, kept: bool, budget: int) -> tuple[tuple[Run, ...], bool, int]:
+        """As `runs`, of a part of a chain from the node with `kept`; with that of its end and the budget left there."""
+        return self._read(self.levels, 0, self.size, kept, budget, top)
 
     def inner_runs(self, level: int, start: int, stop: int, kept: bool, budget: int) -> tuple[Run, ...]:
         """The runs of the fastest inner schedule of `(start, stop]` within `budget`."""
-        return self._read(level, start, stop, kept, budget, None)
+        return self._read(level, start, stop, kept, budget, None)[0]
 
     def _read(
         self, level: int, start: int, stop: int, kept: bool, budget: int, top: Top | None
-    ) -> tuple[Run, ...]:
+    ) -> tuple[tuple[Run, ...], bool, int]:
+        first = self.first
         # A stack of stretches instead of calls: schedules may nest as deep as the chain is long.
         stack = [_Stretch(level, start, start, stop, kept, budget, top, [])]
         while True:
@@ -498,7 +515,11 @@ class Tables:
             if x.at < x.stop:
                 run, at, keeps, rest, here = self._first_run(x.level, x.at, x.stop, x.kept, x.budget, x.top)
                 if run is not None:
-                    x.runs.append(run)
+                    x.runs.append(
+                        dataclasses.replace(run, start=run.start + first, stop=run.stop + first)
+                        if first
+                        else run
+                    )
                 else:
                     source = self.source(x.level)
                     assert source is not None
@@ -507,8 +528,8 @@ class Tables:
                 continue
             stack.pop()
             if not stack:
-                return tuple(x.runs)
-            run = Run(kind=RunKind.RECOMPUTE, start=x.start, stop=x.stop, inner=tuple(x.runs))
+                return tuple(x.runs), x.kept, x.budget
+            run = Run(kind=RunKind.RECOMPUTE, start=x.start + first, stop=x.stop + first, inner=tuple(x.runs))
             stack[-1].runs.append(run)
 
     def _first_run(
@@ -553,6 +574,72 @@ class Tables:
         raise AssertionError("a staircase's point has no run behind it")
 
 
+class JoinedTables:
+    """The top level of a chain in parts, from the last to the first: long stretches of identical layers by `mwplan.solvers.sparse`, the rest by `Tables`.
+
+    Each part's staircases end in those of what follows. No run crosses a joint but RECOMPUTE runs into identical layers from at most `_NEAR` layers before
+    them (`mwplan.solvers.approach`). `parts` are as `mwplan.solvers.uniform.stretches` gives them.
+    **Arguments:** as of `solve_frontier`; `thin` must not be 0. **Cost:** the sum of the parts'.
+    """
+
+    def __init__(
+        self,
+        profile: Profile,
+        parts: list[tuple[int, int, bool]],
+        *,
+        max_error: float,
+        allowed: frozenset[Strategy],
+        thin: float,
+    ) -> None:
+        self._read: list[Callable[[bool, int], tuple[tuple[Run, ...], bool, int]]] = []
+        ends: tuple[Stairs, Stairs] | None = None
+        sparse: SparseTables | None = None  # of the part that follows
+        for start, stop, uniform in reversed(parts):
+            piece = part(profile, start, stop)
+            if uniform:
+                sparse = SparseTables(
+                    piece,
+                    max_error=max_error,
+                    allowed=allowed,
+                    thin=thin,
+                    whole=profile,
+                    first=start,
+                    ends=ends,
+                )
+                ends = (sparse.points(False), sparse.points(True))
+                self._read.insert(0, sparse.read)
+            else:
+                candidates = Candidates(
+                    piece, max_error=max_error, allowed=allowed, loss=thin / 6, of=len(profile)
+                )
+                tables = Tables(candidates, None, loss=thin / 4, whole=profile, first=start, ends=ends)
+                if sparse and sparse.nested and stop - start <= _NEAR:
+                    approach = Approach(tables, sparse)
+                    ends = (approach.points(False), approach.points(True))
+                    self._read[0] = approach.read
+                    sparse = None
+                    continue
+                sparse = None
+                top = tables.solve_top()
+                ends = (top.nodes.get((0, False), _NOTHING), top.nodes[0, True])
+                self._read.insert(0, partial(tables.read, top))
+        assert ends is not None
+        self._points = ends[True]
+
+    def points(self) -> Stairs:
+        """The chain's staircase."""
+        return self._points
+
+    def runs(self, budget: int) -> tuple[Run, ...]:
+        """The runs of the fastest schedule of the chain within `budget`, which must hold at least one."""
+        out: tuple[Run, ...] = ()
+        kept = True
+        for read in self._read:
+            runs, kept, budget = read(kept, budget)
+            out += runs
+        return out
+
+
 class Frontier:
     """The Pareto set of `(need, time)` of all schedules of a profile, and the schedules themselves.
 
@@ -562,7 +649,7 @@ class Frontier:
     def __init__(
         self,
         profile: Profile,
-        tables: Tables | UniformTables | SparseTables,
+        tables: Tables | UniformTables | JoinedTables,
         *,
         max_error: float,
         allowed: frozenset[Strategy],
@@ -570,7 +657,6 @@ class Frontier:
     ) -> None:
         self.profile, self.tables, self.thin = profile, tables, thin
         self.max_error, self.allowed = float(max_error), allowed
-        self.candidates = tables.candidates
         self.top: Top | None = None
         if isinstance(tables, Tables):
             self.top = tables.solve_top()
@@ -584,7 +670,7 @@ class Frontier:
     def least_bytes(self) -> int | None:
         """The least budget that any schedule fits, in bytes of temporaries; None if there is none at any.
 
-        Exact when thinned too, except on long uniform chains: there it is the least one found.
+        Exact when thinned too, except where chains have long stretches of identical layers: there it is the least one found.
         """
         return self.points[0][0] if self.points else None
 
@@ -594,10 +680,11 @@ class Frontier:
         them, from tables whose steps are merged downwards. **Cost:** that of the frontier again, once, if thinned.
         """
         if self._bound is None:
-            t, c = self.tables, self.candidates
+            t = self.tables
             if not isinstance(t, Tables):
                 self._bound = ((0, fastest_ns(self.profile)),)
                 return self._bound
+            c = t.candidates
             c = Candidates(c.profile, max_error=c.max_error, allowed=c.allowed, loss=c.loss, optimistic=True)
             lower = Tables(c, t.depth, loss=t.loss, optimistic=True)
             need, time = lower.solve_top().nodes[0, True]
@@ -619,7 +706,8 @@ class Frontier:
         return worst
 
     def at(self, budget_bytes: int) -> Solution:
-        """The fastest schedule within `budget_bytes` of temporaries; INFEASIBLE, with `least_bytes`, where none fits.
+        """The fastest schedule within `budget_bytes` of temporaries; INFEASIBLE, with `least_bytes`, where none fits, UNKNOWN where none was found and
+        `least_bytes` is not proved.
 
         OPTIMAL if the frontier is exact; if thinned, FEASIBLE (unless its bound is reached): the bound is that of `bound_points` if they have been
         asked for before, else what every layer's fastest way takes.
@@ -629,7 +717,7 @@ class Frontier:
             raise ArgumentError(f"`budget_bytes={budget_bytes!r}` must be an integer")
         k = bisect.bisect_right(self.points, (int(budget_bytes), INF)) - 1
         if k < 0:
-            proved = self.thin == 0 or isinstance(self.tables, Tables) or not self.points
+            proved = self.thin == 0 or isinstance(self.tables, Tables)
             status = Status.INFEASIBLE if proved else Status.UNKNOWN
             return Solution(status=status, least_bytes=self.least_bytes, solver="frontier")
         need, time = self.points[k]
@@ -676,7 +764,9 @@ def solve_frontier(
     `1 + thin / 8`, moonwalk runs up to `1 + thin / 6` a layer, so a schedule of `k` runs, inner ones included, is at most
     `((1 + thin / 2) (1 + thin / 8))^k` times the optimum without moonwalk runs, times `(1 + thin / 6)^L` with them: that is all that is proved beforehand.
     Measured losses are below `thin`; `Frontier.loss` proves a bound for the profile at hand, which is larger than `thin`, the more so the longer the chain
-    (results/solver_scaling). Least need and least time stay exact, but on long chains of identical layers (`mwplan.solvers.sparse`) the least need. `max_recompute_depth`, how deep RECOMPUTE runs may stand inside one another: 0 for none, None for any.
+    (results/solver_scaling). Least need and least time stay exact, unless
+    a chain of `_LONG` layers or more has stretches of `_STRETCH` or more identical ones: these are taken by `mwplan.solvers.sparse`, and few runs cross from such a
+    stretch into what lies beside it (`JoinedTables`); no loss is proved then, measured ones are in results/solver_scaling. `max_recompute_depth`, how deep RECOMPUTE runs may stand inside one another: 0 for none, None for any.
     **Returns:** a `Frontier`. **Raises:** `ArgumentError`. **Cost:** see `Tables`.
     """
     if not isinstance(profile, Profile):
@@ -690,12 +780,12 @@ def solve_frontier(
         raise ArgumentError(f"`max_recompute_depth={depth!r}` must be None or an integer, at least 0")
     check_max_error(max_error)
     chosen = check_allowed(allowed)
-    tables: Tables | UniformTables | SparseTables
-    if depth is None and len(profile) >= (_UNIFORM_THIN if thin else _UNIFORM) and is_uniform(profile):
-        if thin:
-            tables = SparseTables(profile, max_error=max_error, allowed=chosen, thin=thin)
-        else:
-            tables = UniformTables(profile, max_error=max_error, allowed=chosen)
+    tables: Tables | UniformTables | JoinedTables
+    parts = stretches(profile, _STRETCH) if thin and depth is None and len(profile) >= _LONG else []
+    if any(uniform for _, _, uniform in parts):
+        tables = JoinedTables(profile, parts, max_error=max_error, allowed=chosen, thin=thin)
+    elif not thin and depth is None and len(profile) >= _UNIFORM and is_uniform(profile):
+        tables = UniformTables(profile, max_error=max_error, allowed=chosen)
     else:
         candidates = Candidates(profile, max_error=max_error, allowed=chosen, loss=thin / 6)
         tables = Tables(candidates, depth, loss=thin / 4)

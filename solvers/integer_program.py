@@ -133,8 +133,7 @@ class _Problem:
     """What is asked, with the staircases under its pins."""
 
     frontier: Frontier
-    candidates: Candidates
-    #: None for a long chain of identical layers without side conditions: its frontier is the answer
+    #: None where the frontier has no tables of single stretches (long stretches of identical layers) and there are no side conditions: it is the answer
     top: Top | None
     max_distinct_runs: int | None
     time_limit_s: float
@@ -146,6 +145,11 @@ class _Problem:
         """The staircases of all suffixes, under the pins."""
         assert self.top is not None
         return self.top
+
+    @property
+    def candidates(self) -> Candidates:
+        """The runs outside RECOMPUTE runs, under the pins."""
+        return self.staircases.candidates
 
     @property
     def tables(self) -> Tables:
@@ -188,18 +192,19 @@ class _Problem:
             frontier = solve_frontier(
                 profile, max_error=max_error, allowed=allowed, max_recompute_depth=max_recompute_depth
             )
-        known = frontier.candidates
-        if known.profile != profile or known.max_error != max_error or known.allowed != allowed:
+        if frontier.profile != profile or frontier.max_error != max_error or frontier.allowed != allowed:
             raise ArgumentError(
                 "`frontier` was made from another profile, `max_error` or `allowed`: leave it out"
             )
         tables = frontier.tables
         if not isinstance(tables, Tables) and (narrowed or max_distinct_runs is not None):
             # Side conditions tell layers apart.
-            tables = Tables(Candidates(profile, max_error=max_error, allowed=allowed), max_recompute_depth)
-            frontier = Frontier(profile, tables, max_error=max_error, allowed=allowed)
+            thin = frontier.thin
+            every = Candidates(profile, max_error=max_error, allowed=allowed, loss=thin / 6)
+            tables = Tables(every, max_recompute_depth, loss=thin / 4)
+            frontier = Frontier(profile, tables, max_error=max_error, allowed=allowed, thin=thin)
         if not isinstance(tables, Tables):
-            return cls(frontier, frontier.candidates, None, None, time_limit_s, seed, workers)
+            return cls(frontier, None, None, time_limit_s, seed, workers)
         if max_recompute_depth is not None and tables.depth not in (0, max_recompute_depth):
             raise ArgumentError("`frontier` was made with another `max_recompute_depth`: leave it out")
         candidates, top = tables.candidates, frontier.top
@@ -213,7 +218,7 @@ class _Problem:
             )
         if narrowed or max_distinct_runs is not None:
             top = tables.solve_top(candidates, closing=True)
-        return cls(frontier, candidates, top, max_distinct_runs, time_limit_s, seed, workers)
+        return cls(frontier, top, max_distinct_runs, time_limit_s, seed, workers)
 
 
 def _check_number(name: str, value: Any, least: int) -> None:

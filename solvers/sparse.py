@@ -8,7 +8,8 @@ As in `mwplan.solvers.uniform` a stretch is known by its number of layers `n` an
 
 Every point is a schedule. What is lost: splits between these lengths, RECOMPUTE runs of all but less than one layer in `_SHARE` of their stretch (if
 any of them could be, schedules would nest as deep as the chain is long; like this a nest is at most about `_SHARE (1 + log(L / _SHARE))` deep), moonwalk and invert
-runs of more than `_LONGEST` layers or other lengths, and what merging (a factor `1 + 2 thin / 3` at each table) and thinning (`1 + thin / 3`) lose.
+runs of more than `_LONGEST` layers or other lengths, one after the other only of `2^i` or `3 2^i` layers, those that others beat but for a factor
+`1 + _STEP thin` in each of their costs, and what merging (a factor `1 + 2 thin / 3` at each table) and thinning (`1 + thin / 3`) lose.
 No loss is proved: `bound_ns` is then the time of every layer's fastest option, and what does not fit is UNKNOWN, not INFEASIBLE; losses measured against
 exact tables, and how far the leanest schedule is from the least bytes, are in results/solver_scaling.
 
@@ -26,10 +27,10 @@ from mwplan.errors import ArgumentError
 from mwplan.profiles import Profile
 from mwplan.schedule import Run, RunKind, Strategy
 from mwplan.solvers.diagonals import Ways, envelopes, thinned_all
-from mwplan.solvers.pareto import Ints, staircase, thinned
+from mwplan.solvers.pareto import Ints, nondominated, staircase, thinned
 from mwplan.solvers.runs import Candidates
-from mwplan.solvers.splits import Buffer, Pairs, grid, grouped, longer, moves
-from mwplan.solvers.uniform import shortened
+from mwplan.solvers.splits import Buffer, Pairs, grid, grouped, longer, moves, with_tail
+from mwplan.solvers.uniform import repeated
 
 Stairs = tuple[Ints, Ints]
 _NONE: Stairs = (np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
@@ -38,6 +39,8 @@ _BITS = 6
 _LONGEST = 256
 _SHARE = 32
 _CELLS = 384
+#: runs of several layers that differ by less than a factor `1 + _STEP thin` in everything count as one
+_STEP = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,29 +71,48 @@ def lengths(size: int) -> list[int]:
     return sorted(found)
 
 
+def longest_within(n: int) -> int:
+    """Up to how many of `n` layers a RECOMPUTE run takes that begins a schedule of them."""
+    return n - max(1, n // _SHARE)
+
+
 class SparseTables:
     """The tables. `candidates` are those of a chain of at most `_LONGEST + 1` layers.
 
-    **Arguments:** as of `mwplan.solvers.frontier.solve_frontier`; `thin` must not be 0.
+    **Arguments:** as of `mwplan.solvers.frontier.solve_frontier`; `thin` must not be 0. Where `profile` is a part of the chain `whole`, after its first
+    `first` layers: `ends`, the staircases of what follows, without and with its first input kept; None where nothing does.
     """
 
     def __init__(
-        self, profile: Profile, *, max_error: float, allowed: frozenset[Strategy], thin: float
+        self,
+        profile: Profile,
+        *,
+        max_error: float,
+        allowed: frozenset[Strategy],
+        thin: float,
+        whole: Profile | None = None,
+        first: int = 0,
+        ends: tuple[Stairs, Stairs] | None = None,
     ) -> None:
-        self.size, self.thin = len(profile), thin
+        whole = whole or profile
+        self.size, self.thin, self.first = len(profile), thin, first
+        #: whether something follows
+        self.inside = ends is not None
         self.nested = Strategy.RECOMPUTE in allowed
-        short = shortened(profile, min(self.size, _LONGEST + 1))
-        self.candidates = Candidates(short, max_error=max_error, allowed=allowed, loss=thin / 6, of=self.size)
+        short = repeated(profile, min(self.size, _LONGEST) + 1)
+        self.candidates = Candidates(
+            short, max_error=max_error, allowed=allowed, loss=thin / 6, of=len(whole)
+        )
         self.activation, self.waiting = int(profile.activation_bytes[0]), int(profile.cotangent_bytes[0])
         layer = profile.layers[0]
         self.forward = layer.forward_ns
-        first = layer.forward_workspace_bytes + self.activation
+        peak = layer.forward_workspace_bytes + self.activation
         #: forward peak of RECOMPUTE runs without x_s: of one layer, and of more
-        self.peaks = (first, first + self.activation)
+        self.peaks = (peak, peak + self.activation)
         self.both = bool(self.candidates.kept_nodes[1:].any())
         self.lengths = lengths(self.size)
         self.index = {n: k for k, n in enumerate([0, *self.lengths])}
-        high = profile.bytes_bound() - profile.fixed_bytes
+        high = whole.bytes_bound() - whole.fixed_bytes
         self.span = 1 << (high + 1).bit_length()
         if self.span * (2 * len(self.lengths) + 2) >= 2**63:
             raise ArgumentError(
@@ -98,6 +120,8 @@ class SparseTables:
             )
         least = 2 * (self.activation + self.waiting) + layer.forward_workspace_bytes
         self.grid = grid(least // 2, least, high, _CELLS)
+        if ends:
+            self.grid = with_tail(self.grid, least, high, ends)
         self.pieces: dict[bool, list[_Piece]] = {False: [], True: []}
         self._left = {
             e: Buffer(self.grid, self.span, 256, sided=True, waiting=self.waiting) for e in (False, True)
@@ -111,17 +135,18 @@ class SparseTables:
         self._by_layers: dict[bool, dict[int, list[int]]] = {False: {}, True: {}}
         self.inner, self.top = (
             self._buffer(_DONE, _DONE),
-            self._buffer(*(self._turn(e) for e in (False, True))),
+            self._buffer(*(ends or (self._turn(False), self._turn(True)))),
         )
         for n in self.lengths:
             self._add_atoms(n)
-            if n < self.size and self.nested:
+            if self.nested and (n < self.size or self.inside):
                 for e in (False, True):
                     self._merge(n, e, self.waiting, self.inner)
                 self._add_recompute(n)
         for n in self.lengths:
             for e in (False, True):
-                if e == (n == self.size) or self.both:
+                # The part's own start may be any node that the layers before it lead to, but for the chain's start.
+                if e or bool(first) if n == self.size else not e or self.both:
                     self._merge(n, e, 0, self.top)
                 else:
                     self.top.extend(1, _NONE[0], *_NONE)
@@ -198,10 +223,26 @@ class SparseTables:
                         which = 3 * int(atoms.handle[row]) + int(atoms.kind[row])
                         stores.setdefault(which, {})[e] = piece
                     continue
-                for f, held, stairs in grouped([x[rows] for x in columns], self.waiting):
-                    self._add_repeated({e: _Piece(n, keeps, f, held, stairs, rows)})
+                for f, held, stairs in grouped(self._few([x[rows] for x in columns]), self.waiting):
+                    piece = _Piece(n, keeps, f, held, stairs, rows)
+                    if n // (n & -n) <= 3:
+                        self._add_repeated({e: piece})
+                    else:
+                        self._add(e, piece)
         for same in stores.values():
             self._add_repeated(same)
+
+    def _few(self, columns: list[Ints]) -> list[Ints]:
+        """Of runs `(F, B, H, t)` of one length: those that no other beats by steps of a factor `1 + _STEP thin` in each."""
+        f, b, held, time = columns
+        steps = [np.where(f + self.waiting <= b, 0, f), b, held, time]
+        rough = [
+            np.floor(np.log(np.maximum(x, 1)) / np.log1p(_STEP * self.thin)).astype(np.int64) for x in steps
+        ]
+        # Of those that count as one, the fastest.
+        first = np.argsort(time, kind="stable")
+        kept = first[nondominated([x[first] for x in rough])]
+        return [x[kept] for x in columns]
 
     def _add_recompute(self, n: int) -> None:
         """RECOMPUTE runs of `n` layers."""
@@ -221,10 +262,11 @@ class SparseTables:
         part = slice(int(family.pointer[row, 0]), int(family.pointer[row, -1]))
         return family.key[part] - family.base[row], family.time[part]
 
-    def _choices(self, n: int, e: bool, k: int) -> Pairs:
+    def _choices(self, n: int, e: bool, k: int, family: Buffer) -> Pairs:
         """The pieces that a stretch of `n` layers may begin with, and the rows of what is left."""
         pieces, rows = [], []
-        longest = n - max(1, n // _SHARE)
+        # A RECOMPUTE run may end the part, but neither the chain nor the RECOMPUTE run it stands in.
+        longest = n if family is self.top and self.inside else longest_within(n)
         for left, rest in self.index.items():
             if left >= n:
                 break
@@ -249,36 +291,44 @@ class SparseTables:
             self._costs[e][:, known:ready] = np.array([(piece.held, piece.floor) for piece in new]).T
             self._moves[e][known:ready] = moves(self.grid, self._costs[e][0, known:ready, None])
             self._known[e] = ready
-        pairs = self._choices(n, e, k)
+        pairs = self._choices(n, e, k, family)
         way = Ways(pairs, 0, self._still, self._moves[e][pairs.left], _NONE)
-        slack, loss = (self.thin * 2 / 3, self.thin / 3) if n >= 4 else (0.0, 0.0)
+        many = n >= 4 or (family is self.top and self.inside)
+        slack, loss = (self.thin * 2 / 3, self.thin / 3) if many else (0.0, 0.0)
         found = envelopes([way], self._left[e], family, slack=slack, optimistic=False)
         family.extend(1, *(thinned_all(*found, loss, optimistic=False) if loss and found[0].size else found))
 
     # -- reading -------------------------------------------------------------------------------------------------
 
-    def points(self) -> Stairs:
-        """The chain's staircase."""
-        return self._stairs(self.top, self.size, True)
+    def points(self, e: bool = True) -> Stairs:
+        """The staircase of the chain, or of this part and what follows, from the node with `e`."""
+        return self._stairs(self.top, self.size, e)
 
     def runs(self, budget: int) -> tuple[Run, ...]:
         """The runs of the fastest schedule of the chain within `budget`, which must hold at least one."""
-        return self._read(0, self.size, True, budget, self.top, 0)
+        return self.read(True, budget)[0]
 
-    def _read(self, at: int, stop: int, e: bool, budget: int, family: Buffer, k: int) -> tuple[Run, ...]:
+    def read(self, e: bool, budget: int) -> tuple[tuple[Run, ...], bool, int]:
+        """As `runs`, of a part of a chain from the node with `e`; with `e` at its end and the budget left there."""
+        return self.rest(self.first, self.first + self.size, e, budget, self.top, 0)
+
+    def rest(
+        self, at: int, stop: int, e: bool, budget: int, family: Buffer, k: int
+    ) -> tuple[tuple[Run, ...], bool, int]:
+        """As `read`, from one position of the chain to another, inside RECOMPUTE runs (`family`, and `k` waiting) or not."""
         out: list[Run] = []
         while at < stop:
             need, times = self._stairs(family, stop - at, e)
             step = int(need.searchsorted(budget, side="right")) - 1
             budget, time = int(need[step]), int(times[step])
-            pairs = self._choices(stop - at, e, k)
+            pairs = self._choices(stop - at, e, k, family)
             # The point's own piece needs all of its budget; one that needs less may take as long, where merging overlooked it.
             needs, times = pairs.values(self._left[e], family, np.full(pairs.left.size, budget))
             number = int(pairs.left[np.flatnonzero((needs == budget) & (times == time))[0]])
             piece = self.pieces[e][number]
             self._spell(at, e, number, budget, out)
             at, e, budget = at + piece.layers, piece.keeps, budget - piece.held
-        return tuple(out)
+        return tuple(out), e, budget
 
     def _spell(self, at: int, e: bool, number: int, budget: int, out: list[Run]) -> None:
         """Appends the runs of one piece within `budget`."""
@@ -302,5 +352,5 @@ class SparseTables:
             )
         else:
             stop = at + piece.layers
-            inner = self._read(at, stop, e, budget, self.inner, self.waiting)
+            inner = self.rest(at, stop, e, budget, self.inner, self.waiting)[0]
             out.append(Run(kind=RunKind.RECOMPUTE, start=at, stop=stop, inner=inner))

@@ -43,6 +43,14 @@ def grid(low: int, least: int, high: int, cells: int) -> Ints:
     return np.unique(np.concatenate([below, above, far]).astype(np.int64))
 
 
+def with_tail(budgets: Ints, least: int, high: int, ends: tuple[Stairs, Stairs]) -> Ints:
+    """The budgets of a grid, made for stretches that need `least`, with those of stretches that `ends` follow, where they need much more."""
+    lowest = min((int(need[0]) for need, _ in ends if need.size), default=0)
+    if 2 * lowest < 3 * least:
+        return budgets
+    return np.union1d(budgets, grid(lowest // 2, lowest, high, budgets.size))
+
+
 def longer(old: _Array, rows: int) -> _Array:
     """`old` with room for `rows` rows, the new ones unset."""
     new = np.empty((rows, *old.shape[1:]), dtype=old.dtype)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from mwplan.profiles import Profile
+from mwplan.profiles import LayerProfile, Profile
 from mwplan.schedule import Run, RunKind, Strategy
 from mwplan.solvers.pareto import Ints, staircase, value_at
 from mwplan.solvers.runs import Candidates
@@ -27,21 +27,52 @@ _NONE: Stairs = (np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
 
 def is_uniform(profile: Profile) -> bool:
     """Whether all layers are equal (names apart) and all boundaries alike."""
-    first = dataclasses.replace(profile.layers[0], name="")
-    boundaries = (profile.activation_bytes, profile.cotangent_bytes, profile.sweep_cotangent_bytes)
-    return all(len(set(x)) == 1 for x in boundaries) and all(
-        x == profile.layers[0] or dataclasses.replace(x, name="") == first for x in profile.layers
+    return stretches(profile, 1) == [(0, len(profile), True)]
+
+
+def repeated(profile: Profile, size: int) -> Profile:
+    """`size` times the first layer of a uniform chain."""
+    return dataclasses.replace(
+        profile,
+        layers=profile.layers[:1] * size,
+        activation_bytes=profile.activation_bytes[:1] * (size + 1),
+        cotangent_bytes=profile.cotangent_bytes[:1] * (size + 1),
+        sweep_cotangent_bytes=profile.sweep_cotangent_bytes[:1] * (size + 1),
     )
 
 
-def shortened(profile: Profile, size: int) -> Profile:
-    """The first `size` layers."""
+def stretches(profile: Profile, least: int) -> list[tuple[int, int, bool]]:
+    """The chain in parts `(start, stop, uniform)`: stretches of at least `least` equal layers (names apart) between equal boundaries, and what lies between them."""
+    boundaries = list(
+        zip(profile.activation_bytes, profile.cotangent_bytes, profile.sweep_cotangent_bytes, strict=True)
+    )
+    out: list[tuple[int, int, bool]] = []
+    start = done = 0
+    for at in range(1, len(profile) + 1):
+        # Whether layer at + 1 goes on with the stretch from `start`.
+        same = at < len(profile) and boundaries[start] == boundaries[at] == boundaries[at + 1]
+        if same and _alike(profile.layers[start], profile.layers[at]):
+            continue
+        if at - start >= least and boundaries[start] == boundaries[start + 1]:
+            out += [(done, start, False)] if start > done else []
+            out.append((start, at, True))
+            done = at
+        start = at
+    return out + ([(done, len(profile), False)] if done < len(profile) else [])
+
+
+def _alike(one: LayerProfile, other: LayerProfile) -> bool:
+    return one == other or dataclasses.replace(one, name="") == dataclasses.replace(other, name="")
+
+
+def part(profile: Profile, start: int, stop: int) -> Profile:
+    """The layers `start+1..stop`."""
     return dataclasses.replace(
         profile,
-        layers=profile.layers[:size],
-        activation_bytes=profile.activation_bytes[: size + 1],
-        cotangent_bytes=profile.cotangent_bytes[: size + 1],
-        sweep_cotangent_bytes=profile.sweep_cotangent_bytes[: size + 1],
+        layers=profile.layers[start:stop],
+        activation_bytes=profile.activation_bytes[start : stop + 1],
+        cotangent_bytes=profile.cotangent_bytes[start : stop + 1],
+        sweep_cotangent_bytes=profile.sweep_cotangent_bytes[start : stop + 1],
     )
 
 

@@ -9,16 +9,18 @@ import warnings
 import checkpoint_schedules
 import pytest
 
-from mwplan.errors import ArgumentError
+from experiments.solver_scaling import deep
+from mwplan import planning
+from mwplan.errors import ArgumentError, InfeasibleError
 from mwplan.ledger import replay
 from mwplan.profiles import LayerProfile, Profile, StoreOption
 from mwplan.schedule import Run, Status, Strategy
 from mwplan.solvers import baselines
-from mwplan.solvers.frontier import solve_frontier
+from mwplan.solvers.frontier import JoinedTables, Tables, solve_frontier
 from mwplan.solvers.rotor import rotor
-from mwplan.solvers.runs import ALL_STRATEGIES
+from mwplan.solvers.runs import ALL_STRATEGIES, Candidates
 from mwplan.solvers.sparse import SparseTables, lengths
-from mwplan.solvers.uniform import UniformTables, is_uniform
+from mwplan.solvers.uniform import UniformTables, is_uniform, stretches
 from tests.chains import random_profile
 from tests.test_solvers import repeated
 
@@ -204,6 +206,98 @@ def test_lengths_with_tables_leave_lengths_with_tables(size: int) -> None:
     known = {0, *found}
     # From each of them a stretch of a power of two of layers leads to another: what is kept layer by layer can be kept in these steps.
     assert all(any(n - (1 << k) in known for k in range(14)) for n in found)
+
+
+def joined(rng: random.Random, *sizes: int) -> Profile:
+    """Random layers and long stretches of identical ones by turns, so many of each."""
+    parts = []
+    for k, size in enumerate(sizes):
+        made = random_profile(
+            rng, size, stores=2, moonwalks=rng.randint(0, 2), inverts=rng.randint(0, 1), flags=0.4
+        )
+        parts.append(repeated(made) if k % 2 else made)
+
+    def row(what: str) -> tuple[int, ...]:
+        # A joint has the bytes of the identical layers' boundaries.
+        rows = [getattr(part, f"{what}_bytes") for part in parts]
+        out: tuple[int, ...] = rows[0] if len(rows) == 1 else rows[0][:-1]
+        for k, x in enumerate(rows[1:], 1):
+            out += x if k % 2 else x[1:-1] if k < len(rows) - 1 else x[1:]
+        return out
+
+    return Profile(
+        layers=tuple(layer for part in parts for layer in part.layers),
+        activation_bytes=row("activation"),
+        cotangent_bytes=row("cotangent"),
+        sweep_cotangent_bytes=row("sweep_cotangent"),
+    )
+
+
+def test_stretches_of_identical_layers_are_found() -> None:
+    profile = joined(random.Random(0), 3, 40, 2, 50, 1)
+    assert stretches(profile, 30) == [
+        (0, 3, False), (3, 43, True), (43, 45, False), (45, 95, True), (95, 96, False)
+    ]  # fmt: skip
+    assert stretches(profile, 45) == [(0, 45, False), (45, 95, True), (95, 96, False)]
+    assert stretches(unit_chain(5), 5) == [(0, 5, True)]
+    assert stretches(unit_chain(5), 6) == [(0, 5, False)]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_identical_layers_between_others_keep_the_ledgers_word(seed: int) -> None:
+    rng = random.Random(seed)
+    sizes = ((2, 40, 3), (1, 20, 2, 24, 2), (4, 45), (1, 37, 1))[seed % 4]
+    profile = joined(rng, *sizes)
+    parts = stretches(profile, 20)
+    assert [x[2] for x in parts] == [k % 2 == 1 for k in range(len(sizes))]
+    for allowed in (ALL_STRATEGIES, RECOMPUTATION):
+        tables = JoinedTables(profile, parts, max_error=1e-4, allowed=allowed, thin=0.01)
+        needs, times = tables.points()
+        exact = Tables(Candidates(profile, allowed=allowed), None).solve_top().nodes[0, True]
+        for need, time in list(zip(needs.tolist(), times.tolist()))[:: max(1, len(needs) // 12)]:
+            found = replay(profile, tables.runs(need))
+            assert (found.peak_bytes, found.time_ns) == (need, time)
+            assert found.error <= 1e-4 * (1 + 1e-12)
+            assert time >= exact[1][exact[0].searchsorted(need, side="right") - 1]
+        # What is lost is two activations or so, and little time where there are as many.
+        for budget in (2 * int(exact[0][0]), 4 * int(exact[0][0]), int(needs[-1])):
+            got = times[needs.searchsorted(budget, side="right") - 1]
+            assert needs[0] <= budget
+            assert got <= 1.03 * exact[1][exact[0].searchsorted(budget, side="right") - 1]
+
+
+def test_recomputation_reaches_from_the_layers_before_into_identical_ones() -> None:
+    """Without such runs the joint's activation is kept: a fifth more time at twice the least bytes."""
+    profile = deep(100, submersive=False)
+    general = Tables(Candidates(profile, allowed=RECOMPUTATION), None, loss=0.0025).solve_top()
+    best_needs, best_times = general.nodes[0, True]
+    parts = stretches(profile, 96)
+    tables = JoinedTables(profile, parts, max_error=1e-4, allowed=RECOMPUTATION, thin=0.02)
+    needs, times = tables.points()
+    for share in (1.5, 2.0, 3.0):
+        budget = int(share * best_needs[0])
+        best = best_times[best_needs.searchsorted(budget, side="right") - 1]
+        step = needs.searchsorted(budget, side="right") - 1
+        assert times[step] <= 1.02 * best
+        runs = tables.runs(int(needs[step]))
+        found = replay(profile, runs)
+        assert (found.peak_bytes, found.time_ns) == (needs[step], times[step])
+        assert any(run.start < 2 < run.stop for run in runs)
+
+
+def test_deep_networks_are_planned_in_seconds() -> None:
+    profile = joined(random.Random(1), 2, 512, 3)
+    frontier = solve_frontier(profile, thin=0.02)
+    assert isinstance(frontier.tables, JoinedTables)
+    budget = frontier.points[len(frontier.points) // 3][0]
+    solution = frontier.at(budget)
+    assert solution.status is Status.FEASIBLE
+    assert 0 < solution.bound_ns < solution.time_ns
+    assert frontier.at(frontier.points[0][0] - 1).status is Status.UNKNOWN
+    plan = planning.plan(profile, budget + profile.fixed_bytes)
+    assert (plan.time_ns, plan.status) == (solution.time_ns, Status.FEASIBLE)
+    with pytest.raises(InfeasibleError, match="leaner one may exist"):
+        planning.plan(profile, frontier.points[0][0] - 1, frontier=planning.frontier(profile, thin=0.02))
 
 
 def test_long_chains_of_identical_layers() -> None:
