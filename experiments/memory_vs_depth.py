@@ -28,7 +28,7 @@ class Config:
     """Sizes. `layers`: longest chain that is planned (more blocks are joined); `rounds`, `seconds`: of timing at each point."""
 
     models: tuple[str, ...] = ("revnet", "lipschitz")
-    depths: tuple[int, ...] = (32, 64, 128, 256, 512)
+    depths: tuple[int, ...] = (32, 64, 128, 512)
     reference: int = 32
     multiples: tuple[float, ...] = (0.5, 1.0)
     unrolled: int = 32
