@@ -56,8 +56,10 @@ def point(config: Config, model: str) -> sweep.Point:
     """One model's point."""
     resolution = {"fragmental": config.length, "gpt": config.text}.get(model, config.resolution)
     group = zoo.joined(config.depth, config.layers)
+    # An example of the MLP is one row where those of the others are hundreds: with their sizes there would be nothing to plan.
+    wider, more = (8, 64) if model == "mlp" else (1, 1)
     network = zoo.Config(
-        model=model, depth=config.depth, width=config.width, batch=config.batch, resolution=resolution,
+        model=model, depth=config.depth, width=wider * config.width, batch=more * config.batch, resolution=resolution,
         group=group, seed=config.seed,
     )  # fmt: skip
     methods = tuple(m for m in alternatives.METHODS if group == 0 or m not in UNROLLED)
