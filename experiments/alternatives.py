@@ -38,7 +38,7 @@ import numpy as np
 
 import mwplan as mw
 from experiments import zoo
-from mwplan import planning, trees
+from mwplan import fitting, planning, trees
 from mwplan.canonical import canonical
 from mwplan.compiling import temporaries
 from mwplan.errors import InfeasibleError, MwplanError
@@ -437,7 +437,7 @@ class Bench:
     """Ways to take one gradient, compiled; equal programs are compiled, run and checked once."""
 
     def __init__(
-        self, problem: Problem, *, try_settings: bool = True, attempts: int = 4, tune: int = 4
+        self, problem: Problem, *, try_settings: bool = True, attempts: int = 4, tune: int = 6
     ) -> None:
         self.problem = problem
         self.settings = settings() if try_settings else {"default": mw.compiler_options()}
@@ -489,7 +489,7 @@ class Bench:
             row, _ = self.rows[at]
             choice = [one for k, several in self.plans.items() for one in several if self.rows[k][0]["budget_bytes"] <= row["budget_bytes"]]  # fmt: skip
             if choice:
-                self.rows[at] = row, min(choice, key=lambda one: statistics.median(one.seconds))
+                self.rows[at] = row, choice[fitting.quickest([one.seconds for one in choice])]
                 row["timed_plans"] = len(set(choice))
                 row.pop("reason", None)
         for one in every:

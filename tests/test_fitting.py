@@ -142,3 +142,8 @@ def test_tuning_times_the_plans_of_fewer_strategies(
     assert timed[0] >= 2
     assert found.temporary_bytes + profile.fixed_bytes <= budget
     assert any(f"{timed[0]} plans timed" in text for text in told)
+
+
+def test_the_quickest_is_told_from_rounds_of_different_speed() -> None:
+    """A slow moment hits whoever runs then: by their sums the second would win."""
+    assert fitting.quickest([[1.0, 1.0, 9.0], [1.1, 1.1, 8.0], [1.2, 5.0, 9.5]]) == 0
