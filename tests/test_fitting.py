@@ -146,4 +146,4 @@ def test_tuning_times_the_plans_of_fewer_strategies(
 
 def test_the_quickest_is_told_from_rounds_of_different_speed() -> None:
     """A slow moment hits whoever runs then: by their sums the second would win."""
-    assert fitting.quickest([[1.0, 1.0, 9.0], [1.1, 1.1, 8.0], [1.2, 5.0, 9.5]]) == 0
+    assert fitting.quickest([[1.0, 1.0, 9.0], [1.2, 1.1, 8.0], [1.2, 5.0, 9.5]]) == 0
