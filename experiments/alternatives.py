@@ -437,7 +437,7 @@ class Bench:
     """Ways to take one gradient, compiled; equal programs are compiled, run and checked once."""
 
     def __init__(
-        self, problem: Problem, *, try_settings: bool = True, attempts: int = 4, tune: int = 6
+        self, problem: Problem, *, try_settings: bool = True, attempts: int = 4, tune: int = 4
     ) -> None:
         self.problem = problem
         self.settings = settings() if try_settings else {"default": mw.compiler_options()}

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from experiments import alternatives, reading, record, sweep, zoo
 from experiments.memory_vs_depth import UNROLLED
-from experiments.reading import ALTERNATIVES, PLAIN, RECOMPUTING, Record
+from experiments.reading import ALTERNATIVES, PLAIN, Record
 from mwplan.plots import png
 from mwplan.serial import write_atomically
 
@@ -97,30 +97,6 @@ def compare(config: Config, one: Record) -> list[dict[str, Any]]:
     return rows
 
 
-def within(config: Config, one: Record) -> dict[str, Any]:
-    """What the leanest plan and the leanest recomputation need within `limit` times backpropagation's time; their least of all too."""
-    base = reading.fastest(reading.ran(one, PLAIN))
-    assert base is not None
-    most = config.limit * reading.median(base)
-    plans = reading.ran(one, ("plan",), config.max_error)
-    plan = reading.leanest([row for row in plans if reading.median(row) <= most])
-    rival = reading.best_recomputation(one, most)
-    least = [reading.leanest(rows) for rows in (plans, reading.ran(one, RECOMPUTING))]
-    sizes = [row and row["total_bytes"] for row in (plan, rival, *least)]
-    return {
-        "model": one["point"]["network"]["model"],
-        "depth": one["point"]["network"]["depth"],
-        "backprop_bytes": base["total_bytes"],
-        "plan_bytes": sizes[0],
-        "recomputation": rival["method"] if rival else None,
-        "recomputation_bytes": sizes[1],
-        "ratio": sizes[0] / sizes[1] if sizes[0] and sizes[1] else None,
-        "temporaries_ratio": plan["temporary_bytes"] / rival["temporary_bytes"] if plan and rival else None,
-        "least_plan_bytes": sizes[2],
-        "least_recomputation_bytes": sizes[3],
-    }
-
-
 def tables(config: Config, rows: list[dict[str, Any]], limits: list[dict[str, Any]]) -> list[Table]:
     """Both comparisons for people."""
 
@@ -151,27 +127,7 @@ def tables(config: Config, rows: list[dict[str, Any]], limits: list[dict[str, An
             number(r["plan_over_backprop"]), r["best_alternative"] or "none fits", number(r["plan_over_alternative"]),
             "" if r["error"] is None else f"{r['error']:.1e}", r["reason"] or r["status"] or "",
         )  # fmt: skip
-    second = Table(
-        title=f"memory within {config.limit:g} times backpropagation's time (MiB)", box=rich.box.SIMPLE
-    )
-    for name in (
-        "model",
-        "depth",
-        "backprop",
-        "plan",
-        "recomputation",
-        "by",
-        "plan / recomputation",
-        "least plan",
-        "least recomputation",
-    ):
-        second.add_column(name, justify="left" if name in ("model", "by") else "right")
-    for r in limits:
-        second.add_row(
-            r["model"], str(r["depth"]), size(r["backprop_bytes"]), size(r["plan_bytes"]), size(r["recomputation_bytes"]),
-            r["recomputation"] or "", number(r["ratio"]), size(r["least_plan_bytes"]), size(r["least_recomputation_bytes"]),
-        )  # fmt: skip
-    return [first, second]
+    return [first, reading.limits_table(limits, config.limit)]
 
 
 def draw(config: Config, one: Record) -> Figure:
@@ -210,7 +166,7 @@ def main(config: Config) -> None:
         title="models",
     )  # fmt: skip
     rows = [row for one in found for row in compare(config, one)]
-    limits = [within(config, one) for one in found]
+    limits = [reading.within(one, config.limit, config.max_error) for one in found]
     for table in tables(config, rows, limits):
         console.print(table)
     record.save(

@@ -590,7 +590,7 @@ def main(config: Config) -> None:
     console.print(table(rows))
     swept_records = [one for one in found if one["point"]["kind"] == "budgets" and one["ran"]]
     compared = [(_compared(config, one), one) for one in swept_records]
-    limits = [budget_sweep.within(how, one) for how, one in compared]
+    limits = [reading.within(one, how.limit, how.max_error) for how, one in compared]
     budget_rows = [row for how, one in compared for row in budget_sweep.compare(how, one)]
     exact = [
         {"point": one["point"]["chain"], "matmul": one["point"]["matmul"], "rows": one["rows"]}

@@ -6,6 +6,9 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import rich.box
+from rich.table import Table
+
 from experiments.alternatives import FIXED, RECOMPUTING, ratio
 
 Row = dict[str, Any]
@@ -83,3 +86,57 @@ def planned_for(row: Row, budget: int) -> bool:
 def mib(size: float) -> str:
     """Bytes in MiB, as tables print them."""
     return f"{size / 2**20:.2f}"
+
+
+def within(one: Record, limit: float, max_error: float) -> dict[str, Any]:
+    """What the leanest plan and the leanest recomputation need within `limit` times backpropagation's time; their least of all too.
+
+    Pure moonwalk and pure inversion count as plans: they are what a plan for their bytes has to beat.
+    """
+    base = fastest(ran(one, PLAIN))
+    assert base is not None
+    most = limit * median(base)
+    plans = ran(one, ("plan", "moonwalk", "fragment", "invert"), max_error)
+    plan = leanest([row for row in plans if median(row) <= most])
+    rival = best_recomputation(one, most)
+    least = [leanest(rows) for rows in (plans, ran(one, RECOMPUTING))]
+    sizes = [row and row["total_bytes"] for row in (plan, rival, *least)]
+    return {
+        "model": one["point"]["network"]["model"],
+        "depth": one["point"]["network"]["depth"],
+        "backprop_bytes": base["total_bytes"],
+        "plan_bytes": sizes[0],
+        "recomputation": rival["method"] if rival else None,
+        "recomputation_bytes": sizes[1],
+        "ratio": sizes[0] / sizes[1] if sizes[0] and sizes[1] else None,
+        "temporaries_ratio": plan["temporary_bytes"] / rival["temporary_bytes"] if plan and rival else None,
+        "least_plan_bytes": sizes[2],
+        "least_recomputation_bytes": sizes[3],
+    }
+
+
+def limits_table(limits: Sequence[dict[str, Any]], limit: float) -> Table:
+    """What `within` found, for people."""
+
+    def size(value: int | None) -> str:
+        return "" if value is None else mib(value)
+
+    made = Table(title=f"memory within {limit:g} times backpropagation's time (MiB)", box=rich.box.SIMPLE)
+    for name in (
+        "model",
+        "depth",
+        "backprop",
+        "plan",
+        "recomputation",
+        "by",
+        "plan / recomputation",
+        "least plan",
+        "least recomputation",
+    ):
+        made.add_column(name, justify="left" if name in ("model", "by") else "right")
+    for r in limits:
+        made.add_row(
+            r["model"], str(r["depth"]), size(r["backprop_bytes"]), size(r["plan_bytes"]), size(r["recomputation_bytes"]),
+            r["recomputation"] or "", "" if r["ratio"] is None else f"{r['ratio']:.2f}", size(r["least_plan_bytes"]), size(r["least_recomputation_bytes"]),
+        )  # fmt: skip
+    return made
