@@ -17,6 +17,7 @@ from typing import Any
 import rich.box
 import seaborn as sns
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 from rich.table import Table
 
 from experiments import alternatives, reading, record, sweep, zoo
@@ -150,8 +151,13 @@ def draw(config: Config, one: Record) -> Figure:
                 marker=marker, color=color, label=label, ls="-" if label == "plan" else ":", lw=1,
                 zorder=3 if label == "plan" else 2,
             )  # fmt: skip
+    top = max(reading.relative(row, base) for row in reading.ran(one, alternatives.METHODS, config.max_error))
+    ax.set_ylim(0, 1.2 * top)
+    ax.set_xscale("log")
+    for formatter in (ax.xaxis.set_major_formatter, ax.xaxis.set_minor_formatter):
+        formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
     network = one["point"]["network"]
-    ax.set(xlabel="device memory of the step (MiB)", ylabel="time / backpropagation's", xscale="log")
+    ax.set(xlabel="device memory of the step (MiB)", ylabel="time / backpropagation's")
     ax.set_title(f"{network['model']}, {network['depth']} blocks")
     ax.legend(fontsize=7)
     return figure
