@@ -61,6 +61,10 @@ POLICIES: dict[str, Callable[..., Any] | None] = {
 }
 
 
+#: Programs that need more than so many times the largest budget asked for are compiled, for their memory, and not run.
+MOST = 8
+
+
 class NotApplicableError(MwplanError):
     """A method does not apply to a chain; the message says why."""
 
@@ -446,6 +450,7 @@ class Bench:
         self.programs: dict[Any, Compiled] = {}
         self.rows: list[tuple[dict[str, Any], Compiled | None]] = []
         self.plans: dict[int, list[Compiled]] = {}
+        self.idle: int | None = None
 
     def compile(self, way: Way) -> Compiled:
         """The way's program, under the leanest setting; schedules of ours have one setting."""
@@ -522,8 +527,13 @@ class Bench:
     def check(self) -> None:
         """Gradient errors of the programs in use against float64 backpropagation."""
         truth = float64_gradients(self.problem)
-        for one in self.used():
+        for one in self.run_at_all():
             one.error, one.worst_error = relative_error(innermost(one.run()[1]), truth)
+
+    def run_at_all(self) -> list[Compiled]:
+        """Those of `used` that need no more than `idle` bytes."""
+        most = math.inf if self.idle is None else self.idle - self.problem.fixed_bytes
+        return [one for one in self.used() if one.temporary_bytes <= most]
 
     def used(self) -> list[Compiled]:
         """The programs that rows stand on, each once."""
@@ -663,7 +673,9 @@ def measure(point: dict[str, Any], unroll: int = zoo.UNROLL) -> dict[str, Any]:
                 if name in BUDGETED:
                     bench.add(name, budget)
     bench.tune_plans()
-    programs = bench.used()
+    if not isinstance(study.budgets, int) and study.budgets:
+        bench.idle = MOST * max(study.budgets)
+    programs = bench.run_at_all()
     measures = [] if not study.yardstick else _yardstick(config, study, problem)
     if study.rounds:
         interleave([*programs, *measures], study.rounds, study.seconds)

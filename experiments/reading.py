@@ -10,6 +10,7 @@ import rich.box
 from rich.table import Table
 
 from experiments.alternatives import FIXED, RECOMPUTING, ratio
+from mwplan.errors import ArgumentError
 
 Row = dict[str, Any]
 Record = dict[str, Any]
@@ -75,7 +76,9 @@ def relative(row: Row, base: Row) -> float:
 
 def best_recomputation(record: Record, seconds: float) -> Row | None:
     """The leanest row that keeps or recomputes, and nothing else, within `seconds` a step."""
-    return leanest([row for row in ran(record, (*PLAIN, *RECOMPUTING)) if median(row) <= seconds])
+    return leanest(
+        [row for row in ran(record, (*PLAIN, *RECOMPUTING)) if row["seconds"] and median(row) <= seconds]
+    )
 
 
 def planned_for(row: Row, budget: int) -> bool:
@@ -94,10 +97,11 @@ def within(one: Record, limit: float, max_error: float) -> dict[str, Any]:
     Pure moonwalk and pure inversion count as plans: they are what a plan for their bytes has to beat.
     """
     base = fastest(ran(one, PLAIN))
-    assert base is not None
+    if base is None:
+        raise ArgumentError("backpropagation was not timed at this point: nothing to compare with")
     most = limit * median(base)
     plans = ran(one, ("plan", "moonwalk", "fragment", "invert"), max_error)
-    plan = leanest([row for row in plans if median(row) <= most])
+    plan = leanest([row for row in plans if row["seconds"] and median(row) <= most])
     rival = best_recomputation(one, most)
     least = [leanest(rows) for rows in (plans, ran(one, RECOMPUTING))]
     sizes = [row and row["total_bytes"] for row in (plan, rival, *least)]
