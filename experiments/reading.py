@@ -9,7 +9,7 @@ from typing import Any
 import rich.box
 from rich.table import Table
 
-from experiments.alternatives import FIXED, RECOMPUTING, ratio
+from experiments.alternatives import RECOMPUTING, ratio
 from mwplan.errors import ArgumentError
 
 Row = dict[str, Any]
@@ -81,11 +81,6 @@ def best_recomputation(record: Record, seconds: float) -> Row | None:
     )
 
 
-def planned_for(row: Row, budget: int) -> bool:
-    """Whether a row counts at `budget`: made for it, or of a method that takes no budget."""
-    return row["method"] in FIXED or row["budget_bytes"] == budget
-
-
 def mib(size: float) -> str:
     """Bytes in MiB, as tables print them."""
     return f"{size / 2**20:.2f}"
@@ -125,7 +120,10 @@ def limits_table(limits: Sequence[dict[str, Any]], limit: float) -> Table:
     def size(value: int | None) -> str:
         return "" if value is None else mib(value)
 
-    made = Table(title=f"memory within {limit:g} times backpropagation's time (MiB)", box=rich.box.SIMPLE)
+    made = Table(
+        title=f"memory within {limit:g} times backpropagation's time (MiB); pure moonwalk and inversion count as plans",
+        box=rich.box.SIMPLE,
+    )
     for name in (
         "model",
         "depth",
