@@ -281,7 +281,7 @@ def scheduled(profile: Profile, solution: Solution, max_error: float) -> Schedul
         status=solution.status,
         fixed_bytes=profile.fixed_bytes,
         peak_bytes=found.peak_bytes,
-        time_ns=found.time_ns,
+        time_ns=found.time_ns + found.fresh_ns,
         error=found.error,
         max_error=max_error,
         solver=solution.solver,

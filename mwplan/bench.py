@@ -20,6 +20,7 @@ from mwplan.compiling import options_of, temporaries
 from mwplan.growth import random_cotangent
 
 PyTree = Any
+_KEPT = 32 << 20  # bytes
 SMALL = 1 << 14  # bytes: below, a saving is not worth a compilation
 
 
@@ -53,6 +54,9 @@ class Pricing(Protocol):
 
     def settle(self) -> None:
         """Makes the times of all programs known."""
+
+    def fresh(self) -> tuple[int, int]:
+        """As `Bench.fresh`."""
 
     def saving(
         self, handle: Any, operation: Callable[..., Any], *args: Any, dead: Any, outputs: Callable[[Any], Any]
@@ -216,6 +220,38 @@ class Bench:
             del program.samples[0]
             program.leaves = program.dying = []  # what it was timed on need not be kept
         self.unsettled.clear()
+
+    def fresh(self) -> tuple[int, int]:
+        """`(kept_bytes, fresh_mib_ns)` of `Profile`: a large array as a temporary against the same array in an output's memory, which is there already.
+
+        glibc maps blocks above 32 MiB anew each time, and keeps smaller ones; whether that is so here, a smaller array tells. Other platforms pool memory.
+        """
+        if jax.default_backend() != "cpu":
+            return 0, 0
+        small, large = (self._fresh_mib_ns(size) for size in (_KEPT * 3 // 4, 2 * _KEPT))
+        return (_KEPT if small < large / 2 else 0), large
+
+    def _fresh_mib_ns(self, size: int) -> int:
+        """What an allocation of `size` bytes costs, for each MiB of it."""
+
+        def filled(value: Any) -> tuple[Any, Any]:
+            array = jax.lax.optimization_barrier(jnp.broadcast_to(value, (size // 4,)))
+            return array, jnp.sum(array)
+
+        one = jnp.ones(())
+        temporary = jax.jit(lambda v: filled(v)[1], compiler_options=self.options)
+        given = jax.jit(lambda buffer, v: filled(v), donate_argnums=0, keep_unused=True)
+        buffer = jnp.zeros(size // 4)
+        taken: tuple[list[int], list[int]] = [], []
+        for _ in range(2 + max(9, self.repeats)):
+            start = time.perf_counter_ns()
+            jax.block_until_ready(temporary(one))
+            between = time.perf_counter_ns()
+            buffer, _ = jax.block_until_ready(given(buffer, one))
+            taken[0].append(between - start)
+            taken[1].append(time.perf_counter_ns() - between)
+        more = statistics.median(taken[0][2:]) - statistics.median(taken[1][2:])
+        return max(0, int(more / (size / 2**20)))
 
     def saving(
         self,

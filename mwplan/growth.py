@@ -57,7 +57,7 @@ def random_cotangent(like: PyTree, key: jax.Array) -> PyTree:
 
 def _draws(key: jax.Array, count: int) -> list[jax.Array]:
     """`count` keys of the device's generator, whose streams differ however little the keys do."""
-    words = jnp.resize(jax.random.key_data(key), 4)
+    words = jnp.resize(jax.random.key_data(key), (4,))
     return [jax.random.wrap_key_data(words.at[3].add(jnp.uint32(i)), impl="rbg") for i in range(count)]
 
 

@@ -79,6 +79,7 @@ def profile(
         structs,
         [(names[i], measured[key], unusable.get(i)) for i, key in enumerate(keys)],
         fixed_bytes=fixed,
+        fresh=bench.fresh(),
         device=f"{device.platform}:{device.device_kind}",
         source=f"measured, jax {jax.__version__}, median of {repeats}",
     )
@@ -90,10 +91,11 @@ def assemble(
     layers: list[tuple[str, Costs, frozenset[Name] | None]],
     *,
     fixed_bytes: int,
+    fresh: tuple[int, int],
     device: str,
     source: str,
 ) -> Profile:
-    """The profile of a chain from each layer's name, costs and the rules that its weights forbid (None: not looked at)."""
+    """The profile of a chain from each layer's name, costs and the rules that its weights forbid (None: not looked at); `fresh`, as `Bench.fresh`."""
     known: dict[Any, LayerProfile] = {}
     profiles = []
     counts = collections.Counter(id(costs) for _, costs, _ in layers)
@@ -110,6 +112,8 @@ def assemble(
             trees.nbytes(jax.eval_shape(trees.widen, trees.parameters(s))) for s in structs
         ),
         fixed_bytes=fixed_bytes,
+        kept_bytes=fresh[0],
+        fresh_mib_ns=fresh[1],
         fingerprint=fingerprint(chain),
         device=device,
         source=source,
@@ -319,9 +323,9 @@ class _MoonwalkPrograms:
         self.forward, y, self.held = _forward(bench, rule, one, x)
         wide = trees.widen(ct_out)
         reverse = functools.partial(operations.reverse, rule=rule)
-        args = (one, self.held, *_shared(self.held, x, y), wide)
+        args: tuple[Any, ...] = (one, self.held, *_shared(self.held, x, y), wide)
         whole = isinstance(rule, rules.WholeFragment)
-        dead = (self.held.own, () if whole else wide)
+        dead: Any = (self.held.own, () if whole else wide)
         self.reverse = bench.in_place(bench.program(reverse, *args), reverse, *args, dead=dead)
         self.savings = [
             bench.saving(

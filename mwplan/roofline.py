@@ -166,6 +166,10 @@ class Roofline:
         """`handle`: what an operation moves is counted alike wherever it writes."""
         return handle
 
+    def fresh(self) -> tuple[int, int]:
+        """Nothing: accelerators pool their memory."""
+        return 0, 0
+
     def settle(self) -> None:
         """Nothing: times are known at once."""
 
