@@ -530,9 +530,12 @@ class Interpreter:
     def _moonwalk(self, run: Run, kept: list[Any], box: list[PyTree], depth: int) -> None:
         pieces = self.pieces(run)
         inside = [trees.widen(box.pop())]
-        truth = sketch.take(inside[0]) if self.check else None
+        compared = self._compared(run, pieces) if self.check else None
+        truth = got = None
         fragments: list[Any] = []
         for piece in reversed(pieces):  # R
+            if piece.stop == compared:
+                truth = sketch.take(inside[0])
             if piece.count > 1:
                 part = _part(run, piece)
 
@@ -554,8 +557,10 @@ class Interpreter:
                 self._scan_advance(run, piece, fragments.pop(), inside, depth)
             else:
                 self._advance(_part(run, piece, shift=False), fragments.pop(), inside, depth, run.stop)
-        if truth is not None:
-            self._note(run, sketch.discrepancy(truth, sketch.take(inside[0])))
+            if piece.stop == compared:
+                got = sketch.take(inside[0])
+        if truth is not None and got is not None:
+            self._note(run, sketch.discrepancy(truth, got))
         # The runs to the left need only what R found: without this tie XLA may start them before M is done.
         # (Tying the last `ct` would not do: what nobody uses is dropped from a barrier.)
         if run.start > 0:
@@ -564,6 +569,14 @@ class Interpreter:
             box[0], parts = self.gate((box[0], parts))
             for i in touched:
                 self.grads.parts[i] = parts[i]
+
+    def _compared(self, run: Run, pieces: Sequence[Repeat]) -> int:
+        """Where a run's cotangent is compared with the truth: the last position that its gradients need, so that a compiler drops the M sweep beyond, as it would
+        without the comparison; its end, if it has no parameters."""
+        for piece in reversed(pieces):
+            if piece.count > 1 or trees.parameters(self.layer(piece.stop)):
+                return piece.stop
+        return run.stop
 
     def _reverse(self, part: _Part, kept: list[Residuals], box: list[PyTree], depth: int) -> Any:
         """R over some layers: `(fragments, ct)`, the fragments from the last layer to the first."""

@@ -95,7 +95,8 @@ class _Shape:
         if self.leaf:
             yield from self.leaf.runs(start, start + self.size)
             return
-        assert self.inner and self.after
+        assert self.inner is not None
+        assert self.after is not None
         for _ in range(self.count):
             stop = start + self.length
             yield Run(kind=RunKind.RECOMPUTE, start=start, stop=stop, inner=tuple(self.inner.runs(start)))
