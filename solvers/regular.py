@@ -30,8 +30,10 @@ from mwplan.solvers.uniform import part, repeated, stretches
 LEAST_STRETCH = 96
 #: fewer equal runs in a row than this are compiled one by one, as by `mwplan.interpret`
 _WRITTEN_OUT = 4
-#: how many levels of RECOMPUTE a single group has, and none
-_LEVELS = 3
+#: levels of RECOMPUTE, of one group each, where two levels do not fit
+_DEEPEST = 4
+#: schedules of no more loops stay as they are
+_FEW = 8
 #: what one more loop may cost of the time, between schedules of few runs
 _PRICE = 1e-3
 _SWEEPS = {RunKind.STORE: 2, RunKind.MOONWALK: 3, RunKind.INVERT: 2}
@@ -166,14 +168,15 @@ class _Body:
 
     def best(self, size: int, room: int) -> _Shape | None:
         """The best of at most two groups at the top."""
-        found = [self.one_group(size, room, levels) for levels in range(_LEVELS)]
+        found = [self.one_group(size, room, levels) for levels in (0, 1, 2)]
         for count in _counts(size // 2):
-            for length in _counts(size // count):
+            for length in _counts((size - 1) // count):
                 inner = self.one_group(length, room - (count - 1) * self.own, 1)
                 after = self.one_group(size - count * length, room - count * self.own, 1) if inner else None
                 if inner and after:
                     found.append(self.group(count, length, inner, after))
-        return min((shape for shape in found if shape), key=lambda shape: shape.price, default=None)
+        fits = [shape for shape in found if shape] or [self.one_group(size, room, _DEEPEST)]
+        return min((shape for shape in fits if shape), key=lambda shape: shape.price, default=None)
 
 
 def _counts(most: int) -> Iterator[int]:
@@ -196,10 +199,10 @@ def simplify(
     long = [(a, z) for a, z, uniform in stretches(profile, LEAST_STRETCH) if uniform]
     most_ns = int(replay(profile, runs).time_ns * (1 + loss)) if long else 0
     for start, stop in long:
-        within = [run for run in runs if start <= run.start and run.stop <= stop]
+        within = [run for run in runs if start < run.stop <= stop]
         # Nothing is recomputed that was not: it may not be allowed.
-        if any(run.kind is RunKind.RECOMPUTE for run in within):
-            runs = _replaced(profile, runs, within, room, max_error, most_ns)
+        if loops(within) > _FEW and any(run.kind is RunKind.RECOMPUTE for run in within):
+            runs = _replaced(profile, runs, within, start, room, max_error, most_ns)
     return runs
 
 
@@ -207,13 +210,18 @@ def _replaced(
     profile: Profile,
     runs: tuple[Run, ...],
     within: list[Run],
+    start: int,
     room: int,
     max_error: float,
     most_ns: int,
 ) -> tuple[Run, ...]:
-    """`runs` with others in place of `within`, if there are better ones."""
-    begin, end = within[0].start, within[-1].stop
-    left = tuple(run for run in runs if run.stop <= begin)
+    """`runs` with others in place of `within`, which reach into a stretch that begins at `start`, if there are better ones."""
+    begin, end = max(start, within[0].start), within[-1].stop
+    # A RECOMPUTE run may come from a few layers before the stretch: those are stored then.
+    left = tuple(run for run in runs if run.stop <= within[0].start)
+    for at in range(within[0].start, begin):
+        option = min(profile.layers[at].store, key=lambda o: o.forward_ns + o.backward_ns)
+        left += (Run(kind=RunKind.STORE, start=at, stop=at + 1, options=(option.name,)),)
     right = tuple(run for run in runs if run.start >= end)
     piece = part(profile, begin, end)
     own, waiting = piece.activation_bytes[0], piece.cotangent_bytes[0]
@@ -229,9 +237,9 @@ def _replaced(
     less = 0
     for _ in range(_TRIES):
         found = body.best(end - begin, room - taken - less)
-        if found is None or found.loops >= loops(within):
+        other = (*left, *found.runs(begin), *right) if found else runs
+        if loops(other) >= loops(runs):
             break
-        other = (*left, *found.runs(begin), *right)
         checked = replay(profile, other)
         if checked.time_ns > most_ns:
             break
