@@ -142,13 +142,14 @@ def test_the_report_asks_for_no_more_of_the_last_sweep() -> None:
     keys = jax.random.split(jax.random.key(0), 8)
     chain = mw.Chain([f for key in keys for f in (Dense.init(key, 64, 64), MaxMin())])
     x = jax.random.normal(jax.random.key(1), (4096, 64))
-    plan = schedule_of(*(walk(s, s + 2, "exact", "permute") for s in range(0, 16, 2)))
+    plan = schedule_of(*(walk(s, s + 2, "exact", "undo") for s in range(0, 16, 2)))
 
     def flops(step: Any) -> float:
         return mw.jit(step).lower(chain, x).compile().cost_analysis()["flops"]
 
     silent = flops(jax.value_and_grad(lambda c, x: mean_square(mw.apply(plan, c, x))))
-    assert flops(mw.value_and_grad(mean_square, plan)) < 1.03 * silent
+    # The sketches themselves take 6% here, where layers are small; the layers rebuilt would take 24% more.
+    assert flops(mw.value_and_grad(mean_square, plan)) < 1.1 * silent
 
 
 def test_invert_runs_report_too() -> None:
