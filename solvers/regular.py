@@ -175,8 +175,10 @@ class _Body:
                 after = self.one_group(size - count * length, room - count * self.own, 1) if inner else None
                 if inner and after:
                     found.append(self.group(count, length, inner, after))
-        fits = [shape for shape in found if shape] or [self.one_group(size, room, _DEEPEST)]
-        return min((shape for shape in fits if shape), key=lambda shape: shape.price, default=None)
+        fits = [shape for shape in found if shape]
+        if not fits:
+            return self.one_group(size, room, _DEEPEST)
+        return min(fits, key=lambda shape: shape.price)
 
 
 def _counts(most: int) -> Iterator[int]:
