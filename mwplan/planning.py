@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import dataclasses
 import functools
 import math
 from collections.abc import Iterable, Mapping
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 EVERY_STRATEGY = frozenset(Strategy)
 #: longer chains are planned with this loss of time aimed at, unless told otherwise
 EXACT_LAYERS, DEEP_THIN = 128, 0.02
+#: the share of its time that a schedule not proved optimal may lose to become one of fewer different runs
+REGULAR = 0.01
 #: Sets of strategies whose plans are worth timing beside that of all: a profile's times are estimates, and recomputation alone may turn out faster.
 NARROWER = (
     EVERY_STRATEGY - {Strategy.VIJP, Strategy.FRAGMENT},
@@ -46,6 +49,7 @@ def plan(
     time_limit_s: float = 30.0,
     seed: int = 0,
     thin: float | None = None,
+    regular: float = REGULAR,
     frontier: Frontier | None = None,
 ) -> Schedule:
     """The fastest schedule whose gradient step fits the budget, with a certificate.
@@ -54,7 +58,7 @@ def plan(
     as "2GiB"; `max_error`, the largest predicted relative error of any reconstructed cotangent; `allowed`, the
     strategies to choose from; `pins`, a strategy forced on some layers (1 to L, from the input); `max_distinct_runs`, a limit on
     different runs (compile time); `time_limit_s` and `seed`, of the integer program; `thin`, as in `frontier`, None for `default_thin`;
-    `frontier`, what `mw.frontier` returned for the same profile, `max_error` and `allowed`, where it is there already.
+    `regular`, as in `Frontier.at`; `frontier`, what `mw.frontier` returned for the same profile, `max_error` and `allowed`, where it is there already.
     **Returns:** a `Schedule` that the ledger has replayed; `status` says whether it is proved optimal, else `gap` how far it may be from it.
     **Raises:** `InfeasibleError` with the least feasible budget and what binds there; `ArgumentError`.
     **Cost:** the frontier of the chain, and the proof on top (seconds at 100 layers). Chains of 160 layers or more with long stretches of identical ones
@@ -94,6 +98,8 @@ def plan(
             budget_bytes=budget_bytes,
             least_bytes=least,
         )
+    if free:
+        solution = solved.simplified(solution, room, regular)
     return solved.schedule(solution, budget_bytes, free=free)
 
 
@@ -166,13 +172,44 @@ class Frontier:
         least = self.solved.least_bytes
         return None if least is None else least + self.profile.fixed_bytes
 
-    def at(self, budget: int | str) -> Schedule:
-        """The fastest schedule at `budget`, by the frontier alone. Raises `InfeasibleError`."""
+    def at(self, budget: int | str, *, regular: float = REGULAR) -> Schedule:
+        """The fastest schedule at `budget`, by the frontier alone.
+
+        `regular`: of a schedule that is not proved optimal, the share of its time that may be lost for one of fewer different runs where layers repeat: these
+        compile faster, in a time that grows with the number of different runs. **Raises:** `InfeasibleError`.
+        """
         budget_bytes = parse_bytes(budget)
-        solution = self.solved.at(self.enough(budget_bytes - self.profile.fixed_bytes))
+        room = budget_bytes - self.profile.fixed_bytes
+        solution = self.solved.at(self.enough(room))
         if solution.runs is None:
             raise self.infeasible(budget_bytes, budget)
-        return self.schedule(solution, budget_bytes)
+        return self.schedule(self.simplified(solution, room, regular), budget_bytes)
+
+    def simplified(self, solution: Solution, room: int, loss: float) -> Solution:
+        """`solution`, or one of fewer different runs at a loss of time of at most a factor `1 + loss`; proved optimal, it stays as it is."""
+        from mwplan.solvers.regular import simplify
+
+        if solution.runs is None or solution.status is Status.OPTIMAL:
+            return solution
+        runs = simplify(self.profile, solution.runs, room, max_error=self.max_error, loss=loss)
+        if runs is solution.runs:
+            return solution
+        found = replay(self.profile, runs)
+        before = solution.time_ns + self.profile.fresh_ns(solution.peak_bytes)
+        if found.time_ns + found.fresh_ns > (1 + loss) * before:  # it takes more memory, which costs time
+            return (
+                self.simplified(solution, solution.peak_bytes, loss)
+                if room > solution.peak_bytes
+                else solution
+            )
+        return dataclasses.replace(
+            solution,
+            runs=runs,
+            time_ns=found.time_ns,
+            peak_bytes=found.peak_bytes,
+            error=found.error,
+            solver=f"{solution.solver}, regular",
+        )
 
     def infeasible(self, budget_bytes: int, budget: int | str) -> InfeasibleError:
         """The error for a budget below the least feasible one: says that, and which event needs it."""
@@ -237,8 +274,8 @@ class Frontier:
         least = fresh_ns(self.solved.least_bytes or 0)
         if not free:
             return solution.bound_ns + least
-        if (
-            self.solved.thin and solution.solver == "frontier"
+        if self.solved.thin and solution.solver.startswith(
+            "frontier"
         ):  # the bounds of a thinned frontier cost as much again
             return fastest_ns(self.profile) + least
         return min(time + fresh_ns(need) for need, time in self.solved.bound_points if need <= room)
