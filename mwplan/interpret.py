@@ -396,6 +396,11 @@ class Interpreter:
             return jnp.zeros(0, jnp.float32)
         return jnp.concatenate(pool)[jnp.asarray(index)]
 
+    def _sketch(self, position: int) -> None:
+        """Of `x_position`, before anything else is done with it."""
+        tied = self.gate((sketch.take(self.x[position]), self.x[position]))
+        self.sketches[position], self.x[position] = tied
+
     def _note(self, run: Run, discrepancy: Array) -> None:
         self.report[run.start, run.stop] = discrepancy[None], 0
 
@@ -422,7 +427,7 @@ class Interpreter:
             self.claim(run.start)
         invert = run.kind is RunKind.INVERT and self.check
         if invert:
-            self.sketches[run.start] = sketch.take(self.x[run.start])
+            self._sketch(run.start)
         for piece in pieces:
             if piece.count > 1:
                 part = _part(run, piece)
@@ -433,7 +438,7 @@ class Interpreter:
             else:
                 kept += self._forward_layers(_part(run, piece, shift=False), depth)
                 if invert and piece.stop == run.start + 1 < run.stop:
-                    self.sketches[piece.stop] = sketch.take(self.x[piece.stop])
+                    self._sketch(piece.stop)
         if run.kind is RunKind.INVERT:
             self.claim(run.stop)
         return kept
@@ -509,7 +514,9 @@ class Interpreter:
     def _moonwalk(self, run: Run, kept: list[Any], box: list[PyTree], depth: int) -> None:
         pieces = self.pieces(run)
         inside = [trees.widen(box.pop())]
-        truth = sketch.take(inside[0]) if self.check else None
+        truth = None
+        if self.check:  # before the next operation's arrays are there
+            truth, inside[0] = self.gate((sketch.take(inside[0]), inside[0]))
         fragments: list[Any] = []
         for piece in reversed(pieces):  # R
             if piece.count > 1:
@@ -533,16 +540,17 @@ class Interpreter:
                 self._scan_advance(run, piece, fragments.pop(), inside, depth)
             else:
                 self._advance(_part(run, piece, shift=False), fragments.pop(), inside, depth, run.stop)
-        if truth is not None:
-            self._note(run, sketch.discrepancy(truth, sketch.take(inside[0])))
+        found = None if truth is None else sketch.discrepancy(truth, sketch.take(inside[0]))
         # The runs to the left need only what R found: without this tie XLA may start them before M is done.
         # (Tying the last `ct` would not do: what nobody uses is dropped from a barrier.)
         if run.start > 0:
             touched = {self.view.places[layer].part for layer in range(run.start, run.stop)}
             parts = {i: self.grads.parts[i] for i in touched}
-            box[0], parts = self.gate((box[0], parts))
+            box[0], parts, found = self.gate((box[0], parts, found))
             for i in touched:
                 self.grads.parts[i] = parts[i]
+        if found is not None:
+            self._note(run, found)
 
     def _reverse(self, part: _Part, kept: list[Residuals], box: list[PyTree], depth: int) -> Any:
         """R over some layers: `(fragments, ct)`, the fragments from the last layer to the first."""
@@ -626,7 +634,8 @@ class Interpreter:
                 box.append(ct)
                 del ct
             if self.check and (truth := self.sketches.pop(piece.start, None)) is not None and known is None:
-                self._note(run, sketch.discrepancy(truth, sketch.take(x)))
+                found, x, box[0] = self.gate((sketch.discrepancy(truth, sketch.take(x)), x, box[0]))
+                self._note(run, found)
             del known
             self.claim(piece.start, x)
             del x

@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from mwplan import growth, operations, rules, sharding, trees
+from mwplan import growth, operations, rules, sharding, sketch, trees
 from mwplan.bench import Bench, Pricing
 from mwplan.chain import Chain, Stack, boundaries, check_chain, fingerprint, layer_name, signatures
 from mwplan.errors import ArgumentError
@@ -260,8 +260,9 @@ def measure_layer(bench: Pricing, one: PyTree, x: PyTree) -> Costs:
     y = plain.result
     ct_out = bench.cotangent(y)
     stores = [_StorePrograms(bench, rule, one, x, ct_out) for rule in rules.store_rules(one, x)]
+    sketched = bench.program(sketch.take, trees.widen(ct_out))  # as of what the last layer of a run rebuilds
     walks = [
-        _MoonwalkPrograms(bench, rule, one, x, ct_out)
+        _MoonwalkPrograms(bench, rule, one, x, ct_out, sketched.workspace_bytes)
         for rule in rules.vijp_rules(one, x)
         if isinstance(rule, rules.VijpRule)
     ]
@@ -319,8 +320,11 @@ class _StorePrograms:
 class _MoonwalkPrograms:
     """The operations of one way through a moonwalk run."""
 
-    def __init__(self, bench: Pricing, rule: rules.VijpRule, one: PyTree, x: PyTree, ct_out: PyTree) -> None:
+    def __init__(
+        self, bench: Pricing, rule: rules.VijpRule, one: PyTree, x: PyTree, ct_out: PyTree, sketch_bytes: int
+    ) -> None:
         self.rule = rule
+        self.sketch_bytes = sketch_bytes
         self.forward = bench.program(functools.partial(operations.forward, rule=rule), one, x)
         y, self.held = self.forward.result
         wide = trees.widen(ct_out)
@@ -376,7 +380,7 @@ class _MoonwalkPrograms:
             reverse_workspace_bytes=self.reverse.workspace_bytes,
             rebuild_workspace_bytes=self.vijp.workspace_bytes,
             advance_workspace_bytes=self.going_on.workspace_bytes,
-            last_workspace_bytes=self.last.workspace_bytes,
+            last_workspace_bytes=max(self.last.workspace_bytes, self.sketch_bytes),
             reverse_saving_bytes=self.savings[0],
             rebuild_saving_bytes=self.savings[1],
             advance_saving_bytes=self.savings[2],
