@@ -51,9 +51,11 @@ class Arranged:
     """As `compiled`, but some operations begin with a detour: one of their small parameters, padded, is negated an even number of times.
 
     What it is for: XLA places the longest-lived of equally large buffers first, where life is counted in allocations, and so leaves holes
-    that depend on how many small buffers come and go beside the large ones. A detour adds some: the program is the same, the holes are others.
+    that depend on how many small buffers come and go beside the large ones. A detour adds some: the program is the same, the holes are others. Nothing
+    of an operation starts before its detour is over, or what it has already written would live the longer for it.
 
-    `number`: of the arrangement; `size`: elements of a padded parameter, more than any output has, or the
+    `number`: of the arrangement. The first makes the same detour everywhere, so that lives are about as long as they are in operations, and
+    of equal ones XLA places the earlier first, which leaves no holes along a chain; in others the detours' lengths are random. `size`: elements of a padded parameter, more than any output has, or the
     detour would be made in an output that is not written yet, and count for nothing.
     """
 
@@ -65,13 +67,14 @@ class Arranged:
         leaves, treedef = jax.tree.flatten(trees.tie(args))
         small = [(leaf.size, i) for i, leaf in enumerate(leaves) if trees.is_inexact(leaf)]
         size, at = min(small, default=(self.size, 0))
-        times = random.Random(f"{self.number} {sweep} {layer} {depth}").choice((0, 2, 4, 8, 16))
+        length = random.Random(f"{self.number} {sweep} {layer} {depth}").choice((0, 2, 4, 8, 16))
+        times = 10 if self.number == 1 else length
         if 0 < size < self.size and times:
             padded = jnp.pad(leaves[at].reshape(-1), (0, self.size - size))
             for _ in range(times):
                 padded = trees.tie(-padded)
             leaves[at] = padded[:size].reshape(leaves[at].shape)
-        return trees.tie(operation(*jax.tree.unflatten(treedef, leaves)))
+        return trees.tie(operation(*jax.tree.unflatten(treedef, trees.tie(leaves))))
 
 
 def looped(sweep: str, layer: int, depth: int, operation: Callable[..., Any], *args: Any) -> Any:
