@@ -50,9 +50,11 @@ class Arranged:
     """As `compiled`, but some operations begin with a detour: one of their small parameters, padded, is negated an even number of times.
 
     What it is for: XLA places the longest-lived of equally large buffers first, where life is counted in allocations, and so leaves holes
-    that depend on how many small buffers come and go beside the large ones. A detour adds some: the program is the same, the holes are others.
+    that depend on how many small buffers come and go beside the large ones. A detour adds some: the program is the same, the holes are others. Nothing
+    of an operation starts before its detour is over, or what it has already written would live the longer for it.
 
-    `number`: of the arrangement; `size`: elements of a padded parameter, more than any output has, or the
+    `number`: of the arrangement. The first makes the same detour everywhere, so that lives are about as long as they are in operations, and
+    of equal ones XLA places the earlier first, which leaves no holes along a chain; in others the detours' lengths are random. `size`: elements of a padded parameter, more than any output has, or the
     detour would be made in an output that is not written yet, and count for nothing.
     """
 
@@ -64,13 +66,14 @@ class Arranged:
         leaves, treedef = jax.tree.flatten(trees.tie(args))
         small = [(leaf.size, i) for i, leaf in enumerate(leaves) if trees.is_inexact(leaf)]
         size, at = min(small, default=(self.size, 0))
-        times = random.Random(f"{self.number} {sweep} {layer} {depth}").choice((0, 2, 4, 8, 16))
+        length = random.Random(f"{self.number} {sweep} {layer} {depth}").choice((0, 2, 4, 8, 16))
+        times = 10 if self.number == 1 else length
         if 0 < size < self.size and times:
             padded = jnp.pad(leaves[at].reshape(-1), (0, self.size - size))
             for _ in range(times):
                 padded = trees.tie(-padded)
             leaves[at] = padded[:size].reshape(leaves[at].shape)
-        return trees.tie(operation(*jax.tree.unflatten(treedef, leaves)))
+        return trees.tie(operation(*jax.tree.unflatten(treedef, trees.tie(leaves))))
 
 
 def looped(sweep: str, layer: int, depth: int, operation: Callable[..., Any], *args: Any) -> Any:
@@ -415,6 +418,11 @@ class Interpreter:
             return jnp.zeros(0, jnp.float32)
         return jnp.concatenate(pool)[jnp.asarray(index)]
 
+    def _sketch(self, position: int) -> None:
+        """Of `x_position`, before anything else is done with it."""
+        tied = self.gate((sketch.take(self.x[position]), self.x[position]))
+        self.sketches[position], self.x[position] = tied
+
     def _note(self, run: Run, discrepancy: Array) -> None:
         self.report[run.start, run.stop] = discrepancy[None], 0
 
@@ -441,7 +449,7 @@ class Interpreter:
             self.claim(run.start)
         invert = run.kind is RunKind.INVERT and self.check
         if invert:
-            self.sketches[run.start] = sketch.take(self.x[run.start])
+            self._sketch(run.start)
         for piece in pieces:
             if piece.count > 1:
                 part = _part(run, piece)
@@ -452,7 +460,7 @@ class Interpreter:
             else:
                 kept += self._forward_layers(_part(run, piece, shift=False), depth)
                 if invert and piece.stop == run.start + 1 < run.stop:
-                    self.sketches[piece.stop] = sketch.take(self.x[piece.stop])
+                    self._sketch(piece.stop)
         if run.kind is RunKind.INVERT:
             self.claim(run.stop)
         return kept
@@ -535,7 +543,8 @@ class Interpreter:
         fragments: list[Any] = []
         for piece in reversed(pieces):  # R
             if piece.stop == compared:
-                truth = sketch.take(inside[0])
+                # Before the next operation's arrays are there.
+                truth, inside[0] = self.gate((sketch.take(inside[0]), inside[0]))
             if piece.count > 1:
                 part = _part(run, piece)
 
@@ -558,17 +567,18 @@ class Interpreter:
             else:
                 self._advance(_part(run, piece, shift=False), fragments.pop(), inside, depth, run.stop)
             if piece.stop == compared:
-                got = sketch.take(inside[0])
-        if truth is not None and got is not None:
-            self._note(run, sketch.discrepancy(truth, got))
+                got, inside[0] = self.gate((sketch.take(inside[0]), inside[0]))
+        found = None if truth is None or got is None else sketch.discrepancy(truth, got)
         # The runs to the left need only what R found: without this tie XLA may start them before M is done.
         # (Tying the last `ct` would not do: what nobody uses is dropped from a barrier.)
         if run.start > 0:
             touched = {self.view.places[layer].part for layer in range(run.start, run.stop)}
             parts = {i: self.grads.parts[i] for i in touched}
-            box[0], parts = self.gate((box[0], parts))
+            box[0], parts, found = self.gate((box[0], parts, found))
             for i in touched:
                 self.grads.parts[i] = parts[i]
+        if found is not None:
+            self._note(run, found)
 
     def _compared(self, run: Run, pieces: Sequence[Repeat]) -> int:
         """Where a run's cotangent is compared with the truth: the last position that its gradients need, so that a compiler drops the M sweep beyond, as it would
@@ -660,7 +670,8 @@ class Interpreter:
                 box.append(ct)
                 del ct
             if self.check and (truth := self.sketches.pop(piece.start, None)) is not None and known is None:
-                self._note(run, sketch.discrepancy(truth, sketch.take(x)))
+                found, x, box[0] = self.gate((sketch.discrepancy(truth, sketch.take(x)), x, box[0]))
+                self._note(run, found)
             del known
             self.claim(piece.start, x)
             del x

@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from mwplan import growth, operations, rules, sharding, trees
+from mwplan import growth, operations, rules, sharding, sketch, trees
 from mwplan.bench import Bench, Priced, Pricing
 from mwplan.chain import Chain, Stack, boundaries, check_chain, fingerprint, layer_name, signatures
 from mwplan.errors import ArgumentError
@@ -265,8 +265,9 @@ def measure_layer(bench: Pricing, one: PyTree, x: PyTree) -> Costs:
     plain = bench.in_place(plain, operations.plain_forward, one, x, dead=x)
     ct_out = bench.cotangent(y)
     stores = [_StorePrograms(bench, rule, one, x, ct_out) for rule in rules.store_rules(one, x)]
+    sketched = bench.program(sketch.take, trees.widen(ct_out))  # as of what the last layer of a run rebuilds
     walks = [
-        _MoonwalkPrograms(bench, rule, one, x, ct_out)
+        _MoonwalkPrograms(bench, rule, one, x, ct_out, sketched.workspace_bytes)
         for rule in rules.vijp_rules(one, x)
         if isinstance(rule, rules.VijpRule)
     ]
@@ -318,8 +319,11 @@ class _StorePrograms:
 class _MoonwalkPrograms:
     """The operations of one way through a moonwalk run."""
 
-    def __init__(self, bench: Pricing, rule: rules.VijpRule, one: PyTree, x: PyTree, ct_out: PyTree) -> None:
+    def __init__(
+        self, bench: Pricing, rule: rules.VijpRule, one: PyTree, x: PyTree, ct_out: PyTree, sketch_bytes: int
+    ) -> None:
         self.rule = rule
+        self.sketch_bytes = sketch_bytes
         self.forward, y, self.held = _forward(bench, rule, one, x)
         wide = trees.widen(ct_out)
         reverse = functools.partial(operations.reverse, rule=rule)
@@ -366,7 +370,7 @@ class _MoonwalkPrograms:
             reverse_workspace_bytes=self.reverse.workspace_bytes,
             rebuild_workspace_bytes=self.vijp.workspace_bytes,
             advance_workspace_bytes=self.going_on.workspace_bytes,
-            last_workspace_bytes=self.last.workspace_bytes,
+            last_workspace_bytes=max(self.last.workspace_bytes, self.sketch_bytes),
             reverse_saving_bytes=self.savings[0],
             rebuild_saving_bytes=self.savings[1],
             advance_saving_bytes=self.savings[2],
