@@ -18,6 +18,8 @@ from mwplan.solvers.splits import BLOCK, MARGIN, Buffer, Pairs, Shifts
 Stairs = tuple[Ints, Ints]
 Samples = NDArray[np.float32]
 _INF = np.float32(np.inf)
+#: about so many groups are bounded at once: their bounds should stay in a processor's cache
+_GROUPS = 1_500
 
 
 @dataclass(slots=True)
@@ -54,9 +56,18 @@ def envelopes(
     for which, way in enumerate(ways):
         if way.known[0].size:
             points.add(which, *way.known)
-    some = np.array([k for k, way in enumerate(ways) if way.pairs.left.size], dtype=np.int64)
-    if some.size:
-        _Cells([ways[k] for k in some], some, left, right, shifts, slack).add_to(points, optimistic)
+    some: list[int] = []
+    size = 0
+    for which, way in enumerate(ways):
+        count = way.pairs.left.size
+        if some and size + count > _GROUPS:
+            _Cells([ways[k] for k in some], np.array(some), left, right, shifts, slack).add_to(points, optimistic)
+            some, size = [], 0
+        if count:
+            some.append(which)
+            size += count
+    if some:
+        _Cells([ways[k] for k in some], np.array(some), left, right, shifts, slack).add_to(points, optimistic)
     if not points.of:
         none = np.zeros(0, dtype=np.int64)
         return none, none, none
@@ -140,17 +151,16 @@ class _Cells:
 
     def _add_sure(self, points: _Points) -> None:
         """The schedules that `limit` counts on, and the fastest."""
-        blocks, stretch = self.first.size, self.stretch[:, None]
-        useful = (self.upper == self.best[self.part]) if self.group.size else np.zeros((0, 0), dtype=np.bool_)
+        blocks = self.first.size
+        entry = place = np.zeros(0, dtype=np.intp)
         if self.group.size:
-            useful &= self.upper < self.limit[stretch, self.cells]
-            useful &= self.upper <= self.limit[stretch, self.cells + 1]
-        entry, place = np.nonzero(useful)
+            stretch, cells = self.stretch[self.cuts, None], self.cells[self.cuts]
+            useful = (self.best < self.limit[stretch, cells]) & (self.best <= self.limit[stretch, cells + 1])
+            entry, place = np.nonzero(self.upper == np.where(useful, self.best, -1)[self.part])
         ahead = self.first[1:]
-        upper = self.rough[:, blocks:]
-        useful = (upper == self.least[self.of, blocks:]) & (upper < self.limit[:, ahead - 1][self.of])
-        useful &= upper <= self.limit[:, ahead][self.of]
-        group, block = np.nonzero(useful)
+        least = self.least[:, blocks:]
+        useful = (least < self.limit[:, ahead - 1]) & (least <= self.limit[:, ahead])
+        group, block = np.nonzero(self.rough[:, blocks:] == np.where(useful, least, -1)[self.of])
         fastest = self.rough[:, blocks - 1]
         fast = np.flatnonzero(fastest <= self.least[self.of, blocks - 1] * np.float32(1 + MARGIN))
         chosen = np.concatenate([self.group[entry], group, fast])

@@ -51,8 +51,13 @@ _SHORT = 4
 #: budgets at which staircases are compared first
 _CELLS = 384
 #: shares of the loss aimed at that a merge and the thinning after it may take
-_SLACK, _THIN = 4.0, 1.0
+_SLACK, _THIN = 6.0, 2.0
+#: and of that, at the top level, where losses would add up along the chain
 _TOP = 0.1
+#: and in bounds
+_BOUND = 0.5
+_LABEL = 1.0
+_BOUND_LABEL = 0.125
 #: from here on chains of identical layers have exact tables of their own
 _UNIFORM = 48
 #: thinned, in chains of so many layers, stretches of so many identical ones have
@@ -193,8 +198,7 @@ class Tables:
         left.extend(1, none, none, none)
         rows = np.ones((2, self.size + 1, self.size + 1), dtype=np.int64)
         again = np.zeros_like(rows)
-        for at in range(self.size + 1):
-            rows[:, at, at] = 0
+        rows[:, np.arange(self.size + 1), np.arange(self.size + 1)] = 0
         nodes: dict[tuple[int, bool], _Node] = {}
         for n in range(1, self.size + 1):
             content = [
@@ -213,7 +217,7 @@ class Tables:
                 found = self._merge_all(n, news, nodes, rows, again, reach, source is not None, left, right)
                 of, need, time = found
                 first = right.rows
-                right.extend(len(news), of, need, time)
+                at = right.extend(len(news), of, need, time)
                 cuts = of.searchsorted(np.arange(len(news) + 1))
                 for k, (key, _) in enumerate(fresh.items()):
                     part = slice(cuts[k], cuts[k + 1])
@@ -237,6 +241,7 @@ class Tables:
                     np.concatenate([x[0] for x in inner]),
                     np.concatenate([x[1] for x in inner]) + np.repeat(sums, sizes),
                     np.array(floor),
+                    at=at if source == level else None,
                 )
                 for k, key in enumerate(fresh):
                     self._again[level][key] = first + k
@@ -688,8 +693,10 @@ class Frontier:
                 self._bound = ((0, fastest_ns(self.profile)),)
                 return self._bound
             c = t.candidates
-            c = Candidates(c.profile, max_error=c.max_error, allowed=c.allowed, loss=c.loss, optimistic=True)
-            lower = Tables(c, t.depth, loss=t.loss, optimistic=True)
+            c = Candidates(
+                c.profile, max_error=c.max_error, allowed=c.allowed, loss=c.loss * _BOUND_LABEL, optimistic=True
+            )
+            lower = Tables(c, t.depth, loss=t.loss * _BOUND, optimistic=True)
             need, time = lower.solve_top().nodes[0, True]
             self._bound = tuple(zip(need.tolist(), time.tolist()))
         return self._bound
@@ -790,6 +797,6 @@ def solve_frontier(
     elif not thin and depth is None and len(profile) >= _UNIFORM and is_uniform(profile):
         tables = UniformTables(profile, max_error=max_error, allowed=chosen)
     else:
-        candidates = Candidates(profile, max_error=max_error, allowed=chosen, loss=thin / 6)
+        candidates = Candidates(profile, max_error=max_error, allowed=chosen, loss=thin * _LABEL)
         tables = Tables(candidates, depth, loss=thin / 4)
     return Frontier(profile, tables, max_error=max_error, allowed=chosen, thin=thin)

@@ -102,8 +102,11 @@ class Buffer:
         self.samples: Samples = np.empty((rows, 2 * n + 1 if sided else n + 2), dtype=np.float32)
         self.rough: Samples = np.empty((rows if sided else 0, rough_columns(n).size), dtype=np.float32)
 
-    def extend(self, rows: int, of: Ints, need: Ints, time: Ints, floor: Ints | None = None) -> None:
-        """Adds the staircases of the next `rows` rows at once; `of`, in order: the row of each point, from 0."""
+    def extend(
+        self, rows: int, of: Ints, need: Ints, time: Ints, floor: Ints | None = None, at: Ints | None = None
+    ) -> Ints:
+        """Adds the staircases of the next `rows` rows at once; `of`, in order: the row of each point, from 0; `at`, what this returned where it is known already: how
+        many points lie at or below each budget of each row and in earlier rows."""
         n, size, first = self.grid.size, self.size, self.rows
         if (first + rows + 1) * self.span >= 2**63:
             raise ArgumentError(
@@ -121,7 +124,8 @@ class Buffer:
         self.base[first : first + rows], self.key[size:end], self.time[size:end] = base, key, time
         begin = key.searchsorted(base)
         stop = np.append(begin[1:], need.size)
-        at = key.searchsorted((base[:, None] + self.grid).ravel(), side="right").reshape(rows, n)
+        if at is None:
+            at = key.searchsorted((base[:, None] + self.grid).ravel(), side="right").reshape(rows, n)
         pointer = self.pointer[first : first + rows]
         pointer[:, 0], pointer[:, 1:-1], pointer[:, -1] = begin + size, at + size, stop + size
         samples = self.samples[first : first + rows]
@@ -139,6 +143,7 @@ class Buffer:
         if self.sided:
             self.rough[first : first + rows] = samples[:, rough_columns(n)]
         self.size, self.rows = end, first + rows
+        return at
 
 
 class Shifts:
