@@ -22,7 +22,7 @@ from mwplan.schedule import Run, RunKind
 from mwplan.solvers.diagonals import Ways, envelopes, thinned_all
 from mwplan.solvers.pareto import Ints
 from mwplan.solvers.sparse import SparseTables, longest_within
-from mwplan.solvers.splits import Buffer, Pairs, grouped, moves
+from mwplan.solvers.splits import Buffer, Pairs, grouped
 
 if TYPE_CHECKING:
     from mwplan.solvers.frontier import Tables
@@ -59,7 +59,6 @@ class Approach:
         #: rows of the suffixes in the body's own buffers, inside RECOMPUTE runs and at the top, by how many of its layers follow
         self.inner: dict[tuple[int, bool, int], int] = {}
         self.top: dict[tuple[int, bool, int], int] = {}
-        self._moves: dict[int, np.ndarray[tuple[int, ...], np.dtype[np.intp]]] = {}
         for s, e in self.nodes:
             self._add_near(s, e)
         for n in body.lengths:
@@ -137,7 +136,8 @@ class Approach:
         columns = np.array(
             [(x.row, row, x.held, x.floor + k) for x, row in zip(pieces, rows)], dtype=np.int64
         )
-        return pieces, Pairs(*columns.reshape(-1, 4).T.copy())
+        left, right, held, floor = columns.reshape(-1, 4).T.copy()
+        return pieces, Pairs(left, right, held, floor, body.shifts.rows(held))
 
     def _merge(
         self, s: int, e: bool, n: int, k: int, family: Buffer, rows: dict[tuple[int, bool, int], int]
@@ -148,13 +148,10 @@ class Approach:
         if not pieces:
             family.extend(1, _NONE[0], *_NONE)
             return
-        for held in {x.held for x in pieces}:
-            if held not in self._moves:
-                self._moves[held] = moves(family.grid, held)
-        still = moves(family.grid, 0)
-        way = Ways(pairs, 0, still, np.stack([self._moves[x.held] for x in pieces]), _NONE)
         loss = self.body.thin / 3
-        found = envelopes([way], self.left, family, slack=2 * loss, optimistic=False)
+        found = envelopes(
+            [Ways(pairs, _NONE)], self.left, family, self.body.shifts, slack=2 * loss, optimistic=False
+        )
         family.extend(1, *(thinned_all(*found, loss, optimistic=False) if found[0].size else found))
 
     # -- reading -------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 r"""All stretches of one length at once: how the tables of inner schedules are filled.
 
-`T[s, r, e]` depends on shorter stretches only, so those of one length are independent. Bounds (`mwplan.solvers.splits`) are taken stretch by stretch, as
-large arrays anyway; what they leave of runs and cells is evaluated, sorted and thinned for all stretches of a length together.
+`T[s, r, e]` depends on shorter stretches only, so those of one length are independent: bounds (`mwplan.solvers.splits`) are taken, what they leave of runs and
+cells is evaluated, sorted and thinned for all stretches of a length together.
 """
 
 from __future__ import annotations
@@ -13,21 +13,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mwplan.solvers.pareto import INF, Ints
-from mwplan.solvers.splits import MARGIN, Buffer, Pairs, floor_points
+from mwplan.solvers.splits import BLOCK, MARGIN, Buffer, Pairs, Shifts
 
 Stairs = tuple[Ints, Ints]
 Samples = NDArray[np.float32]
 _INF = np.float32(np.inf)
+#: about so many groups are bounded at once: their bounds should stay in a processor's cache
+_GROUPS = 1_500
 
 
 @dataclass(slots=True)
 class Ways:
-    """How one stretch may begin: `pairs` (its first `shared` ones hold the same, and `moved` is theirs), `rest` the moves of the others."""
+    """How one stretch may begin: by the groups `pairs`, or by a run that is all of it, of which `known` is the staircase."""
 
     pairs: Pairs
-    shared: int
-    moved: NDArray[np.intp]
-    rest: NDArray[np.intp]
     known: Stairs
 
 
@@ -46,65 +45,29 @@ class _Points:
 
 
 def envelopes(
-    ways: list[Ways], left: Buffer, right: Buffer, *, slack: float, optimistic: bool
+    ways: list[Ways], left: Buffer, right: Buffer, shifts: Shifts, *, slack: float, optimistic: bool
 ) -> tuple[Ints, Ints, Ints]:
     """The lower envelopes of many stretches' groups (`mwplan.solvers.splits`): their staircases one after the other, as stretch, need, time.
 
-    **Arguments:** `ways`, with their groups' rows in `left` and `right`; `slack`, the factor of time that may be lost at each, but for the least need and, but for
-    ties within float32, the least time; `optimistic`: then no point is a schedule, but no schedule is faster than the staircase.
+    **Arguments:** `ways`, with their groups' rows in `left`, `right` and `shifts`; `slack`, the factor of time that may be lost at each, but for the least need and, but
+    for ties within float32, the least time; `optimistic`: then no point is a schedule, but no schedule is faster than the staircase.
     """
-    budgets = right.grid
-    n, width = budgets.size, right.samples.shape[1]
-    flat = right.samples.ravel()
-    chosen: list[Pairs] = []
-    cells: list[Ints] = []
-    counts: list[int] = []
-    sure: list[Pairs] = []
-    sure_at: list[Ints] = []
-    sure_of: list[Ints] = []
     points = _Points()
     for which, way in enumerate(ways):
         if way.known[0].size:
             points.add(which, *way.known)
-        pairs, shared = way.pairs, way.shared
-        if not pairs.left.size:
-            counts.append(0)
-            continue
-        bound: Samples = left.samples[pairs.left]
-        if shared:
-            bound[:shared] += right.samples[pairs.right[:shared]].take(way.moved, axis=1)
-        if shared < pairs.left.size:
-            bound[shared:] += flat.take(way.rest + pairs.right[shared:, None] * width)
-        lowest = bound.min(axis=0)
-        upper = lowest[n + 1 :]
-        if way.known[0].size:
-            at = way.known[0].searchsorted(budgets, side="right")
-            upper = np.minimum(upper, np.append(np.inf, way.known[1])[at].astype(np.float32))
-        limit = np.append(_INF, np.minimum.accumulate(upper))
-        goal = limit * np.float32((1 + MARGIN) / (1 + slack))
-        columns = np.flatnonzero(lowest[: n + 1] < goal)
-        group, place = np.nonzero(bound[:, columns] < goal[columns])
-        counts.append(group.size)
-        chosen.append(pairs.take(group))
-        cells.append(columns[place])
-        if slack and optimistic:
-            points.add(which, *floor_points(bound[:, : n + 1], goal, limit, budgets))
-        elif slack:
-            # The schedules that `limit` counts on, and the fastest.
-            useful = np.flatnonzero((lowest[n + 1 :] <= limit[1:]) & (lowest[n + 1 :] < limit[:-1]))
-            fastest = np.flatnonzero(bound[:, n] <= lowest[n] * np.float32(1 + MARGIN))
-            sure.append(pairs.take(np.append(bound[:, n + 1 + useful].argmin(axis=0), fastest)))
-            sure_at.append(np.append(budgets[useful], np.full(fastest.size, right.span - 1)))
-            sure_of.append(np.full(useful.size + fastest.size, which))
-    if chosen:
-        of = np.repeat(np.arange(len(ways)), counts)
-        cell = np.concatenate(cells)
-        for pair, need, time in _joined(chosen).steps(left, right, cell):
-            points.add(of[pair], need, time)
-    if sure:
-        need, time = _joined(sure).values(left, right, np.concatenate(sure_at))
-        ok = time < INF
-        points.add(np.concatenate(sure_of)[ok], need[ok], time[ok])
+    some: list[int] = []
+    size = 0
+    for which, way in enumerate(ways):
+        count = way.pairs.left.size
+        if some and size + count > _GROUPS:
+            _Cells([ways[k] for k in some], np.array(some), left, right, shifts, slack).add_to(points, optimistic)
+            some, size = [], 0
+        if count:
+            some.append(which)
+            size += count
+    if some:
+        _Cells([ways[k] for k in some], np.array(some), left, right, shifts, slack).add_to(points, optimistic)
     if not points.of:
         none = np.zeros(0, dtype=np.int64)
         return none, none, none
@@ -113,9 +76,128 @@ def envelopes(
     )
 
 
+class _Cells:
+    """The groups of many stretches, none without any, in cells: what bounds say of them.
+
+    `limit[w, q]`: what stretch `w` is known to take at the beginning of cell `q`, infinite for the first (there are columns up to the end of the last block); `goal`: below it, a group is evaluated. Blocks: of cells.
+    `rough[p]`: the bounds of group `p` in each block, from below, and at the beginnings of the blocks but the first, from above; `least`: the smallest of each stretch;
+    `alive`: which groups may matter in which blocks. Of those (`group`, in order of `stretch` and block, at `cells`), `lower` and `upper` bound in each cell and at its end.
+    """
+
+    def __init__(
+        self, ways: list[Ways], names: Ints, left: Buffer, right: Buffer, shifts: Shifts, slack: float
+    ) -> None:
+        self.names, self.left, self.right, self.slack = names, left, right, slack
+        self.budgets = budgets = right.grid
+        counts = np.array([way.pairs.left.size for way in ways])
+        self.pairs = pairs = _joined([way.pairs for way in ways])
+        self.of = np.repeat(np.arange(len(ways)), counts)
+        self.begins = np.cumsum(counts) - counts
+        n, width = budgets.size, right.samples.shape[1]
+        self.first = np.arange(0, n + 1, BLOCK)
+        blocks = self.first.size
+        samples = right.samples.ravel()
+        self.rough = left.rough[pairs.left]
+        self.rough += samples.take(pairs.right[:, None] * width + shifts.rough[pairs.moved])
+        self.least = np.minimum.reduceat(self.rough, self.begins, axis=0)
+        self.limit: Samples = np.full((len(ways), blocks * BLOCK + 1), _INF, dtype=np.float32)
+        for row, way in zip(self.limit, ways):
+            if way.known[0].size:
+                at = way.known[0].searchsorted(budgets, side="right")
+                row[1 : n + 1] = np.append(np.inf, way.known[1])[at]
+        ahead = self.first[1:]
+        self.limit[:, ahead] = np.minimum(self.limit[:, ahead], self.least[:, blocks:])
+        np.minimum.accumulate(self.limit, axis=1, out=self.limit)
+        factor = np.float32((1 + MARGIN) / (1 + slack))
+        # A group left out here takes at least 1 / (1 + slack) of what is known at the block's beginning, and so in all of its cells.
+        self.alive = self.rough[:, :blocks] < (self.limit[:, self.first] * factor)[self.of]
+        self.group, block = np.nonzero(self.alive)
+        order = np.argsort(self.of[self.group] * blocks + block, kind="stable")
+        self.group, block = self.group[order], block[order]
+        self.stretch = self.of[self.group]
+        self.cells = block[:, None] * BLOCK + np.arange(BLOCK)
+        cells = np.minimum(self.cells, n)
+        ends = np.minimum(self.cells, n - 1) + (n + 1)
+        own = pairs.left[self.group, None] * left.samples.shape[1]
+        rest, shift = pairs.right[self.group, None] * width, pairs.moved[self.group, None] * (2 * n + 1)
+        mine, table = left.samples.ravel(), shifts.table.ravel()
+        self.lower = mine.take(own + cells) + samples.take(rest + table.take(shift + cells))
+        self.upper = mine.take(own + ends) + samples.take(rest + table.take(shift + ends))
+        self.lower[self.cells > n] = _INF
+        self.upper[self.cells >= n] = _INF
+        key = self.stretch * blocks + block
+        self.cuts = np.flatnonzero(np.append(True, key[1:] != key[:-1])[: key.size])
+        self.part = np.cumsum(np.bincount(self.cuts, minlength=key.size)) - 1
+        if key.size:
+            #: the smallest upper bounds in a block
+            self.best = np.minimum.reduceat(self.upper, self.cuts, axis=0)
+            where = self.stretch[self.cuts, None], self.cells[self.cuts] + 1
+            self.limit[where] = np.minimum(self.limit[where], self.best)
+            np.minimum.accumulate(self.limit, axis=1, out=self.limit)
+        self.goal = self.limit * factor
+
+    def add_to(self, points: _Points, optimistic: bool) -> None:
+        """Adds the groups' points that make the envelopes, within what may be lost."""
+        good = self.lower < self.goal[self.stretch[:, None], self.cells]
+        entry, place = np.nonzero(good)
+        pairs = self.pairs.take(self.group[entry])
+        names = self.names[self.stretch[entry]]
+        for pair, need, time in pairs.steps(self.left, self.right, self.cells[entry, place]):
+            points.add(names[pair], need, time)
+        if self.slack and optimistic:
+            self._add_floors(points, good)
+        elif self.slack:
+            self._add_sure(points)
+
+    def _add_sure(self, points: _Points) -> None:
+        """The schedules that `limit` counts on, and the fastest."""
+        blocks = self.first.size
+        entry = place = np.zeros(0, dtype=np.intp)
+        if self.group.size:
+            stretch, cells = self.stretch[self.cuts, None], self.cells[self.cuts]
+            useful = (self.best < self.limit[stretch, cells]) & (self.best <= self.limit[stretch, cells + 1])
+            entry, place = np.nonzero(self.upper == np.where(useful, self.best, -1)[self.part])
+        ahead = self.first[1:]
+        least = self.least[:, blocks:]
+        useful = (least < self.limit[:, ahead - 1]) & (least <= self.limit[:, ahead])
+        group, block = np.nonzero(self.rough[:, blocks:] == np.where(useful, least, -1)[self.of])
+        fastest = self.rough[:, blocks - 1]
+        fast = np.flatnonzero(fastest <= self.least[self.of, blocks - 1] * np.float32(1 + MARGIN))
+        chosen = np.concatenate([self.group[entry], group, fast])
+        budget = np.concatenate(
+            [
+                self.budgets[self.cells[entry, place]],
+                self.budgets[ahead[block] - 1],
+                np.full(fast.size, self.right.span - 1),
+            ]
+        )
+        need, time = self.pairs.take(chosen).values(self.left, self.right, budget)
+        ok = time < INF
+        points.add(self.names[self.of[chosen[ok]]], need[ok], time[ok])
+
+    def _add_floors(self, points: _Points, good: NDArray[np.bool_]) -> None:
+        """Where groups are not evaluated: their lower bounds as points at the beginnings of blocks and cells."""
+        blocks = self.first.size
+        out = np.where(self.alive, _INF, self.rough[:, :blocks])
+        rough = np.minimum.reduceat(out, self.begins, axis=0)
+        stretch, block = np.nonzero(rough < self.limit[:, self.first] * np.float32(1 + MARGIN))
+        self._add_floor(points, stretch, self.first[block], rough[stretch, block])
+        if self.group.size:
+            fine = np.minimum.reduceat(np.where(good, _INF, self.lower), self.cuts, axis=0)
+            stretch, cells = self.stretch[self.cuts], self.cells[self.cuts]
+            part, place = np.nonzero(fine < self.limit[stretch[:, None], cells] * np.float32(1 + MARGIN))
+            self._add_floor(points, stretch[part], cells[part, place], fine[part, place])
+
+    def _add_floor(self, points: _Points, stretch: Ints, cell: Ints, bound: Samples) -> None:
+        # Nothing is left out of the first cell.
+        stretch, cell, bound = (x[cell > 0] for x in (stretch, cell, bound))
+        time = np.floor(bound.astype(np.float64) * (1 - MARGIN)).astype(np.int64)
+        points.add(self.names[stretch], self.budgets[cell - 1] + 1, time)
+
+
 def _joined(pairs: list[Pairs]) -> Pairs:
     return Pairs(
-        *(np.concatenate([getattr(x, name) for x in pairs]) for name in ("left", "right", "held", "floor"))
+        *(np.concatenate([getattr(x, name) for x in pairs]) for name in ("left", "right", "held", "floor", "moved"))
     )
 
 

@@ -25,7 +25,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mwplan.errors import ArgumentError
 from mwplan.profiles import Profile
@@ -42,7 +41,7 @@ from mwplan.solvers.runs import (
     fastest_ns,
 )
 from mwplan.solvers.sparse import SparseTables
-from mwplan.solvers.splits import Buffer, Pairs, grid, grouped, moves, with_tail
+from mwplan.solvers.splits import Buffer, Pairs, Shifts, grid, grouped, with_tail
 from mwplan.solvers.uniform import UniformTables, is_uniform, part, stretches
 
 Stairs = tuple[Ints, Ints]
@@ -52,7 +51,13 @@ _SHORT = 4
 #: budgets at which staircases are compared first
 _CELLS = 384
 #: shares of the loss aimed at that a merge and the thinning after it may take
-_SLACK, _THIN = 2.0, 0.5
+_SLACK, _THIN = 6.0, 2.0
+#: and of that, at the top level, where losses would add up along the chain
+_TOP = 0.1
+#: and in bounds
+_BOUND = 0.5
+_LABEL = 1.0
+_BOUND_LABEL = 0.125
 #: from here on chains of identical layers have exact tables of their own
 _UNIFORM = 48
 #: thinned, in chains of so many layers, stretches of so many identical ones have
@@ -90,15 +95,14 @@ class _Stretch:
 
 
 class _Node:
-    """STORE, MOONWALK and INVERT runs from one node as groups: `groups`, rows of left row, end, `e'`, `F`, `H`, and the moves of each; the moves and
-    forward peaks of RECOMPUTE runs."""
+    """STORE, MOONWALK and INVERT runs from one node as groups: `groups`, rows of left row, end, `e'`, `F`, `H`, row of `H` in the shifts; forward peaks of
+    RECOMPUTE runs, their `H` and its row."""
 
     __slots__ = ("groups", "moved", "own", "peaks", "read")
 
-    def __init__(self, own: NDArray[np.intp], peaks: Ints) -> None:
-        self.own, self.peaks, self.read = own, peaks, 0
-        self.groups: Ints = np.zeros((5, 0), dtype=np.int64)
-        self.moved = np.zeros((0, own.size), dtype=np.intp)
+    def __init__(self, own: int, moved: int, peaks: Ints) -> None:
+        self.own, self.moved, self.peaks, self.read = own, moved, peaks, 0
+        self.groups: Ints = np.zeros((6, 0), dtype=np.int64)
 
 
 class Tables:
@@ -141,6 +145,7 @@ class Tables:
         self.grid = grid(least // 4, least, high, _CELLS if self.size <= 400 else _CELLS // 3)
         if ends:
             self.grid = with_tail(self.grid, least, high, ends)
+        self.shifts = Shifts(self.grid)
         self.waiting = int(candidates.cotangent.max())
         if p.time_bound() >= 2**60:
             raise ArgumentError(
@@ -193,8 +198,7 @@ class Tables:
         left.extend(1, none, none, none)
         rows = np.ones((2, self.size + 1, self.size + 1), dtype=np.int64)
         again = np.zeros_like(rows)
-        for at in range(self.size + 1):
-            rows[:, at, at] = 0
+        rows[:, np.arange(self.size + 1), np.arange(self.size + 1)] = 0
         nodes: dict[tuple[int, bool], _Node] = {}
         for n in range(1, self.size + 1):
             content = [
@@ -213,7 +217,7 @@ class Tables:
                 found = self._merge_all(n, news, nodes, rows, again, reach, source is not None, left, right)
                 of, need, time = found
                 first = right.rows
-                right.extend(len(news), of, need, time)
+                at = right.extend(len(news), of, need, time)
                 cuts = of.searchsorted(np.arange(len(news) + 1))
                 for k, (key, _) in enumerate(fresh.items()):
                     part = slice(cuts[k], cuts[k + 1])
@@ -237,6 +241,7 @@ class Tables:
                     np.concatenate([x[0] for x in inner]),
                     np.concatenate([x[1] for x in inner]) + np.repeat(sums, sizes),
                     np.array(floor),
+                    at=at if source == level else None,
                 )
                 for k, key in enumerate(fresh):
                     self._again[level][key] = first + k
@@ -256,8 +261,10 @@ class Tables:
         for start, kept in news:
             node = nodes.get((start, kept))
             if node is None:
-                own = moves(self.grid, self._own(start, kept))
-                node = nodes[start, kept] = _Node(own, self.candidates.recompute_forward_peak(start, kept))
+                own = self._own(start, kept)
+                moved = int(self.shifts.rows(np.array([own]))[0])
+                peaks = self.candidates.recompute_forward_peak(start, kept)
+                node = nodes[start, kept] = _Node(own, moved, peaks)
             atoms = self.candidates.atoms(start, kept)
             low = atoms.groups[node.read - 1][2] if node.read else 0
             for at, keeps, high in atoms.groups[node.read :]:
@@ -285,12 +292,12 @@ class Tables:
             np.array([x[3] for x in queue]),
         )
         added: dict[int, tuple[_Node, list[tuple[int, ...]]]] = {}
+        moved = self.shifts.rows(np.array([x[4] for x in queue])).tolist()
         for k, (node, at, keeps, floor, held, _) in enumerate(queue):
-            added.setdefault(id(node), (node, []))[1].append((first + k, at, keeps, floor, held))
+            added.setdefault(id(node), (node, []))[1].append((first + k, at, keeps, floor, held, moved[k]))
         for node, lines in added.values():
             new = np.array(lines, dtype=np.int64).T
             node.groups = np.concatenate([node.groups, new], axis=1)
-            node.moved = np.concatenate([node.moved, moves(self.grid, new[4][:, None])])
 
     def _own(self, start: int, kept: bool) -> int:
         return 0 if kept else int(self.candidates.activation[start])
@@ -322,16 +329,16 @@ class Tables:
                 peak = np.maximum(atoms.forward_peak[part] + k, atoms.backward_peak[part])
                 known = staircase(np.maximum(peak, atoms.held[part]), atoms.time[part])
             limit = min(stop - 1, int(reach[start])) if nested else start
-            lines, at, keeps, floor, held = node.groups
+            lines, at, keeps, floor, held, moved = node.groups
             shared = limit - start
-            peaks = node.peaks[:shared]
             pairs = Pairs(
                 np.concatenate([again[int(kept), start, start + 1 : limit + 1], lines]),
                 np.concatenate([rows[0, start + 1 : limit + 1, stop], rows[keeps, at, stop]]),
-                np.concatenate([np.full(shared, self._own(start, kept)), held]),
-                np.concatenate([peaks, floor]) + k,
+                np.concatenate([np.full(shared, node.own), held]),
+                np.concatenate([node.peaks[:shared], floor]) + k,
+                np.concatenate([np.full(shared, node.moved), moved]),
             )
-            ways.append(Ways(pairs, shared, node.own, node.moved, known))
+            ways.append(Ways(pairs, known))
         return self._best(ways, left, right, n, c)
 
     def _is_plain(self) -> bool:
@@ -420,7 +427,7 @@ class Tables:
         for start in range(stop - 1, -1, -1):
             for kept in self.kept_states(start):
                 way, left = self._top_ways(top, source, start, kept, rows)
-                _, need, time = self._best([way], left, right, stop - start + (_SHORT if self.ends else 0), c)
+                _, need, time = self._best([way], left, right, stop - start + (_SHORT if self.ends else 0), c, _TOP)
                 nodes[start, kept] = need, time
             for kept in self.kept_states(start):
                 rows[int(kept), start] = right.rows
@@ -458,17 +465,18 @@ class Tables:
         need, time = (np.concatenate([_NOTHING[i], *(x[i] for x in stairs)]) for i in (0, 1))
         spent_ = np.repeat(np.array(spent, dtype=np.int64), sizes)
         left.extend(len(stairs), np.repeat(np.arange(len(stairs)), sizes), need, time + spent_, floor_)
-        shared = limit - start
-        own, rest = moves(self.grid, self._own(start, kept)), moves(self.grid, held_[shared:, None])
-        return Ways(Pairs(np.arange(len(stairs)), to_, held_, floor_), shared, own, rest, _NOTHING), left
+        pairs = Pairs(np.arange(len(stairs)), to_, held_, floor_, self.shifts.rows(held_))
+        return Ways(pairs, _NOTHING), left
 
     def _best(
-        self, ways: list[Ways], left: Buffer, right: Buffer, n: int, c: Candidates
+        self, ways: list[Ways], left: Buffer, right: Buffer, n: int, c: Candidates, share: float = 1.0
     ) -> tuple[Ints, Ints, Ints]:
         """The staircases of stretches of `n` layers, as stretch, need, time."""
         # Short stretches have few points, and their losses would add up over the chain.
-        loss = self.loss if n >= _SHORT else 0.0
-        of, need, time = envelopes(ways, left, right, slack=loss * _SLACK, optimistic=self.optimistic)
+        loss = self.loss * share if n >= _SHORT else 0.0
+        of, need, time = envelopes(
+            ways, left, right, self.shifts, slack=loss * _SLACK, optimistic=self.optimistic
+        )
         if self.cap is not None and c is self.candidates:
             fits = need <= self.cap
             of, need, time = of[fits], need[fits], time[fits]
@@ -685,8 +693,10 @@ class Frontier:
                 self._bound = ((0, fastest_ns(self.profile)),)
                 return self._bound
             c = t.candidates
-            c = Candidates(c.profile, max_error=c.max_error, allowed=c.allowed, loss=c.loss, optimistic=True)
-            lower = Tables(c, t.depth, loss=t.loss, optimistic=True)
+            c = Candidates(
+                c.profile, max_error=c.max_error, allowed=c.allowed, loss=c.loss * _BOUND_LABEL, optimistic=True
+            )
+            lower = Tables(c, t.depth, loss=t.loss * _BOUND, optimistic=True)
             need, time = lower.solve_top().nodes[0, True]
             self._bound = tuple(zip(need.tolist(), time.tolist()))
         return self._bound
@@ -787,6 +797,6 @@ def solve_frontier(
     elif not thin and depth is None and len(profile) >= _UNIFORM and is_uniform(profile):
         tables = UniformTables(profile, max_error=max_error, allowed=chosen)
     else:
-        candidates = Candidates(profile, max_error=max_error, allowed=chosen, loss=thin / 6)
+        candidates = Candidates(profile, max_error=max_error, allowed=chosen, loss=thin * _LABEL)
         tables = Tables(candidates, depth, loss=thin / 4)
     return Frontier(profile, tables, max_error=max_error, allowed=chosen, thin=thin)

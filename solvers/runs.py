@@ -252,6 +252,7 @@ class Candidates:
         # code[start, kept, stop]: the labels' parents and options
         self._codes: dict[tuple[int, bool, int], Ints] = {}
         self._atoms: dict[tuple[int, bool], Atoms] = {}
+        self._peaks: dict[tuple[int, bool], Ints] = {}
         self._invert: list[list[tuple[Ints, Ints, Ints, Ints]]] = []
         self._inverts = self._invert_runs()
         self.kept_nodes = self._kept_nodes()
@@ -300,10 +301,13 @@ class Candidates:
 
     def recompute_forward_peak(self, start: int, kept: bool) -> Ints:
         """Forward peak of RECOMPUTE runs from `(start, kept)` to `start+1, start+2, ..., L`, without `K`."""
-        own = 0 if kept else int(self.activation[start])
-        event = self.activation[start + 1 :] + self._workspace[start:]
-        event[1:] += self.activation[start + 1 : -1]
-        return np.maximum.accumulate(event) + own
+        key = (start, kept)
+        if key not in self._peaks:
+            own = 0 if kept else int(self.activation[start])
+            event = self.activation[start + 1 :] + self._workspace[start:]
+            event[1:] += self.activation[start + 1 : -1]
+            self._peaks[key] = np.maximum.accumulate(event) + own
+        return self._peaks[key]
 
     def fastest_need(self) -> int | None:
         """Bytes beyond which no schedule of any stretch gains time, where that is plain: the peak of the fastest all-STORE schedule, with
@@ -378,11 +382,9 @@ class Candidates:
         def add(
             stop: int, keeps: Any, f: Any, b: Any, h: Any, t: Any, kind: int, handle: Any, pattern: Any = 0
         ) -> None:
-            n = len(t)
-            full = [np.full(n, stop), np.broadcast_to(keeps, n), np.broadcast_to(f, n), np.broadcast_to(b, n)]
-            full += [np.broadcast_to(h, n), t, np.full(n, kind), handle]
-            full += [np.broadcast_to(3 * np.asarray(pattern) + kind if self.by_strategy else 0, n)]
-            rows.append(tuple(np.asarray(x, dtype=np.int64) for x in full))
+            pattern = 3 * np.asarray(pattern) + kind if self.by_strategy else 0
+            values = (stop, keeps, f, b, h, t, kind, handle, pattern)
+            rows.append(tuple(x if isinstance(x, np.ndarray) and x.shape else np.full(len(t), x) for x in values))
 
         if Strategy.STORE in self.layer_allowed[start]:
             for k, o in enumerate(self.profile.layers[start].store):
@@ -421,7 +423,10 @@ class Candidates:
         node = 2 * stop_ + keeps_
         order = np.argsort(node, kind="stable")
         for rows_ in np.split(order, np.flatnonzero(np.diff(node[order])) + 1):
-            good.append(rows_[nondominated([x[rows_] for x in (t_, f_, b_, h_, pattern_, -pattern_)])])
+            if not (kind_[rows_] == _MOONWALK).all():
+                # Moonwalk runs alone have been compared already.
+                rows_ = rows_[nondominated([x[rows_] for x in (t_, f_, b_, h_, pattern_, -pattern_)])]
+            good.append(rows_)
             groups.append(
                 (
                     int(stop_[rows_[0]]),
@@ -496,13 +501,16 @@ class Candidates:
             if self.optimistic:
                 time = np.minimum(time, np.exp(compared * step).astype(np.int64))
         last = np.maximum(own, advance + x.last[o])
-        index = nondominated([pattern, -pattern, keeps, -keeps, time, new_held, last, forward])
+        apart = [pattern, -pattern] if self.by_strategy else []
+        if x.keeps_output.any() and not x.keeps_output.all():
+            apart += [keeps, -keeps]
+        index = nondominated([*apart, compared, new_held, last, forward])
         ended = _Ended(*(v[index] for v in (time, new_held + out, last, forward, keeps, code, pattern)))
         if stop == self.size or not self._usable[stop]:
             return ended, None
         back = np.maximum(own, advance + (a[stop] - saving) + x.advance[o])
         error = error[code] if np.isfinite(self.max_error) else np.zeros(code.size)
-        index = nondominated([pattern, -pattern, keeps, -keeps, compared, new_held, back, forward, error])
+        index = nondominated([*apart, compared, new_held, back, forward, error])
         time, new_held, back, forward = time[index], new_held[index], back[index], forward[index]
         keeps, code, pattern = keeps[index], code[index], pattern[index]
         labels = _Labels(time, new_held, back, forward, error[index], keeps, code, pattern)

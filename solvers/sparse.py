@@ -29,7 +29,7 @@ from mwplan.schedule import Run, RunKind, Strategy
 from mwplan.solvers.diagonals import Ways, envelopes, thinned_all
 from mwplan.solvers.pareto import Ints, nondominated, staircase, thinned
 from mwplan.solvers.runs import Candidates
-from mwplan.solvers.splits import Buffer, Pairs, grid, grouped, longer, moves, with_tail
+from mwplan.solvers.splits import Buffer, Pairs, Shifts, grid, grouped, longer, with_tail
 from mwplan.solvers.uniform import repeated
 
 Stairs = tuple[Ints, Ints]
@@ -126,10 +126,9 @@ class SparseTables:
         self._left = {
             e: Buffer(self.grid, self.span, 256, sided=True, waiting=self.waiting) for e in (False, True)
         }
-        self._still = moves(self.grid, 0)
-        #: the moves, and `held` and `floor`, of the first `_known` pieces
-        self._moves = dict.fromkeys((False, True), self._still[None])
-        self._costs = {e: np.zeros((2, 1), dtype=np.int64) for e in (False, True)}
+        self.shifts = Shifts(self.grid)
+        #: `held`, `floor` and row of shifts of the first `_known` pieces
+        self._costs = {e: np.zeros((3, 1), dtype=np.int64) for e in (False, True)}
         self._known = {False: 0, True: 0}
         #: numbers of pieces by the layers they take together
         self._by_layers: dict[bool, dict[int, list[int]]] = {False: {}, True: {}}
@@ -277,25 +276,25 @@ class SparseTables:
                     pieces.append(g)
                     rows.append(2 * rest + piece.keeps)
         which = np.array(pieces, dtype=np.int64)
-        held, floor = self._costs[e][:, which]
-        return Pairs(which, np.array(rows, dtype=np.int64), held, floor + k)
+        held, floor, moved = self._costs[e][:, which]
+        return Pairs(which, np.array(rows, dtype=np.int64), held, floor + k, moved)
 
     def _merge(self, n: int, e: bool, k: int, family: Buffer) -> None:
         """Adds the table of `n` layers to a family, whose next row it is."""
         new = self.pieces[e][self._known[e] :]
         if new:
             known, ready = self._known[e], len(self.pieces[e])
-            if len(self._moves[e]) < ready:
-                self._moves[e] = longer(self._moves[e], 2 * ready)
+            if self._costs[e].shape[1] < ready:
                 self._costs[e] = longer(self._costs[e].T, 2 * ready).T
-            self._costs[e][:, known:ready] = np.array([(piece.held, piece.floor) for piece in new]).T
-            self._moves[e][known:ready] = moves(self.grid, self._costs[e][0, known:ready, None])
+            held = np.array([piece.held for piece in new])
+            self._costs[e][:, known:ready] = (held, [piece.floor for piece in new], self.shifts.rows(held))
             self._known[e] = ready
         pairs = self._choices(n, e, k, family)
-        way = Ways(pairs, 0, self._still, self._moves[e][pairs.left], _NONE)
         many = n >= 4 or (family is self.top and self.inside)
         slack, loss = (self.thin * 2 / 3, self.thin / 3) if many else (0.0, 0.0)
-        found = envelopes([way], self._left[e], family, slack=slack, optimistic=False)
+        found = envelopes(
+            [Ways(pairs, _NONE)], self._left[e], family, self.shifts, slack=slack, optimistic=False
+        )
         family.extend(1, *(thinned_all(*found, loss, optimistic=False) if loss and found[0].size else found))
 
     # -- reading -------------------------------------------------------------------------------------------------

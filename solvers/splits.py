@@ -8,7 +8,7 @@ time, a group has a staircase too. For a stretch that ends at `r` a group is a s
 
 whose steps are at those of `left_g`, at `H` plus those of the suffix, and at `F + K`. The lower envelope over all groups is wanted. A fixed grid of
 budgets cuts them into cells `(b_{q-1}, b_q]`. With each staircase sampled at the grid once, `f_g` is bounded from below in a cell (left part and
-suffix at the cell's end) and from above at its beginning, all groups and cells in three NumPy calls. Only where a group's lower bound is less than
+suffix at the cell's end) and from above at its beginning. Blocks of cells come first: of the groups whose bounds there say that they may matter, cells. Only where a group's lower bound is less than
 `1 / (1 + slack)` of what the envelope is known to be at the cell's beginning are its steps in the cell evaluated, exactly; elsewhere the known
 schedule at the cell's beginning stands for all of the cell, so that the merge loses at most that factor of time, and nothing if `slack` is 0.
 
@@ -24,13 +24,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mwplan.errors import ArgumentError
-from mwplan.solvers.pareto import INF, Floats, Ints, staircase
+from mwplan.solvers.pareto import INF, Ints, staircase
 
 Stairs = tuple[Ints, Ints]
 Samples = NDArray[np.float32]
 Index = NDArray[np.intp]
 _Array = TypeVar("_Array", bound=NDArray[Any])
 MARGIN = 2e-6
+#: cells that are bounded together first
+BLOCK = 4
 _INF = np.float32(np.inf)
 
 
@@ -51,6 +53,13 @@ def with_tail(budgets: Ints, least: int, high: int, ends: tuple[Stairs, Stairs])
     return np.union1d(budgets, grid(lowest // 2, lowest, high, budgets.size))
 
 
+def rough_columns(n: int) -> Index:
+    """With a grid of `n` budgets, the columns of sided samples at the ends of blocks of `BLOCK` cells, the last of which ends with cell `n`; then those at the
+    beginnings of all blocks but the first."""
+    first = np.arange(0, n + 1, BLOCK)
+    return np.concatenate([np.minimum(first + BLOCK - 1, n), n + first[1:]])
+
+
 def longer(old: _Array, rows: int) -> _Array:
     """`old` with room for `rows` rows, the new ones unset."""
     new = np.empty((rows, *old.shape[1:]), dtype=old.dtype)
@@ -63,7 +72,7 @@ class Buffer:
 
     Cell `q` is `(grid[q-1], grid[q]]`, the first one without beginning, the last, `n`, without end. `pointer[row, q]`: the first element of the row
     beyond cell `q - 1`. `samples[row]`: the times at the ends of the `n + 1` cells, then infinity, if not `sided`; else those, infinite below
-    `floor`, then the times at the `n` budgets, infinite below `floor + waiting`, the largest `K`.
+    `floor`, then the times at the `n` budgets, infinite below `floor + waiting`, the largest `K`. `rough[row]`, if sided: those samples that `rough_columns` names.
     """
 
     __slots__ = (
@@ -71,6 +80,7 @@ class Buffer:
         "grid",
         "key",
         "pointer",
+        "rough",
         "rows",
         "samples",
         "sided",
@@ -89,17 +99,21 @@ class Buffer:
         self.time = np.empty(64, dtype=np.int64)
         self.base = np.zeros(rows, dtype=np.int64)
         self.pointer = np.zeros((rows, n + 2), dtype=np.int32)
-        self.samples: Samples = np.full((rows, 2 * n + 1 if sided else n + 2), _INF, dtype=np.float32)
+        self.samples: Samples = np.empty((rows, 2 * n + 1 if sided else n + 2), dtype=np.float32)
+        self.rough: Samples = np.empty((rows if sided else 0, rough_columns(n).size), dtype=np.float32)
 
-    def extend(self, rows: int, of: Ints, need: Ints, time: Ints, floor: Ints | None = None) -> None:
-        """Adds the staircases of the next `rows` rows at once; `of`, in order: the row of each point, from 0."""
+    def extend(
+        self, rows: int, of: Ints, need: Ints, time: Ints, floor: Ints | None = None, at: Ints | None = None
+    ) -> Ints:
+        """Adds the staircases of the next `rows` rows at once; `of`, in order: the row of each point, from 0; `at`, what this returned where it is known already: how
+        many points lie at or below each budget of each row and in earlier rows."""
         n, size, first = self.grid.size, self.size, self.rows
         if (first + rows + 1) * self.span >= 2**63:
             raise ArgumentError(
                 f"`profile`: {first + rows} stretches are too many for its byte counts: state bytes in a larger unit"
             )
         if first + rows > self.base.size:
-            for name in ("base", "pointer", "samples"):
+            for name in ("base", "pointer", "samples", *(["rough"] if self.sided else [])):
                 setattr(self, name, longer(getattr(self, name), 2 * (first + rows)))
         end = size + need.size
         if end > self.key.size:
@@ -110,7 +124,8 @@ class Buffer:
         self.base[first : first + rows], self.key[size:end], self.time[size:end] = base, key, time
         begin = key.searchsorted(base)
         stop = np.append(begin[1:], need.size)
-        at = key.searchsorted((base[:, None] + self.grid).ravel(), side="right").reshape(rows, n)
+        if at is None:
+            at = key.searchsorted((base[:, None] + self.grid).ravel(), side="right").reshape(rows, n)
         pointer = self.pointer[first : first + rows]
         pointer[:, 0], pointer[:, 1:-1], pointer[:, -1] = begin + size, at + size, stop + size
         samples = self.samples[first : first + rows]
@@ -125,21 +140,50 @@ class Buffer:
                 if floor is not None:
                     samples[:, :n][self.grid < floor[:, None]] = _INF
                     samples[:, n + 1 :][self.grid < (floor + self.waiting)[:, None]] = _INF
+        if self.sided:
+            self.rough[first : first + rows] = samples[:, rough_columns(n)]
         self.size, self.rows = end, first + rows
+        return at
+
+
+class Shifts:
+    """Where the samples of suffixes stand when bytes are held to their left: `moves` of each number of held bytes, once, as rows of `table`; `rough`: the columns that
+    `rough_columns` names."""
+
+    __slots__ = ("budgets", "known", "rough", "table")
+
+    def __init__(self, budgets: Ints) -> None:
+        self.budgets = budgets
+        self.known: dict[int, int] = {}
+        self.table = np.empty((64, 2 * budgets.size + 1), dtype=np.int16)
+        self.rough = np.empty((64, rough_columns(budgets.size).size), dtype=np.int16)
+
+    def rows(self, held: Ints) -> Ints:
+        """The rows of so many bytes held."""
+        new = sorted({*held.tolist()} - self.known.keys())
+        if new:
+            first, end = len(self.known), len(self.known) + len(new)
+            if end > len(self.table):
+                self.table, self.rough = longer(self.table, 2 * end), longer(self.rough, 2 * end)
+            self.table[first:end] = moves(self.budgets, np.array(new)[:, None])
+            self.rough[first:end] = self.table[first:end, rough_columns(self.budgets.size)]
+            self.known.update(zip(new, range(first, end)))
+        return np.array([self.known[h] for h in held.tolist()], dtype=np.int64)
 
 
 @dataclass(frozen=True, slots=True)
 class Pairs:
-    """Groups by their parts: the rows of `left_g` and of the suffix in two buffers, `H`, and `F + K`."""
+    """Groups by their parts: the rows of `left_g` and of the suffix in two buffers, `H`, `F + K`, and the row of `H` in `Shifts`."""
 
     left: Ints
     right: Ints
     held: Ints
     floor: Ints
+    moved: Ints
 
     def take(self, which: Index) -> Pairs:
         """Some of them."""
-        return Pairs(self.left[which], self.right[which], self.held[which], self.floor[which])
+        return Pairs(self.left[which], self.right[which], self.held[which], self.floor[which], self.moved[which])
 
     def values(self, left: Buffer, right: Buffer, budget: Ints) -> Stairs:
         """Need and time of the point that each has at or below its budget; `INF` where it has none."""
@@ -221,11 +265,3 @@ def _spread(begin: NDArray[Any], end: NDArray[Any]) -> tuple[Ints, Index]:
     of = np.repeat(np.arange(count.size), count)
     before = np.cumsum(count) - count
     return np.arange(of.size) + (begin - before)[of], of
-
-
-def floor_points(bound: Samples, goal: Samples, limit: Samples, budgets: Ints) -> Stairs:
-    """Where steps are not evaluated: the cells' lower bounds as points at their beginnings."""
-    left_out: Floats = np.where(bound < goal[None, :], _INF, bound).min(axis=0).astype(np.float64)
-    cell = np.flatnonzero(left_out < limit * (1 + MARGIN))
-    cell = cell[cell > 0]
-    return budgets[cell - 1] + 1, np.floor(left_out[cell] * (1 - MARGIN)).astype(np.int64)
