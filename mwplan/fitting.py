@@ -102,7 +102,7 @@ def fit(
         )
         return _fit(
             functools.partial(execute.value_and_grad, loss, has_aux=has_aux, wrt_input=wrt_input),
-            (chain, x, *args), schedules, profile, room, max_attempts, say,
+            (chain, x, *args), schedules, profile, room, budget, max_attempts, say,
         )  # fmt: skip
 
     found = [fitted(allowed, budget_bytes)]
@@ -152,10 +152,11 @@ def _fit(
     schedules: Callable[..., Iterator[Schedule]],
     profile: Profile,
     budget_bytes: int,
+    budget: int | str,
     max_attempts: int,
     say: Callable[[str], None],
 ) -> Fitted:
-    """The first of `schedules(attempts=...)` whose step, `gradient(schedule, arrangement=...)`, fits when compiled."""
+    """The first of `schedules(attempts=...)` whose step, `gradient(schedule, arrangement=...)`, fits `budget_bytes` when compiled; `budget`, as it was asked for."""
     room = budget_bytes - profile.fixed_bytes
     attempts: list[Attempt] = []
     arrangements = range(1 + ARRANGEMENTS) if execute.can_be_arranged(args[0]) else range(1)
@@ -188,7 +189,7 @@ def _fit(
         )
     least = min(attempt.measured_bytes for attempt in attempts) + profile.fixed_bytes
     raise InfeasibleError(
-        f"`budget={budget_bytes}`: schedules fit by what is alive at once, but of the {len(attempts)} that were compiled none does: "
+        f"`budget={budget!r}` ({budget_bytes:_} bytes): schedules fit by what is alive at once, but of the {len(attempts)} that were compiled none does: "
         f"the allocator leaves holes between buffers. The leanest compiled needs {least:_} bytes ({show_bytes(least)}): raise the "
         "budget to that",
         budget_bytes=budget_bytes,
