@@ -50,6 +50,8 @@ _NOTHING: Stairs = (np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
 _SHORT = 4
 #: budgets at which staircases are compared first
 _CELLS = 384
+#: rows of tables there is room for from the start, as untouched memory
+_ROOM = 50_000
 #: shares of the loss aimed at that a merge and the thinning after it may take
 _SLACK, _THIN = 6.0, 2.0
 #: and of that, at the top level, where losses would add up along the chain
@@ -191,8 +193,9 @@ class Tables:
         ids: dict[tuple[int, int], int] = {}
         content = [-x for x in c.layer_class]
         none = np.zeros(0, dtype=np.int64)
-        right = Buffer(self.grid, self.span, 2 * self.size)
-        left = Buffer(self.grid, self.span, 2 * self.size, sided=True, waiting=self.waiting)
+        room = max(2 * self.size, min(self.size * (self.size + 3), _ROOM))
+        right = Buffer(self.grid, self.span, room)
+        left = Buffer(self.grid, self.span, room, sided=True, waiting=self.waiting)
         # rows[e, s, r] of T[s, r, e]: 0 where s = r, 1 where there is no schedule; again[e, s, r] of the RECOMPUTE run, 0 where there is none.
         right.extend(2, np.zeros(1, dtype=np.int64), *_DONE)
         left.extend(1, none, none, none)
@@ -690,7 +693,13 @@ class Frontier:
         if self._bound is None:
             t = self.tables
             if not isinstance(t, Tables):
-                self._bound = ((0, fastest_ns(self.profile)),)
+                from mwplan.solvers.relaxed import lower_bound
+
+                parts = stretches(self.profile, _STRETCH)
+                need, time = lower_bound(
+                    self.profile, parts, max_error=self.max_error, allowed=self.allowed, thin=self.thin
+                )
+                self._bound = tuple(zip(need.tolist(), time.tolist()))
                 return self._bound
             c = t.candidates
             c = Candidates(
@@ -707,10 +716,12 @@ class Frontier:
         return self.bound_points[max(k, 0)][1] if self.bound_points else 0
 
     def loss(self) -> float:
-        """The largest relative loss of time at any budget, proved: 0 if exact."""
+        """The largest relative loss of time at any budget from `least_bytes` on, proved: 0 if exact."""
         budgets = {need for need, _ in self.points} | {need for need, _ in self.bound_points}
         worst = 0.0
         for budget in budgets:
+            if budget < self.points[0][0]:
+                continue
             k = bisect.bisect_right(self.points, (budget, INF)) - 1
             worst = max(worst, self.points[k][1] / max(1, self.bound_ns(budget)) - 1)
         return worst

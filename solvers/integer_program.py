@@ -483,6 +483,8 @@ def _by_frontier(frontier: Frontier, budget: int | None, limit_ns: int | None) -
         if frontier.thin:
             return dataclasses.replace(frontier.at(budget), status=Status.FEASIBLE, least_bytes=None)
         return dataclasses.replace(frontier.at(budget), least_bytes=budget)
+    if frontier.thin:
+        frontier.bound_ns(budget)  # which `at` then states
     return frontier.at(budget)
 
 
