@@ -63,6 +63,10 @@ POLICIES: dict[str, Callable[..., Any] | None] = {
 
 #: Programs that need more than so many times the largest budget asked for are compiled, for their memory, and not run.
 MOST = 8
+#: Programs whose step takes so many times the fastest's, and a second or more, are timed once, in the warm-up.
+SLOW = 6
+#: Seconds after which the trial that chooses among plans ends.
+TRIAL = 30.0
 
 
 class NotApplicableError(MwplanError):
@@ -277,7 +281,7 @@ def scheduled(profile: Profile, solution: Solution, max_error: float) -> Schedul
         status=solution.status,
         fixed_bytes=profile.fixed_bytes,
         peak_bytes=found.peak_bytes,
-        time_ns=found.time_ns,
+        time_ns=found.time_ns + found.fresh_ns,
         error=found.error,
         max_error=max_error,
         solver=solution.solver,
@@ -489,10 +493,12 @@ class Bench:
         """Takes for each `plan` the fastest, in a trial of its own whose samples are not kept, of what was planned for its budget or less: by all
         strategies, without vijps, by recomputation alone. As `mw.fit(tune=...)`."""
         every = list(dict.fromkeys(one for several in self.plans.values() for one in several))
-        interleave(every, self.tune)
+        interleave(every, self.tune, TRIAL)
         for at, several in self.plans.items():
             row, _ = self.rows[at]
             choice = [one for k, several in self.plans.items() for one in several if self.rows[k][0]["budget_bytes"] <= row["budget_bytes"]]  # fmt: skip
+            most = max((len(one.seconds) for one in choice), default=0)
+            choice = [one for one in choice if len(one.seconds) == most]  # the slow have one sample
             if choice:
                 self.rows[at] = row, choice[fitting.quickest([one.seconds for one in choice])]
                 row["timed_plans"] = len(set(choice))
@@ -579,17 +585,29 @@ def _of_schedule(schedule: Schedule) -> dict[str, Any]:
 
 
 def interleave(programs: Sequence[Compiled], rounds: int, seconds: float = math.inf) -> None:
-    """Runs the programs `rounds` times in turn, each round from another one on, after one warm-up; stops after `seconds`, but not before 3 rounds."""
+    """Runs the programs `rounds` times in turn, each round from another one on, after one warm-up; stops after `seconds`, but not before 3 rounds, or 2 where
+    one takes longer than that. Those slower than `SLOW` times the fastest are not run again after the warm-up, which is then their sample."""
+
+    def timed(one: Compiled) -> float:
+        begin = time.perf_counter()
+        one.run()
+        return time.perf_counter() - begin
+
     start = time.perf_counter()
-    for at in range(rounds + 1):
-        if at > 3 and time.perf_counter() - start > seconds:
+    first = [timed(one) for one in programs]
+    left = []
+    for one, taken in zip(programs, first):
+        if taken > max(1.0, SLOW * min(first)):
+            one.seconds.append(taken)
+        else:
+            left.append(one)
+    least = 3 if time.perf_counter() - start < seconds else 2
+    for at in range(rounds):
+        if at >= least and time.perf_counter() - start > seconds:
             break
-        first = at % max(1, len(programs))
-        for one in [*programs[first:], *programs[:first]]:
-            begin = time.perf_counter()
-            one.run()
-            if at:
-                one.seconds.append(time.perf_counter() - begin)
+        turn = at % max(1, len(left))
+        for one in [*left[turn:], *left[:turn]]:
+            one.seconds.append(timed(one))
 
 
 def ratio(seconds: Sequence[float], base: Sequence[float]) -> float:

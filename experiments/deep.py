@@ -2,11 +2,13 @@
 
 A block of a convolution and MaxMin, stacked, its weights near an orthogonal one so that activations keep their size. First, at `compiled` blocks, the seconds that tracing and
 compiling take of a planned step (at a quarter of backpropagation's temporaries, or the least that is feasible) and of backpropagation as one `lax.scan`, in turns. Then, at `depth` blocks, a step whose
-temporaries are at most `fraction` of those that the scanned backpropagation needs: planned, compiled, run, and its gradient compared. Writes results/deep/.
+temporaries are at most `fraction` of those that the scanned backpropagation needs: planned, compiled, run, and its gradient compared. Each of the two is kept once it is
+done. Writes results/deep/.
 """
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +20,6 @@ import jax.numpy as jnp
 import optax
 import seaborn as sns
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.table import Table
 
 import mwplan as mw
@@ -26,11 +27,12 @@ from experiments import record, sweep
 from mwplan import layers as L
 from mwplan.plots import png
 from mwplan.serial import write_atomically
+from mwplan.solvers import regular
 
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes. `turns`: compilations of each; `thin`: as in `mw.frontier`."""
+    """Sizes. `turns`: compilations of each; `thin`: as in `mw.frontier`; `regular`: as in `mw.plan`, at `depth`, where plans of all different runs would compile for minutes."""
 
     compiled: int = 1000
     depth: int = 10_000
@@ -38,10 +40,13 @@ class Config:
     batch: int = 4
     size: int = 16
     channels: int = 8
-    turns: int = 3
+    turns: int = 7
     repeats: int = 3
     thin: float = 0.02
+    regular: float = 0.1
     seed: int = 0
+    executor: str = "processes"
+    workers: int = 1
     out: Path = record.RESULTS / "deep"
 
 
@@ -54,11 +59,12 @@ def block(key: jax.Array, channels: int) -> L.Sequential:
     return L.Sequential((L.Conv2D(weight, conv.bias, padding="CIRCULAR"), L.MaxMin()))
 
 
-def network(config: Config, depth: int) -> tuple[mw.Chain, Any]:
+def network(point: sweep.Point) -> tuple[mw.Chain, Any]:
     """`depth` blocks, and an input."""
-    key = jax.random.key(config.seed)
-    x = jax.random.normal(key, (config.batch, config.size, config.size, config.channels))
-    return mw.Chain([mw.Stack.init(lambda key: block(key, config.channels), key, depth)]), x
+    key = jax.random.key(point["seed"])
+    x = jax.random.normal(key, (point["batch"], point["size"], point["size"], point["channels"]))
+    blocks = jax.vmap(lambda key: block(key, point["channels"]))(jax.random.split(key, point["depth"]))
+    return mw.Chain([mw.Stack.of(blocks, point["depth"])]), x
 
 
 def loss(y: Any) -> Any:
@@ -90,50 +96,75 @@ def backpropagation(chain: mw.Chain, x: Any) -> Any:
     return mw.jit(jax.value_and_grad(lambda c, x: loss(scanned(c, x)))).lower(chain, x).compile()
 
 
-def measure(config: Config, say: Callable[[str], None]) -> dict[str, Any]:
-    """All figures."""
-    chain, x = network(config, config.compiled)
-    profile = mw.profile(chain, x, repeats=config.repeats)
-    temporaries = mw.temporaries(backpropagation(chain, x))
-    frontier = mw.frontier(profile, thin=config.thin)
-    schedule = frontier.at(max(profile.fixed_bytes + temporaries // 4, frontier.least_bytes or 0))
-    seconds: dict[str, list[float]] = {"planned": [], "backpropagation": []}
-    for _ in range(config.turns):
-        seconds["planned"].append(
-            timed(lambda: mw.jit(mw.value_and_grad(loss, schedule)).lower(chain, x).compile())[0]
-        )
-        seconds["backpropagation"].append(timed(lambda: backpropagation(chain, x))[0])
-    say(f"depth {config.compiled}: compiled in {min(seconds['planned']):.1f} s, backpropagation in {min(seconds['backpropagation']):.1f} s")  # fmt: skip
+def measure(point: sweep.Point) -> dict[str, Any]:
+    """The figures of one of the two parts, `compile` and `run`."""
+    return {"compile": compilation, "run": execution}[point["part"]](point)
 
-    chain, x = network(config, config.depth)
-    plain = backpropagation(chain, x)
-    room = int(config.fraction * mw.temporaries(plain))
-    planning, profile = timed(lambda: mw.profile(chain, x, repeats=config.repeats))
-    fitting, found = timed(
-        lambda: mw.fit(
-            loss, chain, x, budget=profile.fixed_bytes + room, profile=profile, thin=config.thin, say=say
-        )
-    )
-    jax.block_until_ready(found.step(chain, x))
-    taken, ((_, report), grads) = timed(lambda: found.step(chain, x))
-    plain_taken, (_, truth) = timed(lambda: plain(chain, x))
+
+def compilation(point: sweep.Point) -> dict[str, Any]:
+    """Seconds to trace and compile, in turns after one of each that is not counted, and CPU seconds, which other processes disturb less."""
+    chain, x = network(point)
+    profile = mw.profile(chain, x, repeats=point["repeats"])
+    temporaries = mw.temporaries(backpropagation(chain, x))
+    frontier = mw.frontier(profile, thin=point["thin"])
+    schedule = frontier.at(max(profile.fixed_bytes + temporaries // 4, frontier.least_bytes or 0))
+
+    def planned() -> Any:
+        return mw.jit(mw.value_and_grad(loss, schedule)).lower(chain, x).compile()
+
+    made = planned()
+    ways: dict[str, Callable[[], Any]] = {"planned": planned, "backpropagation": lambda: backpropagation(chain, x)}  # fmt: skip
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    cpu: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(point["turns"]):
+        for name, way in ways.items():
+            before = time.process_time()
+            seconds[name].append(timed(way)[0])
+            cpu[name].append(time.process_time() - before)
     return {
         "compile_seconds": seconds,
-        "compile_ratio": min(seconds["planned"]) / min(seconds["backpropagation"]),
-        "quarter": {"predicted": schedule.peak_bytes, "backpropagation": temporaries},
+        "compile_ratio": _ratio(seconds),
+        "compile_cpu_seconds": cpu,
+        "compile_cpu_ratio": _ratio(cpu),
+        "loops": regular.loops(schedule.runs),
+        "quarter_predicted_bytes": schedule.peak_bytes,
+        "quarter_measured_bytes": mw.temporaries(made),
+        "quarter_backpropagation_bytes": temporaries,
+    }
+
+
+def _ratio(samples: dict[str, list[float]]) -> float:
+    return statistics.median(a / b for a, b in zip(samples["planned"], samples["backpropagation"]))
+
+
+def execution(point: sweep.Point) -> dict[str, Any]:
+    """A step in a fraction of backpropagation's temporaries, and its gradient."""
+    chain, x = network(point)
+    plain = backpropagation(chain, x)
+    room = int(point["fraction"] * mw.temporaries(plain))
+    profiling, profile = timed(lambda: mw.profile(chain, x, repeats=point["repeats"]))
+    budget = profile.fixed_bytes + room
+    options = {"thin": point["thin"], "regular": point["regular"]}
+    fitting, found = timed(lambda: mw.fit(loss, chain, x, budget=budget, profile=profile, **options))
+    jax.block_until_ready(found.step(chain, x))
+    taken, ((_, report), grads) = timed(lambda: found.step(chain, x))
+    jax.block_until_ready(plain(chain, x))
+    plain_taken, (_, truth) = timed(lambda: plain(chain, x))
+    difference = optax.tree.norm(jax.tree.map(jnp.subtract, grads, truth))
+    return {
         "fixed_bytes": profile.fixed_bytes,
         "backpropagation_bytes": mw.temporaries(plain),
         "room_bytes": room,
         "predicted_bytes": found.schedule.peak_bytes,
         "measured_bytes": found.temporary_bytes,
+        "run_loops": regular.loops(found.schedule.runs),
         "attempts": len(found.attempts),
-        "profile_seconds": planning,
+        "last_compile_seconds": found.attempts[-1].compile_seconds,
+        "profile_seconds": profiling,
         "fit_seconds": fitting,
         "step_seconds": taken,
         "backpropagation_step_seconds": plain_taken,
-        "gradient_error": float(
-            optax.tree.norm(jax.tree.map(jnp.subtract, grads, truth)) / optax.tree.norm(truth)
-        ),
+        "gradient_error": float(difference / optax.tree.norm(truth)),
         "reported": float(report.worst),
     }
 
@@ -144,7 +175,9 @@ def draw(figures: dict[str, Any]) -> Figure:
     figure = Figure(figsize=(7, 3), layout="constrained")
     compile_axes, memory = figure.subplots(1, 2)
     names, colors = ["backpropagation", "planned"], ["#6c757d", "#2a6f97"]
-    compile_axes.bar(names, [min(figures["compile_seconds"][name]) for name in names], color=colors)
+    compile_axes.bar(
+        names, [statistics.median(figures["compile_seconds"][name]) for name in names], color=colors
+    )
     compile_axes.set(ylabel="trace and compile, s", title=f"depth {figures['config']['compiled']:,}")
     sizes = [figures["backpropagation_bytes"] / 2**20, figures["measured_bytes"] / 2**20]
     bars = memory.bar(names, sizes, color=colors)
@@ -154,9 +187,19 @@ def draw(figures: dict[str, Any]) -> Figure:
 
 
 def main(config: Config) -> dict[str, Any]:
-    """Measures, prints, draws and saves."""
-    console = Console()
-    figures = {"config": sweep.plain(config), **measure(config, console.print)}
+    """Measures what is missing, prints, draws and saves."""
+    console = record.console()
+    shared = ("batch", "size", "channels", "repeats", "thin", "seed")
+    own = {"compile": ("turns",), "run": ("fraction", "regular")}
+    points = [
+        {"part": part, "depth": depth, **{name: getattr(config, name) for name in (*shared, *own[part])}}
+        for part, depth in (("compile", config.compiled), ("run", config.depth))
+    ]
+    found = sweep.run(
+        points, measure, config.out / "records.jsonl", executor=config.executor, workers=config.workers, title="depth", console=console
+    )  # fmt: skip
+    figures = {k: v for one in found for k, v in one.items() if k not in ("key", "point", "provenance", "wall_seconds")}  # fmt: skip
+    figures["config"] = sweep.plain(config)
     table = Table("figure", "value", title="depth", title_justify="left")
     for name, value in figures.items():
         if isinstance(value, (int, float)):

@@ -63,6 +63,8 @@ BLOCKS: dict[str, Callable[[Any, int], list[Any]]] = {
     "ordinary": lambda key, width: [ml.Dense.he(key, width, width, slope=0.8), ml.LeakyReLU(0.8)],
     "conv": lambda key, width: [ml.Conv1D.init(key, width // 4, width // 4), ml.LeakyReLU(0.8)],
 }
+#: errors from here on are left out of the figure: no digit is right
+WORTHLESS = 10.0
 NAMES = {
     "slope_0.3": "orthogonal dense, slope 0.3",
     "slope_0.8": "orthogonal dense, slope 0.8",
@@ -250,6 +252,8 @@ def draw(found: list[dict[str, Any]]) -> Figure:
         ax.set_title(f"{NAMES[kind]}{', trained' if training else ''}", fontsize=8)
         if not training:
             ax.set_xscale("log", base=2)
+        if ax.get_ylim()[1] > WORTHLESS:
+            ax.set_ylim(1e-7, WORTHLESS)
     for ax in axes[len(panels) :]:
         ax.set_axis_off()
     axes[0].set_ylabel("relative error of the gradients")

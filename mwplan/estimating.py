@@ -96,6 +96,7 @@ def estimate(
         structs,
         [(names[i], counted[key], unusable.get(i)) for i, key in enumerate(keys)],
         fixed_bytes=sum(map(trees.nbytes, (chain, trees.parameters(chain), structs[0]))),
+        fresh=pricing.fresh(),
         device=pricing.device.name,
         source=f"estimated by a roofline, jax {jax.__version__}, "
         + ("errors without weights" if abstract else f"errors of {examples} examples"),

@@ -71,6 +71,7 @@ def fit(
     wrt_input: bool = False,
     max_attempts: int = 18,
     thin: float | None = None,
+    regular: float = planning.REGULAR,
     tune: int = 0,
     say: Callable[[str], None] = lambda text: None,
 ) -> Fitted:
@@ -80,7 +81,7 @@ def fit(
     between them; then other arrangements of the same step are compiled, and then leaner schedules, until one fits.
 
     **Arguments:** `loss(y, *args)`, as `mw.value_and_grad`, with `has_aux` and `wrt_input`; `chain`, `x`; `budget`, bytes of the whole step or a text
-    such as "2GiB"; `profile` (measured if None); `max_error`, `allowed`, as `mw.plan`; `thin`, as `mw.plan`; `max_attempts`, compilations; `tune`, rounds in which
+    such as "2GiB"; `profile` (measured if None); `max_error`, `allowed`, as `mw.plan`; `thin`, `regular`, as `mw.plan`; `max_attempts`, compilations; `tune`, rounds in which
     plans of fewer strategies (no vijps; recomputation alone) and for less memory (a half, a quarter) are timed in turn with the predicted fastest, and the
     fastest kept: a profile's times are estimates, and fresh memory costs time of its own; 0, the predicted fastest is taken; `say`, told of each.
     **Returns:** a `Fitted`.
@@ -96,10 +97,12 @@ def fit(
     allowed = frozenset(allowed)
 
     def fitted(allowed: frozenset[Strategy], room: int) -> Fitted:
-        schedules = functools.partial(_leaner, profile, room, max_error=max_error, allowed=allowed, thin=thin)
+        schedules = functools.partial(
+            _leaner, profile, room, max_error=max_error, allowed=allowed, thin=thin, regular=regular
+        )
         return _fit(
             functools.partial(execute.value_and_grad, loss, has_aux=has_aux, wrt_input=wrt_input),
-            (chain, x, *args), schedules, profile, room, max_attempts, say,
+            (chain, x, *args), schedules, profile, room, budget, max_attempts, say,
         )  # fmt: skip
 
     found = [fitted(allowed, budget_bytes)]
@@ -149,10 +152,11 @@ def _fit(
     schedules: Callable[..., Iterator[Schedule]],
     profile: Profile,
     budget_bytes: int,
+    budget: int | str,
     max_attempts: int,
     say: Callable[[str], None],
 ) -> Fitted:
-    """The first of `schedules(attempts=...)` whose step, `gradient(schedule, arrangement=...)`, fits when compiled."""
+    """The first of `schedules(attempts=...)` whose step, `gradient(schedule, arrangement=...)`, fits `budget_bytes` when compiled; `budget`, as it was asked for."""
     room = budget_bytes - profile.fixed_bytes
     attempts: list[Attempt] = []
     arrangements = range(1 + ARRANGEMENTS) if execute.can_be_arranged(args[0]) else range(1)
@@ -185,7 +189,7 @@ def _fit(
         )
     least = min(attempt.measured_bytes for attempt in attempts) + profile.fixed_bytes
     raise InfeasibleError(
-        f"`budget={budget_bytes}`: schedules fit by what is alive at once, but of the {len(attempts)} that were compiled none does: "
+        f"`budget={budget!r}` ({budget_bytes:_} bytes): schedules fit by what is alive at once, but of the {len(attempts)} that were compiled none does: "
         f"the allocator leaves holes between buffers. The leanest compiled needs {least:_} bytes ({show_bytes(least)}): raise the "
         "budget to that",
         budget_bytes=budget_bytes,
@@ -200,12 +204,15 @@ def _leaner(
     max_error: float,
     allowed: frozenset[Strategy],
     thin: float | None,
+    regular: float,
 ) -> Iterator[Schedule]:
     """The plan for the budget; then plans for as much less as the best attempt at the last was above it; then those between, the fastest first."""
     thin = planning.default_thin(profile) if thin is None else thin
     frontier = planning.frontier(profile, max_error=max_error, allowed=allowed, thin=thin)
     room, target, seen = budget - profile.fixed_bytes, budget, set()
-    schedule = planning.plan(profile, budget, max_error=max_error, allowed=allowed, frontier=frontier)
+    schedule = planning.plan(
+        profile, budget, max_error=max_error, allowed=allowed, regular=regular, frontier=frontier
+    )
     while True:
         yield schedule
         seen.add(schedule.peak_bytes)
@@ -213,8 +220,8 @@ def _leaner(
         target = min(target, schedule.total_bytes) - max(1, best - room)
         if frontier.least_bytes is None or target < frontier.least_bytes:
             break
-        schedule = frontier.at(target)
+        schedule = frontier.at(target, regular=regular)
     for total, _ in reversed(frontier.points):
-        if total <= budget and (schedule := frontier.at(total)).peak_bytes not in seen:
+        if total <= budget and (schedule := frontier.at(total, regular=regular)).peak_bytes not in seen:
             seen.add(schedule.peak_bytes)
             yield schedule

@@ -41,16 +41,24 @@ def _ratio(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def random_cotangent(like: PyTree, key: jax.Array) -> PyTree:
-    """White noise in the working precision of each inexact leaf of `like`; float0 zeros for the others are left to `jax.vjp`."""
+    """White noise in the working precision of each inexact leaf of `like`; float0 zeros for the others are left to `jax.vjp`.
+
+    Drawn by the device's own generator: the default one takes XLA:CPU a second to compile, for every program that draws.
+    """
     leaves, treedef = jax.tree.flatten(like)
-    keys = jax.random.split(key, max(1, len(leaves)))
     made = [
         jax.random.normal(k, leaf.shape, trees.working_dtype(leaf.dtype))
         if trees.is_inexact(leaf)
         else jnp.zeros(leaf.shape, jax.dtypes.float0)
-        for k, leaf in zip(keys, leaves)
+        for k, leaf in zip(_draws(key, len(leaves)), leaves)
     ]
     return jax.tree.unflatten(treedef, made)
+
+
+def _draws(key: jax.Array, count: int) -> list[jax.Array]:
+    """`count` keys of the device's generator, whose streams differ however little the keys do."""
+    words = jnp.resize(jax.random.key_data(key), (4,))
+    return [jax.random.wrap_key_data(words.at[3].add(jnp.uint32(i)), impl="rbg") for i in range(count)]
 
 
 def _vijp_errors(rule: VijpRule, layer: PyTree, x: PyTree, ct_out: PyTree, key: jax.Array) -> jax.Array:
@@ -152,7 +160,7 @@ def _sensitivities(rule: None, layer: PyTree, x: PyTree, y: PyTree, key: jax.Arr
     truth = jax.lax.optimization_barrier(pull(x))
     eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in leaves)
     sizes = [*(min(0.25, level * eps) for level in _LEVELS), *_KINK_LEVELS]
-    draws = jnp.tile(jax.random.split(key, _DRAWS), len(sizes))  # the same at each size
+    draws = jnp.tile(jnp.stack(_draws(key, _DRAWS)), len(sizes))  # the same at each size
     found = jax.lax.map(moved, (jnp.repeat(jnp.asarray(sizes), _DRAWS), draws))
     squares = jnp.mean(found.reshape(len(sizes), _DRAWS, 3) ** 2, axis=1)
     small, large = (1 / h for h in _KINK_LEVELS)

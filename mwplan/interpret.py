@@ -13,17 +13,16 @@ import functools
 import random
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from mwplan import operations, rules, sketch, trees
+from mwplan import loops, operations, rules, sketch, trees
 from mwplan.canonical import canonical
 from mwplan.chain import Chain, Place, Stack, layer_name, repeats
 from mwplan.errors import ScheduleMismatchError
-from mwplan.loops import scan
 from mwplan.residuals import Residuals
 from mwplan.schedule import Run, RunKind
 
@@ -51,9 +50,11 @@ class Arranged:
     """As `compiled`, but some operations begin with a detour: one of their small parameters, padded, is negated an even number of times.
 
     What it is for: XLA places the longest-lived of equally large buffers first, where life is counted in allocations, and so leaves holes
-    that depend on how many small buffers come and go beside the large ones. A detour adds some: the program is the same, the holes are others.
+    that depend on how many small buffers come and go beside the large ones. A detour adds some: the program is the same, the holes are others. Nothing
+    of an operation starts before its detour is over, or what it has already written would live the longer for it.
 
-    `number`: of the arrangement; `size`: elements of a padded parameter, more than any output has, or the
+    `number`: of the arrangement. The first makes the same detour everywhere, so that lives are about as long as they are in operations, and
+    of equal ones XLA places the earlier first, which leaves no holes along a chain; in others the detours' lengths are random. `size`: elements of a padded parameter, more than any output has, or the
     detour would be made in an output that is not written yet, and count for nothing.
     """
 
@@ -65,18 +66,29 @@ class Arranged:
         leaves, treedef = jax.tree.flatten(trees.tie(args))
         small = [(leaf.size, i) for i, leaf in enumerate(leaves) if trees.is_inexact(leaf)]
         size, at = min(small, default=(self.size, 0))
-        times = random.Random(f"{self.number} {sweep} {layer} {depth}").choice((0, 2, 4, 8, 16))
+        length = random.Random(f"{self.number} {sweep} {layer} {depth}").choice((0, 2, 4, 8, 16))
+        times = 10 if self.number == 1 else length
         if 0 < size < self.size and times:
             padded = jnp.pad(leaves[at].reshape(-1), (0, self.size - size))
             for _ in range(times):
                 padded = trees.tie(-padded)
             leaves[at] = padded[:size].reshape(leaves[at].shape)
-        return trees.tie(operation(*jax.tree.unflatten(treedef, leaves)))
+        return trees.tie(operation(*jax.tree.unflatten(treedef, trees.tie(leaves))))
 
 
 def looped(sweep: str, layer: int, depth: int, operation: Callable[..., Any], *args: Any) -> Any:
     """The performer of a compiled step inside a loop."""
     return compiled(sweep, layer, depth, canonical(operation), *args)
+
+
+def alone(sweep: str, layer: int, depth: int, operation: Callable[..., Any], *args: Any) -> Any:
+    """The performer of a loop's body that is one operation: its turns follow one another anyway, and ties would keep XLA from fusing it with what it reads and writes."""
+    return operation(*args)
+
+
+def looped_alone(sweep: str, layer: int, depth: int, operation: Callable[..., Any], *args: Any) -> Any:
+    """As `alone`, where `looped` is needed."""
+    return canonical(operation)(*args)
 
 
 @dataclass(frozen=True)
@@ -96,10 +108,7 @@ class View:
         part = self.chain.parts[place.part]
         if not isinstance(part, Stack):
             return part
-        row = self.at + place.repetition
-        return jax.tree.map(
-            lambda leaf: jax.lax.dynamic_index_in_dim(leaf, row, keepdims=False), part.block[place.phase]
-        )
+        return loops.row(part.block[place.phase], self.at + place.repetition)
 
     def tag(self, position: int) -> Hashable:
         """What layers that may be walked by one scan share."""
@@ -119,7 +128,12 @@ class View:
 
 
 class Gradients:
-    """Parameter gradients as they are found, by part of the chain: of a layer a list, of a stack one list a layer of its block, of stacked arrays."""
+    """Parameter gradients as they are found, by part of the chain: of a layer a list, of a stack one list a layer of its block, of stacked arrays.
+
+    `performs`: whether `found` performs an operation of its own.
+    """
+
+    performs: ClassVar[bool] = False
 
     def __init__(self, chain: Chain, parts: list[Any] | None = None) -> None:
         self.chain = chain
@@ -145,11 +159,7 @@ class Gradients:
             self.parts[place.part] = grads
             return later
         block = list(self.stacked(place.part))
-        row = view.at + place.repetition
-        block[place.phase] = [
-            jax.lax.dynamic_update_index_in_dim(old, new.astype(old.dtype), row, 0)
-            for old, new in zip(block[place.phase], grads)
-        ]
+        block[place.phase] = loops.put(block[place.phase], grads, view.at + place.repetition)
         self.parts[place.part] = block
         return later
 
@@ -292,14 +302,20 @@ class Interpreter:
                 out.append(Repeat(start, period, count))
         return out
 
-    def within(self, many: Repeat, repetition: Any, buffers: Any = None) -> Interpreter:
-        """An interpreter of one repetition; `buffers`, the stack's gradients so far."""
-        plain = compiled if isinstance(self.perform, Arranged) else self.perform
+    def within(
+        self, many: Repeat, repetition: Any, buffers: Any = None, *, single: bool = False
+    ) -> Interpreter:
+        """An interpreter of one repetition; `buffers`, the stack's gradients so far; `single`, whether each of its layers is one operation."""
+        perform = compiled if isinstance(self.perform, Arranged) else self.perform
+        if perform is compiled and jax.default_backend() == "cpu":
+            perform = looped
+        if single and many.span == 1:
+            perform = {compiled: alone, looped: looped_alone}.get(perform, perform)
         return Interpreter(
             self.view.window(many.start, many.span, repetition),
             self.structs[many.start : many.start + many.span + 1],
             self.grads.within(self.view.places[many.start].part, buffers),
-            looped if plain is compiled and jax.default_backend() == "cpu" else plain,
+            perform,
             self.gate,
             check=self.check,
         )
@@ -316,7 +332,7 @@ class Interpreter:
         fixed: list[Any] = []
 
         def step(x: PyTree, repetition: Any, _: None) -> Any:
-            inner = self.within(many, repetition)
+            inner = self.within(many, repetition, single=True)
             inner.claim(0, x)
             kept = walk(inner)
             y = inner.x[many.span]
@@ -328,7 +344,7 @@ class Interpreter:
             fixed[:] = tuple(sorted(inner.claims.items())), end_claims
             return y, (inner.x, kept, inner.sketches)
 
-        y, rows = scan(step, self.x[many.start], None, many.count)
+        y, rows = loops.scan(step, self.x[many.start], None, many.count)
         claims, end_claims = fixed
         self.claim(many.stop, y)
         for _ in range(end_claims):
@@ -338,9 +354,15 @@ class Interpreter:
         return Scanned(x, kept, sketches, claims, end_claims)
 
     def _scan_backward(
-        self, many: Repeat, saved: Scanned, carried: Any, walk: Callable[[Interpreter, Any, list[Any]], Any]
+        self,
+        many: Repeat,
+        saved: Scanned,
+        carried: Any,
+        walk: Callable[[Interpreter, Any, list[Any]], Any],
+        *,
+        single: bool,
     ) -> tuple[Any, Any]:
-        """Over the repetitions from the last to the first: `walk(interpreter, carried, kept) -> carried, row`.
+        """Over the repetitions from the last to the first: `walk(interpreter, carried, kept) -> carried, row`; `single`, as in `within`.
 
         Returns the last `carried` and the stacked rows; the gradients go where they belong.
         """
@@ -348,7 +370,7 @@ class Interpreter:
         def step(state: Any, repetition: Any, rows: Any) -> Any:
             carried, end, buffers = state
             x, kept, sketches = rows
-            inner = self.within(many, repetition, buffers)
+            inner = self.within(many, repetition, buffers, single=single)
             inner.x, inner.claims, inner.sketches = dict(x), dict(saved.claims), dict(sketches)
             if saved.end_claims:
                 inner.x[many.span], inner.claims[many.span] = end, saved.end_claims
@@ -361,7 +383,7 @@ class Interpreter:
         fixed: list[Any] = []
         end = self.x[many.stop] if saved.end_claims else None
         rows = (saved.x, saved.kept, saved.sketches)
-        (carried, _, buffers), (out, reports) = scan(
+        (carried, _, buffers), (out, reports) = loops.scan(
             step, (carried, end, self.buffers(many)), rows, many.count, reverse=True
         )
         for _ in range(saved.end_claims):
@@ -396,6 +418,11 @@ class Interpreter:
             return jnp.zeros(0, jnp.float32)
         return jnp.concatenate(pool)[jnp.asarray(index)]
 
+    def _sketch(self, position: int) -> None:
+        """Of `x_position`, before anything else is done with it."""
+        tied = self.gate((sketch.take(self.x[position]), self.x[position]))
+        self.sketches[position], self.x[position] = tied
+
     def _note(self, run: Run, discrepancy: Array) -> None:
         self.report[run.start, run.stop] = discrepancy[None], 0
 
@@ -422,7 +449,7 @@ class Interpreter:
             self.claim(run.start)
         invert = run.kind is RunKind.INVERT and self.check
         if invert:
-            self.sketches[run.start] = sketch.take(self.x[run.start])
+            self._sketch(run.start)
         for piece in pieces:
             if piece.count > 1:
                 part = _part(run, piece)
@@ -433,7 +460,7 @@ class Interpreter:
             else:
                 kept += self._forward_layers(_part(run, piece, shift=False), depth)
                 if invert and piece.stop == run.start + 1 < run.stop:
-                    self.sketches[piece.stop] = sketch.take(self.x[piece.stop])
+                    self._sketch(piece.stop)
         if run.kind is RunKind.INVERT:
             self.claim(run.stop)
         return kept
@@ -477,7 +504,9 @@ class Interpreter:
                 inner.backward(runs, kept, inside, depth)
                 return inside.pop(), None
 
-            box.append(self._scan_backward(one, held, box.pop(), walk)[0])
+            stores = all(run.kind is RunKind.STORE for run in one.runs)
+            single = stores and not self.grads.performs
+            box.append(self._scan_backward(one, held, box.pop(), walk, single=single)[0])
 
     def _backward_run(self, run: Run, held: list[Any], box: list[PyTree], depth: int) -> None:
         match run.kind:
@@ -509,16 +538,20 @@ class Interpreter:
     def _moonwalk(self, run: Run, kept: list[Any], box: list[PyTree], depth: int) -> None:
         pieces = self.pieces(run)
         inside = [trees.widen(box.pop())]
-        truth = sketch.take(inside[0]) if self.check else None
+        compared = self._compared(run, pieces) if self.check else None
+        truth = got = None
         fragments: list[Any] = []
         for piece in reversed(pieces):  # R
+            if piece.stop == compared:
+                # Before the next operation's arrays are there.
+                truth, inside[0] = self.gate((sketch.take(inside[0]), inside[0]))
             if piece.count > 1:
                 part = _part(run, piece)
 
                 def walk(inner: Interpreter, ct: PyTree, held: list[Any], part: _Part = part) -> Any:
                     return _swapped(inner._reverse(part, held, [ct], depth))
 
-                ct, rows = self._scan_backward(piece, kept.pop(), inside.pop(), walk)
+                ct, rows = self._scan_backward(piece, kept.pop(), inside.pop(), walk, single=True)
                 fragments.append(rows)
                 inside.append(ct)
                 del ct, rows
@@ -533,16 +566,27 @@ class Interpreter:
                 self._scan_advance(run, piece, fragments.pop(), inside, depth)
             else:
                 self._advance(_part(run, piece, shift=False), fragments.pop(), inside, depth, run.stop)
-        if truth is not None:
-            self._note(run, sketch.discrepancy(truth, sketch.take(inside[0])))
+            if piece.stop == compared:
+                got, inside[0] = self.gate((sketch.take(inside[0]), inside[0]))
+        found = None if truth is None or got is None else sketch.discrepancy(truth, got)
         # The runs to the left need only what R found: without this tie XLA may start them before M is done.
         # (Tying the last `ct` would not do: what nobody uses is dropped from a barrier.)
         if run.start > 0:
             touched = {self.view.places[layer].part for layer in range(run.start, run.stop)}
             parts = {i: self.grads.parts[i] for i in touched}
-            box[0], parts = self.gate((box[0], parts))
+            box[0], parts, found = self.gate((box[0], parts, found))
             for i in touched:
                 self.grads.parts[i] = parts[i]
+        if found is not None:
+            self._note(run, found)
+
+    def _compared(self, run: Run, pieces: Sequence[Repeat]) -> int:
+        """Where a run's cotangent is compared with the truth: the last position that its gradients need, so that a compiler drops the M sweep beyond, as it would
+        without the comparison; its end, if it has no parameters."""
+        for piece in reversed(pieces):
+            if piece.count > 1 or trees.parameters(self.layer(piece.stop)):
+                return piece.stop
+        return run.stop
 
     def _reverse(self, part: _Part, kept: list[Residuals], box: list[PyTree], depth: int) -> Any:
         """R over some layers: `(fragments, ct)`, the fragments from the last layer to the first."""
@@ -597,7 +641,7 @@ class Interpreter:
             return (inner.x[piece.span], inside.pop(), inner.buffers(_whole(piece))), None
 
         state = (self.x[piece.start], box.pop(), self.buffers(piece))
-        (x, ct, buffers), _ = scan(step, state, fragments, piece.count)
+        (x, ct, buffers), _ = loops.scan(step, state, fragments, piece.count)
         self._took(piece, buffers)
         box.append(ct)
         if piece.stop < run.stop:
@@ -626,7 +670,8 @@ class Interpreter:
                 box.append(ct)
                 del ct
             if self.check and (truth := self.sketches.pop(piece.start, None)) is not None and known is None:
-                self._note(run, sketch.discrepancy(truth, sketch.take(x)))
+                found, x, box[0] = self.gate((sketch.discrepancy(truth, sketch.take(x)), x, box[0]))
+                self._note(run, found)
             del known
             self.claim(piece.start, x)
             del x
@@ -647,13 +692,13 @@ class Interpreter:
 
         def step(state: Any, repetition: Any, _: None) -> Any:
             x, ct, buffers = state
-            inner = self.within(piece, repetition, buffers)
+            inner = self.within(piece, repetition, buffers, single=not self.grads.performs)
             for layer in range(piece.span, 0, -1):
                 x, ct = inner._invert_layer(part, layer, x, ct, None, depth)
             return (x, ct, inner.buffers(_whole(piece))), None
 
         state = (self.x[piece.stop], box.pop(), self.buffers(piece))
-        (x, ct, buffers), _ = scan(step, state, None, piece.count, reverse=True)
+        (x, ct, buffers), _ = loops.scan(step, state, None, piece.count, reverse=True)
         self._took(piece, buffers)
         box.append(ct)
         return x

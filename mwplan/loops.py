@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -30,15 +31,17 @@ def scan(
     # Flat, because the structure of what a step keeps (a derived backward function) is another object at each trace.
     traced: list[Any] = []
 
+    # Traced once, for its shapes and for the loop: loops stand within loops, and each level would double the work.
+    @functools.partial(jax.jit, inline=True)
     def flat(carry: PyTree, i: Any) -> tuple[PyTree, list[Any]]:
-        carry, row = step(carry, i, _row(rows, i))
-        leaves, treedef = jax.tree.flatten(row)
+        carry, found = step(carry, i, row(rows, i))
+        leaves, treedef = jax.tree.flatten(found)
         traced[:] = [treedef]
         return carry, leaves
 
     # Within `jax.shard_map` a loop's state keeps one type: what a step makes vary from device to device varies from the start.
     while True:
-        after, structs = jax.eval_shape(lambda c: flat(c, jnp.int32(0)), carry)
+        after, structs = jax.eval_shape(flat, carry, jax.ShapeDtypeStruct((), jnp.int32))
         axes = [trees.varying_axes(leaf) for leaf in jax.tree.leaves(after)]
         leaves, treedef = jax.tree.flatten(carry)
         if all(then <= trees.varying_axes(now) for then, now in zip(axes, leaves)):
@@ -52,16 +55,30 @@ def scan(
 
     def body(k: Any, state: Any) -> Any:
         carry, out = state
-        i = count - 1 - k if reverse else k
-        carry, row = flat(carry, i)
-        return carry, [lax.dynamic_update_index_in_dim(a, b, i, 0) for a, b in zip(out, row)]
+        i = jnp.asarray(count - 1 - k if reverse else k, jnp.int32)
+        carry, found = flat(carry, i)
+        return carry, put(out, found, i)
 
     carry, out = lax.fori_loop(0, count, body, (carry, out))
     return carry, jax.tree.unflatten(traced[0], out)
 
 
-def _row(rows: PyTree, i: Any) -> PyTree:
-    return jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, i, keepdims=False), rows)
+def row(rows: PyTree, i: Any) -> PyTree:
+    """`rows[i]` of every array, `i` from 0 (negative ones are not looked for: that costs a kernel)."""
+    return jax.tree.map(
+        lambda leaf: lax.dynamic_index_in_dim(leaf, i, keepdims=False, allow_negative_indices=False), rows
+    )
+
+
+def put(rows: PyTree, new: PyTree, i: Any) -> PyTree:
+    """`rows` with `new`, in their dtypes, for `rows[i]`."""
+    return jax.tree.map(
+        lambda old, one: lax.dynamic_update_index_in_dim(
+            old, one.astype(old.dtype), i, 0, allow_negative_indices=False
+        ),
+        rows,
+        new,
+    )
 
 
 def _after(tree: PyTree) -> tuple[PyTree, Any]:

@@ -17,8 +17,8 @@ from typing import Any
 
 import jax
 
-from mwplan import growth, operations, rules, sharding, trees
-from mwplan.bench import Bench, Pricing
+from mwplan import growth, operations, rules, sharding, sketch, trees
+from mwplan.bench import Bench, Priced, Pricing
 from mwplan.chain import Chain, Stack, boundaries, check_chain, fingerprint, layer_name, signatures
 from mwplan.errors import ArgumentError
 from mwplan.profiles import InvertOption, LayerProfile, MoonwalkOption, Profile, StoreOption
@@ -79,6 +79,7 @@ def profile(
         structs,
         [(names[i], measured[key], unusable.get(i)) for i, key in enumerate(keys)],
         fixed_bytes=fixed,
+        fresh=bench.fresh(),
         device=f"{device.platform}:{device.device_kind}",
         source=f"measured, jax {jax.__version__}, median of {repeats}",
     )
@@ -90,10 +91,11 @@ def assemble(
     layers: list[tuple[str, Costs, frozenset[Name] | None]],
     *,
     fixed_bytes: int,
+    fresh: tuple[int, int],
     device: str,
     source: str,
 ) -> Profile:
-    """The profile of a chain from each layer's name, costs and the rules that its weights forbid (None: not looked at)."""
+    """The profile of a chain from each layer's name, costs and the rules that its weights forbid (None: not looked at); `fresh`, as `Bench.fresh`."""
     known: dict[Any, LayerProfile] = {}
     profiles = []
     counts = collections.Counter(id(costs) for _, costs, _ in layers)
@@ -110,6 +112,8 @@ def assemble(
             trees.nbytes(jax.eval_shape(trees.widen, trees.parameters(s))) for s in structs
         ),
         fixed_bytes=fixed_bytes,
+        kept_bytes=fresh[0],
+        fresh_mib_ns=fresh[1],
         fingerprint=fingerprint(chain),
         device=device,
         source=source,
@@ -258,10 +262,12 @@ def measure_layer(bench: Pricing, one: PyTree, x: PyTree) -> Costs:
     """What all options of one layer cost at its input: measured, or whatever else `bench` does."""
     plain = bench.program(operations.plain_forward, one, x)
     y = plain.result
+    plain = bench.in_place(plain, operations.plain_forward, one, x, dead=x)
     ct_out = bench.cotangent(y)
     stores = [_StorePrograms(bench, rule, one, x, ct_out) for rule in rules.store_rules(one, x)]
+    sketched = bench.program(sketch.take, trees.widen(ct_out))  # as of what the last layer of a run rebuilds
     walks = [
-        _MoonwalkPrograms(bench, rule, one, x, ct_out)
+        _MoonwalkPrograms(bench, rule, one, x, ct_out, sketched.workspace_bytes)
         for rule in rules.vijp_rules(one, x)
         if isinstance(rule, rules.VijpRule)
     ]
@@ -285,20 +291,14 @@ class _StorePrograms:
 
     def __init__(self, bench: Pricing, rule: rules.StoreRule, one: PyTree, x: PyTree, ct_out: PyTree) -> None:
         self.name = rule.name
-        self.forward = bench.program(functools.partial(operations.forward, rule=rule), one, x)
-        y, self.held = self.forward.result
+        self.forward, y, self.held = _forward(bench, rule, one, x)
         shared = _shared(self.held, x, y)
         backward = functools.partial(operations.store_backward, rule=rule)
-        self.backward = bench.program(backward, one, self.held, *shared, ct_out)
+        args = (one, self.held, *shared, ct_out)
+        dead = (self.held.own, shared, ct_out)
+        self.backward = bench.in_place(bench.program(backward, *args), backward, *args, dead=dead)
         self.saving = bench.saving(
-            self.backward,
-            backward,
-            one,
-            self.held,
-            *shared,
-            ct_out,
-            dead=(self.held.own, shared, ct_out),
-            outputs=lambda result: result[1],
+            self.backward, backward, *args, dead=dead, outputs=lambda result: result[1]
         )
 
     def option(self) -> StoreOption:
@@ -319,40 +319,34 @@ class _StorePrograms:
 class _MoonwalkPrograms:
     """The operations of one way through a moonwalk run."""
 
-    def __init__(self, bench: Pricing, rule: rules.VijpRule, one: PyTree, x: PyTree, ct_out: PyTree) -> None:
+    def __init__(
+        self, bench: Pricing, rule: rules.VijpRule, one: PyTree, x: PyTree, ct_out: PyTree, sketch_bytes: int
+    ) -> None:
         self.rule = rule
-        self.forward = bench.program(functools.partial(operations.forward, rule=rule), one, x)
-        y, self.held = self.forward.result
+        self.sketch_bytes = sketch_bytes
+        self.forward, y, self.held = _forward(bench, rule, one, x)
         wide = trees.widen(ct_out)
         reverse = functools.partial(operations.reverse, rule=rule)
-        args = (one, self.held, *_shared(self.held, x, y), wide)
-        self.reverse = bench.program(reverse, *args)
+        args: tuple[Any, ...] = (one, self.held, *_shared(self.held, x, y), wide)
         whole = isinstance(rule, rules.WholeFragment)
+        dead: Any = (self.held.own, () if whole else wide)
+        self.reverse = bench.in_place(bench.program(reverse, *args), reverse, *args, dead=dead)
         self.savings = [
             bench.saving(
                 self.reverse,
                 reverse,
                 *args,
-                dead=(self.held.own, () if whole else wide),
+                dead=dead,
                 outputs=lambda result: result[0] if whole else result,
             )
         ]
         ct_in, self.fragment = self.reverse.result
         vijp = functools.partial(operations.vijp, rule=rule)
-        self.vijp = bench.program(vijp, one, x, ct_in, self.fragment)
+        args = (one, x, ct_in, self.fragment)
+        dead = (ct_in, self.fragment)
+        self.vijp = bench.in_place(bench.program(vijp, *args), vijp, *args, dead=() if whole else dead)
         self.savings.append(
-            0
-            if whole
-            else bench.saving(
-                self.vijp,
-                vijp,
-                one,
-                x,
-                ct_in,
-                self.fragment,
-                dead=(ct_in, self.fragment),
-                outputs=lambda result: result,
-            )
+            0 if whole else bench.saving(self.vijp, vijp, *args, dead=dead, outputs=lambda result: result)
         )
         self.last = bench.program(functools.partial(operations.advance, last=True), one, x, wide)
         going_on = functools.partial(operations.advance, last=False)
@@ -376,7 +370,7 @@ class _MoonwalkPrograms:
             reverse_workspace_bytes=self.reverse.workspace_bytes,
             rebuild_workspace_bytes=self.vijp.workspace_bytes,
             advance_workspace_bytes=self.going_on.workspace_bytes,
-            last_workspace_bytes=self.last.workspace_bytes,
+            last_workspace_bytes=max(self.last.workspace_bytes, self.sketch_bytes),
             reverse_saving_bytes=self.savings[0],
             rebuild_saving_bytes=self.savings[1],
             advance_saving_bytes=self.savings[2],
@@ -392,16 +386,11 @@ class _InvertPrograms:
     ) -> None:
         self.rule = rule
         backward = functools.partial(operations.invert_backward, rule=rule)
-        self.backward = bench.program(backward, one, y, ct_out, None)
+        args = (one, y, ct_out, None)
+        dead = (y, ct_out)
+        self.backward = bench.in_place(bench.program(backward, *args), backward, *args, dead=dead)
         self.saving = bench.saving(
-            self.backward,
-            backward,
-            one,
-            y,
-            ct_out,
-            None,
-            dead=(y, ct_out),
-            outputs=lambda result: (result[0], result[2]),
+            self.backward, backward, *args, dead=dead, outputs=lambda result: (result[0], result[2])
         )
 
     def option(self) -> InvertOption:
@@ -412,6 +401,15 @@ class _InvertPrograms:
             backward_workspace_bytes=self.backward.workspace_bytes,
             backward_saving_bytes=self.saving,
         )
+
+
+def _forward(bench: Pricing, rule: Any, one: PyTree, x: PyTree) -> tuple[Priced, PyTree, Residuals]:
+    """The forward that keeps the rule's residuals, the output and what is held."""
+    forward = functools.partial(operations.forward, rule=rule)
+    handle = bench.program(forward, one, x)
+    y, held = handle.result
+    dead = () if held.keeps_input else x
+    return bench.in_place(handle, forward, one, x, dead=dead), y, held
 
 
 def _shared(held: Residuals, x: PyTree, y: PyTree) -> tuple[PyTree, PyTree]:

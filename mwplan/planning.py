@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
+import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
 EVERY_STRATEGY = frozenset(Strategy)
 #: longer chains are planned with this loss of time aimed at, unless told otherwise
 EXACT_LAYERS, DEEP_THIN = 128, 0.02
+#: the share of its time that a schedule not proved optimal may lose to become one of fewer different runs
+REGULAR = 0.01
 #: Sets of strategies whose plans are worth timing beside that of all: a profile's times are estimates, and recomputation alone may turn out faster.
 NARROWER = (
     EVERY_STRATEGY - {Strategy.VIJP, Strategy.FRAGMENT},
@@ -44,6 +49,7 @@ def plan(
     time_limit_s: float = 30.0,
     seed: int = 0,
     thin: float | None = None,
+    regular: float = REGULAR,
     frontier: Frontier | None = None,
 ) -> Schedule:
     """The fastest schedule whose gradient step fits the budget, with a certificate.
@@ -52,7 +58,7 @@ def plan(
     as "2GiB"; `max_error`, the largest predicted relative error of any reconstructed cotangent; `allowed`, the
     strategies to choose from; `pins`, a strategy forced on some layers (1 to L, from the input); `max_distinct_runs`, a limit on
     different runs (compile time); `time_limit_s` and `seed`, of the integer program; `thin`, as in `frontier`, None for `default_thin`;
-    `frontier`, what `mw.frontier` returned for the same profile, `max_error` and `allowed`, where it is there already.
+    `regular`, as in `Frontier.at`; `frontier`, what `mw.frontier` returned for the same profile, `max_error` and `allowed`, where it is there already.
     **Returns:** a `Schedule` that the ledger has replayed; `status` says whether it is proved optimal, else `gap` how far it may be from it.
     **Raises:** `InfeasibleError` with the least feasible budget and what binds there; `ArgumentError`.
     **Cost:** the frontier of the chain, and the proof on top (seconds at 100 layers). Chains of 160 layers or more with long stretches of identical ones
@@ -67,9 +73,10 @@ def plan(
     room = budget_bytes - profile.fixed_bytes
     if solved.solved.least_bytes is None or room < solved.solved.least_bytes:
         raise solved.infeasible(budget_bytes, budget)
+    free = not pins and max_distinct_runs is None
     solution = integer_program.solve(
         profile,
-        room,
+        solved.enough(room) if free else room,
         max_error=max_error,
         allowed=frozenset(allowed),
         pins=dict(pins or {}),
@@ -91,7 +98,9 @@ def plan(
             budget_bytes=budget_bytes,
             least_bytes=least,
         )
-    return solved.schedule(solution, budget_bytes)
+    if free:
+        solution = solved.simplified(solution, room, regular)
+    return solved.schedule(solution, budget_bytes, free=free)
 
 
 def frontier(
@@ -139,8 +148,23 @@ class Frontier:
 
     @property
     def points(self) -> tuple[tuple[int, int], ...]:
-        """`(total device bytes, ns)` of every schedule that no other beats in both."""
-        return tuple((need + self.profile.fixed_bytes, time) for need, time in self.solved.points)
+        """`(total device bytes, ns)` of every schedule that no other beats in both, the time of getting the memory included."""
+        return tuple((need + self.profile.fixed_bytes, time) for need, time in self._steps)
+
+    @functools.cached_property
+    def _steps(self) -> tuple[tuple[int, int], ...]:
+        """The solver's points with the time of getting the memory, less those that are no faster for it than a leaner one."""
+        steps: list[tuple[int, int]] = []
+        for need, time in self.solved.points:
+            whole = time + self.profile.fresh_ns(need)
+            if not steps or whole < steps[-1][1]:
+                steps.append((need, whole))
+        return tuple(steps)
+
+    def enough(self, room: int) -> int:
+        """The temporaries of the fastest schedule within `room`: where memory costs time, it may be well below. `room` where nothing fits."""
+        k = bisect.bisect_right(self._steps, room, key=lambda step: step[0])
+        return self._steps[k - 1][0] if k and self.profile.fresh_ns(room) else room
 
     @property
     def least_bytes(self) -> int | None:
@@ -148,13 +172,44 @@ class Frontier:
         least = self.solved.least_bytes
         return None if least is None else least + self.profile.fixed_bytes
 
-    def at(self, budget: int | str) -> Schedule:
-        """The fastest schedule at `budget`, by the frontier alone. Raises `InfeasibleError`."""
+    def at(self, budget: int | str, *, regular: float = REGULAR) -> Schedule:
+        """The fastest schedule at `budget`, by the frontier alone.
+
+        `regular`: of a schedule that is not proved optimal, the share of its time that may be lost for one of fewer different runs where layers repeat: these
+        compile faster, in a time that grows with the number of different runs. **Raises:** `InfeasibleError`.
+        """
         budget_bytes = parse_bytes(budget)
-        solution = self.solved.at(budget_bytes - self.profile.fixed_bytes)
+        room = budget_bytes - self.profile.fixed_bytes
+        solution = self.solved.at(self.enough(room))
         if solution.runs is None:
             raise self.infeasible(budget_bytes, budget)
-        return self.schedule(solution, budget_bytes)
+        return self.schedule(self.simplified(solution, room, regular), budget_bytes)
+
+    def simplified(self, solution: Solution, room: int, loss: float) -> Solution:
+        """`solution`, or one of fewer different runs at a loss of time of at most a factor `1 + loss`; proved optimal, it stays as it is."""
+        from mwplan.solvers.regular import simplify
+
+        if solution.runs is None or solution.status is Status.OPTIMAL:
+            return solution
+        runs = simplify(self.profile, solution.runs, room, max_error=self.max_error, loss=loss)
+        if runs is solution.runs:
+            return solution
+        found = replay(self.profile, runs)
+        before = solution.time_ns + self.profile.fresh_ns(solution.peak_bytes)
+        if found.time_ns + found.fresh_ns > (1 + loss) * before:  # it takes more memory, which costs time
+            return (
+                self.simplified(solution, solution.peak_bytes, loss)
+                if room > solution.peak_bytes
+                else solution
+            )
+        return dataclasses.replace(
+            solution,
+            runs=runs,
+            time_ns=found.time_ns,
+            peak_bytes=found.peak_bytes,
+            error=found.error,
+            solver=f"{solution.solver}, regular",
+        )
 
     def infeasible(self, budget_bytes: int, budget: int | str) -> InfeasibleError:
         """The error for a budget below the least feasible one: says that, and which event needs it."""
@@ -177,8 +232,8 @@ class Frontier:
             binding=binding,
         )
 
-    def schedule(self, solution: Solution, budget_bytes: int | None = None) -> Schedule:
-        """A solver's solution as a schedule, once the ledger agrees with it. Raises `SolverMismatchError`."""
+    def schedule(self, solution: Solution, budget_bytes: int | None = None, *, free: bool = True) -> Schedule:
+        """A solver's solution as a schedule, once the ledger agrees with it; `free`, of side conditions. Raises `SolverMismatchError`."""
         assert solution.runs is not None
         checked = replay(self.profile, solution.runs)
         _confirm(solution, checked, self.max_error)
@@ -186,31 +241,50 @@ class Frontier:
             raise SolverMismatchError(
                 f"{solution.solver} returned a schedule of {checked.peak_bytes} temporary bytes, above the budget"
             )
+        time = checked.time_ns + checked.fresh_ns
+        bound = self._bound_ns(solution, budget_bytes, free)
         return Schedule(
             runs=solution.runs,
             strategies=strategies(self.profile, solution.runs),
             fingerprint=self.profile.fingerprint,
-            status=solution.status,
+            status=Status.FEASIBLE if bound < time else solution.status,
             budget_bytes=budget_bytes,
             fixed_bytes=self.profile.fixed_bytes,
             peak_bytes=checked.peak_bytes,
-            time_ns=checked.time_ns,
-            bound_ns=solution.bound_ns,
+            time_ns=time,
+            bound_ns=bound,
             error=checked.error,
             max_error=self.max_error,
             least_bytes=self.least_bytes,
             binding=f"{checked.binding}: {show_bytes(checked.binding.live_bytes)} alive",
-            next_gain=self._next_gain(checked),
+            next_gain=self._next_gain(checked.peak_bytes, time),
             report_scales=checked.report_scales,
             solver=solution.solver,
             stats=solution.stats,
         )
 
-    def _next_gain(self, checked: Replay) -> str:
-        for need, time in self.solved.points:
-            if time < checked.time_ns and need > checked.peak_bytes:
-                more, saved = need - checked.peak_bytes, checked.time_ns - time
-                return f"{show_bytes(more)} more would save {show_ns(saved)} ({saved / checked.time_ns:.1%})"
+    def _bound_ns(self, solution: Solution, budget_bytes: int | None, free: bool) -> int:
+        """No schedule within the budget is faster, the time of getting the memory included."""
+        from mwplan.solvers.runs import fastest_ns
+
+        fresh_ns = self.profile.fresh_ns
+        room = solution.peak_bytes if budget_bytes is None else budget_bytes - self.profile.fixed_bytes
+        if not fresh_ns(room):
+            return solution.bound_ns
+        least = fresh_ns(self.solved.least_bytes or 0)
+        if not free:
+            return solution.bound_ns + least
+        if self.solved.thin and solution.solver.startswith(
+            "frontier"
+        ):  # the bounds of a thinned frontier cost as much again
+            return fastest_ns(self.profile) + least
+        return min(time + fresh_ns(need) for need, time in self.solved.bound_points if need <= room)
+
+    def _next_gain(self, peak_bytes: int, time_ns: int) -> str:
+        for need, time in self._steps:
+            if time < time_ns and need > peak_bytes:
+                more, saved = need - peak_bytes, time_ns - time
+                return f"{show_bytes(more)} more would save {show_ns(saved)} ({saved / time_ns:.1%})"
         return "none would make it faster"
 
     def table(self) -> pd.DataFrame:

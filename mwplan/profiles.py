@@ -15,7 +15,7 @@ from typing import Any
 from mwplan import serial
 from mwplan.errors import ArgumentError
 
-SCHEMA = 3
+SCHEMA = 4
 _INT64 = 2**63 - 1
 
 
@@ -157,6 +157,8 @@ class Profile:
     `activation_bytes`, `cotangent_bytes`, `sweep_cotangent_bytes` have one entry per position 0..L.
     `fixed_bytes` are the arguments and outputs of the gradient step: parameters, input, gradients.
     `fingerprint` identifies the chain's structure and input shapes; a schedule made from this profile carries it on.
+    `fresh_mib_ns`: what a step pays for each MiB of its temporaries because the system hands them out anew, page by page, as CPUs' allocators do with
+    blocks above `kept_bytes`; 0 where memory is pooled.
     """
 
     layers: tuple[LayerProfile, ...]
@@ -164,6 +166,8 @@ class Profile:
     cotangent_bytes: tuple[int, ...]
     sweep_cotangent_bytes: tuple[int, ...]
     fixed_bytes: int = 0
+    kept_bytes: int = 0
+    fresh_mib_ns: int = 0
     fingerprint: str = ""
     device: str = ""
     source: str = ""
@@ -184,6 +188,10 @@ class Profile:
     def __len__(self) -> int:
         return len(self.layers)
 
+    def fresh_ns(self, peak_bytes: int) -> int:
+        """Time that a step of `peak_bytes` temporaries spends on getting them."""
+        return 0 if peak_bytes <= self.kept_bytes else peak_bytes * self.fresh_mib_ns >> 20
+
     def bytes_bound(self) -> int:
         """An upper bound on the live bytes at any event of any schedule: everything at once."""
         total = self.fixed_bytes + sum(self.activation_bytes) + sum(self.cotangent_bytes)
@@ -196,7 +204,7 @@ class Profile:
 
     def time_bound(self) -> int:
         """An upper bound on the time of any schedule that nests recomputation no deeper than its length."""
-        total = 0
+        total = self.fresh_ns(self.bytes_bound())
         for layer in self.layers:
             total += (len(self.layers) + 1) * layer.forward_ns
             for o in _options(layer):

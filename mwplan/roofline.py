@@ -162,6 +162,14 @@ class Roofline:
             kernels=steps,
         )
 
+    def in_place(self, handle: Counted, operation: Callable[..., Any], *args: Any, dead: Any) -> Counted:
+        """`handle`: what an operation moves is counted alike wherever it writes."""
+        return handle
+
+    def fresh(self) -> tuple[int, int]:
+        """Nothing: accelerators pool their memory."""
+        return 0, 0
+
     def settle(self) -> None:
         """Nothing: times are known at once."""
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
-from mwplan import trees
+from mwplan import loops, trees
 from mwplan.chain import Chain, Stack, boundaries, check_chain
 from mwplan.compiling import warn_if_undone
 from mwplan.errors import ArgumentError
@@ -130,6 +130,8 @@ class Updates(Gradients):
     `parts`: of a layer `(parameters, state)` once it is updated, else None; of a stack one such pair for each layer of its block.
     """
 
+    performs = True
+
     def __init__(
         self, chain: Chain, states: Sequence[PyTree], optimizer: Optimizer, parts: list[Any] | None = None
     ) -> None:
@@ -159,7 +161,7 @@ class Updates(Gradients):
         if not isinstance(self.chain.parts[place.part], Stack):
             return one
         params, _ = self.stacked(place.part)[place.phase]
-        return trees.with_parameters(one, _row(params, view.at + place.repetition))
+        return trees.with_parameters(one, loops.row(params, view.at + place.repetition))
 
     def found(
         self, walker: Interpreter, position: int, depth: int, grads: list[Any], later: PyTree
@@ -173,13 +175,12 @@ class Updates(Gradients):
         in_stack = isinstance(self.chain.parts[place.part], Stack)
         state = self.states[place.part]
         if in_stack:
-            state = _row(self.stacked(place.part)[place.phase][1], row)
+            state = loops.row(self.stacked(place.part)[place.phase][1], row)
         operation = functools.partial(update, optimizer=self.optimizer)
         new = walker.perform("update", position, depth, operation, self.layer(view, position), grads, state)
         if in_stack:
             block = list(self.stacked(place.part))
-            put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=row, axis=0)
-            block[place.phase] = jax.tree.map(put, block[place.phase], new)
+            block[place.phase] = loops.put(block[place.phase], new, row)
             new = block
         later, self.parts[place.part] = walker.gate((later, new))
         return later
@@ -216,10 +217,6 @@ def update(
     # As optax promotes them; but what is written in place keeps its type.
     new = jax.tree.map(lambda a, b: jnp.asarray(a).astype(b.dtype), new, state)
     return moved, new
-
-
-def _row(tree: PyTree, row: Any) -> PyTree:
-    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, row, keepdims=False), tree)
 
 
 def _parameters_only(tree: PyTree) -> PyTree:

@@ -61,7 +61,9 @@ def envelopes(
     for which, way in enumerate(ways):
         count = way.pairs.left.size
         if some and size + count > _GROUPS:
-            _Cells([ways[k] for k in some], np.array(some), left, right, shifts, slack).add_to(points, optimistic)
+            _Cells([ways[k] for k in some], np.array(some), left, right, shifts, slack).add_to(
+                points, optimistic
+            )
             some, size = [], 0
         if count:
             some.append(which)
@@ -190,7 +192,8 @@ class _Cells:
 
     def _add_floor(self, points: _Points, stretch: Ints, cell: Ints, bound: Samples) -> None:
         # Nothing is left out of the first cell.
-        stretch, cell, bound = (x[cell > 0] for x in (stretch, cell, bound))
+        keep = cell > 0
+        stretch, cell, bound = stretch[keep], cell[keep], bound[keep]
         time = np.floor(bound.astype(np.float64) * (1 - MARGIN)).astype(np.int64)
         points.add(self.names[stretch], self.budgets[cell - 1] + 1, time)
 
@@ -203,7 +206,10 @@ def _places(which: NDArray[np.bool_]) -> tuple[Ints, Ints]:
 
 def _joined(pairs: list[Pairs]) -> Pairs:
     return Pairs(
-        *(np.concatenate([getattr(x, name) for x in pairs]) for name in ("left", "right", "held", "floor", "moved"))
+        *(
+            np.concatenate([getattr(x, name) for x in pairs])
+            for name in ("left", "right", "held", "floor", "moved")
+        )
     )
 
 

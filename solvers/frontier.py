@@ -430,7 +430,9 @@ class Tables:
         for start in range(stop - 1, -1, -1):
             for kept in self.kept_states(start):
                 way, left = self._top_ways(top, source, start, kept, rows)
-                _, need, time = self._best([way], left, right, stop - start + (_SHORT if self.ends else 0), c, _TOP)
+                _, need, time = self._best(
+                    [way], left, right, stop - start + (_SHORT if self.ends else 0), c, _TOP
+                )
                 nodes[start, kept] = need, time
             for kept in self.kept_states(start):
                 rows[int(kept), start] = right.rows
@@ -703,7 +705,11 @@ class Frontier:
                 return self._bound
             c = t.candidates
             c = Candidates(
-                c.profile, max_error=c.max_error, allowed=c.allowed, loss=c.loss * _BOUND_LABEL, optimistic=True
+                c.profile,
+                max_error=c.max_error,
+                allowed=c.allowed,
+                loss=c.loss * _BOUND_LABEL,
+                optimistic=True,
             )
             lower = Tables(c, t.depth, loss=t.loss * _BOUND, optimistic=True)
             need, time = lower.solve_top().nodes[0, True]

@@ -384,7 +384,9 @@ class Candidates:
         ) -> None:
             pattern = 3 * np.asarray(pattern) + kind if self.by_strategy else 0
             values = (stop, keeps, f, b, h, t, kind, handle, pattern)
-            rows.append(tuple(x if isinstance(x, np.ndarray) and x.shape else np.full(len(t), x) for x in values))
+            rows.append(
+                tuple(x if isinstance(x, np.ndarray) and x.shape else np.full(len(t), x) for x in values)
+            )
 
         if Strategy.STORE in self.layer_allowed[start]:
             for k, o in enumerate(self.profile.layers[start].store):

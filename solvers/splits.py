@@ -183,7 +183,9 @@ class Pairs:
 
     def take(self, which: Index) -> Pairs:
         """Some of them."""
-        return Pairs(self.left[which], self.right[which], self.held[which], self.floor[which], self.moved[which])
+        return Pairs(
+            self.left[which], self.right[which], self.held[which], self.floor[which], self.moved[which]
+        )
 
     def values(self, left: Buffer, right: Buffer, budget: Ints) -> Stairs:
         """Need and time of the point that each has at or below its budget; `INF` where it has none."""

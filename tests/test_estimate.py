@@ -82,8 +82,17 @@ def both(name: str) -> tuple[mw.Profile, mw.Profile]:
 
 
 def kept(profile: mw.Profile) -> Any:
-    """The profile without its times, workspaces and errors, which an estimate may have otherwise."""
-    drop = {"device", "source", "local_error", "growth", "sensitivity", "gradient_sensitivity", "kink"}
+    """The profile without its times, workspaces, errors and what the device keeps of its memory, which an estimate may have otherwise."""
+    drop = {
+        "device",
+        "kept_bytes",
+        "source",
+        "local_error",
+        "growth",
+        "sensitivity",
+        "gradient_sensitivity",
+        "kink",
+    }
 
     def plain(value: Any) -> Any:
         if isinstance(value, tuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import random
 from pathlib import Path
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import pytest
 
 import mwplan as mw
+from mwplan.bench import Bench
 from mwplan.layers import Conv2D, Dense, LeakyReLU, MaxMin
 from mwplan.solvers.brute_force import every_cost
 from tests.chains import random_profile
@@ -108,6 +110,35 @@ def test_plans_are_optimal(seed: int) -> None:
         assert (plan.time_ns, plan.status) == (time, mw.Status.OPTIMAL)
         assert plan.bound_ns == time
         assert plan.peak_bytes <= need
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_memory_that_costs_time(seed: int) -> None:
+    """The least sum of both at every budget, by brute force; leaner than the budget where that is faster."""
+    rng = random.Random(seed)
+    plain = random_profile(rng, rng.randint(2, 5))
+    costs = every_cost(plain)
+    kept, rate = (
+        sorted(costs)[len(costs) // 3],
+        2**20 * max(costs.values()) // max(costs) // rng.randint(1, 4),
+    )
+    profile = dataclasses.replace(plain, kept_bytes=kept, fresh_mib_ns=rate)
+    frontier = mw.frontier(profile)
+    for budget in sorted(costs)[:: 1 + len(costs) // 8]:
+        want = min(time + profile.fresh_ns(need) for need, time in costs.items() if need <= budget)
+        for plan in (mw.plan(profile, budget or 1, frontier=frontier), frontier.at(budget or 1)):
+            assert (plan.time_ns, plan.bound_ns, plan.status) == (want, want, mw.Status.OPTIMAL)
+    assert mw.Profile.from_json(profile.to_json()) == profile
+    times = [time for _, time in frontier.points]
+    assert times == sorted(times, reverse=True)
+    pinned = mw.plan(profile, max(costs), pins={1: mw.Strategy.STORE})
+    assert pinned.bound_ns <= pinned.time_ns
+
+
+def test_fresh_memory_is_measured() -> None:
+    kept, rate = Bench(2, 0).fresh()
+    assert 0 <= kept <= 2**25
+    assert 0 <= rate < 5e6  # 5 ms a MiB: a page in 20 microseconds
 
 
 class TestErrors:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 import pytest
 from jaxtyping import Array
 
 from mwplan import sketch
+from mwplan.compiling import temporaries
 
 IMAGES = [(64, 32, 32, 16), (21, 30, 30, 16)]
 CASES = [
@@ -52,3 +55,13 @@ def test_equal_arrays_and_zeros() -> None:
     assert float(sketch.discrepancy(sketch.take(a), sketch.take(a))) == 0
     assert float(sketch.discrepancy(sketch.take(0 * a), sketch.take(0 * a))) == 0
     assert sketch.take([]).shape == (64,)
+
+
+@pytest.mark.parametrize("shape", [(64, 32, 32, 16), (48, 64, 64, 16)])
+def test_a_sketch_copies_next_to_nothing(shape: tuple[int, ...]) -> None:
+    """No schedule's figure counts its workspace: it has to be small beside the array."""
+
+    def sketched(a: Array) -> Array:
+        return sketch.take(a)
+
+    assert temporaries(jax.jit(sketched).lower(jnp.ones(shape)).compile()) <= 4 * math.prod(shape) / 128

@@ -231,3 +231,39 @@ class TestBadInput:
         chain = mw.Chain([mw.Stack.init(lambda key: Dense.init(key, 8, 4), jax.random.key(0), 2)])
         with pytest.raises(mw.ChainError, match="must return what it takes"):
             mw.profile(chain, jnp.ones((2, 8)))
+
+
+@pytest.mark.parametrize("levels", [1, 2, 3])
+def test_a_loop_within_loops_is_traced_once(levels: int) -> None:
+    """Each body once, however deep it stands."""
+    traced: list[int] = []
+
+    def once(x: Any) -> Any:
+        traced.append(1)
+        return jnp.sin(x)
+
+    depth = 4 * 4**levels
+    keys = jax.random.split(jax.random.key(0), depth)
+    chain, x = mw.Chain([mw.Stack.of((jax.vmap(lambda k: Dense.init(k, 4, 4))(keys), once), depth)]), jnp.ones((2, 4))  # fmt: skip
+
+    def nested(start: int, stop: int, level: int) -> tuple[Run, ...]:
+        if level == 0:
+            return tuple(Run(kind=RunKind.STORE, start=i, stop=i + 1, options=("vjp",)) for i in range(start, stop))  # fmt: skip
+        size = (stop - start) // 4
+        cuts = range(start, stop, size)
+        return tuple(Run(kind=RunKind.RECOMPUTE, start=s, stop=s + size, inner=nested(s, s + size, level - 1)) for s in cuts)  # fmt: skip
+
+    step = mw.jit(mw.value_and_grad(mean_square, Schedule(runs=nested(0, 2 * depth, levels))))
+    step.lower(chain, x)
+    # The shapes of the boundaries, once forward and once backward; each loop's body, and the backward one of the innermost.
+    assert len(traced) <= 6 + 3 * (levels + 1)
+
+
+def test_a_loop_of_one_operation_needs_no_ties() -> None:
+    """What ties do between operations, a loop does between its turns; so the body's reads and writes can be fused with it."""
+    keys = jax.random.split(jax.random.key(0), 32)
+    chain = mw.Chain([mw.Stack.of(jax.vmap(lambda k: Dense.init(k, 8, 8))(keys), 32)])
+    step = mw.jit(mw.value_and_grad(mean_square, Schedule(runs=store_all(chain))))
+    bodies = step.lower(chain, jnp.ones((4, 8))).as_text().split("@main")[1].split("func.func private")[1:]
+    assert len(bodies) > 2
+    assert not any("optimization_barrier" in body for body in bodies)

@@ -43,7 +43,11 @@ class _Norm:
         if self.centred:
             x = x - self.mean(x)
         size = jnp.sqrt(self.mean(jnp.square(x)) + self.known(self.eps, x))
-        return x / size, size
+        return self.divided(x, size), size
+
+    def divided(self, x: Array, size: Array) -> Array:
+        """`x / size`, as XLA computes it anyway: its own constant 1 over `size` would be one that operations share."""
+        return x * (self.known(1, size) / size)
 
     def pull(self, x: Array, ct_out: Array) -> tuple[Array, Array]:
         """`(ct_in, moments)` in float32 or wider: what is erased of each row of `ct_out * scale`."""
@@ -52,7 +56,8 @@ class _Norm:
         moments = [self.mean(g)] if self.centred else []
         moments.append(self.mean(g * hat))
         rest = g - moments[-1] * hat
-        return (rest - moments[0] if self.centred else rest) / size, jnp.concatenate(moments, -1)
+        ct_in = self.divided(rest - moments[0] if self.centred else rest, size)
+        return ct_in, jnp.concatenate(moments, -1)
 
     def vijp_rules(self, x: Any) -> Sequence[VijpRule | Unavailable]:
         """The moments of each row as the fragment."""
