@@ -56,10 +56,8 @@ _ROOM = 50_000
 _SLACK, _THIN = 6.0, 2.0
 #: and of that, at the top level, where losses would add up along the chain
 _TOP = 0.1
-#: and in bounds
-_BOUND = 0.5
-_LABEL = 1.0
-_BOUND_LABEL = 0.125
+#: and in the tables of a bound, which are to prove what these lose: of staircases, and of moonwalk runs
+_BOUND, _BOUND_LABEL = 0.5, 0.125
 #: from here on chains of identical layers have exact tables of their own
 _UNIFORM = 48
 #: thinned, in chains of so many layers, stretches of so many identical ones have
@@ -787,13 +785,12 @@ def solve_frontier(
 ) -> Frontier:
     """The frontier of `profile` under `max_error` with the strategies `allowed`.
 
-    **Arguments:** `thin`, the relative loss of time aimed at, 0 for exact: a stretch's merge may lose a factor `1 + thin / 2` and the thinning after it
-    `1 + thin / 8`, moonwalk runs up to `1 + thin / 6` a layer, so a schedule of `k` runs, inner ones included, is at most
-    `((1 + thin / 2) (1 + thin / 8))^k` times the optimum without moonwalk runs, times `(1 + thin / 6)^L` with them: that is all that is proved beforehand.
-    Measured losses are below `thin`; `Frontier.loss` proves a bound for the profile at hand, which is larger than `thin`, the more so the longer the chain
+    **Arguments:** `thin`, the relative loss of time aimed at, 0 for exact. Inside RECOMPUTE runs a stretch's merge may lose a factor `1 + 3 thin / 2`, the thinning after it
+    `1 + thin / 2`; at the top level, where losses add up along the chain, a tenth of that; moonwalk runs up to `1 + thin` a layer. Beforehand no more is proved than
+    these factors multiplied. Measured losses are below `thin`; `Frontier.loss` proves a bound for the profile at hand, from finer tables
     (results/solver_scaling). Least need and least time stay exact, unless
     a chain of `_LONG` layers or more has stretches of `_STRETCH` or more identical ones: these are taken by `mwplan.solvers.sparse`, and few runs cross from such a
-    stretch into what lies beside it (`JoinedTables`); no loss is proved then, measured ones are in results/solver_scaling. `max_recompute_depth`, how deep RECOMPUTE runs may stand inside one another: 0 for none, None for any.
+    stretch into what lies beside it (`JoinedTables`); what is proved then is as `mwplan.solvers.relaxed` says. `max_recompute_depth`, how deep RECOMPUTE runs may stand inside one another: 0 for none, None for any.
     **Returns:** a `Frontier`. **Raises:** `ArgumentError`. **Cost:** see `Tables`.
     """
     if not isinstance(profile, Profile):
@@ -814,6 +811,6 @@ def solve_frontier(
     elif not thin and depth is None and len(profile) >= _UNIFORM and is_uniform(profile):
         tables = UniformTables(profile, max_error=max_error, allowed=chosen)
     else:
-        candidates = Candidates(profile, max_error=max_error, allowed=chosen, loss=thin * _LABEL)
+        candidates = Candidates(profile, max_error=max_error, allowed=chosen, loss=thin)
         tables = Tables(candidates, depth, loss=thin / 4)
     return Frontier(profile, tables, max_error=max_error, allowed=chosen, thin=thin)

@@ -33,7 +33,8 @@ def cut_bytes(profile: Profile) -> int:
     """By how much less than the tables of a uniform `profile` say events may need where it is cut out of a longer chain."""
     layer = profile.layers[0]
     waits = profile.cotangent_bytes[0]
-    backward = [o.backward_saving_bytes for o in (*layer.store, *layer.invert)]
+    backward = [o.backward_saving_bytes for o in layer.store]
+    backward += [o.backward_saving_bytes for o in layer.invert]
     moonwalk = [
         profile.sweep_cotangent_bytes[0]
         + max(o.rebuild_saving_bytes, o.advance_saving_bytes + o.last_workspace_bytes)
@@ -67,9 +68,7 @@ def lower_bound(
         piece = part(profile, start, start + size)
         cut = size < len(profile)
         ends = (_DONE, _DONE) if cut else None
-        tables = SparseTables(
-            piece, max_error=max_error, allowed=allowed, thin=thin, ends=ends, bound=True
-        )
+        tables = SparseTables(piece, max_error=max_error, allowed=allowed, thin=thin, ends=ends, bound=True)
         need, time = tables.points()
         pieces.append((count, (np.maximum(need - cut_bytes(piece) * cut, 0), time)))
     if not all(need.size for _, (need, _) in pieces):

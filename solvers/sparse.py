@@ -10,7 +10,7 @@ Every point is a schedule. What is lost: splits between these lengths, RECOMPUTE
 any of them could be, schedules would nest as deep as the chain is long; like this a nest is at most about `_SHARE (1 + log(L / _SHARE))` deep), moonwalk and invert
 runs of more than `_LONGEST` layers or other lengths, one after the other only of `2^i` or `3 2^i` layers, those that others beat but for a factor
 `1 + _STEP thin` in each of their costs, and what merging (a factor `1 + 2 thin / 3` at each table) and thinning (`1 + thin / 3`) lose.
-No loss is proved: `bound_ns` is then the time of every layer's fastest option, and what does not fit is UNKNOWN, not INFEASIBLE; losses measured against
+What does not fit is UNKNOWN, not INFEASIBLE; `mwplan.solvers.relaxed` bounds from below what these tables take; losses measured against
 exact tables, and how far the leanest schedule is from the least bytes, are in results/solver_scaling.
 
 **Cost:** O(2^_BITS log L) merges of O(2^_BITS log L) groups.
@@ -39,7 +39,7 @@ _BITS = 6
 _LONGEST = 256
 _SHARE = 32
 _CELLS = 384
-#: share of the losses of merging and thinning at the top level, where they would add up along the chain
+#: share of the losses of merging and thinning at the top level of a bound, where they would add up along the chain
 _TOP = 0.1
 #: runs of several layers that differ by less than a factor `1 + _STEP thin` in everything count as one
 _STEP = 1.0

@@ -210,7 +210,12 @@ def in_a_row(rng: random.Random, before: int, size: int, after: int) -> Profile:
     counts = {}
     for what in ("activation_bytes", "cotangent_bytes", "sweep_cotangent_bytes"):
         own = getattr(profile, what)
-        counts[what] = (*own[:before], *[own[before]] * size, *[own[before]] * (after > 0), *own[before + 2 :])
+        counts[what] = (
+            *own[:before],
+            *[own[before]] * size,
+            *[own[before]] * (after > 0),
+            *own[before + 2 :],
+        )
         counts[what] += (own[before],) * (after == 0)
     middle = profile.layers[before : before + 1] * size
     layers = (*profile.layers[:before], *middle, *profile.layers[before + 1 :])
