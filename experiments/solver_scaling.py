@@ -298,8 +298,6 @@ def cases(config: Config) -> Iterator[tuple[str, dict[str, Any], Callable[[], di
             key = {"size": size, "submersive": submersive, "seed": 0}
             yield "deep", key, partial(speed, deep(size, submersive=submersive), config.thin, None)
         for size in config.identical:
-            if submersive and size > 1000:
-                continue
             profile = identical(size, submersive=submersive)
             key = {"size": size, "submersive": submersive, "seed": 0}
             yield "identical", key, partial(speed, profile, config.thin, None)

@@ -62,7 +62,7 @@ def plan(
     **Returns:** a `Schedule` that the ledger has replayed; `status` says whether it is proved optimal, else `gap` how far it may be from it.
     **Raises:** `InfeasibleError` with the least feasible budget and what binds there; `ArgumentError`.
     **Cost:** the frontier of the chain, and the proof on top (seconds at 100 layers). Chains of 160 layers or more with long stretches of identical ones
-    (`solve_frontier`) have no proof but the bound of every layer's fastest way, and with `pins` or `max_distinct_runs` are as slow as any (minutes from 300 layers on).
+    (`solve_frontier`) have no proof but that of `mwplan.solvers.relaxed` (a few seconds more, and loose at lean budgets), and with `pins` or `max_distinct_runs` are as slow as any (minutes from 300 layers on).
     """
     from mwplan.solvers import integer_program
 

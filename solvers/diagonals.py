@@ -113,7 +113,7 @@ class _Cells:
         factor = np.float32((1 + MARGIN) / (1 + slack))
         # A group left out here takes at least 1 / (1 + slack) of what is known at the block's beginning, and so in all of its cells.
         self.alive = self.rough[:, :blocks] < (self.limit[:, self.first] * factor)[self.of]
-        self.group, block = np.nonzero(self.alive)
+        self.group, block = _places(self.alive)
         order = np.argsort(self.of[self.group] * blocks + block, kind="stable")
         self.group, block = self.group[order], block[order]
         self.stretch = self.of[self.group]
@@ -141,7 +141,7 @@ class _Cells:
     def add_to(self, points: _Points, optimistic: bool) -> None:
         """Adds the groups' points that make the envelopes, within what may be lost."""
         good = self.lower < self.goal[self.stretch[:, None], self.cells]
-        entry, place = np.nonzero(good)
+        entry, place = _places(good)
         pairs = self.pairs.take(self.group[entry])
         names = self.names[self.stretch[entry]]
         for pair, need, time in pairs.steps(self.left, self.right, self.cells[entry, place]):
@@ -154,15 +154,15 @@ class _Cells:
     def _add_sure(self, points: _Points) -> None:
         """The schedules that `limit` counts on, and the fastest."""
         blocks = self.first.size
-        entry = place = np.zeros(0, dtype=np.intp)
+        entry = place = np.zeros(0, dtype=np.int64)
         if self.group.size:
             stretch, cells = self.stretch[self.cuts, None], self.cells[self.cuts]
             useful = (self.best < self.limit[stretch, cells]) & (self.best <= self.limit[stretch, cells + 1])
-            entry, place = np.nonzero(self.upper == np.where(useful, self.best, -1)[self.part])
+            entry, place = _places(self.upper == np.where(useful, self.best, -1)[self.part])
         ahead = self.first[1:]
         least = self.least[:, blocks:]
         useful = (least < self.limit[:, ahead - 1]) & (least <= self.limit[:, ahead])
-        group, block = np.nonzero(self.rough[:, blocks:] == np.where(useful, least, -1)[self.of])
+        group, block = _places(self.rough[:, blocks:] == np.where(useful, least, -1)[self.of])
         fastest = self.rough[:, blocks - 1]
         fast = np.flatnonzero(fastest <= self.least[self.of, blocks - 1] * np.float32(1 + MARGIN))
         chosen = np.concatenate([self.group[entry], group, fast])
@@ -196,6 +196,12 @@ class _Cells:
         stretch, cell, bound = stretch[keep], cell[keep], bound[keep]
         time = np.floor(bound.astype(np.float64) * (1 - MARGIN)).astype(np.int64)
         points.add(self.names[stretch], self.budgets[cell - 1] + 1, time)
+
+
+def _places(which: NDArray[np.bool_]) -> tuple[Ints, Ints]:
+    """`numpy.nonzero` of a matrix, which is slow for large ones."""
+    row, column = np.divmod(np.flatnonzero(which), which.shape[1])
+    return row, column
 
 
 def _joined(pairs: list[Pairs]) -> Pairs:

@@ -50,14 +50,14 @@ _NOTHING: Stairs = (np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
 _SHORT = 4
 #: budgets at which staircases are compared first
 _CELLS = 384
+#: rows of tables there is room for from the start, as untouched memory
+_ROOM = 50_000
 #: shares of the loss aimed at that a merge and the thinning after it may take
 _SLACK, _THIN = 6.0, 2.0
 #: and of that, at the top level, where losses would add up along the chain
 _TOP = 0.1
-#: and in bounds
-_BOUND = 0.5
-_LABEL = 1.0
-_BOUND_LABEL = 0.125
+#: and in the tables of a bound, which are to prove what these lose: of staircases, and of moonwalk runs
+_BOUND, _BOUND_LABEL = 0.5, 0.125
 #: from here on chains of identical layers have exact tables of their own
 _UNIFORM = 48
 #: thinned, in chains of so many layers, stretches of so many identical ones have
@@ -191,8 +191,9 @@ class Tables:
         ids: dict[tuple[int, int], int] = {}
         content = [-x for x in c.layer_class]
         none = np.zeros(0, dtype=np.int64)
-        right = Buffer(self.grid, self.span, 2 * self.size)
-        left = Buffer(self.grid, self.span, 2 * self.size, sided=True, waiting=self.waiting)
+        room = max(2 * self.size, min(self.size * (self.size + 3), _ROOM))
+        right = Buffer(self.grid, self.span, room)
+        left = Buffer(self.grid, self.span, room, sided=True, waiting=self.waiting)
         # rows[e, s, r] of T[s, r, e]: 0 where s = r, 1 where there is no schedule; again[e, s, r] of the RECOMPUTE run, 0 where there is none.
         right.extend(2, np.zeros(1, dtype=np.int64), *_DONE)
         left.extend(1, none, none, none)
@@ -692,7 +693,13 @@ class Frontier:
         if self._bound is None:
             t = self.tables
             if not isinstance(t, Tables):
-                self._bound = ((0, fastest_ns(self.profile)),)
+                from mwplan.solvers.relaxed import lower_bound
+
+                parts = stretches(self.profile, _STRETCH)
+                need, time = lower_bound(
+                    self.profile, parts, max_error=self.max_error, allowed=self.allowed, thin=self.thin
+                )
+                self._bound = tuple(zip(need.tolist(), time.tolist()))
                 return self._bound
             c = t.candidates
             c = Candidates(
@@ -713,10 +720,12 @@ class Frontier:
         return self.bound_points[max(k, 0)][1] if self.bound_points else 0
 
     def loss(self) -> float:
-        """The largest relative loss of time at any budget, proved: 0 if exact."""
+        """The largest relative loss of time at any budget from `least_bytes` on, proved: 0 if exact."""
         budgets = {need for need, _ in self.points} | {need for need, _ in self.bound_points}
         worst = 0.0
         for budget in budgets:
+            if budget < self.points[0][0]:
+                continue
             k = bisect.bisect_right(self.points, (budget, INF)) - 1
             worst = max(worst, self.points[k][1] / max(1, self.bound_ns(budget)) - 1)
         return worst
@@ -776,13 +785,12 @@ def solve_frontier(
 ) -> Frontier:
     """The frontier of `profile` under `max_error` with the strategies `allowed`.
 
-    **Arguments:** `thin`, the relative loss of time aimed at, 0 for exact: a stretch's merge may lose a factor `1 + thin / 2` and the thinning after it
-    `1 + thin / 8`, moonwalk runs up to `1 + thin / 6` a layer, so a schedule of `k` runs, inner ones included, is at most
-    `((1 + thin / 2) (1 + thin / 8))^k` times the optimum without moonwalk runs, times `(1 + thin / 6)^L` with them: that is all that is proved beforehand.
-    Measured losses are below `thin`; `Frontier.loss` proves a bound for the profile at hand, which is larger than `thin`, the more so the longer the chain
+    **Arguments:** `thin`, the relative loss of time aimed at, 0 for exact. Inside RECOMPUTE runs a stretch's merge may lose a factor `1 + 3 thin / 2`, the thinning after it
+    `1 + thin / 2`; at the top level, where losses add up along the chain, a tenth of that; moonwalk runs up to `1 + thin` a layer. Beforehand no more is proved than
+    these factors multiplied. Measured losses are below `thin`; `Frontier.loss` proves a bound for the profile at hand, from finer tables
     (results/solver_scaling). Least need and least time stay exact, unless
     a chain of `_LONG` layers or more has stretches of `_STRETCH` or more identical ones: these are taken by `mwplan.solvers.sparse`, and few runs cross from such a
-    stretch into what lies beside it (`JoinedTables`); no loss is proved then, measured ones are in results/solver_scaling. `max_recompute_depth`, how deep RECOMPUTE runs may stand inside one another: 0 for none, None for any.
+    stretch into what lies beside it (`JoinedTables`); what is proved then is as `mwplan.solvers.relaxed` says. `max_recompute_depth`, how deep RECOMPUTE runs may stand inside one another: 0 for none, None for any.
     **Returns:** a `Frontier`. **Raises:** `ArgumentError`. **Cost:** see `Tables`.
     """
     if not isinstance(profile, Profile):
@@ -803,6 +811,6 @@ def solve_frontier(
     elif not thin and depth is None and len(profile) >= _UNIFORM and is_uniform(profile):
         tables = UniformTables(profile, max_error=max_error, allowed=chosen)
     else:
-        candidates = Candidates(profile, max_error=max_error, allowed=chosen, loss=thin * _LABEL)
+        candidates = Candidates(profile, max_error=max_error, allowed=chosen, loss=thin)
         tables = Tables(candidates, depth, loss=thin / 4)
     return Frontier(profile, tables, max_error=max_error, allowed=chosen, thin=thin)

@@ -200,7 +200,7 @@ class _Problem:
         if not isinstance(tables, Tables) and (narrowed or max_distinct_runs is not None):
             # Side conditions tell layers apart.
             thin = frontier.thin
-            every = Candidates(profile, max_error=max_error, allowed=allowed, loss=thin / 6)
+            every = Candidates(profile, max_error=max_error, allowed=allowed, loss=thin)
             tables = Tables(every, max_recompute_depth, loss=thin / 4)
             frontier = Frontier(profile, tables, max_error=max_error, allowed=allowed, thin=thin)
         if not isinstance(tables, Tables):
@@ -483,6 +483,8 @@ def _by_frontier(frontier: Frontier, budget: int | None, limit_ns: int | None) -
         if frontier.thin:
             return dataclasses.replace(frontier.at(budget), status=Status.FEASIBLE, least_bytes=None)
         return dataclasses.replace(frontier.at(budget), least_bytes=budget)
+    if frontier.thin:
+        frontier.bound_ns(budget)  # which `at` then states
     return frontier.at(budget)
 
 

@@ -10,7 +10,7 @@ Every point is a schedule. What is lost: splits between these lengths, RECOMPUTE
 any of them could be, schedules would nest as deep as the chain is long; like this a nest is at most about `_SHARE (1 + log(L / _SHARE))` deep), moonwalk and invert
 runs of more than `_LONGEST` layers or other lengths, one after the other only of `2^i` or `3 2^i` layers, those that others beat but for a factor
 `1 + _STEP thin` in each of their costs, and what merging (a factor `1 + 2 thin / 3` at each table) and thinning (`1 + thin / 3`) lose.
-No loss is proved: `bound_ns` is then the time of every layer's fastest option, and what does not fit is UNKNOWN, not INFEASIBLE; losses measured against
+What does not fit is UNKNOWN, not INFEASIBLE; `mwplan.solvers.relaxed` bounds from below what these tables take; losses measured against
 exact tables, and how far the leanest schedule is from the least bytes, are in results/solver_scaling.
 
 **Cost:** O(2^_BITS log L) merges of O(2^_BITS log L) groups.
@@ -39,6 +39,8 @@ _BITS = 6
 _LONGEST = 256
 _SHARE = 32
 _CELLS = 384
+#: share of the losses of merging and thinning at the top level of a bound, where they would add up along the chain
+_TOP = 0.1
 #: runs of several layers that differ by less than a factor `1 + _STEP thin` in everything count as one
 _STEP = 1.0
 
@@ -80,7 +82,8 @@ class SparseTables:
     """The tables. `candidates` are those of a chain of at most `_LONGEST + 1` layers.
 
     **Arguments:** as of `mwplan.solvers.frontier.solve_frontier`; `thin` must not be 0. Where `profile` is a part of the chain `whole`, after its first
-    `first` layers: `ends`, the staircases of what follows, without and with its first input kept; None where nothing does.
+    `first` layers: `ends`, the staircases of what follows, without and with its first input kept; None where nothing does. `bound`: tables at all lengths, with all runs, merged
+    and thinned downwards; not schedules then, but a bound (`mwplan.solvers.relaxed`). **Cost** then: O(L^2) groups.
     """
 
     def __init__(
@@ -93,16 +96,19 @@ class SparseTables:
         whole: Profile | None = None,
         first: int = 0,
         ends: tuple[Stairs, Stairs] | None = None,
+        bound: bool = False,
     ) -> None:
+        self.bound = bound
         whole = whole or profile
         self.size, self.thin, self.first = len(profile), thin, first
         #: whether something follows
         self.inside = ends is not None
         self.nested = Strategy.RECOMPUTE in allowed
-        short = repeated(profile, min(self.size, _LONGEST) + 1)
+        short = repeated(profile, (self.size if bound else min(self.size, _LONGEST)) + 1)
         self.candidates = Candidates(
-            short, max_error=max_error, allowed=allowed, loss=thin / 6, of=len(whole)
-        )
+            short, max_error=max_error, allowed=allowed, loss=thin / 6, optimistic=bound,
+            of=1 if bound else len(whole),
+        )  # fmt: skip
         self.activation, self.waiting = int(profile.activation_bytes[0]), int(profile.cotangent_bytes[0])
         layer = profile.layers[0]
         self.forward = layer.forward_ns
@@ -110,7 +116,7 @@ class SparseTables:
         #: forward peak of RECOMPUTE runs without x_s: of one layer, and of more
         self.peaks = (peak, peak + self.activation)
         self.both = bool(self.candidates.kept_nodes[1:].any())
-        self.lengths = lengths(self.size)
+        self.lengths = list(range(1, self.size + 1)) if bound else lengths(self.size)
         self.index = {n: k for k, n in enumerate([0, *self.lengths])}
         high = whole.bytes_bound() - whole.fixed_bytes
         self.span = 1 << (high + 1).bit_length()
@@ -172,7 +178,7 @@ class SparseTables:
     def _add_repeated(self, same: dict[bool, _Piece]) -> None:
         """Pieces that are one run from either node, or from one of them, and the run `p = 2, 4, ...` times, as far as the chain goes."""
         numbers = {e: self._add(e, piece) for e, piece in same.items()}
-        while same:
+        while same and not self.bound:
             twice: dict[bool, _Piece] = {}
             for e, first in same.items():
                 second = same.get(first.keeps)
@@ -222,7 +228,8 @@ class SparseTables:
                         which = 3 * int(atoms.handle[row]) + int(atoms.kind[row])
                         stores.setdefault(which, {})[e] = piece
                     continue
-                for f, held, stairs in grouped(self._few([x[rows] for x in columns]), self.waiting):
+                columns = [x[rows] for x in columns]
+                for f, held, stairs in grouped(columns if self.bound else self._few(columns), self.waiting):
                     piece = _Piece(n, keeps, f, held, stairs, rows)
                     if n // (n & -n) <= 3:
                         self._add_repeated({e: piece})
@@ -265,7 +272,7 @@ class SparseTables:
         """The pieces that a stretch of `n` layers may begin with, and the rows of what is left."""
         pieces, rows = [], []
         # A RECOMPUTE run may end the part, but neither the chain nor the RECOMPUTE run it stands in.
-        longest = n if family is self.top and self.inside else longest_within(n)
+        longest = n if family is self.top and self.inside else n - 1 if self.bound else longest_within(n)
         for left, rest in self.index.items():
             if left >= n:
                 break
@@ -291,11 +298,14 @@ class SparseTables:
             self._known[e] = ready
         pairs = self._choices(n, e, k, family)
         many = n >= 4 or (family is self.top and self.inside)
-        slack, loss = (self.thin * 2 / 3, self.thin / 3) if many else (0.0, 0.0)
+        share = _TOP if self.bound and family is self.top else 1.0
+        slack, loss = (share * self.thin * 2 / 3, share * self.thin / 3) if many else (0.0, 0.0)
         found = envelopes(
-            [Ways(pairs, _NONE)], self._left[e], family, self.shifts, slack=slack, optimistic=False
+            [Ways(pairs, _NONE)], self._left[e], family, self.shifts, slack=slack, optimistic=self.bound
         )
-        family.extend(1, *(thinned_all(*found, loss, optimistic=False) if loss and found[0].size else found))
+        if loss and found[0].size:
+            found = thinned_all(*found, loss, optimistic=self.bound)
+        family.extend(1, *found)
 
     # -- reading -------------------------------------------------------------------------------------------------
 

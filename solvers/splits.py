@@ -251,6 +251,8 @@ def grouped(columns: list[Ints], waiting: int) -> list[tuple[int, int, Stairs]]:
     if f.size == 1:
         return [(int(f[0]), int(held[0]), (b, time))]
     f = np.where(f + waiting <= b, 0, f)
+    if f.size and (f == f[0]).all() and (held == held[0]).all():
+        return [(int(f[0]), int(held[0]), staircase(b, time))]
     order = np.lexsort((held, f))
     f, b, held, time = f[order], b[order], held[order], time[order]
     cuts = np.flatnonzero((f[1:] != f[:-1]) | (held[1:] != held[:-1])) + 1

@@ -20,8 +20,10 @@ from mwplan.ledger import replay, strategies
 from mwplan.profiles import InvertOption, LayerProfile, Profile, StoreOption
 from mwplan.schedule import Run, RunKind, Status, Strategy
 from mwplan.solvers.brute_force import every_cost, every_plan
-from mwplan.solvers.frontier import Frontier, solve_frontier
+from mwplan.solvers.frontier import Frontier, Tables, solve_frontier
 from mwplan.solvers.integer_program import solve, solve_least_bytes
+from mwplan.solvers.relaxed import lower_bound
+from mwplan.solvers.runs import fastest_ns
 from tests.chains import random_profile
 
 profiles = st.builds(
@@ -200,6 +202,61 @@ def repeated(profile: Profile) -> Profile:
         cotangent_bytes=(3,) * n,
         sweep_cotangent_bytes=(4,) * n,
     )
+
+
+def in_a_row(rng: random.Random, before: int, size: int, after: int) -> Profile:
+    """`size` equal layers between others."""
+    profile = random_profile(rng, before + after + 1, scale=rng.choice([5, 50]))
+    counts = {}
+    for what in ("activation_bytes", "cotangent_bytes", "sweep_cotangent_bytes"):
+        own = getattr(profile, what)
+        counts[what] = (
+            *own[:before],
+            *[own[before]] * size,
+            *[own[before]] * (after > 0),
+            *own[before + 2 :],
+        )
+        counts[what] += (own[before],) * (after == 0)
+    middle = profile.layers[before : before + 1] * size
+    layers = (*profile.layers[:before], *middle, *profile.layers[before + 1 :])
+    return dataclasses.replace(profile, layers=layers, **counts)
+
+
+@pytest.mark.parametrize("piece", [3, 320])
+def test_bound_of_long_chains_is_below_every_exact_frontier(
+    monkeypatch: pytest.MonkeyPatch, piece: int
+) -> None:
+    """What bounds chains too long for exact tables, on chains that are not: all cut somewhere, or none of it, within the least need too."""
+    monkeypatch.setattr("mwplan.solvers.relaxed._PIECE", piece)
+    above = 0
+    for seed in range(40):
+        rng = random.Random(seed)
+        before, size, after = rng.randint(0, 3), rng.randint(4, 9), rng.randint(0, 2)
+        profile = in_a_row(rng, before, size, after)
+        exact = solve_frontier(profile)
+        parts = [(0, before, False)] * (before > 0) + [(before, before + size, True)]
+        parts += [(before + size, len(profile), False)] * (after > 0)
+        need, time = (
+            x.tolist()
+            for x in lower_bound(profile, parts, max_error=1e-4, allowed=frozenset(Strategy), thin=0.02)
+        )
+        assert need[0] <= exact.points[0][0]
+        for budget, ns in exact.points:
+            bound = time[bisect.bisect_right(need, budget) - 1]
+            assert bound <= ns
+            above += bound > fastest_ns(profile)
+    assert above > 40
+
+
+def test_long_chains_state_a_gap() -> None:
+    profile = in_a_row(random.Random(1), 2, 160, 2)
+    found = solve_frontier(profile, thin=0.02)
+    assert not isinstance(found.tables, Tables)
+    budget = 3 * found.points[0][0]
+    solution = solve(profile, budget, frontier=found)
+    assert solution.runs is not None
+    assert fastest_ns(profile) < solution.bound_ns <= solution.time_ns
+    assert replay(profile, solution.runs).peak_bytes <= budget
 
 
 def distinct(profile: Profile, runs: tuple[Run, ...]) -> int:

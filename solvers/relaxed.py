@@ -1,0 +1,83 @@
+r"""A lower bound for long chains with stretches of identical layers, whose own tables (`mwplan.solvers.sparse`) prove nothing.
+
+Cut a schedule within `b` bytes down to some consecutive layers: runs are cut where they cross the ends, and of a RECOMPUTE run that covers all that is left its inner schedule
+remains. What is left is nearly a schedule of these layers alone within `b`, entered with its input kept and with nothing to turn on: what is held to its left only adds to its
+events. Nearly: an event may need up to `cut_bytes` less than the layers alone say, since another cotangent than `C` waits (forward events), another one than `D` stays
+(events of M), what an input kept by others forbids is saved, or more than `last_workspace` is not needed. An INVERT run's share of the error shrinks with its length, so shares
+are those of a chain of one layer. Times are sums over layers. So with `T` a lower bound of the layers' frontier, no schedule spends less than `T(b + cut_bytes)` on them, and
+bounds of disjoint pieces add up; other layers count with their fastest options. A chain that is one piece is not cut.
+
+What is lost: the memory that pieces take from one another; most at lean budgets and in chains of many pieces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from mwplan.profiles import Profile
+from mwplan.schedule import Strategy
+from mwplan.solvers.pareto import Ints
+from mwplan.solvers.runs import fastest_ns
+from mwplan.solvers.sparse import SparseTables
+from mwplan.solvers.uniform import part
+
+Stairs = tuple[Ints, Ints]
+_DONE: Stairs = (np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64))
+#: most layers of a piece
+_PIECE = 320
+
+
+def cut_bytes(profile: Profile) -> int:
+    """By how much less than the tables of a uniform `profile` say events may need where it is cut out of a longer chain."""
+    layer = profile.layers[0]
+    waits = profile.cotangent_bytes[0]
+    backward = [o.backward_saving_bytes for o in layer.store]
+    backward += [o.backward_saving_bytes for o in layer.invert]
+    moonwalk = [
+        profile.sweep_cotangent_bytes[0]
+        + max(o.rebuild_saving_bytes, o.advance_saving_bytes + o.last_workspace_bytes)
+        for o in layer.moonwalk
+    ]
+    return max(waits, *backward, *moonwalk)
+
+
+def lower_bound(
+    profile: Profile,
+    parts: Iterable[tuple[int, int, bool]],
+    *,
+    max_error: float,
+    allowed: frozenset[Strategy],
+    thin: float,
+) -> Stairs:
+    """A staircase that no schedule of the chain beats at any budget. No schedule fits below its least need.
+
+    **Arguments:** as of `mwplan.solvers.frontier.solve_frontier`; `parts`, as `mwplan.solvers.uniform.stretches` gives them. **Cost:** the frontier of a piece for each
+    uniform part.
+    """
+    pieces: list[tuple[int, Stairs]] = []
+    rest = 0
+    for start, stop, uniform in parts:
+        if not uniform:
+            rest += fastest_ns(part(profile, start, stop))
+            continue
+        count = -(-(stop - start) // _PIECE)
+        size = (stop - start) // count
+        rest += fastest_ns(part(profile, start, start + 1)) * (stop - start - count * size)
+        piece = part(profile, start, start + size)
+        cut = size < len(profile)
+        ends = (_DONE, _DONE) if cut else None
+        tables = SparseTables(piece, max_error=max_error, allowed=allowed, thin=thin, ends=ends, bound=True)
+        need, time = tables.points()
+        pieces.append((count, (np.maximum(need - cut_bytes(piece) * cut, 0), time)))
+    if not all(need.size for _, (need, _) in pieces):
+        none = np.zeros(0, dtype=np.int64)
+        return none, none
+    # Below one piece's least need nothing fits.
+    needs = np.unique(np.concatenate([need for _, (need, _) in pieces]))
+    needs = needs[needs >= max(int(need[0]) for _, (need, _) in pieces)]
+    total = np.full(needs.size, rest, dtype=np.int64)
+    for count, (need, time) in pieces:
+        total += count * time[need.searchsorted(needs, side="right") - 1]
+    return needs, np.maximum(total, fastest_ns(profile))
