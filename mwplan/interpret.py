@@ -53,8 +53,10 @@ class Arranged:
     that depend on how many small buffers come and go beside the large ones. A detour adds some: the program is the same, the holes are others. Nothing
     of an operation starts before its detour is over, or what it has already written would live the longer for it.
 
-    `number`: of the arrangement. The first makes the same detour everywhere, so that lives are about as long as they are in operations, and
-    of equal ones XLA places the earlier first, which leaves no holes along a chain; in others the detours' lengths are random. `size`: elements of a padded parameter, more than any output has, or the
+    `number`: of the arrangement. The first makes the same detour in every operation that has a small parameter, so that lives come closer to being
+    counted in operations (measured: it closes most holes); in others the detours' lengths are random.
+
+    `size`: elements of a padded parameter, more than any output has, or the
     detour would be made in an output that is not written yet, and count for nothing.
     """
 

@@ -99,8 +99,9 @@ def test_leaner_schedules_are_tried_until_one_fits(
     assert sizes == sorted(sizes, reverse=True)
     assert "or a leaner one" in told[0]
     monkeypatch.setattr(fitting, "temporaries", lambda compiled: 1 << 40)
-    with pytest.raises(mw.InfeasibleError, match=r"of the 2 that were compiled none does.*raise the budget"):
-        mw.fit(mean_square, chain, x, budget=total, profile=profile, max_attempts=2)
+    asked = r"^`budget='[\d_]+ B'` \([\d_]+ bytes\).*of the 2 that were compiled none does.*raise the budget"
+    with pytest.raises(mw.InfeasibleError, match=asked):
+        mw.fit(mean_square, chain, x, budget=f"{total} B", profile=profile, max_attempts=2)
 
 
 def test_budgets_that_nothing_fits(profile: mw.Profile) -> None:
