@@ -105,7 +105,7 @@ def fit(
             (chain, x, *args), schedules, profile, room, budget, max_attempts, say,
         )  # fmt: skip
 
-    found = [fitted(allowed, budget)]  # as it was asked for: errors name it
+    found = [fitted(allowed, budget_bytes)]
     if tune:
         fewer = [(allowed & some, budget_bytes) for some in planning.NARROWER]
         less = [
@@ -199,7 +199,7 @@ def _fit(
 
 def _leaner(
     profile: Profile,
-    budget: int | str,
+    budget: int,
     attempts: list[Attempt],
     max_error: float,
     allowed: frozenset[Strategy],
