@@ -63,7 +63,7 @@ POLICIES: dict[str, Callable[..., Any] | None] = {
 
 #: Programs that need more than so many times the largest budget asked for are compiled, for their memory, and not run.
 MOST = 8
-#: Programs whose step takes so many times the fastest's, and a second or more, are timed once, in the warm-up.
+#: Programs whose step takes so many times the median of all, and a second or more, are timed once, in the warm-up.
 SLOW = 6
 #: Seconds after which the trial that chooses among plans ends.
 TRIAL = 30.0
@@ -586,7 +586,7 @@ def _of_schedule(schedule: Schedule) -> dict[str, Any]:
 
 def interleave(programs: Sequence[Compiled], rounds: int, seconds: float = math.inf) -> None:
     """Runs the programs `rounds` times in turn, each round from another one on, after one warm-up; stops after `seconds`, but not before 3 rounds, or 2 where
-    one takes longer than that. Those slower than `SLOW` times the fastest are not run again after the warm-up, which is then their sample."""
+    one takes longer than that. Those slower than `SLOW` times the median of all are not run again after the warm-up, which is then their sample."""
 
     def timed(one: Compiled) -> float:
         begin = time.perf_counter()
@@ -597,7 +597,7 @@ def interleave(programs: Sequence[Compiled], rounds: int, seconds: float = math.
     first = [timed(one) for one in programs]
     left = []
     for one, taken in zip(programs, first):
-        if taken > max(1.0, SLOW * min(first)):
+        if taken > max(1.0, SLOW * statistics.median(first)):
             one.seconds.append(taken)
         else:
             left.append(one)

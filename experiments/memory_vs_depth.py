@@ -49,6 +49,8 @@ class Config:
     out: Path = record.RESULTS / "memory_vs_depth"
 
 
+#: times of backpropagation's from here on are left out of the figure
+SLOWEST = 4.0
 UNROLLED = ("backprop", "checkpoint_each", "chen", "rotor_checkpoint", "recompute_checkpoint")
 
 
@@ -185,10 +187,11 @@ def draw(config: Config, model: str, records: list[Record]) -> Figure:
     right.set_title(
         f"within backpropagation's memory at depth {config.reference}, times {config.multiples[-1]:g}"
     )
+    right.set_ylim(0, min(right.get_ylim()[1], SLOWEST))
     for ax in (left, right):
         ax.set_xticks(config.depths, [str(d) for d in config.depths])
         ax.minorticks_off()
-    left.legend(fontsize=7)
+    right.legend(*left.get_legend_handles_labels(), fontsize=7, ncols=2)
     return figure
 
 
