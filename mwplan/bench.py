@@ -20,7 +20,7 @@ from mwplan.compiling import options_of, temporaries
 from mwplan.growth import random_cotangent
 
 PyTree = Any
-_KEPT = 32 << 20  # bytes
+_KEPT = 32 << 20  # bytes: glibc's largest threshold, up to which it keeps freed blocks
 SMALL = 1 << 14  # bytes: below, a saving is not worth a compilation
 
 
@@ -238,10 +238,10 @@ class Bench:
             array = jax.lax.optimization_barrier(jnp.broadcast_to(value, (size // 4,)))
             return array, jnp.sum(array)
 
-        one = jnp.ones(())
+        one = jnp.ones((), jnp.float32)  # 4 bytes, with `jax_enable_x64` too
         temporary = jax.jit(lambda v: filled(v)[1], compiler_options=self.options)
         given = jax.jit(lambda buffer, v: filled(v), donate_argnums=0, keep_unused=True)
-        buffer = jnp.zeros(size // 4)
+        buffer = jnp.zeros(size // 4, jnp.float32)
         taken: tuple[list[int], list[int]] = [], []
         for _ in range(2 + max(9, self.repeats)):
             start = time.perf_counter_ns()
