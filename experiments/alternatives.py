@@ -42,7 +42,6 @@ from mwplan import fitting, planning, trees
 from mwplan.canonical import canonical
 from mwplan.compiling import temporaries
 from mwplan.errors import InfeasibleError, MwplanError
-from mwplan.ledger import replay, strategies
 from mwplan.profiles import Profile
 from mwplan.schedule import Run, RunKind, Schedule, Solution, Strategy
 from mwplan.side_by_side import relative_error
@@ -270,35 +269,18 @@ def equinox(problem: Problem, budget: int | None) -> Way:
 # -- schedules ---------------------------------------------------------------------------------------------------------
 
 
-def scheduled(profile: Profile, solution: Solution, max_error: float) -> Schedule:
-    """A baseline's solution as a schedule, its costs from the ledger."""
-    assert solution.runs is not None
-    found = replay(profile, solution.runs)
-    return Schedule(
-        runs=solution.runs,
-        strategies=strategies(profile, solution.runs),
-        fingerprint=profile.fingerprint,
-        status=solution.status,
-        fixed_bytes=profile.fixed_bytes,
-        peak_bytes=found.peak_bytes,
-        time_ns=found.time_ns + found.fresh_ns,
-        error=found.error,
-        max_error=max_error,
-        solver=solution.solver,
-    )
-
-
-def applied(problem: Problem, schedule: Schedule) -> Way:
+def applied(problem: Problem, schedule: Schedule, arrangement: int = 0) -> Way:
     """A schedule of the problem's profile, run by `mw.apply`."""
     chain = problem.chain if len(_flat(problem.chain)) <= problem.unroll else problem.stacked
-    return Way(lambda chain, x: mw.apply(schedule, chain, x), chain, schedule, schedule.runs)
+    network = functools.partial(mw.apply, schedule, arrangement=arrangement)
+    return Way(network, chain, schedule, (schedule.runs, arrangement))
 
 
 def _baseline(problem: Problem, solution: Solution, kind: RunKind, what: str) -> Way:
     assert solution.runs is not None
     if not any(run.kind is kind for run in solution.runs):
         raise NotApplicableError(f"no layer of this chain {what} within max_error={problem.max_error}")
-    return applied(problem, scheduled(problem.profile, solution, problem.max_error))
+    return applied(problem, planning.scheduled(problem.profile, solution, problem.max_error))
 
 
 def invert(problem: Problem, budget: int | None) -> Way:
@@ -376,7 +358,7 @@ def rotor_checkpoint(problem: Problem, budget: int | None) -> Way:
     solution = rotor.rotor(profile, room) if room > 0 else None
     if solution is None or solution.runs is None:
         raise InfeasibleError("rotor finds nothing that fits", budget_bytes=budget)
-    schedule = scheduled(profile, solution, problem.max_error)
+    schedule = planning.scheduled(profile, solution, problem.max_error)
     return Way(nested_checkpoint(schedule.runs), problem.chain, schedule, ("nested", schedule.runs))
 
 
@@ -459,7 +441,7 @@ class Bench:
     def compile(self, way: Way) -> Compiled:
         """The way's program, under the leanest setting; schedules of ours have one setting."""
         if way.key not in self.programs:
-            ours = way.schedule is not None and way.key == way.schedule.runs
+            ours = way.schedule is not None and way.key[0] == way.schedule.runs
             made = [
                 self._compiled(way, name, options)
                 for name, options in self.settings.items()
@@ -484,14 +466,27 @@ class Bench:
         made = self._fitted(row, METHODS[name], budget)
         self.rows.append((row, made))
         if name == "plan" and budget is not None:
-            fewer = [functools.partial(plan, allowed=some) for some in planning.NARROWER]
-            found = [made, *(self._fitted({}, method, budget) for method in fewer)]
-            self.plans[len(self.rows) - 1] = [one for one in found if one is not None]
+            self.plans[len(self.rows) - 1] = self._plans(made, budget)
         return made
+
+    def _plans(self, made: Compiled | None, budget: int) -> list[Compiled]:
+        """The programs that `mw.fit(tune=...)` would choose among at a budget, that of all strategies first: but those for less of it, which are the plans of other rows."""
+        problem = self.problem
+        fewer = [functools.partial(plan, allowed=some) for some in planning.NARROWER]
+        found = [made, *(self._fitted({}, method, budget) for method in fewer)]
+        kept = [one for one in found if one is not None]
+        schedules = [one.way.schedule for one in kept if one.way.schedule is not None]
+        by_hand = planning.familiar(
+            problem.profile, max_error=problem.max_error, allowed=planning.EVERY_STRATEGY
+        )
+        ways = [applied(problem, one) for one in by_hand]
+        ways += [applied(problem, one, mw.UNTIED) for one in (*schedules, *by_hand)]
+        kept += [self.compile(way) for way in ways]
+        return [one for one in dict.fromkeys(kept) if one.temporary_bytes + problem.fixed_bytes <= budget]
 
     def tune_plans(self) -> None:
         """Takes for each `plan` the fastest, in a trial of its own whose samples are not kept, of what was planned for its budget or less: by all
-        strategies, without vijps, by recomputation alone. As `mw.fit(tune=...)`."""
+        strategies, without vijps, by recomputation alone, by hand, tied and untied. As `mw.fit(tune=...)`."""
         every = list(dict.fromkeys(one for several in self.plans.values() for one in several))
         interleave(every, self.tune, TRIAL)
         for at, several in self.plans.items():
@@ -565,6 +560,7 @@ class Bench:
                 }
                 if one.way.schedule is not None:
                     out |= _of_schedule(one.way.schedule)
+                    out["untied"] = one.way.key == (one.way.schedule.runs, mw.UNTIED)
             made.append(out)
         return made
 

@@ -24,6 +24,7 @@ from rich.table import Table
 import mwplan as mw
 from experiments import alternatives, record, sweep
 from mwplan import layers as ml
+from mwplan import planning
 from mwplan.compiling import temporaries
 from mwplan.plots import png
 from mwplan.schedule import Schedule, Strategy
@@ -121,7 +122,7 @@ def _finite(value: float) -> float | None:
 def schedules(this: alternatives.Problem, tolerances: list[float]) -> list[tuple[str, Schedule]]:
     """Pure Moonwalk, and the leanest without recomputation for each tolerance."""
     pure = baselines.all_moonwalk(this.profile, max_error=math.inf)
-    made = [("pure moonwalk", alternatives.scheduled(this.profile, pure, math.inf))] if pure.runs else []
+    made = [("pure moonwalk", planning.scheduled(this.profile, pure, math.inf))] if pure.runs else []
     for tolerance in tolerances:
         frontier = mw.frontier(
             this.profile, max_error=tolerance, allowed=set(Strategy) - {Strategy.RECOMPUTE}

@@ -14,7 +14,7 @@ from mwplan.errors import (
     SecondDerivativeError,
 )
 from mwplan.estimating import estimate
-from mwplan.execute import Report, apply, value_and_grad
+from mwplan.execute import UNTIED, Report, apply, value_and_grad
 from mwplan.fitting import Fitted, fit
 from mwplan.ledger import replay
 from mwplan.measure import profile
@@ -28,6 +28,7 @@ from mwplan.updates import init_states, value_and_update
 
 __version__ = "0.1.0"
 __all__ = [
+    "UNTIED",
     "ArgumentError",
     "Chain",
     "ChainError",

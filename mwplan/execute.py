@@ -15,7 +15,7 @@ from mwplan import trees
 from mwplan.chain import Chain, Stack, boundaries, check_chain, fingerprint
 from mwplan.compiling import warn_if_undone
 from mwplan.errors import ArgumentError, ScheduleMismatchError, SecondDerivativeError
-from mwplan.interpret import Arranged, Gradients, Interpreter, Performer, View, compiled
+from mwplan.interpret import Arranged, Gradients, Interpreter, Performer, View, alone, compiled
 from mwplan.schedule import RunKind, Schedule, reporting_runs
 
 PyTree = Any
@@ -185,20 +185,21 @@ def check_match(schedule: Schedule, chain: Chain) -> None:
         )
 
 
-def apply(schedule: Schedule, chain: Chain, x: PyTree) -> PyTree:
+def apply(schedule: Schedule, chain: Chain, x: PyTree, *, arrangement: int = 0) -> PyTree:
     """`chain(x)`, to be differentiated by `schedule`.
 
     An ordinary JAX function of `chain` and `x`: `jax.grad`, `jit`, `vmap`, `shard_map` and `optax` work on it as on the plain chain. Jit
     it with `mw.jit`, or pass `compiler_options=mw.compiler_options()` to `jax.jit`: without them XLA:CPU undoes the plan.
 
     **Arguments:** `schedule` from `mw.plan`; `chain`, with the layers and parameter shapes that the schedule was made for;
-    `x`, a pytree of arrays.
+    `x`, a pytree of arrays; `arrangement`, as in `value_and_grad`.
     **Returns:** the chain's output. Its gradient's error is that of the schedule; measure it with `mw.value_and_grad`.
     **Raises:** `ScheduleMismatchError`; `SecondDerivativeError` when differentiated twice.
     """
     check_match(schedule, chain)
     warn_if_undone(x, chain)
-    return _planned(schedule, check=False)(chain, x, jnp.zeros(0, jnp.float32))
+    call = _planned(schedule, check=False, perform=_performer(chain, arrangement))
+    return call(chain, x, jnp.zeros(0, jnp.float32))
 
 
 def value_and_grad(
@@ -213,7 +214,8 @@ def value_and_grad(
 
     **Arguments:** `loss(y, *args)`, a scalar (with `has_aux`, a pair of it and anything); `schedule`; `wrt_input`: also the
     gradient with respect to the input; `arrangement`: above 0, as many other programs for the same step, which differ in the holes that XLA's allocator
-    leaves between buffers (`mw.fit` tries some; without effect where a parameter is larger than 64 KiB).
+    leaves between buffers (`mw.fit` tries some; without effect where a parameter is larger than 64 KiB); `mw.UNTIED`: no barriers around operations, so
+    that XLA fuses across layers. That is often a few per cent faster, but the peak is no longer the planned one: compile and measure it.
     **Returns:** `f(chain, x, *args) -> ((value, report), grads)`, where `value` is what `loss` returned, `grads` is a chain (with None
     for leaves that are not parameters), or a pair `(chain, x)` of gradients. `report` is a `Report`; within `jax.shard_map`, each run's worst of
     all devices.
@@ -250,6 +252,8 @@ def value_and_grad(
     return step
 
 
+#: The arrangement without barriers around operations: those around recomputed stretches and reconstructions stay.
+UNTIED = -1
 #: The largest parameter, in bytes, that detours are made around: they must be larger, and cost time.
 LARGEST_ARRANGED = 1 << 16
 
@@ -260,6 +264,8 @@ def can_be_arranged(chain: Chain) -> bool:
 
 
 def _performer(chain: Chain, arrangement: int) -> Performer:
+    if arrangement == UNTIED:
+        return alone
     if not arrangement or not can_be_arranged(chain):
         return compiled
     return Arranged(arrangement, max(leaf.size for leaf in trees.parameters(chain)) + 257)

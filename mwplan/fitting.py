@@ -81,12 +81,13 @@ def fit(
     between them; then other arrangements of the same step are compiled, and then leaner schedules, until one fits.
 
     **Arguments:** `loss(y, *args)`, as `mw.value_and_grad`, with `has_aux` and `wrt_input`; `chain`, `x`; `budget`, bytes of the whole step or a text
-    such as "2GiB"; `profile` (measured if None); `max_error`, `allowed`, as `mw.plan`; `thin`, `regular`, as `mw.plan`; `max_attempts`, compilations; `tune`, rounds in which
-    plans of fewer strategies (no vijps; recomputation alone) and for less memory (a half, a quarter) are timed in turn with the predicted fastest, and the
-    fastest kept: a profile's times are estimates, and fresh memory costs time of its own; 0, the predicted fastest is taken; `say`, told of each.
+    such as "2GiB"; `profile` (measured if None); `max_error`, `allowed`, as `mw.plan`; `thin`, `regular`, as `mw.plan`; `max_attempts`, compilations of each plan; `tune`, rounds in
+    which plans of fewer strategies (no vijps; recomputation alone), for less memory (a half, a quarter), what one would do by hand (plain backpropagation, inversion
+    wherever it is possible) and each of these untied (`mw.UNTIED`) are timed in turn with the predicted fastest, those that fit, and the fastest kept: a profile's
+    times are estimates of operations on their own; 0, the predicted fastest is taken; `say`, told of each.
     **Returns:** a `Fitted`.
     **Raises:** `InfeasibleError` where no schedule fits, or none of those compiled; as `mw.plan` and `mw.value_and_grad`.
-    **Cost:** a profile, a plan, and one compilation of the step or a few; with `tune` up to five times that, and some steps.
+    **Cost:** a profile, a plan, and one compilation of the step or a few; with `tune` up to ten times that, and some steps.
     """
     if max_attempts < 1:
         raise ArgumentError(f"`max_attempts={max_attempts}` must be at least 1")
@@ -96,14 +97,15 @@ def fit(
     profile = measure.profile(chain, x) if profile is None else profile
     allowed = frozenset(allowed)
 
+    compiler = _Compiler(
+        functools.partial(execute.value_and_grad, loss, has_aux=has_aux, wrt_input=wrt_input), (chain, x, *args), profile
+    )  # fmt: skip
+
     def fitted(allowed: frozenset[Strategy], room: int) -> Fitted:
         schedules = functools.partial(
             _leaner, profile, room, max_error=max_error, allowed=allowed, thin=thin, regular=regular
         )
-        return _fit(
-            functools.partial(execute.value_and_grad, loss, has_aux=has_aux, wrt_input=wrt_input),
-            (chain, x, *args), schedules, profile, room, budget, max_attempts, say,
-        )  # fmt: skip
+        return _fit(compiler, schedules, room, budget, max_attempts, say)
 
     found = [fitted(allowed, budget_bytes)]
     if tune:
@@ -116,6 +118,14 @@ def fit(
             with contextlib.suppress(InfeasibleError):
                 found.append(fitted(some, room))
         found = list({one.schedule.runs: one for one in reversed(found)}.values())[::-1]
+        known = {one.schedule.runs for one in found}
+        by_hand = planning.familiar(profile, max_error=max_error, allowed=allowed)
+        tries = [(one, 0) for one in by_hand if one.runs not in known]
+        tries += [
+            (one, execute.UNTIED) for one in (*(one.schedule for one in found), *(one for one, _ in tries))
+        ]
+        made = [compiler(schedule, arrangement, budget_bytes) for schedule, arrangement in tries]
+        found += [one for one in made if one.temporary_bytes <= budget_bytes - profile.fixed_bytes]
     return _fastest(found, (chain, x, *args), tune, say) if len(found) > 1 else found[0]
 
 
@@ -146,48 +156,62 @@ def quickest(seconds: Sequence[Sequence[float]]) -> int:
     return shares.index(min(shares))
 
 
+@dataclass(frozen=True)
+class _Compiler:
+    """Makes a compiled step of `gradient(schedule, arrangement=...)` for `args`."""
+
+    gradient: Callable[..., Callable[..., Any]]
+    args: tuple[Any, ...]
+    profile: Profile
+
+    def __call__(
+        self, schedule: Schedule, arrangement: int, budget_bytes: int, before: Sequence[Attempt] = ()
+    ) -> Fitted:
+        """The step, whether it fits or not; its attempts are those `before` and its own."""
+        start = time.perf_counter()
+        step = jit(self.gradient(schedule, arrangement=arrangement)).lower(*self.args).compile()
+        attempt = Attempt(
+            arrangement=arrangement,
+            predicted_bytes=schedule.peak_bytes,
+            measured_bytes=temporaries(step),
+            compile_seconds=time.perf_counter() - start,
+        )
+        return Fitted(
+            step=step,
+            schedule=dataclasses.replace(schedule, budget_bytes=budget_bytes),
+            profile=self.profile,
+            temporary_bytes=attempt.measured_bytes,
+            attempts=(*before, attempt),
+        )
+
+
 def _fit(
-    gradient: Callable[..., Callable[..., Any]],
-    args: tuple[Any, ...],
+    compiler: _Compiler,
     schedules: Callable[..., Iterator[Schedule]],
-    profile: Profile,
     budget_bytes: int,
     budget: int | str,
     max_attempts: int,
     say: Callable[[str], None],
 ) -> Fitted:
-    """The first of `schedules(attempts=...)` whose step, `gradient(schedule, arrangement=...)`, fits `budget_bytes` when compiled; `budget`, as it was asked for."""
-    room = budget_bytes - profile.fixed_bytes
+    """The first of `schedules(attempts=...)` whose step fits `budget_bytes` when compiled; `budget`, as it was asked for."""
+    fixed_bytes = compiler.profile.fixed_bytes
+    room = budget_bytes - fixed_bytes
     attempts: list[Attempt] = []
-    arrangements = range(1 + ARRANGEMENTS) if execute.can_be_arranged(args[0]) else range(1)
+    arrangements = range(1 + ARRANGEMENTS) if execute.can_be_arranged(compiler.args[0]) else range(1)
     candidates = (
         (schedule, arrangement) for schedule in schedules(attempts=attempts) for arrangement in arrangements
     )
     for schedule, arrangement in itertools.islice(candidates, max_attempts):
-        start = time.perf_counter()
-        step = jit(gradient(schedule, arrangement=arrangement)).lower(*args).compile()
-        needs = temporaries(step)
-        attempts.append(
-            Attempt(
-                arrangement=arrangement,
-                predicted_bytes=schedule.peak_bytes,
-                measured_bytes=needs,
-                compile_seconds=time.perf_counter() - start,
-            )
-        )
+        made = compiler(schedule, arrangement, budget_bytes, attempts)
+        needs = made.temporary_bytes
         if needs <= room:
-            return Fitted(
-                step=step,
-                schedule=dataclasses.replace(schedule, budget_bytes=budget_bytes),
-                profile=profile,
-                temporary_bytes=needs,
-                attempts=tuple(attempts),
-            )
+            return made
+        attempts.append(made.attempts[-1])
         say(
             f"a schedule of {show_bytes(schedule.peak_bytes)} needs {show_bytes(needs)} compiled, "
             f"{show_bytes(needs - room)} above the budget: trying another arrangement, or a leaner one"
         )
-    least = min(attempt.measured_bytes for attempt in attempts) + profile.fixed_bytes
+    least = min(attempt.measured_bytes for attempt in attempts) + fixed_bytes
     raise InfeasibleError(
         f"`budget={budget!r}` ({budget_bytes:_} bytes): schedules fit by what is alive at once, but of the {len(attempts)} that were compiled none does: "
         f"the allocator leaves holes between buffers. The leanest compiled needs {least:_} bytes ({show_bytes(least)}): raise the "

@@ -84,7 +84,8 @@ def looped(sweep: str, layer: int, depth: int, operation: Callable[..., Any], *a
 
 
 def alone(sweep: str, layer: int, depth: int, operation: Callable[..., Any], *args: Any) -> Any:
-    """The performer of a loop's body that is one operation: its turns follow one another anyway, and ties would keep XLA from fusing it with what it reads and writes."""
+    """The performer without ties: of an untied step, and of a loop's body that is one operation, whose turns follow one another anyway. Ties would keep XLA from
+    fusing the operation with what it reads and writes."""
     return operation(*args)
 
 
@@ -309,8 +310,8 @@ class Interpreter:
     ) -> Interpreter:
         """An interpreter of one repetition; `buffers`, the stack's gradients so far; `single`, whether each of its layers is one operation."""
         perform = compiled if isinstance(self.perform, Arranged) else self.perform
-        if perform is compiled and jax.default_backend() == "cpu":
-            perform = looped
+        if jax.default_backend() == "cpu":
+            perform = {compiled: looped, alone: looped_alone}.get(perform, perform)
         if single and many.span == 1:
             perform = {compiled: alone, looped: looped_alone}.get(perform, perform)
         return Interpreter(

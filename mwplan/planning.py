@@ -303,6 +303,34 @@ class Frontier:
         return plot_frontier(self.points, ax, **line)
 
 
+def scheduled(profile: Profile, solution: Solution, max_error: float) -> Schedule:
+    """A baseline's solution as a schedule, its costs from the ledger."""
+    assert solution.runs is not None
+    found = replay(profile, solution.runs)
+    return Schedule(
+        runs=solution.runs,
+        strategies=strategies(profile, solution.runs),
+        fingerprint=profile.fingerprint,
+        status=solution.status,
+        fixed_bytes=profile.fixed_bytes,
+        peak_bytes=found.peak_bytes,
+        time_ns=found.time_ns + found.fresh_ns,
+        error=found.error,
+        max_error=max_error,
+        report_scales=found.report_scales,
+        solver=solution.solver,
+    )
+
+
+def familiar(profile: Profile, *, max_error: float, allowed: frozenset[Strategy]) -> list[Schedule]:
+    """What one would try by hand, of the allowed strategies: every layer stored, which is plain backpropagation, and inversion wherever a layer allows it."""
+    from mwplan.solvers import baselines
+
+    made = [baselines.store_all(profile), baselines.all_invert(profile, max_error=max_error)]
+    found = [scheduled(profile, solution, max_error) for solution in made if solution.runs is not None]
+    return [one for one in found if allowed.issuperset(one.strategies)]
+
+
 def _confirm(solution: Solution, checked: Replay, max_error: float) -> None:
     claims = (solution.peak_bytes, solution.time_ns)
     found = (checked.peak_bytes, checked.time_ns)
