@@ -109,8 +109,12 @@ class Problem:
         return mw.stack(mw.Chain(_flat(self.chain)), self.x)
 
     def frontier(self, allowed: Iterable[Strategy] = frozenset(Strategy)) -> mw.Frontier:
-        """The frontier, solved once for each set of strategies."""
-        return _frontier(self.profile, self.max_error, frozenset(allowed), self.thin)
+        """The frontier, solved once for each set of strategies; that of a long chain thinned even where `thin` is 0, or it would take hours."""
+        return _frontier(self.profile, self.max_error, frozenset(allowed), self._thin)
+
+    @functools.cached_property
+    def _thin(self) -> float:
+        return max(self.thin, planning.default_thin(self.profile))
 
 
 @functools.lru_cache(maxsize=64)
