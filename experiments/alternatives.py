@@ -45,7 +45,7 @@ from mwplan.errors import InfeasibleError, MwplanError
 from mwplan.profiles import Profile
 from mwplan.schedule import Run, RunKind, Schedule, Solution, Strategy
 from mwplan.side_by_side import relative_error
-from mwplan.solvers import baselines, rotor
+from mwplan.solvers import baselines, regular, rotor
 
 PyTree = Any
 Step = Callable[[mw.Chain, Any, Any], tuple[Any, Any]]
@@ -62,6 +62,8 @@ POLICIES: dict[str, Callable[..., Any] | None] = {
 
 #: Programs that need more than so many times the largest budget asked for are compiled, for their memory, and not run.
 MOST = 8
+#: Schedules of stacked chains with more different loops than these are not compiled.
+MOST_LOOPS = 500
 #: Programs whose step takes so many times the median of all, and a second or more, are timed once, in the warm-up.
 SLOW = 6
 #: Seconds after which the trial that chooses among plans ends.
@@ -275,7 +277,13 @@ def equinox(problem: Problem, budget: int | None) -> Way:
 
 def applied(problem: Problem, schedule: Schedule, arrangement: int = 0) -> Way:
     """A schedule of the problem's profile, run by `mw.apply`."""
-    chain = problem.chain if len(_flat(problem.chain)) <= problem.unroll else problem.stacked
+    unrolled = len(_flat(problem.chain)) <= problem.unroll
+    count = 0 if unrolled else regular.loops(schedule.runs)
+    if count > MOST_LOOPS:
+        raise NotApplicableError(
+            f"a step of about {count} different loops, which takes many minutes to compile"
+        )
+    chain = problem.chain if unrolled else problem.stacked
     network = functools.partial(mw.apply, schedule, arrangement=arrangement)
     return Way(network, chain, schedule, (schedule.runs, arrangement))
 
@@ -648,12 +656,14 @@ class Study:
     """What to measure on one network.
 
     `methods`, each at every one of `budgets` (total bytes; a count spaces that many evenly by ratio, from the least feasible to what the
-    fastest schedule or backpropagation needs); those without a budget once. `rounds` of interleaved runs, fewer after `seconds`.
+    fastest schedule or backpropagation needs); those without a budget once. `limits`: with such a count, the least budgets are added within which the plan, and
+    the best recomputation, are predicted to take at most so many times the time of storing every layer. `rounds` of interleaved runs, fewer after `seconds`.
     `yardstick`: depth of a second network that backpropagation is timed on in the same rounds; 0 for none. `check`: gradients against float64.
     """
 
     methods: tuple[str, ...] = tuple(METHODS)
     budgets: int | tuple[int, ...] = ()
+    limits: tuple[float, ...] = ()
     rounds: int = 7
     seconds: float = 60.0
     yardstick: int = 0
@@ -665,16 +675,20 @@ class Study:
 
 
 def point(config: zoo.Config, study: Study) -> dict[str, Any]:
-    """Both as plain values, for `sweep.run(points, alternatives.measure, ...)`."""
-    return {"network": dataclasses.asdict(config), "study": json.loads(json.dumps(dataclasses.asdict(study)))}
+    """Both as plain values, for `sweep.run(points, alternatives.measure, ...)`; without `limits`, which are newer than some records, where there are none."""
+    plain = json.loads(json.dumps(dataclasses.asdict(study)))
+    if not study.limits:
+        del plain["limits"]
+    return {"network": dataclasses.asdict(config), "study": plain}
 
 
 def measure(point: dict[str, Any], unroll: int = zoo.UNROLL) -> dict[str, Any]:
     """Measures one point: `rows`, one a method and budget (see `Bench.records`), the frontier's `(total bytes, ns)`, the yardstick's samples."""
     config = zoo.Config(**point["network"])
     given = point["study"]
-    budgets = given["budgets"] if isinstance(given["budgets"], int) else tuple(given["budgets"])
-    study = Study(**(given | {"methods": tuple(given["methods"]), "budgets": budgets}))
+    study = Study(
+        **{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    )
     chain, x, labels, loss = zoo.build(config)
     problem = Problem(chain, x, labels, loss, study.max_error, study.thin, study.repeats, unroll)
     bench = Bench(problem, try_settings=study.try_settings)
@@ -684,9 +698,13 @@ def measure(point: dict[str, Any], unroll: int = zoo.UNROLL) -> dict[str, Any]:
     points: tuple[tuple[int, int], ...] = ()
     if any(name in BUDGETED for name in study.methods):
         points = problem.frontier().points
-        for budget in (
-            _spaced(study.budgets, points, bench) if isinstance(study.budgets, int) else study.budgets
-        ):
+        budgets: Iterable[int]
+        if isinstance(study.budgets, int):
+            spaced = _spaced(study.budgets, points, bench)
+            budgets = sorted({*spaced, *_within(study.limits, problem)})
+        else:
+            budgets = study.budgets
+        for budget in budgets:
             for name in study.methods:
                 if name in BUDGETED:
                     bench.add(name, budget)
@@ -716,6 +734,17 @@ def _spaced(count: int, points: Sequence[tuple[int, int]], bench: Bench) -> list
     low = math.ceil(1.03 * points[0][0])  # the compiler leaves holes between buffers
     high = max([points[-1][0], *plain])
     return [math.ceil(low * (high / low) ** (k / max(1, count - 1))) for k in range(count)]
+
+
+def _within(limits: Sequence[float], problem: Problem) -> list[int]:
+    base = baselines.store_all(problem.profile).time_ns
+    every = [problem.frontier(allowed).points for allowed in (planning.EVERY_STRATEGY, RECOMPUTATION)]
+    least = [
+        min((b for b, ns in points if ns <= limit * base), default=None)
+        for points in every
+        for limit in limits
+    ]
+    return [one for one in least if one is not None]
 
 
 def _yardstick(config: zoo.Config, study: Study, problem: Problem) -> list[Compiled]:

@@ -235,7 +235,7 @@ def _replaced(
     if right:
         after = replay(part(profile, end, len(profile)), [_shifted(run, -end) for run in right])
         taken += max(0, after.peak_bytes - waiting)
-    body = _Body(piece, _leaves(piece, within), max_error)
+    body = _Body(piece, _leaves(piece, within, begin), max_error)
     less = 0
     for _ in range(_TRIES):
         found = body.best(end - begin, room - taken - less)
@@ -251,12 +251,16 @@ def _replaced(
     return runs
 
 
-def _leaves(piece: Profile, within: Sequence[Run]) -> list[_Leaf]:
-    """STORE by any option; MOONWALK and INVERT by the options of the longest such run in `within`, at any depth."""
+def _leaves(piece: Profile, within: Sequence[Run], begin: int) -> list[_Leaf]:
+    """STORE by any option; MOONWALK and INVERT by the options that the longest such run in `within`, at any depth, has from `begin` on."""
     stored = any(run.kind is RunKind.STORE for run in walk(tuple(within)))
     out = [_Leaf(RunKind.STORE, (o.name,)) for o in piece.layers[0].store] if stored else []
     for kind in (RunKind.MOONWALK, RunKind.INVERT):
-        some = [run for run in walk(tuple(within)) if run.kind is kind]
+        some = [
+            run.options[max(0, begin - run.start) :]
+            for run in walk(tuple(within))
+            if run.kind is kind and run.stop > begin
+        ]
         if some:
-            out.append(_Leaf(kind, max(some, key=lambda run: run.stop - run.start).options))
+            out.append(_Leaf(kind, max(some, key=len)))
     return out

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import itertools
 
 import pytest
 
@@ -10,8 +12,8 @@ from experiments.solver_scaling import deep, identical
 from mwplan import planning
 from mwplan.ledger import replay
 from mwplan.profiles import Profile
-from mwplan.schedule import RunKind, Status, Strategy, check_cover, walk
-from mwplan.solvers.regular import loops
+from mwplan.schedule import Run, RunKind, Status, Strategy, check_cover, walk
+from mwplan.solvers.regular import loops, simplify
 
 CHAINS = {
     "recomputation alone": functools.partial(identical, 400, submersive=False),
@@ -71,6 +73,29 @@ def test_what_is_not_recomputed_stays_so() -> None:
     budget = frontier.points[len(frontier.points) // 2][0]
     runs = frontier.at(budget, regular=1.0).runs
     assert all(run.kind is not RunKind.RECOMPUTE for run in walk(runs))
+
+
+def test_runs_that_reach_into_a_stretch_from_other_layers() -> None:
+    """Only the options that such a run has within the stretch are those of the layer that repeats there."""
+    profile = identical(200, submersive=True)
+    odd = dataclasses.replace(profile.layers[0], moonwalk=tuple(dataclasses.replace(o, name=f"odd {o.name}") for o in profile.layers[0].moonwalk))  # fmt: skip
+    profile = dataclasses.replace(profile, layers=(odd, odd, *profile.layers[2:]))
+    option = profile.layers[2].moonwalk[0].name
+    walked = Run(
+        kind=RunKind.MOONWALK, start=0, stop=100, options=(f"odd {option}", f"odd {option}", *[option] * 98)
+    )
+    stored = [Run(kind=RunKind.STORE, start=i, stop=i + 1, options=(profile.layers[i].store[0].name,)) for i in range(100, 200)]  # fmt: skip
+    lengths = itertools.cycle((3, 5, 7, 4))
+    parts, at = [], 100
+    while at < 200:
+        stop = min(200, at + next(lengths))
+        parts.append(Run(kind=RunKind.RECOMPUTE, start=at, stop=stop, inner=tuple(stored[at - 100 : stop - 100])))  # fmt: skip
+        at = stop
+    runs = (walked, *parts)
+    before = replay(profile, runs)
+    after = simplify(profile, runs, 2 * before.peak_bytes, max_error=1.0, loss=0.5)
+    assert loops(after) < loops(runs)
+    assert replay(profile, after).time_ns <= 1.5 * before.time_ns
 
 
 def test_proved_plans_stay_as_they_are() -> None:
