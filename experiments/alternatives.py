@@ -686,9 +686,10 @@ def measure(point: dict[str, Any], unroll: int = zoo.UNROLL) -> dict[str, Any]:
     """Measures one point: `rows`, one a method and budget (see `Bench.records`), the frontier's `(total bytes, ns)`, the yardstick's samples."""
     config = zoo.Config(**point["network"])
     given = point["study"]
-    study = Study(
-        **{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    )
+    plain: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in given.items()
+    }
+    study = Study(**plain)
     chain, x, labels, loss = zoo.build(config)
     problem = Problem(chain, x, labels, loss, study.max_error, study.thin, study.repeats, unroll)
     bench = Bench(problem, try_settings=study.try_settings)
