@@ -140,6 +140,7 @@ class Tables:
                 "state bytes in a larger unit"
             )
         high = self.cap if self.cap is not None else p.bytes_bound() - p.fixed_bytes
+        candidates.prepare((at, kept) for at in range(self.size) for kept in {False, *self.kept_states(at)})
         single = [int(candidates.atoms(at, False).backward_peak.min(initial=high)) for at in range(self.size)]
         least = min(high, max(single))
         self.grid = grid(least // 4, least, high, _CELLS if self.size <= 400 else _CELLS // 3)
@@ -423,6 +424,7 @@ class Tables:
             nodes[stop, kept] = need, time = self.ends[kept] if self.ends else turn
             rows[int(kept), stop] = right.rows
             right.extend(1, np.zeros(need.size, dtype=np.int64), need, time)
+        c.prepare((start, kept) for start in range(stop) for kept in self.kept_states(start))
         top = Top(c, nodes, c.recompute_reach(), closing or self.ends is not None)
         source = self.source(self.levels)
         for start in range(stop - 1, -1, -1):
