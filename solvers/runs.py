@@ -21,7 +21,6 @@ run. A run ends where `err` is within its share of `max_error`; longer ones have
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -351,7 +350,7 @@ class Candidates:
         p = self.profile
         out = []
         for at in range(self.size + 1):
-            layer = dataclasses.replace(p.layers[at - 1], name="") if at else None
+            layer = p.layers[at - 1].costs() if at else None
             key = (layer, p.activation_bytes[at], p.cotangent_bytes[at], p.sweep_cotangent_bytes[at])
             out.append(seen.setdefault(key, len(seen)))
         return out
@@ -400,13 +399,12 @@ class Candidates:
                     time = o.forward_ns + o.backward_ns
                     stores.append((k, start + 1, keeps, f, b, h, time, _STORE, handle, 0))
             for end, forward, back, spent, index in self._inverts.get((start, kept), ()):
-                values = (k, end, True, forward, back, int(self.activation[end]), spent, _INVERT, index, 0)
-                pieces.append([np.broadcast_to(x, index.size) for x in values])
+                inverts = (k, end, True, forward, back, int(self.activation[end]), spent, _INVERT, index, 0)
+                pieces.append([np.broadcast_to(x, index.size) for x in inverts])
         pieces.append(list(np.array(stores, dtype=np.int64).reshape(-1, 10).T))
         columns = [np.concatenate(x).astype(np.int64) for x in zip(*pieces)]
         # Runs between the same two nodes compete.
-        of, stop, keeps, *_ = columns
-        ends = (of * (self.size + 1) + stop) * 2 + keeps
+        ends = (columns[0] * (self.size + 1) + columns[1]) * 2 + columns[2]
         order = np.argsort(ends, kind="stable")
         ends, columns = ends[order], [x[order] for x in columns]
         kind, pattern = columns[7], columns[9]
@@ -425,22 +423,26 @@ class Candidates:
             good = np.concatenate([np.flatnonzero(alone), mixed])
             good = good[np.argsort(ends[good], kind="stable")]
             ends, columns = ends[good], [x[good] for x in columns]
-        of, stop, keeps, forward, back, held, time, kind, handle, _ = columns
-        cuts = np.flatnonzero(np.append(ends[1:] != ends[:-1], True)[: ends.size]) + 1
-        groups: list[list[tuple[int, bool, int]]] = [[] for _ in nodes]
+        of, stops, keeps_end, forward_, back_, held_, time_, kinds, handles, _ = columns
+        cuts = np.flatnonzero(np.append(ends[1:] != ends[:-1], True)[: ends.size])
         first = of.searchsorted(np.arange(len(nodes) + 1))
-        for k, to, keep, row in zip(
-            of[cuts - 1].tolist(),
-            stop[cuts - 1].tolist(),
-            keeps[cuts - 1].tolist(),
-            (cuts - first[of[cuts - 1]]).tolist(),
+        groups: list[list[tuple[int, bool, int]]] = [[] for _ in nodes]
+        for number, stop, keeps, row in zip(
+            of[cuts], stops[cuts], keeps_end[cuts], cuts + 1 - first[of[cuts]]
         ):
-            groups[k].append((to, bool(keep), row))
-        keeps_, kind_ = keeps.astype(np.bool_), kind.astype(np.int8)
-        for k, node in enumerate(nodes):
-            part = slice(first[k], first[k + 1])
+            groups[number].append((int(stop), bool(keeps), int(row)))
+        for number, node in enumerate(nodes):
+            part = slice(first[number], first[number + 1])
             self._atoms[node] = Atoms(
-                *(x[part] for x in (stop, keeps_, forward, back, held, time, kind_, handle)), groups[k]
+                stop=stops[part],
+                keeps_end=keeps_end[part].astype(np.bool_),
+                forward_peak=forward_[part],
+                backward_peak=back_[part],
+                held=held_[part],
+                time=time_[part],
+                kind=kinds[part].astype(np.int8),
+                handle=handles[part],
+                groups=groups[number],
             )
 
     def _pattern(self, before: Ints, fragment: Ints) -> Ints:
