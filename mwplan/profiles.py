@@ -6,7 +6,9 @@ chain on this device, `mwplan.estimating` for one that is not at hand. The meani
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,17 +21,25 @@ SCHEMA = 4
 _INT64 = 2**63 - 1
 
 
+@functools.cache
+def _names(kind: type, *units: str) -> tuple[str, ...]:
+    """The fields of a dataclass in these units: the ends of their names."""
+    return tuple(f.name for f in dataclasses.fields(kind) if f.name.endswith(units))
+
+
+def _sum(obj: Any, unit: str) -> int:
+    return sum([getattr(obj, name) for name in _names(obj.__class__, unit)])
+
+
 def _check_counts(obj: Any, where: str) -> None:
     """Raises `ArgumentError` unless every `_bytes` and `_ns` field of `obj` is an int in [0, 2^63)."""
-    for f in dataclasses.fields(obj):
-        value = getattr(obj, f.name)
-        if not f.name.endswith(("_bytes", "_ns")):
-            continue
+    for name in _names(obj.__class__, "_bytes", "_ns"):
+        value = getattr(obj, name)
         values = value if isinstance(value, tuple) else (value,)
         for v in values:
             if isinstance(v, bool) or not isinstance(v, int) or not 0 <= v <= _INT64:
                 raise ArgumentError(
-                    f"`{where}.{f.name}={v!r}` must be an integer from 0 to 2^63 - 1: round up before building it"
+                    f"`{where}.{name}={v!r}` must be an integer from 0 to 2^63 - 1: round up before building it"
                 )
 
 
@@ -149,6 +159,10 @@ class LayerProfile:
             if len(set(names)) != len(names):
                 raise ArgumentError(f"`LayerProfile({self.name}).{kind}` repeats an option's name: {names}")
 
+    def costs(self) -> tuple[Any, ...]:
+        """Everything but the name."""
+        return tuple(getattr(self, field) for field in self.__slots__ if field != "name")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Profile:
@@ -196,19 +210,17 @@ class Profile:
         """An upper bound on the live bytes at any event of any schedule: everything at once."""
         total = self.fixed_bytes + sum(self.activation_bytes) + sum(self.cotangent_bytes)
         total += 2 * sum(self.sweep_cotangent_bytes)
-        for layer in self.layers:
-            total += layer.forward_workspace_bytes
-            for o in _options(layer):
-                total += sum(getattr(o, f.name) for f in dataclasses.fields(o) if f.name.endswith("_bytes"))
+        for layer, times in _distinct(self.layers):
+            total += times * layer.forward_workspace_bytes
+            total += times * sum(_sum(o, "_bytes") for o in _options(layer))
         return total
 
     def time_bound(self) -> int:
         """An upper bound on the time of any schedule that nests recomputation no deeper than its length."""
         total = self.fresh_ns(self.bytes_bound())
-        for layer in self.layers:
-            total += (len(self.layers) + 1) * layer.forward_ns
-            for o in _options(layer):
-                total += sum(getattr(o, f.name) for f in dataclasses.fields(o) if f.name.endswith("_ns"))
+        for layer, times in _distinct(self.layers):
+            total += times * (len(self.layers) + 1) * layer.forward_ns
+            total += times * sum(_sum(o, "_ns") for o in _options(layer))
         return total
 
     def consuming_gradients(self, states_bytes: int) -> Profile:
@@ -238,6 +250,12 @@ class Profile:
     def from_json(cls, text: str) -> Profile:
         """Reads what `to_json` wrote. Raises `FileFormatError` on anything else."""
         return serial.load(text, cls, kind="profile", schema=SCHEMA)
+
+
+def _distinct(layers: tuple[LayerProfile, ...]) -> list[tuple[LayerProfile, int]]:
+    """The layers, and how often each stands in the chain: long ones often repeat one object."""
+    times = collections.Counter(map(id, layers))
+    return [(layer, times[key]) for key, layer in {id(x): x for x in layers}.items()]
 
 
 def _consuming(layer: LayerProfile) -> LayerProfile:

@@ -6,6 +6,7 @@ cells is evaluated, sorted and thinned for all stretches of a length together.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,13 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mwplan.solvers.pareto import INF, Ints
-from mwplan.solvers.splits import BLOCK, MARGIN, Buffer, Pairs, Shifts
+from mwplan.solvers.splits import LEVELS, MARGIN, Buffer, Pairs, Shifts
 
 Stairs = tuple[Ints, Ints]
 Samples = NDArray[np.float32]
 _INF = np.float32(np.inf)
 #: about so many groups are bounded at once: their bounds should stay in a processor's cache
-_GROUPS = 1_500
+_GROUPS = 4_000
 
 
 @dataclass(slots=True)
@@ -78,124 +79,148 @@ def envelopes(
     )
 
 
-class _Cells:
-    """The groups of many stretches, none without any, in cells: what bounds say of them.
+@dataclass(slots=True)
+class _Level:
+    """Groups in some intervals of cells each, those of one stretch and one interval of the level before in a row: in `index`, which end with the cells `last`.
 
-    `limit[w, q]`: what stretch `w` is known to take at the beginning of cell `q`, infinite for the first (there are columns up to the end of the last block); `goal`: below it, a group is evaluated. Blocks: of cells.
-    `rough[p]`: the bounds of group `p` in each block, from below, and at the beginnings of the blocks but the first, from above; `least`: the smallest of each stretch;
-    `alive`: which groups may matter in which blocks. Of those (`group`, in order of `stretch` and block, at `cells`), `lower` and `upper` bound in each cell and at its end.
+    `lower` and `upper` bound each in the interval and at its end; `best`: the smallest upper bounds of a row, the first of each of which `cuts` holds and `part` numbers.
+    """
+
+    group: Ints
+    stretch: Ints
+    index: Ints
+    last: Ints
+    lower: Samples
+    upper: Samples
+    best: Samples
+    cuts: Ints
+    part: Ints
+    alive: NDArray[np.bool_]
+
+
+class _Cells:
+    """The groups of many stretches, none without any, in cells: what bounds say of them, in `LEVELS` of finer and finer intervals.
+
+    `limit[w, q]`: what stretch `w` is known to take at the beginning of cell `q`, infinite for the first (there are columns up to the end of the last interval). Below that, but
+    for what may be lost, a group is looked at more closely in the end.
     """
 
     def __init__(
         self, ways: list[Ways], names: Ints, left: Buffer, right: Buffer, shifts: Shifts, slack: float
     ) -> None:
-        self.names, self.left, self.right, self.slack = names, left, right, slack
+        self.names, self.left, self.right, self.shifts, self.slack = names, left, right, shifts, slack
         self.budgets = budgets = right.grid
         counts = np.array([way.pairs.left.size for way in ways])
-        self.pairs = pairs = _joined([way.pairs for way in ways])
+        self.pairs = _joined([way.pairs for way in ways])
         self.of = np.repeat(np.arange(len(ways)), counts)
-        self.begins = np.cumsum(counts) - counts
-        n, width = budgets.size, right.samples.shape[1]
-        self.first = np.arange(0, n + 1, BLOCK)
-        blocks = self.first.size
-        samples = right.samples.ravel()
-        self.rough = left.rough[pairs.left]
-        self.rough += samples.take(pairs.right[:, None] * width + shifts.rough[pairs.moved])
-        self.least = np.minimum.reduceat(self.rough, self.begins, axis=0)
-        self.limit: Samples = np.full((len(ways), blocks * BLOCK + 1), _INF, dtype=np.float32)
+        n = budgets.size
+        count = -(-(n + 1) // LEVELS[0])
+        self.limit: Samples = np.full((len(ways), count * LEVELS[0] + 1), _INF, dtype=np.float32)
         for row, way in zip(self.limit, ways):
             if way.known[0].size:
                 at = way.known[0].searchsorted(budgets, side="right")
                 row[1 : n + 1] = np.append(np.inf, way.known[1])[at]
-        ahead = self.first[1:]
-        self.limit[:, ahead] = np.minimum(self.limit[:, ahead], self.least[:, blocks:])
-        np.minimum.accumulate(self.limit, axis=1, out=self.limit)
-        factor = np.float32((1 + MARGIN) / (1 + slack))
-        # A group left out here takes at least 1 / (1 + slack) of what is known at the block's beginning, and so in all of its cells.
-        self.alive = self.rough[:, :blocks] < (self.limit[:, self.first] * factor)[self.of]
-        self.group, block = _places(self.alive)
-        order = np.argsort(self.of[self.group] * blocks + block, kind="stable")
-        self.group, block = self.group[order], block[order]
-        self.stretch = self.of[self.group]
-        self.cells = block[:, None] * BLOCK + np.arange(BLOCK)
-        cells = np.minimum(self.cells, n)
-        ends = np.minimum(self.cells, n - 1) + (n + 1)
-        own = pairs.left[self.group, None] * left.samples.shape[1]
-        rest, shift = pairs.right[self.group, None] * width, pairs.moved[self.group, None] * (2 * n + 1)
-        mine, table = left.samples.ravel(), shifts.table.ravel()
-        self.lower = mine.take(own + cells) + samples.take(rest + table.take(shift + cells))
-        self.upper = mine.take(own + ends) + samples.take(rest + table.take(shift + ends))
-        self.lower[self.cells > n] = _INF
-        self.upper[self.cells >= n] = _INF
-        key = self.stretch * blocks + block
-        self.cuts = np.flatnonzero(np.append(True, key[1:] != key[:-1])[: key.size])
-        self.part = np.cumsum(np.bincount(self.cuts, minlength=key.size)) - 1
+        #: a group left out of an interval takes at least 1 / (1 + slack) of what is known at its beginning, and so in all of its cells
+        self.factor = np.float32((1 + MARGIN) / (1 + slack))
+        self.levels = [self._coarsest(count)]
+        for wider, width in itertools.pairwise(LEVELS):
+            self.levels.append(self._finer(self.levels[-1], wider // width, width))
+
+    def _coarsest(self, count: int) -> _Level:
+        """All groups in all intervals."""
+        pairs, samples = self.pairs, self.right.samples
+        rough = self.left.rough[pairs.left]
+        columns = self.shifts.rough[pairs.moved]
+        rough += samples.ravel().take(pairs.right[:, None] * samples.shape[1] + columns)
+        upper = np.full((self.of.size, count), _INF, dtype=np.float32)
+        upper[:, :-1] = rough[:, count:]
+        group = np.arange(self.of.size)
+        index = np.broadcast_to(np.arange(count), upper.shape)
+        return self._bounded(group, index, LEVELS[0], rough[:, :count], upper)
+
+    def _finer(self, level: _Level, ratio: int, width: int) -> _Level:
+        """Those groups that may matter, where they may, in intervals of `width` cells."""
+        entry, place = _places(level.alive)
+        group, parent = level.group[entry], level.index[entry, place]
+        order = np.argsort(self.of[group] * self.limit.shape[1] + parent, kind="stable")
+        group, parent = group[order], parent[order]
+        n, pairs, samples = self.budgets.size, self.pairs, self.right.samples
+        index = parent[:, None] * ratio + np.arange(ratio)
+        last = index * width + (width - 1)
+        cells, ends = np.minimum(last, n), np.minimum(last, n - 1) + (n + 1)
+        mine, table, rest = self.left.samples.ravel(), self.shifts.table.ravel(), samples.ravel()
+        own = pairs.left[group, None] * self.left.samples.shape[1]
+        row, shift = pairs.right[group, None] * samples.shape[1], pairs.moved[group, None] * (2 * n + 1)
+        lower = mine.take(own + cells) + rest.take(row + table.take(shift + cells))
+        upper = mine.take(own + ends) + rest.take(row + table.take(shift + ends))
+        lower[index * width > n] = _INF
+        upper[last >= n] = _INF
+        return self._bounded(group, index, width, lower, upper)
+
+    def _bounded(self, group: Ints, index: Ints, width: int, lower: Samples, upper: Samples) -> _Level:
+        """Counts on the upper bounds, and says which groups may matter then."""
+        stretch = self.of[group]
+        last = index * width + (width - 1)
+        key = stretch * self.limit.shape[1] + index[:, 0]
+        cuts = np.flatnonzero(np.append(True, key[1:] != key[:-1])[: key.size])
+        part = np.cumsum(np.bincount(cuts, minlength=key.size)) - 1
+        best = upper
         if key.size:
-            #: the smallest upper bounds in a block
-            self.best = np.minimum.reduceat(self.upper, self.cuts, axis=0)
-            where = self.stretch[self.cuts, None], self.cells[self.cuts] + 1
-            self.limit[where] = np.minimum(self.limit[where], self.best)
+            best = np.minimum.reduceat(upper, cuts, axis=0)
+            where = stretch[cuts, None], last[cuts] + 1
+            self.limit[where] = np.minimum(self.limit[where], best)
             np.minimum.accumulate(self.limit, axis=1, out=self.limit)
-        self.goal = self.limit * factor
+        known = self.limit[stretch[cuts, None], last[cuts] - (width - 1)] * self.factor
+        return _Level(group, stretch, index, last, lower, upper, best, cuts, part, lower < known[part])
 
     def add_to(self, points: _Points, optimistic: bool) -> None:
         """Adds the groups' points that make the envelopes, within what may be lost."""
-        good = self.lower < self.goal[self.stretch[:, None], self.cells]
-        entry, place = _places(good)
-        pairs = self.pairs.take(self.group[entry])
-        names = self.names[self.stretch[entry]]
-        for pair, need, time in pairs.steps(self.left, self.right, self.cells[entry, place]):
+        cells = self.levels[-1]
+        entry, place = _places(cells.alive)
+        pairs = self.pairs.take(cells.group[entry])
+        names = self.names[cells.stretch[entry]]
+        for pair, need, time in pairs.steps(self.left, self.right, cells.last[entry, place]):
             points.add(names[pair], need, time)
         if self.slack and optimistic:
-            self._add_floors(points, good)
+            for level, width in zip(self.levels, LEVELS):
+                self._add_floors(points, level, width)
         elif self.slack:
             self._add_sure(points)
 
     def _add_sure(self, points: _Points) -> None:
         """The schedules that `limit` counts on, and the fastest."""
-        blocks = self.first.size
-        entry = place = np.zeros(0, dtype=np.int64)
-        if self.group.size:
-            stretch, cells = self.stretch[self.cuts, None], self.cells[self.cuts]
-            useful = (self.best < self.limit[stretch, cells]) & (self.best <= self.limit[stretch, cells + 1])
-            entry, place = _places(self.upper == np.where(useful, self.best, -1)[self.part])
-        ahead = self.first[1:]
-        least = self.least[:, blocks:]
-        useful = (least < self.limit[:, ahead - 1]) & (least <= self.limit[:, ahead])
-        group, block = _places(self.rough[:, blocks:] == np.where(useful, least, -1)[self.of])
-        fastest = self.rough[:, blocks - 1]
-        fast = np.flatnonzero(fastest <= self.least[self.of, blocks - 1] * np.float32(1 + MARGIN))
-        chosen = np.concatenate([self.group[entry], group, fast])
-        budget = np.concatenate(
-            [
-                self.budgets[self.cells[entry, place]],
-                self.budgets[ahead[block] - 1],
-                np.full(fast.size, self.right.span - 1),
-            ]
-        )
-        need, time = self.pairs.take(chosen).values(self.left, self.right, budget)
+        chosen, cell = [], []
+        for level in self.levels:
+            at = level.stretch[level.cuts, None], level.last[level.cuts]
+            useful = (level.best < self.limit[at]) & (level.best <= self.limit[at[0], at[1] + 1])
+            if level is not self.levels[0]:
+                # Where an interval ends the one before it ends too.
+                useful[:, -1] = False
+            entry, place = _places(level.upper == np.where(useful, level.best, -1)[level.part])
+            chosen.append(level.group[entry])
+            cell.append(level.last[entry, place])
+        self._add_values(points, np.concatenate(chosen), self.budgets[np.concatenate(cell)])
+        first = self.levels[0]
+        fastest = first.lower[:, -1]
+        least = np.minimum.reduceat(fastest, first.cuts)[first.part] * np.float32(1 + MARGIN)
+        fast = np.flatnonzero(fastest <= least)
+        self._add_values(points, fast, np.full(fast.size, self.right.span - 1))
+
+    def _add_values(self, points: _Points, group: Ints, budget: Ints) -> None:
+        need, time = self.pairs.take(group).values(self.left, self.right, budget)
         ok = time < INF
-        points.add(self.names[self.of[chosen[ok]]], need[ok], time[ok])
+        points.add(self.names[self.of[group[ok]]], need[ok], time[ok])
 
-    def _add_floors(self, points: _Points, good: NDArray[np.bool_]) -> None:
-        """Where groups are not evaluated: their lower bounds as points at the beginnings of blocks and cells."""
-        blocks = self.first.size
-        out = np.where(self.alive, _INF, self.rough[:, :blocks])
-        rough = np.minimum.reduceat(out, self.begins, axis=0)
-        stretch, block = np.nonzero(rough < self.limit[:, self.first] * np.float32(1 + MARGIN))
-        self._add_floor(points, stretch, self.first[block], rough[stretch, block])
-        if self.group.size:
-            fine = np.minimum.reduceat(np.where(good, _INF, self.lower), self.cuts, axis=0)
-            stretch, cells = self.stretch[self.cuts], self.cells[self.cuts]
-            part, place = np.nonzero(fine < self.limit[stretch[:, None], cells] * np.float32(1 + MARGIN))
-            self._add_floor(points, stretch[part], cells[part, place], fine[part, place])
-
-    def _add_floor(self, points: _Points, stretch: Ints, cell: Ints, bound: Samples) -> None:
+    def _add_floors(self, points: _Points, level: _Level, width: int) -> None:
+        """Where groups are left out: their lower bounds as points at the beginnings of intervals."""
+        if not level.group.size:
+            return
+        bound = np.minimum.reduceat(np.where(level.alive, _INF, level.lower), level.cuts, axis=0)
+        stretch, cells = level.stretch[level.cuts, None], level.last[level.cuts] - (width - 1)
         # Nothing is left out of the first cell.
-        keep = cell > 0
-        stretch, cell, bound = stretch[keep], cell[keep], bound[keep]
-        time = np.floor(bound.astype(np.float64) * (1 - MARGIN)).astype(np.int64)
-        points.add(self.names[stretch], self.budgets[cell - 1] + 1, time)
+        part, place = np.nonzero((bound < self.limit[stretch, cells] * np.float32(1 + MARGIN)) & (cells > 0))
+        time = np.floor(bound[part, place].astype(np.float64) * (1 - MARGIN)).astype(np.int64)
+        points.add(self.names[stretch[part, 0]], self.budgets[cells[part, place] - 1] + 1, time)
 
 
 def _places(which: NDArray[np.bool_]) -> tuple[Ints, Ints]:
@@ -232,6 +257,19 @@ def staircases(of: Ints, need: Ints, time: Ints, span: int) -> tuple[Ints, Ints,
     of, need, time = of[keep], need[keep], time[keep]
     last = np.append((of[1:] != of[:-1]) | (need[1:] != need[:-1]), True)
     return of[last], need[last], time[last]
+
+
+def grouped_all(
+    of: Ints, forward: Ints, back: Ints, held: Ints, time: Ints, waiting: int, span: int
+) -> tuple[Ints, Ints, Ints, Ints, Ints, Ints]:
+    """`mwplan.solvers.splits.grouped` of many: for each group, which of `of` it is from, `F` and `H`; then all their staircases, as group, need, time."""
+    forward = np.where(forward + waiting <= back, 0, forward)
+    order = np.lexsort((held, forward, of))
+    of, forward, back, held, time = (x[order] for x in (of, forward, back, held, time))
+    new = (of[1:] != of[:-1]) | (forward[1:] != forward[:-1]) | (held[1:] != held[:-1])
+    new = np.append(True, new)[: of.size]
+    group, first = np.cumsum(new) - 1, np.flatnonzero(new)
+    return of[first], forward[first], held[first], *staircases(group, back, time, span)
 
 
 def thinned_all(

@@ -30,7 +30,7 @@ from mwplan.errors import ArgumentError
 from mwplan.profiles import Profile
 from mwplan.schedule import Run, RunKind, Solution, Status, Strategy
 from mwplan.solvers.approach import Approach
-from mwplan.solvers.diagonals import Ways, envelopes, thinned_all
+from mwplan.solvers.diagonals import Ways, envelopes, grouped_all, thinned_all
 from mwplan.solvers.pareto import INF, Ints, staircase
 from mwplan.solvers.runs import (
     ALL_STRATEGIES,
@@ -53,11 +53,13 @@ _CELLS = 384
 #: rows of tables there is room for from the start, as untouched memory
 _ROOM = 50_000
 #: shares of the loss aimed at that a merge and the thinning after it may take
-_SLACK, _THIN = 6.0, 2.0
+_SLACK, _THIN = 4.0, 2.0
 #: and of that, at the top level, where losses would add up along the chain
 _TOP = 0.1
 #: and in the tables of a bound, which are to prove what these lose: of staircases, and of moonwalk runs
-_BOUND, _BOUND_LABEL = 0.5, 0.125
+_BOUND, _BOUND_LABEL = 0.5, 0.0625
+#: share of the loss aimed at that a moonwalk run may lose for each layer
+_LABEL = 0.7
 #: from here on chains of identical layers have exact tables of their own
 _UNIFORM = 48
 #: thinned, in chains of so many layers, stretches of so many identical ones have
@@ -140,6 +142,7 @@ class Tables:
                 "state bytes in a larger unit"
             )
         high = self.cap if self.cap is not None else p.bytes_bound() - p.fixed_bytes
+        candidates.prepare((at, kept) for at in range(self.size) for kept in {False, *self.kept_states(at)})
         single = [int(candidates.atoms(at, False).backward_peak.min(initial=high)) for at in range(self.size)]
         least = min(high, max(single))
         self.grid = grid(least // 4, least, high, _CELLS if self.size <= 400 else _CELLS // 3)
@@ -156,6 +159,8 @@ class Tables:
         self._memo: list[dict[tuple[Any, ...], Stairs]] = [{} for _ in range(self.levels)]
         self._rows: list[dict[tuple[Any, ...], int]] = [{} for _ in range(self.levels)]
         self._again: list[dict[tuple[Any, ...], int]] = [{} for _ in range(self.levels)]
+        #: how stretches may begin, left by `_fill` for the first top level where that begins alike: the nodes, the rows of RECOMPUTE runs, the buffer
+        self._begun: tuple[dict[tuple[int, bool], _Node], Ints, Buffer] | None = None
         for level in range(self.levels):
             if level == 0 and self._is_plain():
                 self._fill_plain()
@@ -214,7 +219,7 @@ class Tables:
             fresh = {key: node for node, key in reversed(keys.items()) if key not in memo}
             news = list(fresh.values())
             if news:
-                self._read_atoms(n, news, nodes, source, left)
+                self._read_atoms(n, news, nodes, None if source is None else again, left)
                 found = self._merge_all(n, news, nodes, rows, again, reach, source is not None, left, right)
                 of, need, time = found
                 first = right.rows
@@ -248,17 +253,21 @@ class Tables:
                     self._again[level][key] = first + k
             for (s, e), key in keys.items():
                 again[int(e), s, s + n] = self._again[level][key]
+        if source == level:
+            self._begun = nodes, again, left
 
     def _read_atoms(
         self,
         n: int,
         news: list[tuple[int, bool]],
         nodes: dict[tuple[int, bool], _Node],
-        source: int | None,
+        again: Ints | None,
         left: Buffer,
     ) -> None:
-        """The STORE, MOONWALK and INVERT runs of less than `n` layers from the given nodes, those that are not known yet."""
-        queue: list[tuple[_Node, int, bool, int, int, Stairs]] = []
+        """The STORE, MOONWALK and INVERT runs of less than `n` layers from the given nodes, those that are not known yet; without those that a RECOMPUTE run
+        beats, of which `again` has the rows in `left`, if there are any."""
+        ends: list[tuple[int, ...]] = []
+        columns: list[list[Ints]] = []
         for start, kept in news:
             node = nodes.get((start, kept))
             if node is None:
@@ -267,38 +276,40 @@ class Tables:
                 peaks = self.candidates.recompute_forward_peak(start, kept)
                 node = nodes[start, kept] = _Node(own, moved, peaks)
             atoms = self.candidates.atoms(start, kept)
-            low = atoms.groups[node.read - 1][2] if node.read else 0
+            low = first = atoms.groups[node.read - 1][2] if node.read else 0
             for at, keeps, high in atoms.groups[node.read :]:
                 if at - start >= n:
                     break
-                columns = [
-                    x[low:high] for x in (atoms.forward_peak, atoms.backward_peak, atoms.held, atoms.time)
-                ]
-                if source is not None and not keeps:
-                    columns = self._undominated(columns, source, start, at, kept)
-                queue += [
-                    (node, at, keeps, *group) for group in grouped(columns, self.waiting) if columns[0].size
-                ]
+                ends.append((start, kept, at, keeps, high - low, node.own, int(node.peaks[at - start - 1])))
                 node.read += 1
                 low = high
-        if not queue:
+            if low > first:
+                part = slice(first, low)
+                columns.append(
+                    [x[part] for x in (atoms.forward_peak, atoms.backward_peak, atoms.held, atoms.time)]
+                )
+        if not ends:
             return
-        sizes = [x[5][0].size for x in queue]
+        start_, kept_, at_, keeps_, sizes, own_, peak_ = np.array(ends, dtype=np.int64).T
+        of = np.repeat(np.arange(len(ends)), sizes)
+        f, b, held, time = (np.concatenate(x) for x in zip(*columns))
+        if again is not None:
+            rows = np.where((keeps_ == 0) & (at_ < self.size), again[kept_, start_, at_], 0)[of]
+            found = left.key[: left.size].searchsorted(left.base[rows] + b, side="right") - 1
+            beaten = (found >= left.pointer[rows, 0]) & (left.time[found] <= time)
+            beaten &= (rows > 0) & (held >= own_[of]) & (f >= peak_[of])
+            of, f, b, held, time = (x[~beaten] for x in (of, f, b, held, time))
+        groups, floor, held, which, need, time = grouped_all(of, f, b, held, time, self.waiting, self.span)
         first = left.rows
-        left.extend(
-            len(queue),
-            np.repeat(np.arange(len(queue)), sizes),
-            np.concatenate([x[5][0] for x in queue]),
-            np.concatenate([x[5][1] for x in queue]),
-            np.array([x[3] for x in queue]),
+        left.extend(groups.size, which, need, time, floor)
+        lines = np.array(
+            [first + np.arange(groups.size), at_[groups], keeps_[groups], floor, held, self.shifts.rows(held)]
         )
-        added: dict[int, tuple[_Node, list[tuple[int, ...]]]] = {}
-        moved = self.shifts.rows(np.array([x[4] for x in queue])).tolist()
-        for k, (node, at, keeps, floor, held, _) in enumerate(queue):
-            added.setdefault(id(node), (node, []))[1].append((first + k, at, keeps, floor, held, moved[k]))
-        for node, lines in added.values():
-            new = np.array(lines, dtype=np.int64).T
-            node.groups = np.concatenate([node.groups, new], axis=1)
+        changes = np.append(True, (np.diff(start_) != 0) | (np.diff(kept_) != 0))
+        cuts = groups.searchsorted(np.append(np.flatnonzero(changes), len(ends))).tolist()
+        for k, low, high in zip(np.flatnonzero(changes).tolist(), cuts[:-1], cuts[1:]):
+            node = nodes[ends[k][0], bool(ends[k][1])]
+            node.groups = np.concatenate([node.groups, lines[:, low:high]], axis=1)
 
     def _own(self, start: int, kept: bool) -> int:
         return 0 if kept else int(self.candidates.activation[start])
@@ -330,17 +341,24 @@ class Tables:
                 peak = np.maximum(atoms.forward_peak[part] + k, atoms.backward_peak[part])
                 known = staircase(np.maximum(peak, atoms.held[part]), atoms.time[part])
             limit = min(stop - 1, int(reach[start])) if nested else start
-            lines, at, keeps, floor, held, moved = node.groups
-            shared = limit - start
-            pairs = Pairs(
-                np.concatenate([again[int(kept), start, start + 1 : limit + 1], lines]),
-                np.concatenate([rows[0, start + 1 : limit + 1, stop], rows[keeps, at, stop]]),
-                np.concatenate([np.full(shared, node.own), held]),
-                np.concatenate([node.peaks[:shared], floor]) + k,
-                np.concatenate([np.full(shared, node.moved), moved]),
+            pairs = self._pairs(
+                node, again[int(kept), start, start + 1 : limit + 1], rows[:, :, stop], start, k
             )
             ways.append(Ways(pairs, known))
         return self._best(ways, left, right, n, c)
+
+    @staticmethod
+    def _pairs(node: _Node, again: Ints, rows: Ints, start: int, k: int) -> Pairs:
+        """The groups from a node at `start`: RECOMPUTE runs, in rows `again` and in order of their ends, and the node's own; `rows[e, s]` of what is left."""
+        lines, at, keeps, floor, held, moved = node.groups
+        n = again.size
+        return Pairs(
+            np.concatenate([again, lines]),
+            np.concatenate([rows[0, start + 1 : start + 1 + n], rows[keeps, at]]),
+            np.concatenate([np.full(n, node.own), held]),
+            np.concatenate([node.peaks[:n], floor]) + k,
+            np.concatenate([np.full(n, node.moved), moved]),
+        )
 
     def _is_plain(self) -> bool:
         """Whether the lowest level has runs of one layer only, so that all stretches with one beginning can be merged at once."""
@@ -423,11 +441,22 @@ class Tables:
             nodes[stop, kept] = need, time = self.ends[kept] if self.ends else turn
             rows[int(kept), stop] = right.rows
             right.extend(1, np.zeros(need.size, dtype=np.int64), need, time)
+        c.prepare((start, kept) for start in range(stop) for kept in self.kept_states(start))
         top = Top(c, nodes, c.recompute_reach(), closing or self.ends is not None)
         source = self.source(self.levels)
+        begun = self._begun if c is self.candidates and closing <= (self.ends is not None) else None
+        if begun:
+            every = [(start, kept) for start in range(stop) for kept in self.kept_states(start)]
+            self._read_atoms(stop + 1, every, *begun)
+            self._begun = None
         for start in range(stop - 1, -1, -1):
             for kept in self.kept_states(start):
-                way, left = self._top_ways(top, source, start, kept, rows)
+                if begun:
+                    known, again, left = begun
+                    runs = again[int(kept), start, start + 1 : self._limit(top, source, start) + 1]
+                    way = Ways(self._pairs(known[start, kept], runs, rows, start, 0), _NOTHING)
+                else:
+                    way, left = self._top_ways(top, source, start, kept, rows)
                 _, need, time = self._best(
                     [way], left, right, stop - start + (_SHORT if self.ends else 0), c, _TOP
                 )
@@ -438,12 +467,17 @@ class Tables:
                 right.extend(1, np.zeros(need.size, dtype=np.int64), need, time)
         return top
 
+    def _limit(self, top: Top, source: int | None, start: int) -> int:
+        """Up to where a RECOMPUTE run from `start` may go at the top level."""
+        if source is None:
+            return start
+        return min(self.size if top.closing else self.size - 1, int(top.reach[start]))
+
     def _top_ways(
         self, top: Top, source: int | None, start: int, kept: bool, rows: Ints
     ) -> tuple[Ways, Buffer]:
         """How the suffix from one node may begin, and the buffer that the runs are in."""
-        c, stop = top.candidates, self.size
-        limit = start if source is None else min(stop if top.closing else stop - 1, int(top.reach[start]))
+        c, limit = top.candidates, self._limit(top, source, start)
         ahead = range(start + 1, limit + 1)
         stairs = [] if source is None else [self.suffix(source, start, at, kept) for at in ahead]
         spent = (c.forward_sum[start + 1 : limit + 1] - c.forward_sum[start]).tolist()
@@ -785,8 +819,8 @@ def solve_frontier(
 ) -> Frontier:
     """The frontier of `profile` under `max_error` with the strategies `allowed`.
 
-    **Arguments:** `thin`, the relative loss of time aimed at, 0 for exact. Inside RECOMPUTE runs a stretch's merge may lose a factor `1 + 3 thin / 2`, the thinning after it
-    `1 + thin / 2`; at the top level, where losses add up along the chain, a tenth of that; moonwalk runs up to `1 + thin` a layer. Beforehand no more is proved than
+    **Arguments:** `thin`, the relative loss of time aimed at, 0 for exact. Inside RECOMPUTE runs a stretch's merge may lose a factor `1 + thin`, the thinning after it
+    `1 + thin / 2`; at the top level, where losses add up along the chain, a tenth of that; moonwalk runs up to `1 + 0.7 thin` a layer. Beforehand no more is proved than
     these factors multiplied. Measured losses are below `thin`; `Frontier.loss` proves a bound for the profile at hand, from finer tables
     (results/solver_scaling). Least need and least time stay exact, unless
     a chain of `_LONG` layers or more has stretches of `_STRETCH` or more identical ones: these are taken by `mwplan.solvers.sparse`, and few runs cross from such a
@@ -811,6 +845,6 @@ def solve_frontier(
     elif not thin and depth is None and len(profile) >= _UNIFORM and is_uniform(profile):
         tables = UniformTables(profile, max_error=max_error, allowed=chosen)
     else:
-        candidates = Candidates(profile, max_error=max_error, allowed=chosen, loss=thin)
+        candidates = Candidates(profile, max_error=max_error, allowed=chosen, loss=thin * _LABEL)
         tables = Tables(candidates, depth, loss=thin / 4)
     return Frontier(profile, tables, max_error=max_error, allowed=chosen, thin=thin)

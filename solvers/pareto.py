@@ -77,16 +77,17 @@ def value_at(need: Ints, time: Ints, budget: int) -> int:
     return int(time[k]) if k >= 0 else INF
 
 
-def _plainly_good(table: Ints) -> NDArray[np.intp]:
-    """Indices of the points, of two or three coordinates, left when those with a better one in an earlier cell are gone.
+def _plainly_good(table: Ints, of: Ints) -> NDArray[np.intp]:
+    """Indices of the points, of two or three coordinates from 0, left when those with a better one of their group in an earlier cell are gone.
 
     Cells are stretches of the first coordinate and levels of the last of three; within a cell no points are compared.
     **Cost:** linear, but for one sort of the last coordinate.
     """
     first, second = table[0], table[1]
-    cells = min(_CELLS, 1 << (first.size // 8).bit_length())
-    low, width = int(first.min()), cells + 1
-    cell = (first - low) >> max(0, (int(first.max()) - low).bit_length() - cells.bit_length() + 1)
+    groups = int(of[-1]) + 1
+    cells = min(_CELLS, 1 << (first.size // (8 * groups)).bit_length())
+    width = cells + 1
+    cell = first >> max(0, int(first.max()).bit_length() - cells.bit_length() + 1)
     level, levels, exact = np.zeros(1, dtype=np.intp), 1, True
     if len(table) == 3:
         values = np.unique(table[2])
@@ -94,11 +95,11 @@ def _plainly_good(table: Ints) -> NDArray[np.intp]:
         exact = values.size <= _LEVELS
         values = values if exact else values[:: -(-values.size // _LEVELS)]
         level, levels = values.searchsorted(table[2], side="right") - exact, values.size + 1
-    best = np.full((levels, width), np.iinfo(np.int64).max)
-    at = level * width + cell
+    best = np.full((levels, groups, width), np.iinfo(np.int64).max)
+    at = (level * groups + of) * width + cell
     np.minimum.at(best.ravel(), at + 1, second)
-    best = np.minimum.accumulate(np.minimum.accumulate(best, axis=1), axis=0)
-    return np.flatnonzero(second < best.ravel()[at if exact else at - width])
+    best = np.minimum.accumulate(np.minimum.accumulate(best, axis=2), axis=0)
+    return np.flatnonzero(second < best.ravel()[at if exact else at - groups * width])
 
 
 def _sweep(second: Ints, third: Ints, block: int = 128) -> NDArray[np.intp]:
@@ -120,40 +121,68 @@ def _sweep(second: Ints, third: Ints, block: int = 128) -> NDArray[np.intp]:
     return np.concatenate(kept)
 
 
-def nondominated(columns: Sequence[NDArray[Any]], block: int = 256) -> NDArray[np.intp]:
-    """Indices of the points no other point dominates, in lexicographic order; of equal points one is kept.
+def nondominated(
+    columns: Sequence[NDArray[Any]], of: Ints | None = None, block: int = 256
+) -> NDArray[np.intp]:
+    """Indices of the points no other point of their group dominates, group by group; of equal points one is kept.
 
-    **Arguments:** `columns`, one array for each coordinate, all minimised; floats must not be negative.
-    **Cost:** O(n * kept * coordinates), in blocks of `block` points.
+    **Arguments:** `columns`, one array for each coordinate, all minimised; floats must not be negative. `of`: the groups, in any order; None for one.
+    **Cost:** near linear for up to three coordinates that differ within groups; for more O(n * kept * coordinates) for each group, in blocks of `block` points.
     """
     size = len(columns[0])
-    table = np.empty((len(columns), size), dtype=np.int64)
-    for row, column in zip(table, columns):
-        # Floats that are not negative are ordered as their bits are; halfway down they fit the integers below `INF`.
-        row[:] = column.view(np.int64) - 2**62 if column.dtype == np.float64 else column
     if size <= 1:
         return np.arange(size)
-    # A coordinate on which all agree decides nothing.
-    table = table[table.min(axis=1) != table.max(axis=1)]
+    table = np.empty((len(columns), size), dtype=np.int64)
+    for row, column in zip(table, columns):
+        row[:] = _ordered(column) if column.dtype == np.float64 else column
+    if of is None:
+        order: NDArray[np.intp] = np.arange(size)
+        of, begins = np.zeros(size, dtype=np.int64), np.zeros(1, dtype=np.intp)
+    else:
+        order = np.argsort(of, kind="stable")
+        new = np.append(True, np.diff(of[order]) != 0)
+        of, begins, table = np.cumsum(new) - 1, np.flatnonzero(new), table[:, order]
+    table -= np.minimum.reduceat(table, begins, axis=1)[:, of]
+    # A coordinate on which all of each group agree decides nothing.
+    table = table[table.any(axis=1)]
     if not len(table):
-        return np.zeros(1, dtype=np.intp)
-    order: NDArray[np.intp] = np.arange(size)
-    if size > _MANY and len(table) in (2, 3):
-        order = _plainly_good(table)
-        table = table[:, order]
-    sort = np.lexsort(table[::-1])
-    order, table = order[sort], table[:, sort]
-    # In lexicographic order a point is dominated only by earlier ones.
-    if len(table) <= 2:
-        last = table[-1]
-        best = np.minimum.accumulate(last)
-        keep = np.append(True, last[1:] < best[:-1])
-        return order[keep] if len(table) == 2 else order[:1]
-    if len(table) == 3:
-        return order[_sweep(table[1], table[2])]
+        return order[begins]
+    if len(table) > 3:
+        ends = [*begins[1:].tolist(), size]
+        return order[
+            np.concatenate([a + _compared(table[:, a:z], block) for a, z in zip(begins.tolist(), ends)])
+        ]
+    if size > _MANY and len(table) > 1:
+        left = _plainly_good(table, of)
+        order, of, table = order[left], of[left], table[:, left]
+    sort = np.lexsort((*table[::-1], of))
+    order, of, table = order[sort], of[sort], table[:, sort]
+    if len(table) == 1:
+        return order[np.append(True, np.diff(of) != 0)]
+    # In lexicographic order a point is dominated only by earlier ones. Groups are told apart by their second coordinate: that of later ones is less.
+    second, groups = table[1], int(of[-1]) + 1
+    if (int(second.max()) + 1) * groups >= INF:
+        second = np.unique(second, return_inverse=True)[1]
+    second = second - of * (int(second.max()) + 1)
+    if len(table) == 2:
+        return order[np.append(True, second[1:] < np.minimum.accumulate(second)[:-1])]
+    return order[_sweep(second, table[2])]
+
+
+def _ordered(column: Floats) -> Ints:
+    """Integers in the order of floats that are not negative, small where the floats are 0 or near each other: their bits are."""
+    bits = column.view(np.int64)
+    low = int(bits.min(initial=INF, where=bits > 0))
+    return np.where(bits > 0, bits - low + 1, 0)
+
+
+def _compared(table: Ints, block: int) -> NDArray[np.intp]:
+    """Indices of the points of one group that no other dominates, in lexicographic order."""
+    order = np.lexsort(table[::-1])
+    table = table[:, order]
     kept = np.zeros(0, dtype=np.intp)
-    for low in range(0, size, block):
-        index = np.arange(low, min(low + block, size))
+    for low in range(0, order.size, block):
+        index = np.arange(low, min(low + block, order.size))
         if kept.size:
             worse = np.ones((index.size, kept.size), dtype=np.bool_)
             for c in table:

@@ -21,7 +21,6 @@ run. A run ends where `err` is within its share of `max_error`; longer ones have
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +36,8 @@ from mwplan.solvers.pareto import Bools, Floats, Ints, nondominated
 
 ALL_STRATEGIES = frozenset(Strategy)
 _STORE, _MOONWALK, _INVERT = 0, 1, 2
+#: nodes whose runs are made together
+_TOGETHER = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +64,12 @@ class Atoms:
 
 @dataclass(slots=True)
 class _Labels:
-    """Moonwalk labels over one stretch; each goes on from label `code // n` of the stretch without its last layer by option `code % n` of `n`.
+    """Moonwalk labels from some nodes to one position, in order of `node`; each goes on from label `code // n` of the position before by option `code % n` of `n`.
 
-    `back` is for the label going on; what it is where the run ends here is known to `_Ended` only.
+    `back` is for the label going on; what it is where the run ends here, `_grow` says apart.
     """
 
+    node: Ints
     time: Ints
     held: Ints
     back: Ints
@@ -77,18 +79,21 @@ class _Labels:
     code: Ints
     pattern: Ints
 
+    @classmethod
+    def begun(cls, nodes: Ints, held: Ints) -> _Labels:
+        """The labels of runs of no layers."""
+        zero = np.zeros_like(nodes)
+        return cls(nodes, zero, held, zero, zero, np.zeros(nodes.size), zero, zero, zero)
 
-@dataclass(slots=True)
-class _Ended:
-    """Moonwalk runs over one stretch: what the labels of the stretch are if they end there."""
+    def take(self, which: NDArray[np.intp]) -> _Labels:
+        """Some of them."""
+        return _Labels(*(getattr(self, name)[which] for name in self.__slots__))
 
-    time: Ints
-    held: Ints
-    back: Ints
-    forward: Ints
-    keeps: Ints
-    code: Ints
-    pattern: Ints
+    def and_then(self, more: _Labels) -> _Labels:
+        """These and, after them, others."""
+        return _Labels(
+            *(np.concatenate([getattr(self, name), getattr(more, name)]) for name in self.__slots__)
+        )
 
 
 @dataclass(slots=True)
@@ -249,8 +254,8 @@ class Candidates:
         self._usable = [self._options(at, layer.moonwalk) for at, layer in enumerate(profile.layers)]
         self._usable_invert = [self._options(at, layer.invert) for at, layer in enumerate(profile.layers)]
         self._moonwalks = [_Options.of(options) for options in self._usable]
-        # code[start, kept, stop]: the labels' parents and options
-        self._codes: dict[tuple[int, bool, int], Ints] = {}
+        # codes[start, kept][stop]: the labels' parents and options; nodes whose runs were made together share them
+        self._codes: dict[tuple[int, bool], dict[int, Ints]] = {}
         self._atoms: dict[tuple[int, bool], Atoms] = {}
         self._peaks: dict[tuple[int, bool], Ints] = {}
         self._invert: list[list[tuple[Ints, Ints, Ints, Ints]]] = []
@@ -268,8 +273,14 @@ class Candidates:
         """The STORE, MOONWALK and INVERT runs from the node `(start, kept)`."""
         key = (start, kept)
         if key not in self._atoms:
-            self._atoms[key] = self._make_atoms(start, kept)
+            self.prepare([key])
         return self._atoms[key]
+
+    def prepare(self, nodes: Iterable[tuple[int, bool]]) -> None:
+        """Makes the runs from these nodes, many nodes at a time: that is faster than one by one."""
+        new = sorted({*nodes} - self._atoms.keys())
+        for low in range(0, len(new), _TOGETHER):
+            self._make_atoms(new[low : low + _TOGETHER])
 
     def run(self, start: int, kept: bool, row: int) -> Run:
         """Row `row` of `atoms(start, kept)` as a `Run`."""
@@ -283,7 +294,7 @@ class Candidates:
             for at in range(stop, start, -1):
                 handle, chosen = divmod(handle, len(self._usable[at - 1]))
                 names.append(self._usable[at - 1][chosen].name)
-                handle = int(self._codes[start, kept, at - 1][handle]) if at - 1 > start else 0
+                handle = int(self._codes[start, kept][at - 1][handle]) if at - 1 > start else 0
             return Run(kind=RunKind.MOONWALK, start=start, stop=stop, options=tuple(reversed(names)))
         for at in range(start, stop):
             option, parent = self._invert[stop][stop - 1 - at][2:]
@@ -339,7 +350,7 @@ class Candidates:
         p = self.profile
         out = []
         for at in range(self.size + 1):
-            layer = dataclasses.replace(p.layers[at - 1], name="") if at else None
+            layer = p.layers[at - 1].costs() if at else None
             key = (layer, p.activation_bytes[at], p.cotangent_bytes[at], p.sweep_cotangent_bytes[at])
             out.append(seen.setdefault(key, len(seen)))
         return out
@@ -376,78 +387,63 @@ class Candidates:
         back -= 0 if kept and o.keeps_input else o.backward_saving_bytes
         return forward, back, held, o.keeps_output
 
-    def _make_atoms(self, start: int, kept: bool) -> Atoms:
-        rows: list[tuple[Ints, ...]] = []
-
-        def add(
-            stop: int, keeps: Any, f: Any, b: Any, h: Any, t: Any, kind: int, handle: Any, pattern: Any = 0
-        ) -> None:
-            pattern = 3 * np.asarray(pattern) + kind if self.by_strategy else 0
-            values = (stop, keeps, f, b, h, t, kind, handle, pattern)
-            rows.append(
-                tuple(x if isinstance(x, np.ndarray) and x.shape else np.full(len(t), x) for x in values)
+    def _make_atoms(self, nodes: list[tuple[int, bool]]) -> None:
+        """The runs from some nodes, which are in order."""
+        # Pieces of columns: number of the node, stop, keeps_end, F, B, H, t, kind, handle, pattern.
+        pieces = self._moonwalk_runs(nodes)
+        stores: list[tuple[int, ...]] = []
+        for k, (start, kept) in enumerate(nodes):
+            if Strategy.STORE in self.layer_allowed[start]:
+                for handle, o in enumerate(self.profile.layers[start].store):
+                    f, b, h, keeps = self._store_cost(start, kept, handle)
+                    time = o.forward_ns + o.backward_ns
+                    stores.append((k, start + 1, keeps, f, b, h, time, _STORE, handle, 0))
+            for end, forward, back, spent, index in self._inverts.get((start, kept), ()):
+                inverts = (k, end, True, forward, back, int(self.activation[end]), spent, _INVERT, index, 0)
+                pieces.append([np.broadcast_to(x, index.size) for x in inverts])
+        pieces.append(list(np.array(stores, dtype=np.int64).reshape(-1, 10).T))
+        columns = [np.concatenate(x).astype(np.int64) for x in zip(*pieces)]
+        # Runs between the same two nodes compete.
+        ends = (columns[0] * (self.size + 1) + columns[1]) * 2 + columns[2]
+        order = np.argsort(ends, kind="stable")
+        ends, columns = ends[order], [x[order] for x in columns]
+        kind, pattern = columns[7], columns[9]
+        begins = np.flatnonzero(np.append(True, ends[1:] != ends[:-1])[: ends.size])
+        if begins.size:
+            # Moonwalk runs alone have been compared already.
+            alone = np.minimum.reduceat(kind == _MOONWALK, begins)
+            alone = np.repeat(alone, np.diff(np.append(begins, ends.size)))
+            mixed = np.flatnonzero(~alone)
+            apart = ends[mixed]
+            if self.by_strategy and mixed.size:
+                found = np.unique(3 * pattern[mixed] + kind[mixed], return_inverse=True)[1]
+                apart = apart * (int(found.max()) + 1) + found
+            # F and B stay apart because K is added to one of them only.
+            mixed = mixed[nondominated([x[mixed] for x in (columns[6], *columns[3:6])], apart)]
+            good = np.concatenate([np.flatnonzero(alone), mixed])
+            good = good[np.argsort(ends[good], kind="stable")]
+            ends, columns = ends[good], [x[good] for x in columns]
+        of, stops, keeps_end, forward_, back_, held_, time_, kinds, handles, _ = columns
+        cuts = np.flatnonzero(np.append(ends[1:] != ends[:-1], True)[: ends.size])
+        first = of.searchsorted(np.arange(len(nodes) + 1))
+        groups: list[list[tuple[int, bool, int]]] = [[] for _ in nodes]
+        for number, stop, keeps, row in zip(
+            of[cuts], stops[cuts], keeps_end[cuts], cuts + 1 - first[of[cuts]]
+        ):
+            groups[number].append((int(stop), bool(keeps), int(row)))
+        for number, node in enumerate(nodes):
+            part = slice(first[number], first[number + 1])
+            self._atoms[node] = Atoms(
+                stop=stops[part],
+                keeps_end=keeps_end[part].astype(np.bool_),
+                forward_peak=forward_[part],
+                backward_peak=back_[part],
+                held=held_[part],
+                time=time_[part],
+                kind=kinds[part].astype(np.int8),
+                handle=handles[part],
+                groups=groups[number],
             )
-
-        if Strategy.STORE in self.layer_allowed[start]:
-            for k, o in enumerate(self.profile.layers[start].store):
-                f, b, h, keeps = self._store_cost(start, kept, k)
-                add(
-                    start + 1, keeps, f, b, h, np.array([o.forward_ns + o.backward_ns]), _STORE, np.array([k])
-                )
-        labels: _Labels | None = None
-        for stop in range(start + 1, self.size + 1):
-            ended, labels = self._grow(start, kept, stop, labels)
-            if ended is None:
-                break
-            add(
-                stop,
-                ended.keeps,
-                ended.forward,
-                ended.back,
-                ended.held,
-                ended.time,
-                _MOONWALK,
-                ended.code,
-                ended.pattern,
-            )
-            if labels is None:
-                break
-        for end, forward, back, spent, index in self._inverts.get((start, kept), ()):
-            add(end, True, forward, back, self.activation[end], spent, _INVERT, index)
-        if not rows:
-            empty = np.zeros(0, dtype=np.int64)
-            none = empty.astype(np.bool_)
-            return Atoms(empty, none, empty, empty, empty, empty, empty.astype(np.int8), empty, [])
-        stop_, keeps_, f_, b_, h_, t_, kind_, handle_, pattern_ = (np.concatenate(c) for c in zip(*rows))
-        # Runs between the same two nodes compete; F and B stay apart because K is added to one of them only.
-        good: list[NDArray[np.intp]] = []
-        groups: list[tuple[int, bool, int]] = []
-        node = 2 * stop_ + keeps_
-        order = np.argsort(node, kind="stable")
-        for rows_ in np.split(order, np.flatnonzero(np.diff(node[order])) + 1):
-            if not (kind_[rows_] == _MOONWALK).all():
-                # Moonwalk runs alone have been compared already.
-                rows_ = rows_[nondominated([x[rows_] for x in (t_, f_, b_, h_, pattern_, -pattern_)])]
-            good.append(rows_)
-            groups.append(
-                (
-                    int(stop_[rows_[0]]),
-                    bool(keeps_[rows_[0]]),
-                    len(good[-1]) + (groups[-1][2] if groups else 0),
-                )
-            )
-        g = np.concatenate(good)
-        return Atoms(
-            stop_[g],
-            keeps_[g].astype(bool),
-            f_[g],
-            b_[g],
-            h_[g],
-            t_[g],
-            kind_[g].astype(np.int8),
-            handle_[g],
-            groups,
-        )
 
     def _pattern(self, before: Ints, fragment: Ints) -> Ints:
         """Numbers for the strategies from a run's start on, one more layer appended: 0 for all unless `by_strategy`."""
@@ -456,44 +452,57 @@ class Candidates:
         pairs = zip(before.tolist(), (fragment > 0).tolist())
         return np.array([self._patterns.setdefault(x, len(self._patterns) + 1) for x in pairs])
 
-    def _grow(
-        self, start: int, kept: bool, stop: int, old: _Labels | None
-    ) -> tuple[_Ended | None, _Labels | None]:
-        """Moonwalk runs `(start, stop]`, from the labels of `(start, stop - 1]`; and the labels that go on. None where there are none."""
+    def _moonwalk_runs(self, nodes: list[tuple[int, bool]]) -> list[list[Any]]:
+        """The moonwalk runs from some nodes, which are in order, as pieces of the columns of `_make_atoms`."""
+        pieces: list[list[Any]] = []
+        starts = np.array([start for start, _ in nodes])
+        own = np.array([0 if kept else self.activation[start] for start, kept in nodes])
+        bare = np.array([kept for _, kept in nodes])
+        codes: dict[int, Ints] = {}
+        self._codes.update(dict.fromkeys(nodes, codes))
+        old = _Labels.begun(starts[:0], own[:0])
+        for stop in range(nodes[0][0] + 1, self.size + 1):
+            # New labels come last: they are nobody's parents by `codes`.
+            new = np.flatnonzero(starts == stop - 1)
+            old = old.and_then(_Labels.begun(new, own[new])) if new.size else old
+            if old.node.size:
+                old = self._grow(stop, old, starts, bare, pieces)
+                codes[stop] = old.code
+            elif stop > nodes[-1][0]:
+                break
+        return pieces
+
+    def _grow(self, stop: int, old: _Labels, starts: Ints, bare: Bools, pieces: list[list[Any]]) -> _Labels:
+        """Appends layer `stop` to labels of the position before, from nodes at `starts` that are kept (`bare`) or not: adds the runs that
+        end here to `pieces`, and returns the labels that go on."""
         a, d = self.activation, self.sweep
         at = stop - 1
         x, n = self._moonwalks[at], len(self._usable[at])
+        none = np.zeros(0, dtype=np.intp)
         if not n:
-            return None, None
-        first = old is None
-        if old is None:
-            zero = np.zeros(1, dtype=np.int64)
-            old = _Labels(zero, zero + (0 if kept else a[start]), zero, zero, np.zeros(1), zero, zero, zero)
+            return old.take(none)
         with np.errstate(over="ignore"):
             error = np.hypot(old.error[:, None] * x.growth, x.local_error).ravel()
         # An error at the limit is allowed; the last digit is as the rounding of `hypot` has it.
         code = np.flatnonzero(error <= self.max_error)
         if not code.size:
-            return None, None
+            return old.take(none)
         parent, o = np.divmod(code, n)
+        node = old.node[parent]
+        first = starts[node] == at
         held, time, fragment = old.held[parent], old.time[parent] + x.time[o], x.fragment[o]
         residual, out = x.residual[o], x.keeps_output[o] * a[stop]
-        ends = int(d[start] + d[stop])
-        if first:
-            # x_s is in `held` unless e; F counts it once.
-            forward = held + residual + a[stop]
-            rebuild, advance = held + ends, held + ends
-            new_held = held + residual
-            saving = np.zeros(o.size, dtype=np.int64) if kept else x.advance_saving[o]
-        else:
-            forward = held + residual + (a[at] + a[stop])
-            rebuild = (a[at] + ends + d[at]) - x.rebuild_saving[o]
-            advance = np.full(o.size, a[at] + ends)
-            new_held = held + residual + (old.keeps[parent] | x.keeps_input[o]) * a[at]
-            saving = x.advance_saving[o]
-            time = time + self.forward_ns[at - 1]
-        forward = np.maximum(old.forward[parent], forward + x.forward[o])
-        own = np.maximum(new_held + out + (d[stop] + d[at]) + x.reverse[o], rebuild + x.rebuild[o])
+        ends = d[starts[node]] + d[stop]
+        # In a run's first layer, x_s is in `held` unless it is kept; F counts it once.
+        forward = np.maximum(
+            old.forward[parent], held + residual + np.where(first, 0, a[at]) + a[stop] + x.forward[o]
+        )
+        advance = ends + np.where(first, held, a[at])
+        rebuild = advance + np.where(first, 0, d[at] - x.rebuild_saving[o])
+        saving = np.where(first & bare[node], 0, x.advance_saving[o])
+        time = time + np.where(first, 0, self.forward_ns[at - 1])
+        held = held + residual + np.where(first, 0, (old.keeps[parent] | x.keeps_input[o]) * a[at])
+        own = np.maximum(held + out + (d[stop] + d[at]) + x.reverse[o], rebuild + x.rebuild[o])
         own = np.maximum(own + x.own_fragment[o], old.back[parent] + fragment)
         keeps, pattern = x.keeps_output[o], self._pattern(old.pattern[parent], fragment)
         compared: Any = time
@@ -503,21 +512,21 @@ class Candidates:
             if self.optimistic:
                 time = np.minimum(time, np.exp(compared * step).astype(np.int64))
         last = np.maximum(own, advance + x.last[o])
-        apart = [pattern, -pattern] if self.by_strategy else []
-        if x.keeps_output.any() and not x.keeps_output.all():
-            apart += [keeps, -keeps]
-        index = nondominated([*apart, compared, new_held, last, forward])
-        ended = _Ended(*(v[index] for v in (time, new_held + out, last, forward, keeps, code, pattern)))
+        # What the next layer sees of a label is whether its output is kept.
+        apart = 2 * node + keeps
+        if self.by_strategy:
+            found = np.unique(pattern, return_inverse=True)[1]
+            apart = apart * (int(found.max()) + 1) + found
+        index = nondominated([compared, held, last, forward], apart)
+        columns = (node, stop, keeps, forward, last, held + out, time, _MOONWALK, code, pattern)
+        pieces.append([x[index] if isinstance(x, np.ndarray) else np.full(index.size, x) for x in columns])
         if stop == self.size or not self._usable[stop]:
-            return ended, None
+            return old.take(none)
         back = np.maximum(own, advance + (a[stop] - saving) + x.advance[o])
         error = error[code] if np.isfinite(self.max_error) else np.zeros(code.size)
-        index = nondominated([*apart, compared, new_held, back, forward, error])
-        time, new_held, back, forward = time[index], new_held[index], back[index], forward[index]
-        keeps, code, pattern = keeps[index], code[index], pattern[index]
-        labels = _Labels(time, new_held, back, forward, error[index], keeps, code, pattern)
-        self._codes[start, kept, stop] = labels.code
-        return ended, labels
+        index = nondominated([compared, held, back, forward, error], apart)
+        # Groups are in order of nodes, and so are labels.
+        return _Labels(node, time, held, back, forward, error, keeps, code, pattern).take(index)
 
     def _invert_runs(self) -> dict[tuple[int, bool], list[tuple[int, int, Ints, Ints, Ints]]]:
         """For each node, the INVERT runs from it: `(stop, forward peak, backward peaks, times, label indices)`."""

@@ -118,6 +118,9 @@ class SparseTables:
         self.both = bool(self.candidates.kept_nodes[1:].any())
         self.lengths = list(range(1, self.size + 1)) if bound else lengths(self.size)
         self.index = {n: k for k, n in enumerate([0, *self.lengths])}
+        #: `index` as an array, -1 where there are no tables
+        self._rows = np.full(self.size + 1, -1)
+        self._rows[[0, *self.lengths]] = np.arange(len(self.index))
         high = whole.bytes_bound() - whole.fixed_bytes
         self.span = 1 << (high + 1).bit_length()
         if self.span * (2 * len(self.lengths) + 2) >= 2**63:
@@ -133,11 +136,9 @@ class SparseTables:
             e: Buffer(self.grid, self.span, 256, sided=True, waiting=self.waiting) for e in (False, True)
         }
         self.shifts = Shifts(self.grid)
-        #: `held`, `floor` and row of shifts of the first `_known` pieces
-        self._costs = {e: np.zeros((3, 1), dtype=np.int64) for e in (False, True)}
+        #: `held`, `floor`, row of shifts, `layers` and `keeps` of the first `_known` pieces, from which stretch length on they are used, and whether up to any
+        self._costs = {e: np.zeros((7, 1), dtype=np.int64) for e in (False, True)}
         self._known = {False: 0, True: 0}
-        #: numbers of pieces by the layers they take together
-        self._by_layers: dict[bool, dict[int, list[int]]] = {False: {}, True: {}}
         self.inner, self.top = (
             self._buffer(_DONE, _DONE),
             self._buffer(*(ends or (self._turn(False), self._turn(True)))),
@@ -172,7 +173,6 @@ class SparseTables:
         self.pieces[e].append(piece)
         of = np.zeros(piece.stairs[0].size, dtype=np.int64)
         self._left[e].extend(1, of, *piece.stairs, np.array([piece.floor]))
-        self._by_layers[e].setdefault(piece.layers, []).append(number)
         return number
 
     def _add_repeated(self, same: dict[bool, _Piece]) -> None:
@@ -270,21 +270,14 @@ class SparseTables:
 
     def _choices(self, n: int, e: bool, k: int, family: Buffer) -> Pairs:
         """The pieces that a stretch of `n` layers may begin with, and the rows of what is left."""
-        pieces, rows = [], []
         # A RECOMPUTE run may end the part, but neither the chain nor the RECOMPUTE run it stands in.
         longest = n if family is self.top and self.inside else n - 1 if self.bound else longest_within(n)
-        for left, rest in self.index.items():
-            if left >= n:
-                break
-            for g in self._by_layers[e].get(n - left, ()):
-                piece = self.pieces[e][g]
-                # Where there are tables at all lengths, runs are repeated one by one.
-                if (n > 1 << _BITS) if piece.halves else (piece.atoms or piece.layers <= longest):
-                    pieces.append(g)
-                    rows.append(2 * rest + piece.keeps)
-        which = np.array(pieces, dtype=np.int64)
-        held, floor, moved = self._costs[e][:, which]
-        return Pairs(which, np.array(rows, dtype=np.int64), held, floor + k, moved)
+        held, floor, moved, layers, keeps, least, most = self._costs[e][:, : self._known[e]]
+        rest = self._rows[np.maximum(n - layers, 0)]
+        which = np.flatnonzero(
+            (layers <= n) & (rest >= 0) & (least <= n) & (layers <= np.where(most, n, longest))
+        )
+        return Pairs(which, 2 * rest[which] + keeps[which], held[which], floor[which] + k, moved[which])
 
     def _merge(self, n: int, e: bool, k: int, family: Buffer) -> None:
         """Adds the table of `n` layers to a family, whose next row it is."""
@@ -294,7 +287,16 @@ class SparseTables:
             if self._costs[e].shape[1] < ready:
                 self._costs[e] = longer(self._costs[e].T, 2 * ready).T
             held = np.array([piece.held for piece in new])
-            self._costs[e][:, known:ready] = (held, [piece.floor for piece in new], self.shifts.rows(held))
+            self._costs[e][:, known:ready] = (
+                held,
+                [piece.floor for piece in new],
+                self.shifts.rows(held),
+                [piece.layers for piece in new],
+                [piece.keeps for piece in new],
+                # Where there are tables at all lengths, runs are repeated one by one.
+                [(1 << _BITS) + 1 if piece.halves else 0 for piece in new],
+                [bool(piece.halves or piece.atoms) for piece in new],
+            )
             self._known[e] = ready
         pairs = self._choices(n, e, k, family)
         many = n >= 4 or (family is self.top and self.inside)

@@ -8,7 +8,7 @@ time, a group has a staircase too. For a stretch that ends at `r` a group is a s
 
 whose steps are at those of `left_g`, at `H` plus those of the suffix, and at `F + K`. The lower envelope over all groups is wanted. A fixed grid of
 budgets cuts them into cells `(b_{q-1}, b_q]`. With each staircase sampled at the grid once, `f_g` is bounded from below in a cell (left part and
-suffix at the cell's end) and from above at its beginning. Blocks of cells come first: of the groups whose bounds there say that they may matter, cells. Only where a group's lower bound is less than
+suffix at the cell's end) and from above at its beginning. Wide intervals of cells come first: of the groups whose bounds there say that they may matter, narrower ones, at last cells. Only where a group's lower bound is less than
 `1 / (1 + slack)` of what the envelope is known to be at the cell's beginning are its steps in the cell evaluated, exactly; elsewhere the known
 schedule at the cell's beginning stands for all of the cell, so that the merge loses at most that factor of time, and nothing if `slack` is 0.
 
@@ -31,8 +31,8 @@ Samples = NDArray[np.float32]
 Index = NDArray[np.intp]
 _Array = TypeVar("_Array", bound=NDArray[Any])
 MARGIN = 2e-6
-#: cells that are bounded together first
-BLOCK = 4
+#: so many cells are bounded together, at first and where that leaves groups; each number divides the one before
+LEVELS = (16, 4, 1)
 _INF = np.float32(np.inf)
 
 
@@ -54,10 +54,10 @@ def with_tail(budgets: Ints, least: int, high: int, ends: tuple[Stairs, Stairs])
 
 
 def rough_columns(n: int) -> Index:
-    """With a grid of `n` budgets, the columns of sided samples at the ends of blocks of `BLOCK` cells, the last of which ends with cell `n`; then those at the
-    beginnings of all blocks but the first."""
-    first = np.arange(0, n + 1, BLOCK)
-    return np.concatenate([np.minimum(first + BLOCK - 1, n), n + first[1:]])
+    """With a grid of `n` budgets, the columns of sided samples at the ends of the widest intervals of `LEVELS`, the last of which ends with cell `n`; then those at the
+    beginnings of all of these but the first."""
+    first = np.arange(0, n + 1, LEVELS[0])
+    return np.concatenate([np.minimum(first + LEVELS[0] - 1, n), n + first[1:]])
 
 
 def longer(old: _Array, rows: int) -> _Array:
