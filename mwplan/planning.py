@@ -70,7 +70,7 @@ def plan(
     solved = frontier or _frontier(
         profile, max_error=max_error, allowed=allowed, thin=default_thin(profile) if thin is None else thin
     )
-    room = budget_bytes - profile.fixed_bytes
+    room = budget_bytes - solved.always_bytes
     if solved.solved.least_bytes is None or room < solved.solved.least_bytes:
         raise solved.infeasible(budget_bytes, budget)
     free = not pins and max_distinct_runs is None
@@ -91,7 +91,7 @@ def plan(
                 f"no schedule found within `time_limit_s={time_limit_s}`, and none excluded: allow more time",
                 budget_bytes=budget_bytes,
             )
-        least = None if solution.least_bytes is None else solution.least_bytes + profile.fixed_bytes
+        least = None if solution.least_bytes is None else solution.least_bytes + solved.always_bytes
         raise InfeasibleError(
             f"`budget={budget!r}` is infeasible with these side conditions"
             + ("" if least is None else f": the leanest schedule under them needs {show_bytes(least)}"),
@@ -149,7 +149,12 @@ class Frontier:
     @property
     def points(self) -> tuple[tuple[int, int], ...]:
         """`(total device bytes, ns)` of every schedule that no other beats in both, the time of getting the memory included."""
-        return tuple((need + self.profile.fixed_bytes, time) for need, time in self._steps)
+        return tuple((need + self.always_bytes, time) for need, time in self._steps)
+
+    @property
+    def always_bytes(self) -> int:
+        """What every schedule takes: the fixed part, and the tables of pointers."""
+        return self.profile.fixed_bytes + self.profile.table_bytes
 
     @functools.cached_property
     def _steps(self) -> tuple[tuple[int, int], ...]:
@@ -170,7 +175,7 @@ class Frontier:
     def least_bytes(self) -> int | None:
         """The least feasible budget, or None where no schedule keeps the error."""
         least = self.solved.least_bytes
-        return None if least is None else least + self.profile.fixed_bytes
+        return None if least is None else least + self.always_bytes
 
     def at(self, budget: int | str, *, regular: float = REGULAR) -> Schedule:
         """The fastest schedule at `budget`, by the frontier alone.
@@ -179,7 +184,7 @@ class Frontier:
         compile faster, in a time that grows with the number of different runs. **Raises:** `InfeasibleError`.
         """
         budget_bytes = parse_bytes(budget)
-        room = budget_bytes - self.profile.fixed_bytes
+        room = budget_bytes - self.always_bytes
         solution = self.solved.at(self.enough(room))
         if solution.runs is None:
             raise self.infeasible(budget_bytes, budget)
@@ -214,7 +219,7 @@ class Frontier:
     def infeasible(self, budget_bytes: int, budget: int | str) -> InfeasibleError:
         """The error for a budget below the least feasible one: says that, and which event needs it."""
         least = self.least_bytes
-        proved = self.solved.at(budget_bytes - self.profile.fixed_bytes).status is Status.INFEASIBLE
+        proved = self.solved.at(budget_bytes - self.always_bytes).status is Status.INFEASIBLE
         if least is None or self.solved.least_bytes is None:
             return InfeasibleError(
                 f"no schedule {'keeps' if proved else 'was found that keeps'} `max_error={self.max_error}` with the strategies allowed, at any budget",
@@ -237,7 +242,7 @@ class Frontier:
         assert solution.runs is not None
         checked = replay(self.profile, solution.runs)
         _confirm(solution, checked, self.max_error)
-        if budget_bytes is not None and checked.peak_bytes + self.profile.fixed_bytes > budget_bytes:
+        if budget_bytes is not None and checked.peak_bytes + self.always_bytes > budget_bytes:
             raise SolverMismatchError(
                 f"{solution.solver} returned a schedule of {checked.peak_bytes} temporary bytes, above the budget"
             )
@@ -250,7 +255,7 @@ class Frontier:
             status=Status.FEASIBLE if bound < time else solution.status,
             budget_bytes=budget_bytes,
             fixed_bytes=self.profile.fixed_bytes,
-            peak_bytes=checked.peak_bytes,
+            peak_bytes=checked.peak_bytes + self.profile.table_bytes,
             time_ns=time,
             bound_ns=bound,
             error=checked.error,
@@ -268,7 +273,7 @@ class Frontier:
         from mwplan.solvers.runs import fastest_ns
 
         fresh_ns = self.profile.fresh_ns
-        room = solution.peak_bytes if budget_bytes is None else budget_bytes - self.profile.fixed_bytes
+        room = solution.peak_bytes if budget_bytes is None else budget_bytes - self.always_bytes
         if not fresh_ns(room):
             return solution.bound_ns
         least = fresh_ns(self.solved.least_bytes or 0)

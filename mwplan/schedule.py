@@ -134,7 +134,7 @@ class Solution:
 class Schedule:
     """A plan for one chain: runs, what they are predicted to cost, and what was proved.
 
-    `peak_bytes`: predicted temporaries; `fixed_bytes`: parameters, input and gradients; `budget_bytes`: the total asked for.
+    `peak_bytes`: predicted temporaries, what is alive at once and `Profile.table_bytes`; `fixed_bytes`: parameters, input and gradients; `budget_bytes`: the total asked for.
     `time_ns`: predicted, without the loss. `error`: predicted relative error of cotangents and gradients, `max_error` the tolerance.
     `least_bytes`: the least feasible total. `binding`: the event at which the peak stands. `next_gain`: what a little more memory would buy, in words.
     `fingerprint`: that of the profile; `apply` refuses another chain. `strategies`: of each layer, outermost, for people.

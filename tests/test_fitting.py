@@ -40,6 +40,19 @@ def test_the_compiled_step_keeps_the_budget(profile: mw.Profile) -> None:
     assert found.attempts[-1].measured_bytes == found.temporary_bytes
 
 
+def test_the_least_budget_is_kept_to_the_byte(profile: mw.Profile) -> None:
+    """Arrays alone are not all that a step takes: the tables of pointers beside them are predicted too, and not much too large."""
+    chain, x = network(), jnp.ones((512, 32))
+    frontier = mw.frontier(profile)
+    for total, _ in (frontier.points[0], frontier.points[-1]):
+        schedule = frontier.at(total)
+        arrays = mw.replay(profile, schedule.runs).peak_bytes
+        got = mw.temporaries(mw.jit(mw.value_and_grad(mean_square, schedule)).lower(chain, x).compile())
+        assert arrays < got <= schedule.peak_bytes <= arrays + 1024 * len(chain)
+        assert schedule.total_bytes <= total
+    assert frontier.at(frontier.least_bytes or 0).total_bytes == frontier.least_bytes
+
+
 def test_arrangements_are_other_programs_for_the_same_step(profile: mw.Profile) -> None:
     """Other holes, the same numbers to the last bit; where a parameter is too large for detours, the plain program."""
     chain, x = network(), jax.random.normal(jax.random.key(0), (512, 32))
@@ -77,6 +90,44 @@ def test_an_arrangement_is_tried_before_a_leaner_schedule(
     first, second = mw.fit(mean_square, chain, x, budget=total, profile=profile).attempts
     assert (first.arrangement, second.arrangement) == (0, 1)
     assert first.predicted_bytes == second.predicted_bytes
+
+
+def test_other_schedules_come_before_further_arrangements(
+    profile: mw.Profile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nothing fits: each schedule plainly and in the first arrangement, then the rest, beginning with the schedule that came closest."""
+    chain, x = network(), jnp.ones((512, 32))
+    needs = {}
+
+    def never(compiled: object) -> int:
+        needs[len(needs)] = (1 << 40) - len(needs) % 4  # the second schedule's are the smallest
+        return needs[len(needs) - 1]
+
+    monkeypatch.setattr(fitting, "temporaries", never)
+    monkeypatch.setattr(fitting, "ARRANGEMENTS", 3)
+    made: list[tuple[int, int]] = []
+    real = fitting.execute.value_and_grad
+
+    def noted(loss: Any, schedule: mw.Schedule, **options: Any) -> Any:
+        made.append((schedule.peak_bytes, options["arrangement"]))
+        return real(loss, schedule, **options)
+
+    monkeypatch.setattr(fitting.execute, "value_and_grad", noted)
+    monkeypatch.setattr(fitting, "jit", lambda step: _Uncompiled())
+    points = mw.frontier(profile).points
+    with pytest.raises(mw.InfeasibleError, match="of the 8 that were compiled"):
+        mw.fit(mean_square, chain, x, budget=points[1][0], profile=profile)
+    first, second = (total - profile.fixed_bytes for total, _ in (points[1], points[0]))
+    assert made == [(first, 0), (first, 1), (second, 0), (second, 1), (second, 2), (second, 3), (first, 2), (first, 3)]  # fmt: skip
+
+
+class _Uncompiled:
+    """A step that nobody compiles."""
+
+    def lower(self, *args: Any) -> _Uncompiled:
+        return self
+
+    compile = lower
 
 
 def test_leaner_schedules_are_tried_until_one_fits(
