@@ -21,6 +21,7 @@ from mwplan import growth, interpret, operations, rules, sharding, sketch, trees
 from mwplan.bench import Bench, Priced, Pricing
 from mwplan.chain import Chain, Stack, boundaries, check_chain, fingerprint, layer_name, signatures
 from mwplan.errors import ArgumentError
+from mwplan.packing import Workspace
 from mwplan.profiles import InvertOption, LayerProfile, MoonwalkOption, Profile, StoreOption
 from mwplan.residuals import Residuals, new_bytes
 
@@ -80,6 +81,7 @@ def profile(
         [(names[i], measured[key], unusable.get(i)) for i, key in enumerate(keys)],
         fixed_bytes=fixed,
         fresh=bench.fresh(),
+        workspaces=bench.workspaces(),
         device=f"{device.platform}:{device.device_kind}",
         source=f"measured, jax {jax.__version__}, median of {repeats}",
     )
@@ -94,6 +96,7 @@ def assemble(
     fresh: tuple[int, int],
     device: str,
     source: str,
+    workspaces: tuple[Workspace, ...] = (),
 ) -> Profile:
     """The profile of a chain from each layer's name, costs and the rules that its weights forbid (None: not looked at); `fresh`, as `Bench.fresh`."""
     known: dict[Any, LayerProfile] = {}
@@ -118,6 +121,7 @@ def assemble(
         fixed_bytes=fixed_bytes,
         kept_bytes=fresh[0],
         fresh_mib_ns=fresh[1],
+        workspaces=workspaces,
         fingerprint=fingerprint(chain),
         device=device,
         source=source,

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mwplan.errors import ArgumentError, InfeasibleError, MwplanError
-from mwplan.ledger import Replay, replay, strategies
+from mwplan.ledger import Replay, buffers, replay, strategies
+from mwplan.packing import pack
 from mwplan.profiles import Profile
 from mwplan.schedule import Schedule, Solution, Status, Strategy
 from mwplan.sizes import parse_bytes, show_bytes, show_ns
@@ -27,6 +28,8 @@ EVERY_STRATEGY = frozenset(Strategy)
 EXACT_LAYERS, DEEP_THIN = 128, 0.02
 #: the share of its time that a schedule not proved optimal may lose to become one of fewer different runs
 REGULAR = 0.01
+#: how many leaner points of a frontier are looked at where the allocator is foreseen to leave holes
+LEANER = 16
 #: Sets of strategies whose plans are worth timing beside that of all: a profile's times are estimates, and recomputation alone may turn out faster.
 NARROWER = (
     EVERY_STRATEGY - {Strategy.VIJP, Strategy.FRAGMENT},
@@ -98,9 +101,9 @@ def plan(
             budget_bytes=budget_bytes,
             least_bytes=least,
         )
-    if free:
-        solution = solved.simplified(solution, room, regular)
-    return solved.schedule(solution, budget_bytes, free=free)
+    if not free:
+        return solved.schedule(solution, budget_bytes, free=False)
+    return solved.packed(solved.schedule(solved.simplified(solution, room, regular), budget_bytes), regular)
 
 
 def frontier(
@@ -188,7 +191,27 @@ class Frontier:
         solution = self.solved.at(self.enough(room))
         if solution.runs is None:
             raise self.infeasible(budget_bytes, budget)
-        return self.schedule(self.simplified(solution, room, regular), budget_bytes)
+        return self.packed(self.schedule(self.simplified(solution, room, regular), budget_bytes), regular)
+
+    def packed(self, schedule: Schedule, regular: float) -> Schedule:
+        """`schedule`, or the fastest leaner one that keeps its budget with the holes that the allocator is foreseen to leave; itself if none of `LEANER` does."""
+        budget = schedule.budget_bytes or 0
+        if schedule.fixed_bytes + schedule.packed_bytes <= budget:
+            return schedule
+        less = [need for need, _ in self._steps if need + self.profile.table_bytes < schedule.peak_bytes]
+        for need in less[: -1 - LEANER : -1]:
+            leaner = self.schedule(self.simplified(self.solved.at(need), need, regular), budget)
+            if leaner.fixed_bytes + leaner.packed_bytes <= budget:
+                status = Status.FEASIBLE if schedule.bound_ns < leaner.time_ns else leaner.status
+                return dataclasses.replace(leaner, bound_ns=schedule.bound_ns, status=status)
+        return schedule
+
+    def _packed_bytes(self, solution: Solution) -> int:
+        """`Schedule.packed_bytes`."""
+        if not self.profile.workspaces or len(self.profile) > EXACT_LAYERS:
+            return 0
+        needs = pack(buffers(self.profile, solution.runs or ())).total_bytes
+        return max(needs, solution.peak_bytes) + self.profile.table_bytes
 
     def simplified(self, solution: Solution, room: int, loss: float) -> Solution:
         """`solution`, or one of fewer different runs at a loss of time of at most a factor `1 + loss`; proved optimal, it stays as it is."""
@@ -256,6 +279,7 @@ class Frontier:
             budget_bytes=budget_bytes,
             fixed_bytes=self.profile.fixed_bytes,
             peak_bytes=checked.peak_bytes + self.profile.table_bytes,
+            packed_bytes=self._packed_bytes(solution),
             time_ns=time,
             bound_ns=bound,
             error=checked.error,

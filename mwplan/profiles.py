@@ -14,6 +14,7 @@ from typing import Any
 
 from mwplan import serial
 from mwplan.errors import ArgumentError
+from mwplan.packing import Workspace
 
 SCHEMA = 4
 _INT64 = 2**63 - 1
@@ -160,6 +161,7 @@ class Profile:
     `fingerprint` identifies the chain's structure and input shapes; a schedule made from this profile carries it on.
     `fresh_mib_ns`: what a step pays for each MiB of its temporaries because the system hands them out anew, page by page, as CPUs' allocators do with
     blocks above `kept_bytes`; 0 where memory is pooled.
+    `workspaces`: what the options' larger workspaces consist of, by their bytes, as far as it is known; without it holes between buffers are not foreseen.
     """
 
     layers: tuple[LayerProfile, ...]
@@ -169,6 +171,7 @@ class Profile:
     fixed_bytes: int = 0
     kept_bytes: int = 0
     fresh_mib_ns: int = 0
+    workspaces: tuple[Workspace, ...] = ()
     fingerprint: str = ""
     device: str = ""
     source: str = ""
