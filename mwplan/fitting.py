@@ -79,7 +79,8 @@ def fit(
     """The fastest schedule whose *compiled* step fits the budget.
 
     A schedule's peak is what is alive at once. The compiler's allocator may need more, where buffers of different lifetimes leave holes
-    between them; then other arrangements of the same step are compiled, and then leaner schedules, until one fits.
+    between them, and not all of these are foreseen; then another arrangement of the same step is compiled, then leaner schedules, and last further
+    arrangements, until one fits.
 
     **Arguments:** `loss(y, *args)`, as `mw.value_and_grad`, with `has_aux` and `wrt_input`; `chain`, `x`; `budget`, bytes of the whole step or a text
     such as "2GiB"; `profile` (measured if None); `max_error`, `allowed`, as `mw.plan`; `thin`, `regular`, as `mw.plan`; `max_attempts`, compilations; `tune`, rounds in which

@@ -121,7 +121,11 @@ class _Lives(dict[Name, int]):
         self._named: dict[Name, _Life] = {}
         self._came: list[_Life] = []  # since the last event
         self._went: list[_Life] = []
-        self._last: tuple[list[_Life], int, int] = ([], 0, 0)  # what the last event made, its workspace and saving
+        self._last: tuple[list[_Life], int, int] = (
+            [],
+            0,
+            0,
+        )  # what the last event made, its workspace and saving
         self._clock = 0
 
     def __setitem__(self, name: Name, size: int) -> None:
@@ -140,14 +144,21 @@ class _Lives(dict[Name, int]):
     def __delitem__(self, name: Name) -> None:
         super().__delitem__(name)
         life = self._named.pop(name)
+        if life in self._came:  # no event has seen it
+            self._came.remove(life)
+            return
         for other, new in self._named.items():
-            if new in self._came and (new.kind, new.position, new.size) == (life.kind, life.position, life.size):
+            if new in self._came and (new.kind, new.position, new.size) == (
+                life.kind,
+                life.position,
+                life.size,
+            ):
                 self._came.remove(new)
                 self._named[other] = life
                 return
         self._went.append(life)
 
-    def pop(self, name: Name, *default: Any) -> Any:  # type: ignore[override]
+    def pop(self, name: Name, *default: Any) -> Any:
         """As that of a `dict`."""
         size = self.get(name, *default)
         if name in self:

@@ -69,7 +69,9 @@ def _placed(buffers: Sequence[Buffer], order: Sequence[int]) -> Packing:
         lows, highs = low[:placed][meets], high[:placed][meets]
         by_place = np.argsort(lows, kind="stable")
         lows = lows[by_place]
-        floors = np.maximum.accumulate(np.concatenate(([0], highs[by_place])))  # where the gap below each may begin
+        floors = np.maximum.accumulate(
+            np.concatenate(([0], highs[by_place]))
+        )  # where the gap below each may begin
         gaps = lows - floors[:-1]
         fits = np.flatnonzero(gaps >= one.size_bytes)
         at = int(floors[fits[np.argmin(gaps[fits])]] if len(fits) else floors[-1])
