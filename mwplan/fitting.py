@@ -220,7 +220,7 @@ def _leaner(
     thin: float | None,
     regular: float,
 ) -> Iterator[Schedule]:
-    """The plan for the budget; then plans for as much less as the best attempt at the last was above it; then those between, the fastest first."""
+    """The plan for the budget; then plans for as much less as the best attempt at the last was above it; then those between, the fastest first, foreseen holes or not."""
     thin = planning.default_thin(profile) if thin is None else thin
     frontier = planning.frontier(profile, max_error=max_error, allowed=allowed, thin=thin)
     room, target, seen = budget - profile.fixed_bytes, budget, set()
@@ -234,6 +234,7 @@ def _leaner(
         if frontier.least_bytes is None or target < frontier.least_bytes:
             break
         schedule = frontier.at(target, regular=regular)
+    frontier = dataclasses.replace(frontier, profile=dataclasses.replace(profile, workspaces=()))
     for total, _ in reversed(frontier.points):
         if total <= budget and (schedule := frontier.at(total, regular=regular)).peak_bytes not in seen:
             seen.add(schedule.peak_bytes)

@@ -30,6 +30,8 @@ EXACT_LAYERS, DEEP_THIN = 128, 0.02
 REGULAR = 0.01
 #: how many leaner points of a frontier are looked at where the allocator is foreseen to leave holes
 LEANER = 16
+#: what packing needs more by less than this share is no hole, but small buffers' alignment, which `Profile.table_bytes` has room for
+ALIGNED = 0.001
 #: Sets of strategies whose plans are worth timing beside that of all: a profile's times are estimates, and recomputation alone may turn out faster.
 NARROWER = (
     EVERY_STRATEGY - {Strategy.VIJP, Strategy.FRAGMENT},
@@ -211,7 +213,9 @@ class Frontier:
         if not self.profile.workspaces or len(self.profile) > EXACT_LAYERS:
             return 0
         needs = pack(buffers(self.profile, solution.runs or ())).total_bytes
-        return max(needs, solution.peak_bytes) + self.profile.table_bytes
+        if needs < (1 + ALIGNED) * solution.peak_bytes:
+            needs = solution.peak_bytes
+        return needs + self.profile.table_bytes
 
     def simplified(self, solution: Solution, room: int, loss: float) -> Solution:
         """`solution`, or one of fewer different runs at a loss of time of at most a factor `1 + loss`; proved optimal, it stays as it is."""

@@ -241,6 +241,7 @@ class Profile:
             self,
             layers=tuple(_consuming(layer) for layer in self.layers),
             fixed_bytes=self.fixed_bytes - gradients + states_bytes,
+            workspaces=(),  # those with a gradient among them have not been seen
         )
 
     def to_json(self) -> str:
