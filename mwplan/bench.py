@@ -16,11 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from mwplan import operations, trees
-from mwplan.compiling import options_of, temporaries
+from mwplan.compiling import options_of, temporaries, workspace
 from mwplan.growth import random_cotangent
+from mwplan.packing import Workspace
 
 PyTree = Any
 _KEPT = 32 << 20  # bytes: glibc's largest threshold, up to which it keeps freed blocks
+_PIECE = 1 << 10  # bytes: parts of a workspace below leave no hole to speak of
 SMALL = 1 << 14  # bytes: below, a saving is not worth a compilation
 
 
@@ -80,6 +82,7 @@ class Program:
         self.leaves = [leaf for i, leaf in enumerate(leaves) if i not in self.into.values()]
         self.overhead_ns = overhead_ns
         self.workspace_bytes = temporaries(compiled)
+        self.workspace = workspace(compiled, _PIECE)
         self.samples: list[int] = []
 
     @property
@@ -252,6 +255,11 @@ class Bench:
             taken[1].append(time.perf_counter_ns() - between)
         more = statistics.median(taken[0][2:]) - statistics.median(taken[1][2:])
         return max(0, int(more / (size / 2**20)))
+
+    def workspaces(self) -> tuple[Workspace, ...]:
+        """What the workspaces of all programs consist of. On CPUs alone: elsewhere it has not been held against compiled steps."""
+        found = {one.workspace_bytes: one.workspace for one in self.known.values() if one.workspace.buffers}
+        return tuple(found[total] for total in sorted(found)) if jax.default_backend() == "cpu" else ()
 
     def saving(
         self,

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextvars
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+
+from mwplan.packing import Buffer, Workspace
 
 _knows = False  # compiler_options() was called: the user passes them on
 _inside_jit: contextvars.ContextVar[bool] = contextvars.ContextVar("inside_mw_jit", default=False)
@@ -57,6 +59,54 @@ def temporaries(compiled: Any) -> int:
     `compiled` is what `jax.jit(f).lower(...).compile()` returns. (`peak_memory_in_bytes` reads a constant on CPU; this does not.)
     """
     return int(compiled.memory_analysis().temp_size_in_bytes)
+
+
+def workspace(compiled: Any, least_bytes: int) -> Workspace:
+    """The buffers of at least `least_bytes` that a compiled program's temporaries consist of; none where this version of JAX does not tell."""
+    text = getattr(compiled.memory_analysis(), "serialized_buffer_assignment_proto", b"") or b""
+    allocations = [list(_fields(value)) for number, value in _fields(text) if number == _ALLOCATION]
+    assigned: list[tuple[int, int, int]] = []  # of the largest allocation of temporaries: order, offset, size
+    for allocation in allocations:
+        if not {number for number, value in allocation if value} & _NO_TEMPORARY:
+            parts = [dict(_fields(value)) for number, value in allocation if number == _ASSIGNED]
+            found = sorted((part.get(1, 0), part.get(2, 0), part.get(3, 0)) for part in parts)
+            assigned = max(assigned, found, key=lambda some: sum(size for *_, size in some))
+    large = [(offset, size) for _, offset, size in assigned if size >= least_bytes]
+    buffers = []
+    for start, (offset, size) in enumerate(large):
+        later = range(start + 1, len(large))
+        replaced = (k for k in later if large[k][0] < offset + size and offset < sum(large[k]))
+        buffers.append(Buffer(size, start, next(replaced, len(large) + 1) - 1))
+    return Workspace(total_bytes=temporaries(compiled), buffers=tuple(buffers))
+
+
+# Numbers of fields in XLA's BufferAssignmentProto (xla/service/hlo.proto).
+_ALLOCATION, _ASSIGNED = 3, 9
+#: of an allocation: for one thread, a parameter, live out, a constant
+_NO_TEMPORARY = {3, 5, 7, 12}
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
+    """`(number, value)` of each field of a serialized protocol buffer of integers and messages."""
+    at = 0
+
+    def integer() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte = message[at]
+            at, value, shift = at + 1, value | (byte & 127) << shift, shift + 7
+            if byte < 128:
+                return value
+
+    while at < len(message):
+        key = integer()
+        if key & 7 == 0:
+            yield key >> 3, integer()
+        else:
+            size = {1: 8, 5: 4}[key & 7] if key & 7 != 2 else integer()
+            yield key >> 3, message[at : at + size]
+            at += size
 
 
 def warn_if_undone(*trees: Any) -> None:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from mwplan.errors import ScheduleMismatchError
+from mwplan.lifetimes import Lives, Name
+from mwplan.packing import Buffer
 from mwplan.profiles import InvertOption, MoonwalkOption, Profile, StoreOption
 from mwplan.schedule import Run, RunKind, Strategy, check_cover, reporting_runs
 
@@ -83,12 +85,20 @@ def replay(profile: Profile, runs: Sequence[Run]) -> Replay:
     )
 
 
+def buffers(profile: Profile, runs: Sequence[Run]) -> tuple[Buffer, ...]:
+    """Everything that is alive at some moment of `runs`, for `packing.pack`; what is alive at once is what `replay` says, but where a saving is of no buffer's size."""
+    live = Lives(profile)
+    _Ledger(profile, live).stretch(runs, depth=0, outer=None)
+    return live.close()
+
+
 class _Ledger:
     """Live buffers by name. An activation is a buffer with a count of who still wants it."""
 
-    def __init__(self, profile: Profile) -> None:
+    def __init__(self, profile: Profile, diary: Lives | None = None) -> None:
         self.profile = profile
-        self.live: dict[tuple[str, int, int], int] = {}  # (what, position, depth) -> bytes; x at depth 0
+        self.live: dict[Name, int] = {} if diary is None else diary
+        self.diary = diary
         self.claims: dict[int, int] = {}  # position -> how many want that activation
         self.events: list[Event] = []
         self.error = 0.0  # the largest of the MOONWALK runs'
@@ -123,6 +133,8 @@ class _Ledger:
                 time_ns=time,
             )
         )
+        if self.diary is not None:
+            self.diary.event(workspace, saving)
 
     # -- stretches and runs --------------------------------------------------------------------------------------
 

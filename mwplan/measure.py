@@ -17,10 +17,11 @@ from typing import Any
 
 import jax
 
-from mwplan import growth, operations, rules, sharding, sketch, trees
+from mwplan import growth, interpret, operations, rules, sharding, sketch, trees
 from mwplan.bench import Bench, Priced, Pricing
 from mwplan.chain import Chain, Stack, boundaries, check_chain, fingerprint, layer_name, signatures
 from mwplan.errors import ArgumentError
+from mwplan.packing import Workspace
 from mwplan.profiles import InvertOption, LayerProfile, MoonwalkOption, Profile, StoreOption
 from mwplan.residuals import Residuals, new_bytes
 
@@ -80,6 +81,7 @@ def profile(
         [(names[i], measured[key], unusable.get(i)) for i, key in enumerate(keys)],
         fixed_bytes=fixed,
         fresh=bench.fresh(),
+        workspaces=bench.workspaces(),
         device=f"{device.platform}:{device.device_kind}",
         source=f"measured, jax {jax.__version__}, median of {repeats}",
     )
@@ -94,16 +96,21 @@ def assemble(
     fresh: tuple[int, int],
     device: str,
     source: str,
+    workspaces: tuple[Workspace, ...] = (),
 ) -> Profile:
     """The profile of a chain from each layer's name, costs and the rules that its weights forbid (None: not looked at); `fresh`, as `Bench.fresh`."""
     known: dict[Any, LayerProfile] = {}
     profiles = []
     counts = collections.Counter(id(costs) for _, costs, _ in layers)
-    for name, costs, seen in layers:
+    for (name, costs, seen), place in zip(layers, chain.places()):
         forbidden = frozenset(costs.unusable) if seen is None else seen
-        if (id(costs), forbidden) not in known:
-            known[id(costs), forbidden] = costs.layer_profile(name, forbidden, counts[id(costs)])
-        profiles.append(known[id(costs), forbidden])
+        depth = _depth(chain.parts[place.part])
+        loops = depth if depth >= interpret.LEAST_REPETITIONS else 1
+        if (id(costs), forbidden, loops) not in known:
+            known[id(costs), forbidden, loops] = costs.layer_profile(
+                name, forbidden, counts[id(costs)], loops
+            )
+        profiles.append(known[id(costs), forbidden, loops])
     return Profile(
         layers=tuple(profiles),
         activation_bytes=tuple(trees.nbytes(s) for s in structs),
@@ -114,6 +121,7 @@ def assemble(
         fixed_bytes=fixed_bytes,
         kept_bytes=fresh[0],
         fresh_mib_ns=fresh[1],
+        workspaces=workspaces,
         fingerprint=fingerprint(chain),
         device=device,
         source=source,
@@ -202,6 +210,7 @@ class Costs:
         self.forward_ns = 0
         self.forward_workspace_bytes = 0
         self.parameter_bytes = 0
+        self.table_bytes = 0
         self.store: list[StoreOption] = []
         self.moonwalk: list[tuple[rules.VijpRule, MoonwalkOption]] = []
         self.invert: list[tuple[rules.InvertRule, InvertOption]] = []
@@ -236,8 +245,8 @@ class Costs:
             if isinstance(rule, rules.InvertRule):
                 self.growths.setdefault(name, []).append(got[1])
 
-    def layer_profile(self, name: str, unusable: frozenset[Name], count: int) -> LayerProfile:
-        """The profile of one of the `count` layers that share these costs."""
+    def layer_profile(self, name: str, unusable: frozenset[Name], count: int, loops: int) -> LayerProfile:
+        """The profile of one of the `count` layers that share these costs; one loop repeats `loops` of them."""
 
         def option(rule: rules.VijpRule | rules.InvertRule, costs: Any) -> Any:
             # A rule of moonwalk runs has the first two alone.
@@ -252,6 +261,7 @@ class Costs:
             forward_ns=self.forward_ns,
             forward_workspace_bytes=self.forward_workspace_bytes,
             parameter_bytes=self.parameter_bytes,
+            table_bytes=-(-self.table_bytes // loops),
             store=tuple(self.store),
             moonwalk=tuple(option(r, o) for r, o in self.moonwalk if name_of(r) not in unusable),
             invert=tuple(option(r, o) for r, o in self.invert if name_of(r) not in unusable),
@@ -280,10 +290,18 @@ def measure_layer(bench: Pricing, one: PyTree, x: PyTree) -> Costs:
     costs = Costs()
     costs.forward_ns, costs.forward_workspace_bytes = plain.time_ns, plain.workspace_bytes
     costs.parameter_bytes = trees.nbytes(trees.parameters(one))
+    tied = [[programs.table_bytes for programs in kind] for kind in (stores, walks, inverses)]
+    costs.table_bytes = max(map(max, filter(None, tied))) + 2 * _table_bytes((one, x), y, (x, ct_out))
     costs.store = [programs.option() for programs in stores]
     costs.moonwalk = [(programs.rule, programs.option()) for programs in walks]
     costs.invert = [(programs.rule, programs.option()) for programs in inverses]
     return costs
+
+
+def _table_bytes(*tied: PyTree) -> int:
+    """Of the tables of pointers to the arrays of each of `tied` (`Profile.table_bytes`)."""
+    counts = (sum(hasattr(leaf, "dtype") for leaf in jax.tree.leaves(tree)) for tree in tied)
+    return sum(-(-8 * count // 64) * 64 for count in counts if count > 1)
 
 
 class _StorePrograms:
@@ -300,6 +318,7 @@ class _StorePrograms:
         self.saving = bench.saving(
             self.backward, backward, *args, dead=dead, outputs=lambda result: result[1]
         )
+        self.table_bytes = _table_bytes((one, x), self.forward.result, args, self.backward.result)
 
     def option(self) -> StoreOption:
         """What it costs."""
@@ -340,6 +359,7 @@ class _MoonwalkPrograms:
                 outputs=lambda result: result[0] if whole else result,
             )
         ]
+        self.table_bytes = _table_bytes((one, x), self.forward.result, args, self.reverse.result)
         ct_in, self.fragment = self.reverse.result
         vijp = functools.partial(operations.vijp, rule=rule)
         args = (one, x, ct_in, self.fragment)
@@ -353,6 +373,10 @@ class _MoonwalkPrograms:
         self.going_on = bench.program(going_on, one, x, wide)
         self.savings.append(
             bench.saving(self.going_on, going_on, one, x, wide, dead=x, outputs=lambda result: result[0])
+        )
+        grads = self.going_on.result[1]
+        self.table_bytes += _table_bytes(
+            args, self.vijp.result, (one, x, wide), (x, grads), self.going_on.result, (ct_in, grads, x)
         )
 
     def option(self) -> MoonwalkOption:
@@ -392,6 +416,7 @@ class _InvertPrograms:
         self.saving = bench.saving(
             self.backward, backward, *args, dead=dead, outputs=lambda result: (result[0], result[2])
         )
+        self.table_bytes = _table_bytes((one, y), args, self.backward.result, (y, ct_out))
 
     def option(self) -> InvertOption:
         """What it costs."""

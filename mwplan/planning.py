@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mwplan.errors import ArgumentError, InfeasibleError, MwplanError
-from mwplan.ledger import Replay, replay, strategies
+from mwplan.ledger import Replay, buffers, replay, strategies
+from mwplan.packing import pack
 from mwplan.profiles import Profile
 from mwplan.schedule import Schedule, Solution, Status, Strategy
 from mwplan.sizes import parse_bytes, show_bytes, show_ns
@@ -27,6 +28,10 @@ EVERY_STRATEGY = frozenset(Strategy)
 EXACT_LAYERS, DEEP_THIN = 128, 0.02
 #: the share of its time that a schedule not proved optimal may lose to become one of fewer different runs
 REGULAR = 0.01
+#: how many leaner points of a frontier are looked at where the allocator is foreseen to leave holes
+LEANER = 16
+#: what packing needs more by less than this share is no hole, but small buffers' alignment, which `Profile.table_bytes` has room for
+ALIGNED = 0.001
 #: Sets of strategies whose plans are worth timing beside that of all: a profile's times are estimates, and recomputation alone may turn out faster.
 NARROWER = (
     EVERY_STRATEGY - {Strategy.VIJP, Strategy.FRAGMENT},
@@ -70,7 +75,7 @@ def plan(
     solved = frontier or _frontier(
         profile, max_error=max_error, allowed=allowed, thin=default_thin(profile) if thin is None else thin
     )
-    room = budget_bytes - profile.fixed_bytes
+    room = budget_bytes - solved.always_bytes
     if solved.solved.least_bytes is None or room < solved.solved.least_bytes:
         raise solved.infeasible(budget_bytes, budget)
     free = not pins and max_distinct_runs is None
@@ -91,16 +96,16 @@ def plan(
                 f"no schedule found within `time_limit_s={time_limit_s}`, and none excluded: allow more time",
                 budget_bytes=budget_bytes,
             )
-        least = None if solution.least_bytes is None else solution.least_bytes + profile.fixed_bytes
+        least = None if solution.least_bytes is None else solution.least_bytes + solved.always_bytes
         raise InfeasibleError(
             f"`budget={budget!r}` is infeasible with these side conditions"
             + ("" if least is None else f": the leanest schedule under them needs {show_bytes(least)}"),
             budget_bytes=budget_bytes,
             least_bytes=least,
         )
-    if free:
-        solution = solved.simplified(solution, room, regular)
-    return solved.schedule(solution, budget_bytes, free=free)
+    if not free:
+        return solved.schedule(solution, budget_bytes, free=False)
+    return solved.packed(solved.schedule(solved.simplified(solution, room, regular), budget_bytes), regular)
 
 
 def frontier(
@@ -149,7 +154,12 @@ class Frontier:
     @property
     def points(self) -> tuple[tuple[int, int], ...]:
         """`(total device bytes, ns)` of every schedule that no other beats in both, the time of getting the memory included."""
-        return tuple((need + self.profile.fixed_bytes, time) for need, time in self._steps)
+        return tuple((need + self.always_bytes, time) for need, time in self._steps)
+
+    @property
+    def always_bytes(self) -> int:
+        """What every schedule takes: the fixed part, and the tables of pointers."""
+        return self.profile.fixed_bytes + self.profile.table_bytes
 
     @functools.cached_property
     def _steps(self) -> tuple[tuple[int, int], ...]:
@@ -170,7 +180,7 @@ class Frontier:
     def least_bytes(self) -> int | None:
         """The least feasible budget, or None where no schedule keeps the error."""
         least = self.solved.least_bytes
-        return None if least is None else least + self.profile.fixed_bytes
+        return None if least is None else least + self.always_bytes
 
     def at(self, budget: int | str, *, regular: float = REGULAR) -> Schedule:
         """The fastest schedule at `budget`, by the frontier alone.
@@ -179,11 +189,33 @@ class Frontier:
         compile faster, in a time that grows with the number of different runs. **Raises:** `InfeasibleError`.
         """
         budget_bytes = parse_bytes(budget)
-        room = budget_bytes - self.profile.fixed_bytes
+        room = budget_bytes - self.always_bytes
         solution = self.solved.at(self.enough(room))
         if solution.runs is None:
             raise self.infeasible(budget_bytes, budget)
-        return self.schedule(self.simplified(solution, room, regular), budget_bytes)
+        return self.packed(self.schedule(self.simplified(solution, room, regular), budget_bytes), regular)
+
+    def packed(self, schedule: Schedule, regular: float) -> Schedule:
+        """`schedule`, or the fastest leaner one that keeps its budget with the holes that the allocator is foreseen to leave; itself if none of `LEANER` does."""
+        budget = schedule.budget_bytes or 0
+        if schedule.fixed_bytes + schedule.packed_bytes <= budget:
+            return schedule
+        less = [need for need, _ in self._steps if need + self.profile.table_bytes < schedule.peak_bytes]
+        for need in less[: -1 - LEANER : -1]:
+            leaner = self.schedule(self.simplified(self.solved.at(need), need, regular), budget)
+            if leaner.fixed_bytes + leaner.packed_bytes <= budget:
+                status = Status.FEASIBLE if schedule.bound_ns < leaner.time_ns else leaner.status
+                return dataclasses.replace(leaner, bound_ns=schedule.bound_ns, status=status)
+        return schedule
+
+    def _packed_bytes(self, solution: Solution) -> int:
+        """`Schedule.packed_bytes`."""
+        if not self.profile.workspaces or len(self.profile) > EXACT_LAYERS:
+            return 0
+        needs = pack(buffers(self.profile, solution.runs or ())).total_bytes
+        if needs < (1 + ALIGNED) * solution.peak_bytes:
+            needs = solution.peak_bytes
+        return needs + self.profile.table_bytes
 
     def simplified(self, solution: Solution, room: int, loss: float) -> Solution:
         """`solution`, or one of fewer different runs at a loss of time of at most a factor `1 + loss`; proved optimal, it stays as it is."""
@@ -214,7 +246,7 @@ class Frontier:
     def infeasible(self, budget_bytes: int, budget: int | str) -> InfeasibleError:
         """The error for a budget below the least feasible one: says that, and which event needs it."""
         least = self.least_bytes
-        proved = self.solved.at(budget_bytes - self.profile.fixed_bytes).status is Status.INFEASIBLE
+        proved = self.solved.at(budget_bytes - self.always_bytes).status is Status.INFEASIBLE
         if least is None or self.solved.least_bytes is None:
             return InfeasibleError(
                 f"no schedule {'keeps' if proved else 'was found that keeps'} `max_error={self.max_error}` with the strategies allowed, at any budget",
@@ -237,7 +269,7 @@ class Frontier:
         assert solution.runs is not None
         checked = replay(self.profile, solution.runs)
         _confirm(solution, checked, self.max_error)
-        if budget_bytes is not None and checked.peak_bytes + self.profile.fixed_bytes > budget_bytes:
+        if budget_bytes is not None and checked.peak_bytes + self.always_bytes > budget_bytes:
             raise SolverMismatchError(
                 f"{solution.solver} returned a schedule of {checked.peak_bytes} temporary bytes, above the budget"
             )
@@ -250,7 +282,8 @@ class Frontier:
             status=Status.FEASIBLE if bound < time else solution.status,
             budget_bytes=budget_bytes,
             fixed_bytes=self.profile.fixed_bytes,
-            peak_bytes=checked.peak_bytes,
+            peak_bytes=checked.peak_bytes + self.profile.table_bytes,
+            packed_bytes=self._packed_bytes(solution),
             time_ns=time,
             bound_ns=bound,
             error=checked.error,
@@ -268,7 +301,7 @@ class Frontier:
         from mwplan.solvers.runs import fastest_ns
 
         fresh_ns = self.profile.fresh_ns
-        room = solution.peak_bytes if budget_bytes is None else budget_bytes - self.profile.fixed_bytes
+        room = solution.peak_bytes if budget_bytes is None else budget_bytes - self.always_bytes
         if not fresh_ns(room):
             return solution.bound_ns
         least = fresh_ns(self.solved.least_bytes or 0)
@@ -313,7 +346,7 @@ def scheduled(profile: Profile, solution: Solution, max_error: float) -> Schedul
         fingerprint=profile.fingerprint,
         status=solution.status,
         fixed_bytes=profile.fixed_bytes,
-        peak_bytes=found.peak_bytes,
+        peak_bytes=found.peak_bytes + profile.table_bytes,
         time_ns=found.time_ns + found.fresh_ns,
         error=found.error,
         max_error=max_error,

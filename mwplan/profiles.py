@@ -16,6 +16,7 @@ from typing import Any
 
 from mwplan import serial
 from mwplan.errors import ArgumentError
+from mwplan.packing import Workspace
 
 SCHEMA = 4
 _INT64 = 2**63 - 1
@@ -137,13 +138,14 @@ class InvertOption:
 class LayerProfile:
     """One layer: its plain forward, and the options it has for each kind of run.
 
-    Equal `LayerProfile`s are interchangeable; the solvers exploit it. `store` holds at least one option.
+    `table_bytes`: its share of `Profile.table_bytes`. Equal `LayerProfile`s are interchangeable; the solvers exploit it. `store` holds at least one option.
     """
 
     name: str
     forward_ns: int
     forward_workspace_bytes: int = 0
     parameter_bytes: int = 0
+    table_bytes: int = 0
     store: tuple[StoreOption, ...]
     moonwalk: tuple[MoonwalkOption, ...] = ()
     invert: tuple[InvertOption, ...] = ()
@@ -173,6 +175,7 @@ class Profile:
     `fingerprint` identifies the chain's structure and input shapes; a schedule made from this profile carries it on.
     `fresh_mib_ns`: what a step pays for each MiB of its temporaries because the system hands them out anew, page by page, as CPUs' allocators do with
     blocks above `kept_bytes`; 0 where memory is pooled.
+    `workspaces`: what the options' larger workspaces consist of, by their bytes, as far as it is known; without it holes between buffers are not foreseen.
     """
 
     layers: tuple[LayerProfile, ...]
@@ -182,6 +185,7 @@ class Profile:
     fixed_bytes: int = 0
     kept_bytes: int = 0
     fresh_mib_ns: int = 0
+    workspaces: tuple[Workspace, ...] = ()
     fingerprint: str = ""
     device: str = ""
     source: str = ""
@@ -202,13 +206,22 @@ class Profile:
     def __len__(self) -> int:
         return len(self.layers)
 
+    @property
+    def table_bytes(self) -> int:
+        """What a compiled step takes beside arrays: tables of pointers, for its whole length, to the arrays that each operation reads or writes together.
+
+        XLA keeps one of at least 64 bytes for each `optimization_barrier` of two or more arrays. This is a bound for every schedule that recomputes a layer at
+        most twice: about 0.5 KiB a layer, and of layers that a loop repeats, once for all. No event counts it; budgets do, and `Schedule.peak_bytes`.
+        """
+        return sum(layer.table_bytes for layer in self.layers)
+
     def fresh_ns(self, peak_bytes: int) -> int:
         """Time that a step of `peak_bytes` temporaries spends on getting them."""
         return 0 if peak_bytes <= self.kept_bytes else peak_bytes * self.fresh_mib_ns >> 20
 
     def bytes_bound(self) -> int:
         """An upper bound on the live bytes at any event of any schedule: everything at once."""
-        total = self.fixed_bytes + sum(self.activation_bytes) + sum(self.cotangent_bytes)
+        total = self.fixed_bytes + self.table_bytes + sum(self.activation_bytes) + sum(self.cotangent_bytes)
         total += 2 * sum(self.sweep_cotangent_bytes)
         for layer, times in _distinct(self.layers):
             total += times * layer.forward_workspace_bytes
@@ -240,6 +253,7 @@ class Profile:
             self,
             layers=tuple(_consuming(layer) for layer in self.layers),
             fixed_bytes=self.fixed_bytes - gradients + states_bytes,
+            workspaces=(),  # those with a gradient among them have not been seen
         )
 
     def to_json(self) -> str:

@@ -134,7 +134,8 @@ class Solution:
 class Schedule:
     """A plan for one chain: runs, what they are predicted to cost, and what was proved.
 
-    `peak_bytes`: predicted temporaries; `fixed_bytes`: parameters, input and gradients; `budget_bytes`: the total asked for.
+    `peak_bytes`: predicted temporaries, what is alive at once and `Profile.table_bytes`; `packed_bytes`: the same with the holes that the
+    allocator is foreseen to leave (`mwplan.packing`: an estimate, at least `peak_bytes`), 0 where the profile says too little of workspaces, or the chain is long; `fixed_bytes`: parameters, input and gradients; `budget_bytes`: the total asked for.
     `time_ns`: predicted, without the loss. `error`: predicted relative error of cotangents and gradients, `max_error` the tolerance.
     `least_bytes`: the least feasible total. `binding`: the event at which the peak stands. `next_gain`: what a little more memory would buy, in words.
     `fingerprint`: that of the profile; `apply` refuses another chain. `strategies`: of each layer, outermost, for people.
@@ -149,6 +150,7 @@ class Schedule:
     budget_bytes: int | None = None
     fixed_bytes: int = 0
     peak_bytes: int = 0
+    packed_bytes: int = 0
     time_ns: int = 0
     bound_ns: int = 0
     error: float = 0.0
@@ -215,6 +217,13 @@ def strip(schedule: Schedule) -> str:
     return out
 
 
+def _holes(schedule: Schedule) -> list[str]:
+    """A line on the holes between buffers, where some are foreseen."""
+    holes = schedule.packed_bytes - schedule.peak_bytes
+    share = holes / max(1, schedule.peak_bytes)
+    return [f"foreseen holes   {show_bytes(holes)} between buffers"] if share > 0.001 else []
+
+
 def describe(schedule: Schedule) -> str:
     """The schedule for people: strip, predictions, proof, what binds and what more memory would buy."""
     used = [s for s in Strategy if s in schedule.strategies]
@@ -225,6 +234,7 @@ def describe(schedule: Schedule) -> str:
         f"predicted peak   {show_bytes(schedule.total_bytes)}"
         f" = {show_bytes(schedule.fixed_bytes)} fixed + {show_bytes(schedule.peak_bytes)} temporaries"
         + ("" if schedule.budget_bytes is None else f"; budget {show_bytes(schedule.budget_bytes)}"),
+        *_holes(schedule),
         f"predicted time   {show_ns(schedule.time_ns)}",
         f"predicted error  {schedule.error:.1e} relative (tolerance {schedule.max_error:.0e})",
     ]

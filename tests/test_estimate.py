@@ -87,6 +87,7 @@ def kept(profile: mw.Profile) -> Any:
         "device",
         "kept_bytes",
         "source",
+        "workspaces",
         "local_error",
         "growth",
         "sensitivity",

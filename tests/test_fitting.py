@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
 import jax
@@ -38,6 +39,19 @@ def test_the_compiled_step_keeps_the_budget(profile: mw.Profile) -> None:
     assert relative_error(grads, jax.grad(lambda c: mean_square(c(x)))(chain)) < 1e-4
     assert float(report.worst) < 1e-4
     assert found.attempts[-1].measured_bytes == found.temporary_bytes
+
+
+def test_the_least_budget_is_kept_to_the_byte(profile: mw.Profile) -> None:
+    """Arrays alone are not all that a step takes: the tables of pointers beside them are predicted too, and not much too large."""
+    chain, x = network(), jnp.ones((512, 32))
+    frontier = mw.frontier(profile)
+    for total, _ in (frontier.points[0], frontier.points[-1]):
+        schedule = frontier.at(total)
+        arrays = mw.replay(profile, schedule.runs).peak_bytes
+        got = mw.temporaries(mw.jit(mw.value_and_grad(mean_square, schedule)).lower(chain, x).compile())
+        assert arrays < got <= schedule.peak_bytes <= arrays + 1024 * len(chain)
+        assert schedule.total_bytes <= total
+    assert frontier.at(frontier.least_bytes or 0).total_bytes == frontier.least_bytes
 
 
 def test_arrangements_are_other_programs_for_the_same_step(profile: mw.Profile) -> None:
@@ -95,6 +109,41 @@ def test_an_arrangement_is_tried_before_a_leaner_schedule(
     first, second = mw.fit(mean_square, chain, x, budget=total, profile=profile).attempts
     assert (first.arrangement, second.arrangement) == (0, 1)
     assert first.predicted_bytes == second.predicted_bytes
+
+
+def test_other_schedules_come_before_further_arrangements(
+    profile: mw.Profile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nothing fits: each schedule plainly and in the first arrangement, then the rest, beginning with the schedule that came closest."""
+    chain, x = network(), jnp.ones((512, 32))
+    count = itertools.count()
+    monkeypatch.setattr(fitting, "temporaries", lambda compiled: (1 << 40) - next(count))  # ever closer
+    monkeypatch.setattr(fitting, "ARRANGEMENTS", 3)
+    made: list[tuple[int, int]] = []
+    real = fitting.execute.value_and_grad
+
+    def noted(loss: Any, schedule: mw.Schedule, **options: Any) -> Any:
+        made.append((schedule.peak_bytes, options["arrangement"]))
+        return real(loss, schedule, **options)
+
+    monkeypatch.setattr(fitting.execute, "value_and_grad", noted)
+    monkeypatch.setattr(fitting, "jit", lambda step: _Uncompiled())
+    budget = mw.frontier(profile).points[-1][0]
+    with pytest.raises(mw.InfeasibleError, match="that were compiled none does"):
+        mw.fit(mean_square, chain, x, budget=budget, profile=profile, max_attempts=1000)
+    peaks = list(dict.fromkeys(peak for peak, _ in made))
+    assert len(peaks) > 2
+    soon = [(peak, i) for peak in peaks for i in (0, 1)]
+    assert made == soon + [(peak, i) for peak in reversed(peaks) for i in (2, 3)]
+
+
+class _Uncompiled:
+    """A step that nobody compiles."""
+
+    def lower(self, *args: Any) -> _Uncompiled:
+        return self
+
+    compile = lower
 
 
 def test_leaner_schedules_are_tried_until_one_fits(

@@ -182,7 +182,8 @@ def test_profile_and_plan_of_a_stack_are_those_of_its_layers() -> None:
     profile = mw.profile(chain, x, repeats=1)
     assert len(profile) == len(chain) == 14
     assert [layer.name for layer in profile.layers] == [type(one).__name__ for one in profile_names(chain)]
-    schedule = mw.plan(profile, profile.fixed_bytes + sum(profile.activation_bytes))
+    room = profile.table_bytes + sum(profile.activation_bytes)
+    schedule = mw.plan(profile, profile.fixed_bytes + room)
     for target in (chain, mw.unstack(chain)):
         grads = jax.grad(lambda c: mean_square(mw.apply(schedule, c, x)))(target)
         assert (
@@ -210,6 +211,7 @@ def test_deep_stacks_are_profiled_by_a_few_repetitions() -> None:
     assert len(profile) == 400
     assert len(visited) <= 2 * 8
     assert profile.layers[0] == profile.layers[398]
+    assert profile.table_bytes < 16 * len(profile)  # a loop's tables are there once
 
 
 def test_repeats() -> None:
