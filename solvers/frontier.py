@@ -52,8 +52,8 @@ _SHORT = 4
 _CELLS = 384
 #: rows of tables there is room for from the start, as untouched memory
 _ROOM = 50_000
-#: shares of the loss aimed at that a merge and the thinning after it may take
-_SLACK, _THIN = 4.0, 2.0
+#: shares of the loss aimed at that a merge and the thinning after it may take; a merge in a chain without moonwalk runs, whose labels lose too
+_SLACK, _THIN, _SLACK_ALONE = 4.0, 2.0, 6.0
 #: and of that, at the top level, where losses would add up along the chain
 _TOP = 0.1
 #: and in the tables of a bound, which are to prove what these lose: of staircases, and of moonwalk runs
@@ -150,6 +150,7 @@ class Tables:
             self.grid = with_tail(self.grid, least, high, ends)
         self.shifts = Shifts(self.grid)
         self.waiting = int(candidates.cotangent.max())
+        self._slack = _SLACK if candidates.has_moonwalk else _SLACK_ALONE
         if p.time_bound() >= 2**60:
             raise ArgumentError(
                 f"`profile`: schedules may take up to {p.time_bound()} ns, past 2^60: state times in a larger unit"
@@ -512,7 +513,7 @@ class Tables:
         # Short stretches have few points, and their losses would add up over the chain.
         loss = self.loss * share if n >= _SHORT else 0.0
         of, need, time = envelopes(
-            ways, left, right, self.shifts, slack=loss * _SLACK, optimistic=self.optimistic
+            ways, left, right, self.shifts, slack=loss * self._slack, optimistic=self.optimistic
         )
         if self.cap is not None and c is self.candidates:
             fits = need <= self.cap

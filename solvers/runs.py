@@ -452,6 +452,11 @@ class Candidates:
         pairs = zip(before.tolist(), (fragment > 0).tolist())
         return np.array([self._patterns.setdefault(x, len(self._patterns) + 1) for x in pairs])
 
+    @property
+    def has_moonwalk(self) -> bool:
+        """Whether any layer has an option for moonwalk runs that may be used."""
+        return any(self._usable)
+
     def _moonwalk_runs(self, nodes: list[tuple[int, bool]]) -> list[list[Any]]:
         """The moonwalk runs from some nodes, which are in order, as pieces of the columns of `_make_atoms`."""
         pieces: list[list[Any]] = []
