@@ -22,7 +22,7 @@ from matplotlib.ticker import LogFormatter
 from rich.table import Table
 
 from experiments import alternatives, reading, record, sweep, zoo
-from experiments.memory_vs_depth import UNROLLED
+from experiments.memory_vs_depth import SLOWEST, UNROLLED
 from experiments.reading import ALTERNATIVES, PLAIN, Record
 from mwplan.plots import png
 from mwplan.serial import write_atomically
@@ -134,7 +134,7 @@ def tables(config: Config, rows: list[dict[str, Any]], limits: list[dict[str, An
 
 
 def draw(config: Config, one: Record) -> Figure:
-    """Measured time against measured memory, each method a series; the frontier as predicted, in backpropagation's predicted time."""
+    """Measured time against measured memory, each method a series, what is slower than `SLOWEST` left out; the frontier as predicted, in backpropagation's predicted time."""
     sns.set_theme(style="whitegrid", context="paper")
     figure = Figure(figsize=(6.5, 4.5), layout="constrained")
     ax = figure.subplots()
@@ -154,7 +154,7 @@ def draw(config: Config, one: Record) -> Figure:
                 zorder=3 if label == "plan" else 2,
             )  # fmt: skip
     top = max(reading.relative(row, base) for row in reading.ran(one, alternatives.METHODS, config.max_error))
-    ax.set_ylim(0, 1.2 * top)
+    ax.set_ylim(0, min(1.2 * top, SLOWEST))
     ax.set_xscale("log")
     for formatter in (ax.xaxis.set_major_formatter, ax.xaxis.set_minor_formatter):
         formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
