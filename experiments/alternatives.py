@@ -67,7 +67,7 @@ MOST_LOOPS = 500
 #: Programs whose step takes so many times the median of all, and a second or more, are timed once, in the warm-up.
 SLOW = 6
 #: Seconds after which the trial that chooses among plans ends.
-TRIAL = 30.0
+TRIAL = 60.0
 
 
 class NotApplicableError(MwplanError):
@@ -439,7 +439,7 @@ class Bench:
     """Ways to take one gradient, compiled; equal programs are compiled, run and checked once."""
 
     def __init__(
-        self, problem: Problem, *, try_settings: bool = True, attempts: int = 4, tune: int = 4
+        self, problem: Problem, *, try_settings: bool = True, attempts: int = 4, tune: int = 12
     ) -> None:
         self.problem = problem
         self.settings = settings() if try_settings else {"default": mw.compiler_options()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import itertools
@@ -85,7 +84,7 @@ def fit(
     **Arguments:** `loss(y, *args)`, as `mw.value_and_grad`, with `has_aux` and `wrt_input`; `chain`, `x`; `budget`, bytes of the whole step or a text
     such as "2GiB"; `profile` (measured if None); `max_error`, `allowed`, as `mw.plan`; `thin`, `regular`, as `mw.plan`; `max_attempts`, compilations of each plan; `tune`, rounds in
     which plans of fewer strategies (no vijps; recomputation alone), for less memory (a half, a quarter), what one would do by hand (plain backpropagation, inversion
-    wherever it is possible) and each of these untied (`mw.UNTIED`) are timed in turn with the predicted fastest, those that fit, and the fastest kept: a profile's
+    or moonwalk runs wherever they are possible) and each of these untied (`mw.UNTIED`) are timed in turn with the predicted fastest, those that fit, and the fastest kept: a profile's
     times are estimates of operations on their own; 0, the predicted fastest is taken; `say`, told of each.
     **Returns:** a `Fitted`.
     **Raises:** `InfeasibleError` where no schedule fits, or none of those compiled; as `mw.plan` and `mw.value_and_grad`.
@@ -109,25 +108,25 @@ def fit(
         )
         return _fit(compiler, schedules, room, budget, max_attempts, say)
 
-    found = [fitted(allowed, budget_bytes)]
-    if tune:
-        fewer = [(allowed & some, budget_bytes) for some in planning.NARROWER]
-        less = [
-            (allowed, profile.fixed_bytes + int(share * (budget_bytes - profile.fixed_bytes)))
-            for share in LESS
-        ]
-        for some, room in dict.fromkeys([*fewer, *less]):
-            with contextlib.suppress(InfeasibleError):
-                found.append(fitted(some, room))
-        found = list({one.schedule.runs: one for one in reversed(found)}.values())[::-1]
-        known = {one.schedule.runs for one in found}
-        by_hand = planning.familiar(profile, max_error=max_error, allowed=allowed)
-        tries = [(one, 0) for one in by_hand if one.runs not in known]
-        tries += [
-            (one, execute.UNTIED) for one in (*(one.schedule for one in found), *(one for one, _ in tries))
-        ]
-        made = [compiler(schedule, arrangement, budget_bytes) for schedule, arrangement in tries]
-        found += [one for one in made if one.temporary_bytes <= budget_bytes - profile.fixed_bytes]
+    if not tune:
+        return fitted(allowed, budget_bytes)
+    less = [profile.fixed_bytes + int(share * (budget_bytes - profile.fixed_bytes)) for share in LESS]
+    asked = [(allowed & some, budget_bytes) for some in (planning.EVERY_STRATEGY, *planning.NARROWER)]
+    found, failed = [], []
+    for some, room in dict.fromkeys([*asked, *((allowed, room) for room in less)]):
+        try:
+            found.append(fitted(some, room))
+        except InfeasibleError as error:
+            failed.append(error)
+    found = list({one.schedule.runs: one for one in reversed(found)}.values())[::-1]
+    known = {one.schedule.runs for one in found}
+    by_hand = planning.familiar(profile, max_error=max_error, allowed=allowed)
+    tries = [(one, 0) for one in by_hand if one.runs not in known]
+    tries += [(one, execute.UNTIED) for one in [*(one.schedule for one in found), *(one for one, _ in tries)]]
+    made = [compiler(schedule, arrangement, budget_bytes) for schedule, arrangement in tries]
+    found += [one for one in made if one.temporary_bytes <= budget_bytes - profile.fixed_bytes]
+    if not found:
+        raise failed[0]
     return _fastest(found, (chain, x, *args), tune, say) if len(found) > 1 else found[0]
 
 

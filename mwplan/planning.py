@@ -356,10 +356,15 @@ def scheduled(profile: Profile, solution: Solution, max_error: float) -> Schedul
 
 
 def familiar(profile: Profile, *, max_error: float, allowed: frozenset[Strategy]) -> list[Schedule]:
-    """What one would try by hand, of the allowed strategies: every layer stored, which is plain backpropagation, and inversion wherever a layer allows it."""
+    """What one would try by hand, of the allowed strategies: every layer stored, which is plain backpropagation; inversion wherever a layer allows it; moonwalk runs
+    as long as the error allows."""
     from mwplan.solvers import baselines
 
-    made = [baselines.store_all(profile), baselines.all_invert(profile, max_error=max_error)]
+    made = [
+        baselines.store_all(profile),
+        baselines.all_invert(profile, max_error=max_error),
+        baselines.all_moonwalk(profile, max_error=max_error),
+    ]
     found = [scheduled(profile, solution, max_error) for solution in made if solution.runs is not None]
     return [one for one in found if allowed.issuperset(one.strategies)]
 
