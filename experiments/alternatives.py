@@ -115,6 +115,11 @@ class Problem:
         return _frontier(self.profile, self.max_error, frozenset(allowed), self._thin)
 
     @functools.cached_property
+    def by_hand(self) -> list[Schedule]:
+        """The schedules of `planning.familiar`, the same at every budget."""
+        return planning.familiar(self.profile, max_error=self.max_error, allowed=planning.EVERY_STRATEGY)
+
+    @functools.cached_property
     def _thin(self) -> float:
         return max(self.thin, planning.default_thin(self.profile))
 
@@ -488,11 +493,8 @@ class Bench:
         found = [made, *(self._fitted({}, method, budget) for method in fewer)]
         kept = [one for one in found if one is not None]
         schedules = [one.way.schedule for one in kept if one.way.schedule is not None]
-        by_hand = planning.familiar(
-            problem.profile, max_error=problem.max_error, allowed=planning.EVERY_STRATEGY
-        )
-        ways = [applied(problem, one) for one in by_hand]
-        ways += [applied(problem, one, mw.UNTIED) for one in (*schedules, *by_hand)]
+        ways = [applied(problem, one) for one in problem.by_hand]
+        ways += [applied(problem, one, mw.UNTIED) for one in (*schedules, *problem.by_hand)]
         kept += [self.compile(way) for way in ways]
         return [one for one in dict.fromkeys(kept) if one.temporary_bytes + problem.fixed_bytes <= budget]
 

@@ -27,8 +27,7 @@ from mwplan.tracing import Timeline, trace
 from mwplan.updates import init_states, value_and_update
 
 __version__ = "0.1.0"
-__all__ = [
-    "UNTIED",
+__all__ = [  # noqa: RUF022 (plainly sorted, as the test compares it)
     "ArgumentError",
     "Chain",
     "ChainError",
@@ -51,6 +50,7 @@ __all__ = [
     "Status",
     "Strategy",
     "Timeline",
+    "UNTIED",
     "apply",
     "compiler_options",
     "estimate",
