@@ -16,7 +16,7 @@ from mwplan.chain import Chain, Stack, boundaries, check_chain, fingerprint
 from mwplan.compiling import warn_if_undone
 from mwplan.errors import ArgumentError, ScheduleMismatchError, SecondDerivativeError
 from mwplan.interpret import Arranged, Gradients, Interpreter, Performer, View, alone, compiled
-from mwplan.schedule import RunKind, Schedule, reporting_runs
+from mwplan.schedule import RunKind, Schedule, allow_nesting, nesting, reporting_runs
 
 PyTree = Any
 
@@ -172,6 +172,7 @@ def check_match(schedule: Schedule, chain: Chain) -> None:
             f"`schedule` is a {type(schedule).__name__}: make one with `mw.plan(profile, budget=...)`"
         )
     check_chain(chain)
+    allow_nesting(nesting(schedule.runs))
     if len(schedule) != len(chain):
         raise ScheduleMismatchError(
             f"the schedule covers {len(schedule)} layers and the chain has {len(chain)}: "

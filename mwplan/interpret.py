@@ -24,7 +24,7 @@ from mwplan.canonical import canonical
 from mwplan.chain import Chain, Place, Stack, layer_name, repeats
 from mwplan.errors import ScheduleMismatchError
 from mwplan.residuals import Residuals
-from mwplan.schedule import Run, RunKind
+from mwplan.schedule import Run, RunKind, shifted
 
 PyTree = Any
 
@@ -279,14 +279,14 @@ class Interpreter:
         for run in runs:
             tag = self.view.tag(run.start + 1)
             within = self.view.places[run.stop - 1].part == self.view.places[run.start].part
-            keys.append((_shifted(run, -run.start), tag) if within else run)
+            keys.append((shifted(run, -run.start), tag) if within else run)
         out: list[Run | Repeat] = []
         for at, period, count in repeats(keys, LONGEST_BLOCK):
             if count < LEAST_REPETITIONS or not _stacked(self.view, runs[at].start):
                 out += runs[at : at + period * count]
                 continue
             start = runs[at].start
-            block = tuple(_shifted(run, -start) for run in runs[at : at + period])
+            block = tuple(shifted(run, -start) for run in runs[at : at + period])
             out.append(Repeat(start, block[-1].stop, count, block))
         return out
 
@@ -755,9 +755,3 @@ def _swapped(pair: tuple[Any, Any]) -> tuple[Any, Any]:
 
 def _stacked(view: View, start: int) -> bool:
     return isinstance(view.chain.parts[view.places[start].part], Stack)
-
-
-def _shifted(run: Run, by: int) -> Run:
-    """The same run `by` layers further on."""
-    inner = tuple(_shifted(one, by) for one in run.inner)
-    return dataclasses.replace(run, start=run.start + by, stop=run.stop + by, inner=inner)

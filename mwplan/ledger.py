@@ -16,7 +16,7 @@ from mwplan.errors import ScheduleMismatchError
 from mwplan.lifetimes import Lives, Name
 from mwplan.packing import Buffer
 from mwplan.profiles import InvertOption, MoonwalkOption, Profile, StoreOption
-from mwplan.schedule import Run, RunKind, Strategy, check_cover, reporting_runs
+from mwplan.schedule import Run, RunKind, Strategy, allow_nesting, check_cover, nesting, reporting_runs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +67,7 @@ def replay(profile: Profile, runs: Sequence[Run]) -> Replay:
     Raises `ScheduleMismatchError` where `runs` do not cover the profile's chain, or name an option that a layer does not
     have. Cost: linear in the number of events.
     """
+    allow_nesting(nesting(runs))
     book = _Ledger(profile)
     try:
         check_cover(runs, 0, len(profile))

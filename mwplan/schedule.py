@@ -5,7 +5,9 @@ A schedule is a sequence of runs that covers the chain; a RECOMPUTE run holds an
 
 from __future__ import annotations
 
+import dataclasses
 import enum
+import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -95,9 +97,31 @@ def check_cover(runs: Sequence[Run], start: int, stop: int) -> None:
 
 def walk(runs: Sequence[Run]) -> Iterator[Run]:
     """All runs, outer before inner, in order of position."""
-    for run in runs:
+    left = list(reversed(runs))
+    while left:
+        run = left.pop()
         yield run
-        yield from walk(run.inner)
+        left += reversed(run.inner)
+
+
+def nesting(runs: Sequence[Run]) -> int:
+    """How many RECOMPUTE runs stand inside one another at most."""
+    levels, inner = 0, [run for run in runs if run.inner]
+    while inner:
+        levels += 1
+        inner = [one for run in inner for one in run.inner if one.inner]
+    return levels
+
+
+def allow_nesting(levels: int) -> None:
+    """Raises Python's limit on calls within calls, for good, where so many RECOMPUTE runs inside one another would exceed it."""
+    sys.setrecursionlimit(max(sys.getrecursionlimit(), 1_000 + 20 * levels))
+
+
+def shifted(run: Run, by: int) -> Run:
+    """The same run `by` layers further on."""
+    inner = tuple(shifted(one, by) for one in run.inner)
+    return dataclasses.replace(run, start=run.start + by, stop=run.stop + by, inner=inner)
 
 
 def reporting_runs(runs: Sequence[Run]) -> tuple[Run, ...]:
@@ -189,11 +213,13 @@ class Schedule:
 
     def to_json(self) -> str:
         """This schedule as JSON with a schema number."""
+        allow_nesting(nesting(self.runs))
         return serial.dump(self, kind="schedule", schema=SCHEMA)
 
     @classmethod
     def from_json(cls, text: str) -> Schedule:
         """Reads what `to_json` wrote. Raises `FileFormatError` on anything else."""
+        allow_nesting(text.count(RunKind.RECOMPUTE.name))
         return serial.load(text, cls, kind="schedule", schema=SCHEMA)
 
 

@@ -18,12 +18,13 @@ import bisect
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from mwplan.ledger import replay
 from mwplan.profiles import Profile
-from mwplan.schedule import Run, RunKind, walk
+from mwplan.schedule import Run, RunKind, allow_nesting, nesting, shifted, walk
 from mwplan.solvers.uniform import part, repeated, stretches
 
 #: shorter stretches of identical layers are left as they are
@@ -42,21 +43,27 @@ _TRIES = 4
 
 def loops(runs: Sequence[Run]) -> int:
     """About how many loops a compiled step has for `runs`, each over identical layers."""
+    allow_nesting(nesting(runs))
+    known: dict[Any, tuple[int, int]] = {}
+    return _total(_alike(run, known) for run in runs)
+
+
+def _alike(run: Run, known: dict[Any, tuple[int, int]]) -> tuple[int, int]:
+    """A number for all runs like this one, wherever they start, and the loops of one."""
+    inner = tuple(_alike(one, known) for one in run.inner)
+    key = run.kind, run.stop - run.start, run.options, inner
+    if key not in known:
+        known[key] = len(known), 1 + _total(inner) if inner else _SWEEPS[run.kind]
+    return known[key]
+
+
+def _total(runs: Iterable[tuple[int, int]]) -> int:
+    """The loops of runs in a row, as `_alike` gives them."""
     total = 0
-    for run, same in itertools.groupby(runs, key=_from_zero):
-        one = 1 + loops(run.inner) if run.kind is RunKind.RECOMPUTE else _SWEEPS[run.kind]
+    for (_, one), same in itertools.groupby(runs):
         count = sum(1 for _ in same)
         total += one * (count if count < _WRITTEN_OUT else 1)
     return total
-
-
-def _from_zero(run: Run) -> Run:
-    return _shifted(run, -run.start)
-
-
-def _shifted(run: Run, by: int) -> Run:
-    inner = tuple(_shifted(one, by) for one in run.inner)
-    return dataclasses.replace(run, start=run.start + by, stop=run.stop + by, inner=inner)
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +240,7 @@ def _replaced(
         events = replay(part(profile, 0, begin), left).events
         taken += next(x.live_bytes for x in events if x.sweep == "turn") - waiting - own
     if right:
-        after = replay(part(profile, end, len(profile)), [_shifted(run, -end) for run in right])
+        after = replay(part(profile, end, len(profile)), [shifted(run, -end) for run in right])
         taken += max(0, after.peak_bytes - waiting)
     body = _Body(piece, _leaves(piece, within, begin), max_error)
     less = 0

@@ -12,7 +12,8 @@ from experiments.solver_scaling import deep, identical
 from mwplan import planning
 from mwplan.ledger import replay
 from mwplan.profiles import Profile
-from mwplan.schedule import Run, RunKind, Status, Strategy, check_cover, walk
+from mwplan.schedule import Run, RunKind, Schedule, Solution, Status, Strategy, check_cover, nesting, walk
+from mwplan.solvers import baselines
 from mwplan.solvers.regular import loops, simplify
 
 CHAINS = {
@@ -105,3 +106,27 @@ def test_proved_plans_stay_as_they_are() -> None:
     plan = frontier.at(budget, regular=1.0)
     assert plan.status is Status.OPTIMAL
     assert plan.runs == frontier.at(budget, regular=-1).runs
+
+
+def test_recomputation_nested_deeper_than_python_calls() -> None:
+    """The leanest schedule of a deep chain holds a RECOMPUTE run inside another at every layer: it is replayed, saved and read all the same."""
+    depth = 700
+    profile = identical(depth, submersive=False)
+    option = profile.layers[0].store[0].name
+
+    def store(at: int) -> Run:
+        return Run(kind=RunKind.STORE, start=at, stop=at + 1, options=(option,))
+
+    runs: tuple[Run, ...] = (store(0),)
+    for at in range(1, depth):
+        runs = (Run(kind=RunKind.RECOMPUTE, start=0, stop=at, inner=runs), store(at))
+    schedule = planning.scheduled(
+        profile, Solution(status=Status.FEASIBLE, runs=runs, solver="by hand"), max_error=0.0
+    )
+    assert nesting(runs) == depth - 1
+    assert sum(1 for _ in walk(runs)) == 2 * depth - 1
+    forward = depth * (depth - 1) // 2
+    plain = planning.scheduled(profile, baselines.store_all(profile), max_error=0.0)
+    assert schedule.time_ns == plain.time_ns + forward * profile.layers[0].forward_ns
+    assert loops(runs) == 3 * depth - 1
+    assert Schedule.from_json(schedule.to_json()) == schedule
