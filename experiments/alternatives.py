@@ -38,14 +38,14 @@ import numpy as np
 
 import mwplan as mw
 from experiments import zoo
-from mwplan import fitting, planning, trees
+from mwplan import fitting, planning, tape, trees
 from mwplan.canonical import canonical
 from mwplan.compiling import temporaries
 from mwplan.errors import InfeasibleError, MwplanError
 from mwplan.profiles import Profile
 from mwplan.schedule import Run, RunKind, Schedule, Solution, Strategy
 from mwplan.side_by_side import relative_error
-from mwplan.solvers import baselines, regular, rotor
+from mwplan.solvers import baselines, rotor
 
 PyTree = Any
 Step = Callable[[mw.Chain, Any, Any], tuple[Any, Any]]
@@ -283,7 +283,7 @@ def equinox(problem: Problem, budget: int | None) -> Way:
 def applied(problem: Problem, schedule: Schedule, arrangement: int = 0) -> Way:
     """A schedule of the problem's profile, run by `mw.apply`."""
     unrolled = len(_flat(problem.chain)) <= problem.unroll
-    count = 0 if unrolled else regular.loops(schedule.runs)
+    count = 0 if unrolled else tape.loops(schedule.runs)
     if count > MOST_LOOPS:
         raise NotApplicableError(
             f"a step of about {count} different loops, which takes many minutes to compile"

@@ -25,9 +25,9 @@ from rich.table import Table
 import mwplan as mw
 from experiments import record, sweep
 from mwplan import layers as L
+from mwplan import tape
 from mwplan.plots import png
 from mwplan.serial import write_atomically
-from mwplan.solvers import regular
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def compilation(point: sweep.Point) -> dict[str, Any]:
         "compile_ratio": _ratio(seconds),
         "compile_cpu_seconds": cpu,
         "compile_cpu_ratio": _ratio(cpu),
-        "loops": regular.loops(schedule.runs),
+        "loops": tape.loops(schedule.runs),
         "quarter_predicted_bytes": schedule.peak_bytes,
         "quarter_measured_bytes": mw.temporaries(made),
         "quarter_backpropagation_bytes": temporaries,
@@ -157,7 +157,7 @@ def execution(point: sweep.Point) -> dict[str, Any]:
         "room_bytes": room,
         "predicted_bytes": found.schedule.peak_bytes,
         "measured_bytes": found.temporary_bytes,
-        "run_loops": regular.loops(found.schedule.runs),
+        "run_loops": tape.loops(found.schedule.runs),
         "attempts": len(found.attempts),
         "last_compile_seconds": found.attempts[-1].compile_seconds,
         "profile_seconds": profiling,

@@ -19,12 +19,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from mwplan import loops, operations, rules, sketch, trees
+from mwplan import loops, operations, rules, sketch, tape, taped, trees
 from mwplan.canonical import canonical
 from mwplan.chain import Chain, Place, Stack, layer_name, repeats
 from mwplan.errors import ScheduleMismatchError
 from mwplan.residuals import Residuals
 from mwplan.schedule import Run, RunKind, shifted
+from mwplan.taped import Taped
 
 PyTree = Any
 
@@ -273,14 +274,42 @@ class Interpreter:
 
     # -- repetitions -----------------------------------------------------------------------------------------------
 
-    def segments(self, runs: Sequence[Run]) -> list[Run | Repeat]:
-        """`runs`, with those that repeat over a stack taken together."""
+    def segments(self, runs: Sequence[Run]) -> list[Run | Repeat | Taped]:
+        """`runs`, with those that repeat over a stack taken together, and those that are better executed by a tape."""
+        out: list[Run | Repeat | Taped] = []
+        rest: list[Run] = []
+        for alike, some in tape.groups(runs, self._alike):
+            found = self._taped(some, alike[1]) if alike else None
+            if found:
+                out += [*self._segments(rest), found]
+                rest = []
+            else:
+                rest += some
+        return out + self._segments(rest)
+
+    def _alike(self, run: Run) -> tuple[int, str] | None:
+        """What STORE and RECOMPUTE runs have in common that one tape may hold: a stack whose block is one layer, and an option; else None."""
+        first, last = self.view.places[run.start], self.view.places[run.stop - 1]
+        part = self.view.chain.parts[first.part]
+        if not isinstance(part, Stack) or len(part.block) > 1 or first.part != last.part:
+            return None
+        option = tape.option_of(run)
+        return option and (first.part, option)
+
+    def _taped(self, runs: tuple[Run, ...], option: str) -> Taped | None:
+        if tape.written_out(runs) <= tape.LOOPS:
+            return None
+        start = runs[0].start
+        many = Repeat(start, 1, runs[-1].stop - start, runs)
+        return taped.find(self, many, option)
+
+    def _segments(self, runs: Sequence[Run]) -> list[Run | Repeat | Taped]:
         keys: list[Hashable] = []
         for run in runs:
             tag = self.view.tag(run.start + 1)
             within = self.view.places[run.stop - 1].part == self.view.places[run.start].part
             keys.append((shifted(run, -run.start), tag) if within else run)
-        out: list[Run | Repeat] = []
+        out: list[Run | Repeat | Taped] = []
         for at, period, count in repeats(keys, LONGEST_BLOCK):
             if count < LEAST_REPETITIONS or not _stacked(self.view, runs[at].start):
                 out += runs[at : at + period * count]
@@ -391,7 +420,7 @@ class Interpreter:
         )
         for _ in range(saved.end_claims):
             self.release(many.stop)
-        self._took(many, buffers)
+        self.took(many, buffers)
         flat = reports.reshape(-1)
         for i in range(many.count):
             for j, (start, stop) in enumerate(fixed[0]):
@@ -399,7 +428,8 @@ class Interpreter:
                 self.report[start + shift, stop + shift] = flat, i * len(fixed[0]) + j
         return carried, out
 
-    def _took(self, many: Repeat, buffers: Any) -> None:
+    def took(self, many: Repeat, buffers: Any) -> None:
+        """The gradients of the stack that `many` repeats over are now these."""
         self.grads.parts[self.view.places[many.start].part] = buffers
 
     def reported(self, keys: Sequence[tuple[int, int]]) -> Array:
@@ -440,6 +470,8 @@ class Interpreter:
         for one in self.segments(runs):
             if isinstance(one, Run):
                 kept.append(self._forward_run(one, depth))
+            elif isinstance(one, Taped):
+                kept.append(taped.forward(self, one, depth))
             else:
                 walk = functools.partial(Interpreter.forward, runs=one.runs, depth=depth)
                 kept.append(self._scan_forward(one, walk))
@@ -501,6 +533,9 @@ class Interpreter:
             if isinstance(one, Run):
                 self._backward_run(one, held, box, depth)
                 continue
+            if isinstance(one, Taped):
+                taped.backward(self, one, held, box, depth)
+                continue
 
             def walk(inner: Interpreter, ct: PyTree, kept: list[Any], runs: Any = one.runs) -> Any:
                 inside = [ct]
@@ -514,7 +549,7 @@ class Interpreter:
     def _backward_run(self, run: Run, held: list[Any], box: list[PyTree], depth: int) -> None:
         match run.kind:
             case RunKind.STORE:
-                self._store(run, held, box, depth)
+                self.store(run, held, box, depth)
             case RunKind.MOONWALK:
                 self._moonwalk(run, held, box, depth)
             case RunKind.RECOMPUTE:
@@ -522,7 +557,8 @@ class Interpreter:
             case RunKind.INVERT:
                 self._invert(run, box, depth)
 
-    def _store(self, run: Run, kept: list[Residuals], box: list[PyTree], depth: int) -> None:
+    def store(self, run: Run, kept: list[Residuals], box: list[PyTree], depth: int) -> None:
+        """Backward over a STORE run."""
         layer, held = run.stop, kept.pop()
         operation = functools.partial(operations.store_backward, rule=self.rule(run, layer))
         grads, ct = self.perform(
@@ -645,7 +681,7 @@ class Interpreter:
 
         state = (self.x[piece.start], box.pop(), self.buffers(piece))
         (x, ct, buffers), _ = loops.scan(step, state, fragments, piece.count)
-        self._took(piece, buffers)
+        self.took(piece, buffers)
         box.append(ct)
         if piece.stop < run.stop:
             self.claim(piece.stop, x)
@@ -702,7 +738,7 @@ class Interpreter:
 
         state = (self.x[piece.stop], box.pop(), self.buffers(piece))
         (x, ct, buffers), _ = loops.scan(step, state, None, piece.count, reverse=True)
-        self._took(piece, buffers)
+        self.took(piece, buffers)
         box.append(ct)
         return x
 

@@ -47,11 +47,7 @@ def scan(
         if all(then <= trees.varying_axes(now) for then, now in zip(axes, leaves)):
             break
         carry = jax.tree.unflatten(treedef, [trees.vary(now, then) for then, now in zip(axes, leaves)])
-    carry, zero = _after(carry)
-    out = [
-        trees.vary(jnp.broadcast_to(zero.astype(s.dtype), (count, *s.shape)), trees.varying_axes(s))
-        for s in structs
-    ]
+    carry, out = rows_of(structs, count, carry)
 
     def body(k: Any, state: Any) -> Any:
         carry, out = state
@@ -61,6 +57,18 @@ def scan(
 
     carry, out = lax.fori_loop(0, count, body, (carry, out))
     return carry, jax.tree.unflatten(traced[0], out)
+
+
+def rows_of(structs: PyTree, count: int, carry: PyTree) -> tuple[PyTree, PyTree]:
+    """`carry`, and arrays of `count` rows that do not exist before it; None where `count` is 0."""
+    if not count:
+        return carry, None
+    carry, zero = _after(carry)
+    made = [
+        trees.vary(jnp.broadcast_to(zero.astype(s.dtype), (count, *s.shape)), trees.varying_axes(s))
+        for s in jax.tree.leaves(structs)
+    ]
+    return carry, jax.tree.unflatten(jax.tree.structure(structs), made)
 
 
 def row(rows: PyTree, i: Any) -> PyTree:

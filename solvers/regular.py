@@ -15,55 +15,27 @@ high here; what is found counts only if the ledger says that it fits.
 from __future__ import annotations
 
 import bisect
-import dataclasses
 import functools
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from mwplan.ledger import replay
 from mwplan.profiles import Profile
-from mwplan.schedule import Run, RunKind, allow_nesting, nesting, shifted, walk
+from mwplan.schedule import Run, RunKind, shifted, walk
 from mwplan.solvers.uniform import part, repeated, stretches
+from mwplan.tape import LOOPS, SWEEPS, WRITTEN_OUT, loops
 
 #: shorter stretches of identical layers are left as they are
 LEAST_STRETCH = 96
-#: fewer equal runs in a row than this are compiled one by one, as by `mwplan.interpret`
-_WRITTEN_OUT = 4
 #: levels of RECOMPUTE, of one group each, where two levels do not fit
 _DEEPEST = 4
 #: schedules of no more loops stay as they are
 _FEW = 8
 #: what one more loop may cost of the time, between schedules of few runs
 _PRICE = 1e-3
-_SWEEPS = {RunKind.STORE: 2, RunKind.MOONWALK: 3, RunKind.INVERT: 2}
 _TRIES = 4
-
-
-def loops(runs: Sequence[Run]) -> int:
-    """About how many loops a compiled step has for `runs`, each over identical layers."""
-    allow_nesting(nesting(runs))
-    known: dict[Any, tuple[int, int]] = {}
-    return _total(_alike(run, known) for run in runs)
-
-
-def _alike(run: Run, known: dict[Any, tuple[int, int]]) -> tuple[int, int]:
-    """A number for all runs like this one, wherever they start, and the loops of one."""
-    inner = tuple(_alike(one, known) for one in run.inner)
-    key = run.kind, run.stop - run.start, run.options, inner
-    if key not in known:
-        known[key] = len(known), 1 + _total(inner) if inner else _SWEEPS[run.kind]
-    return known[key]
-
-
-def _total(runs: Iterable[tuple[int, int]]) -> int:
-    """The loops of runs in a row, as `_alike` gives them."""
-    total = 0
-    for (_, one), same in itertools.groupby(runs):
-        count = sum(1 for _ in same)
-        total += one * (count if count < _WRITTEN_OUT else 1)
-    return total
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +85,74 @@ class _Shape:
         yield from self.after.runs(start)
 
 
+@dataclass(frozen=True, slots=True)
+class _Binomial:
+    """`size` layers in stored pieces of `length`, the first maybe shorter, recomputed in the binomial manner with `slots` RECOMPUTE runs at once; `after`.
+
+    The schedule of fewest forward steps for that many (Griewank and Walther, ACM TOMS 2000). It compiles as a tape (`mwplan.tape`).
+    """
+
+    time_ns: int
+    leaf: _Leaf
+    size: int
+    length: int
+    slots: int
+    after: _Shape | None = None
+
+    @property
+    def loops(self) -> int:
+        """As of a tape."""
+        return LOOPS + (self.after.loops if self.after else 0)
+
+    @property
+    def price(self) -> float:
+        """Its time, where a loop costs something."""
+        return self.time_ns * (1 + _PRICE * self.loops)
+
+    def runs(self, start: int) -> Iterator[Run]:
+        """The schedule, from a layer on."""
+        pieces = -(-self.size // self.length)
+        short = start - (
+            pieces * self.length - self.size
+        )  # where the first piece would begin if it were whole
+
+        def made(first: int, stop: int, slots: int) -> Iterator[Run]:
+            while stop - first > 1:
+                middle = first + binomial_split(stop - first, slots)
+                begin, end = max(start, short + first * self.length), short + middle * self.length
+                inner = tuple(made(first, middle, slots))
+                yield Run(kind=RunKind.RECOMPUTE, start=begin, stop=end, inner=inner)
+                first, slots = middle, slots - 1
+            begin = max(start, short + first * self.length)
+            yield from self.leaf.runs(begin, short + stop * self.length)
+
+        yield from made(0, pieces, self.slots)
+        if self.after:
+            yield from self.after.runs(start + self.size)
+
+
+def _repetitions(pieces: int, slots: int) -> int:
+    """How often a piece is recomputed at most."""
+    times = 0
+    while math.comb(slots + times, slots) < pieces:
+        times += 1
+    return times
+
+
+def binomial_split(pieces: int, slots: int) -> int:
+    """How many of the pieces the first RECOMPUTE run covers, with room for `slots` such runs at once: as many as may be."""
+    times = _repetitions(pieces, slots)
+    return min(math.comb(slots + times - 1, slots), pieces - math.comb(slots + times - 2, slots - 1))
+
+
+def binomial_steps(pieces: int, slots: int) -> int:
+    """The fewest pieces recomputed, over all, with room for `slots` RECOMPUTE runs at once."""
+    if pieces == 1:
+        return 0
+    times = _repetitions(pieces, slots)
+    return times * pieces - math.comb(slots + times, slots + 1)
+
+
 class _Body:
     """Shapes for stretches of one layer, repeated; `leaves`, what tails may be of."""
 
@@ -123,6 +163,7 @@ class _Body:
         self.costs = functools.cache(self._costs)
         self.one_group = functools.cache(self._one_group)
         stores = [leaf for leaf in leaves if leaf.kind is RunKind.STORE]
+        self.stores = stores
         self.leaves = [leaf for leaf in leaves if leaf not in stores]
         for leaf in sorted(stores, key=lambda leaf: self.costs(leaf, 16)[::-1]):
             if not any(self.costs(one, 16) <= self.costs(leaf, 16) for one in self.leaves if one in stores):
@@ -138,7 +179,7 @@ class _Body:
 
     def leaf(self, leaf: _Leaf, size: int) -> _Shape:
         """That many layers by one leaf."""
-        return _Shape(self.costs(leaf, size)[1], _SWEEPS[leaf.kind], leaf, size)
+        return _Shape(self.costs(leaf, size)[1], SWEEPS[leaf.kind], leaf, size)
 
     def longest(self, leaf: _Leaf, most: int, room: int) -> int:
         """Up to how many layers of a leaf fit."""
@@ -146,7 +187,7 @@ class _Body:
 
     def group(self, count: int, length: int, inner: _Shape, after: _Shape) -> _Shape:
         """RECOMPUTE runs, and what follows."""
-        written = count if count < _WRITTEN_OUT else 1
+        written = count if count < WRITTEN_OUT else 1
         return _Shape(
             count * (length * self.forward_ns + inner.time_ns) + after.time_ns,
             written * (1 + inner.loops) + after.loops,
@@ -173,9 +214,32 @@ class _Body:
                     found.append(self.group(count, length, inner, self.leaf(leaf, rest)))
         return min(found, key=lambda shape: shape.price, default=None)
 
-    def best(self, size: int, room: int) -> _Shape | None:
-        """The best of at most two groups at the top."""
-        found = [self.one_group(size, room, levels) for levels in (0, 1, 2)]
+    def binomial(self, size: int, room: int) -> Iterator[_Binomial]:
+        """Binomial recomputation in pieces of several lengths, of all layers or before a tail."""
+        tails = [(None, 0)] + [
+            (leaf, length)
+            for leaf in self.leaves
+            for length in _counts(min(size - 2, self.longest(leaf, size, room)))
+        ]
+        for leaf, length in itertools.product(self.stores, _counts(size // 2)):
+            need, time = self.costs(leaf, length)
+            if need > room:
+                break
+            for tail, rest in tails:
+                left = size - rest
+                slots = (room - max(need, self.costs(tail, rest)[0] if tail else 0)) // self.own
+                pieces = -(-left // length)
+                if slots < 1 or pieces < 2:
+                    continue
+                again = binomial_steps(pieces, slots) * length * self.forward_ns
+                after = self.leaf(tail, rest) if tail else None
+                total = time * left // length + again + (after.time_ns if after else 0)
+                yield _Binomial(total, leaf, left, length, slots, after)
+
+    def best(self, size: int, room: int) -> _Shape | _Binomial | None:
+        """The best of at most two groups at the top, or of binomial recomputation."""
+        found: list[_Shape | _Binomial | None] = [*self.binomial(size, room)]
+        found += [self.one_group(size, room, levels) for levels in (0, 1, 2)]
         for count in _counts(size // 2):
             for length in _counts((size - 1) // count):
                 inner = self.one_group(length, room - (count - 1) * self.own, 1)

@@ -1,0 +1,176 @@
+"""Tapes: nested recomputation of identical layers in a few loops."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import mwplan as mw
+from mwplan import layers as L
+from mwplan import operations, rules, taped, trees
+from mwplan.compiling import temporaries
+from mwplan.schedule import Run, RunKind, Schedule, walk
+from mwplan.solvers import regular
+from mwplan.tape import loops, written_out
+from mwplan.tape import taped as tape_of
+from tests.helpers import mean_square, relative_error
+
+
+def binomial(size: int, length: int, slots: int, option: str, start: int = 0) -> tuple[Run, ...]:
+    """Binomial recomputation of identical layers."""
+    leaf = regular._Leaf(RunKind.STORE, (option,))
+    return tuple(regular._Binomial(0, leaf, size, length, slots).runs(start))
+
+
+@functools.cache
+def fewest(pieces: int, slots: int) -> int:
+    """What the recursion says that `binomial_steps` knows in closed form."""
+    if pieces == 1:
+        return 0
+    if slots == 0:
+        return 1 << 60
+    return min(first + fewest(first, slots) + fewest(pieces - first, slots - 1) for first in range(1, pieces))
+
+
+def test_binomial_recomputation_takes_the_fewest_steps() -> None:
+    """The closed form, and what the schedules recompute, against the recursion."""
+    for pieces in range(2, 40):
+        for slots in range(1, 7):
+            assert regular.binomial_steps(pieces, slots) == fewest(pieces, slots)
+            runs = binomial(pieces, 1, slots, "vjp")
+            again = sum(run.stop - run.start for run in walk(runs) if run.kind is RunKind.RECOMPUTE)
+            assert again == fewest(pieces, slots)
+
+
+@given(size=st.integers(2, 60), length=st.integers(1, 5), slots=st.integers(1, 6), keeps=st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_binomial_schedules_have_a_tape(size: int, length: int, slots: int, keeps: bool) -> None:
+    """A tape does every layer forward as often as the schedule, each backward once from the last on, in no more slots and rows than are alive at the loss."""
+    length = min(length, size - 1)
+    runs = binomial(size, length, slots, "vjp", start=7)
+    tape = tape_of(runs, keeps_input=keeps)
+    assert tape is not None
+    atoms = [*tape.forward, *tape.backward]
+    again = sum(run.stop - run.start for run in walk(runs) if run.kind is RunKind.RECOMPUTE)
+    assert sum(a.plain + a.stored for a in atoms) == size + again
+    order = [a.last - j for a in (tape.first, *tape.backward) for j in range(a.back)]
+    assert order == list(range(size, 0, -1))
+    assert tape.rows <= length
+    assert tape.slots <= slots + (length if keeps else 0)
+
+
+def test_a_schedule_that_needs_more_later_has_none() -> None:
+    """Its arrays would be there before they are needed."""
+    inner = binomial(9, 1, 4, "vjp")
+    outer = (Run(kind=RunKind.RECOMPUTE, start=0, stop=9, inner=inner), Run(kind=RunKind.STORE, start=9, stop=10, options=("vjp",)))  # fmt: skip
+    assert tape_of(outer, keeps_input=False) is None
+    other = (*binomial(9, 1, 2, "vjp"), Run(kind=RunKind.STORE, start=9, stop=10, options=("bits",)))
+    assert tape_of(other, keeps_input=False) is None
+
+
+def layer(kind: str, key: Any) -> Any:
+    """One layer of the stack, of four features."""
+    if kind == "dense":
+        return (L.Sequential((L.Dense.he(key, 4, 4), L.LeakyReLU(0.5))),)
+    return (L.Sequential((L.LayerNorm.init(None, 4), L.Dense.he(key, 4, 4), L.LeakyReLU(0.5))),)
+
+
+def network(kind: str, depth: int, *, stem: bool) -> tuple[mw.Chain, Any]:
+    """A stack, behind a layer of its own or not, and its input."""
+    keys = jax.random.split(jax.random.key(1), 2)
+    stack = mw.Stack.init(functools.partial(layer, kind), keys[0], depth)
+    chain = mw.Chain([L.Dense.he(keys[1], 4, 4), stack] if stem else [stack])
+    return chain, jax.random.normal(jax.random.key(2), (8, 4))
+
+
+def option(chain: mw.Chain, x: Any, *, keeps_input: bool) -> str:
+    """The name of a STORE option of a stack's layer that shares its input, or does not."""
+    layer = chain.layers[-1]
+    for rule in rules.store_rules(layer, trees.struct(x)):
+        if not isinstance(rule, rules.Unavailable):
+            operation = functools.partial(operations.forward, rule=rule)
+            _, held = jax.eval_shape(operation, layer, x)
+            if held.keeps_input is keeps_input and not held.keeps_output:
+                return str(rule.name)
+    raise AssertionError("no such option")
+
+
+@pytest.mark.parametrize("stem", [True, False])
+@pytest.mark.parametrize(("kind", "keeps"), [("dense", True), ("norm", True), ("norm", False)])
+def test_gradients_equal_those_of_backpropagation(
+    kind: str, keeps: bool, stem: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float64, with respect to parameters and input, with options that share the input and those that do not; the norm under `vmap` too."""
+    used = []
+    plain = taped.forward
+    monkeypatch.setattr(taped, "forward", lambda *args: used.append(1) or plain(*args))
+    with jax.enable_x64(True):
+        chain, x = jax.tree.map(lambda a: a.astype(jnp.float64), network(kind, 23, stem=stem))
+        name = option(chain, x, keeps_input=keeps)
+        first = (Run(kind=RunKind.STORE, start=0, stop=1, options=("vjp",)),) if stem else ()
+        schedule = Schedule(runs=first + binomial(23, 2, 2, name, start=len(first)))
+        assert loops(schedule.runs) < written_out(schedule.runs)
+        step = mw.value_and_grad(mean_square, schedule, wrt_input=True)
+        _, got = mw.jit(step)(chain, x)
+        assert used
+        want = jax.grad(lambda chain, x: mean_square(chain(x)), argnums=(0, 1), allow_int=True)(chain, x)
+        assert relative_error(got, want) < 1e-12
+        if kind == "dense":
+            return
+        many = jnp.stack([x, 2 * x])
+        loss = lambda chain, x: mean_square(mw.apply(schedule, chain, x))  # noqa: E731
+        both = mw.jit(jax.vmap(jax.grad(loss, argnums=1), in_axes=(None, 0)))(chain, many)
+        other = jax.vmap(jax.grad(lambda chain, x: mean_square(chain(x)), argnums=1), in_axes=(None, 0))(
+            chain, many
+        )
+        assert relative_error(both, other) < 1e-12
+
+
+def test_updates_in_place() -> None:
+    """The optimizer's step within the loops: what is recomputed afterwards is left of it."""
+    chain, x = network("norm", 23, stem=True)
+    name = option(chain, x, keeps_input=True)
+    first = (Run(kind=RunKind.STORE, start=0, stop=1, options=("vjp",)),)
+    schedule = Schedule(runs=first + binomial(23, 1, 3, name, start=1))
+    optimizer = optax.sgd(0.1)
+    states = mw.init_states(optimizer, chain)
+    _, new, _ = mw.jit(mw.value_and_update(mean_square, schedule, optimizer))(chain, states, x)
+    grads = jax.grad(lambda chain: mean_square(chain(x)), allow_int=True)(chain)
+    want = [
+        p - 0.1 * g
+        for p, g in zip(jax.tree.leaves(chain), jax.tree.leaves(grads))
+        if jnp.issubdtype(p.dtype, jnp.floating)
+    ]
+    got = [p for p in jax.tree.leaves(new) if jnp.issubdtype(p.dtype, jnp.floating)]
+    assert relative_error(got, want) < 1e-5
+
+
+def compiled(depth: int, slots: int) -> Any:
+    """A step of so many layers, whose activations are 1 MiB."""
+    keys = jax.random.split(jax.random.key(0), 2)
+
+    def block(key: Any) -> Any:
+        return (L.Sequential((L.LayerNorm.init(None, 64), L.Dense.he(key, 64, 64), L.LeakyReLU(0.5))),)
+
+    chain = mw.Chain([L.Dense.he(keys[0], 64, 64), mw.Stack.init(block, keys[1], depth)])
+    x = jnp.ones((4096, 64))
+    name = option(chain, x, keeps_input=True)
+    first = (Run(kind=RunKind.STORE, start=0, stop=1, options=("vjp",)),)
+    schedule = Schedule(runs=first + binomial(depth, 1, slots, name, start=1))
+    return mw.jit(mw.value_and_grad(mean_square, schedule)).lower(chain, x).compile()
+
+
+def test_compiled_to_the_same_code_whatever_the_depth() -> None:
+    """And in the same bytes; a slot more takes an activation more."""
+    short, long, more = compiled(100, 6), compiled(200, 6), compiled(100, 8)
+    assert len(long.as_text()) < 1.1 * len(short.as_text())
+    assert abs(temporaries(long) - temporaries(short)) < 0.1 * 2**20
+    assert abs(temporaries(more) - temporaries(short) - 2 * 2**20) < 0.1 * 2**20
+    assert temporaries(short) < 12 * 2**20
