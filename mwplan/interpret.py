@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import random
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
@@ -278,7 +279,8 @@ class Interpreter:
         """`runs`, with those that repeat over a stack taken together, and those that are better executed by a tape."""
         out: list[Run | Repeat | Taped] = []
         rest: list[Run] = []
-        for alike, some in tape.groups(runs, self._alike):
+        for alike, group in itertools.groupby(runs, key=self._alike):
+            some = tuple(group)
             found = self._taped(some, alike[1]) if alike else None
             if found:
                 out += [*self._segments(rest), found]

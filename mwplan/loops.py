@@ -47,7 +47,11 @@ def scan(
         if all(then <= trees.varying_axes(now) for then, now in zip(axes, leaves)):
             break
         carry = jax.tree.unflatten(treedef, [trees.vary(now, then) for then, now in zip(axes, leaves)])
-    carry, out = rows_of(structs, count, carry)
+    carry, zero = _after(carry)
+    out = [
+        trees.vary(jnp.broadcast_to(zero.astype(s.dtype), (count, *s.shape)), trees.varying_axes(s))
+        for s in structs
+    ]
 
     def body(k: Any, state: Any) -> Any:
         carry, out = state
@@ -59,16 +63,10 @@ def scan(
     return carry, jax.tree.unflatten(traced[0], out)
 
 
-def rows_of(structs: PyTree, count: int, carry: PyTree) -> tuple[PyTree, PyTree]:
-    """`carry`, and arrays of `count` rows that do not exist before it; None where `count` is 0."""
-    if not count:
-        return carry, None
+def empty(size: int, dtype: Any, carry: PyTree) -> tuple[PyTree, Any]:
+    """`carry`, and an array of zeros that does not exist before it."""
     carry, zero = _after(carry)
-    made = [
-        trees.vary(jnp.broadcast_to(zero.astype(s.dtype), (count, *s.shape)), trees.varying_axes(s))
-        for s in jax.tree.leaves(structs)
-    ]
-    return carry, jax.tree.unflatten(jax.tree.structure(structs), made)
+    return carry, jnp.broadcast_to(zero.astype(dtype), (size,))
 
 
 def row(rows: PyTree, i: Any) -> PyTree:

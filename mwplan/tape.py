@@ -2,11 +2,11 @@ r"""Nested recomputation of identical layers as a tape: a table of numbers that 
 
 Written out, every different run of such a schedule is a loop of its own, and a good one for hundreds of layers has hundreds. On the tape it is a sequence of *atoms*,
 
-    load an activation,  `plain` layers forward,  `stored` layers forward whose residuals are kept,  save where that led,  `back` layers backward,
+    load an activation,  `plain` layers forward,  `stored` layers forward whose residuals are kept,  save where that led,  `back` layers backward.
 
-all over the same few arrays: what is kept of RECOMPUTE runs (`slots`, activations) and of STORE runs (`rows`, residuals) are stacks, for runs are taken backward in the
-opposite order. These arrays are there from the forward sweep to the end, as large as they ever need to be. So that they take no more than the ledger counts, a
-schedule is taped only if they are full when its forward sweep ends, as those of binomial schedules are (Griewank and Walther, ACM TOMS 2000).
+What is kept, the inputs of RECOMPUTE runs and the residuals of STORE runs, lies in one stack, for runs are taken backward in the opposite order. That is an array
+which is there from the forward sweep to the end, as large as it ever needs to be. So that it takes about what the ledger counts, a schedule is taped only if the
+stack is nearly full when the forward sweep ends, as it is wherever memory is scarce.
 
 No JAX here: `mwplan.taped` executes tapes, `mwplan.solvers.regular` counts on them.
 """
@@ -14,13 +14,11 @@ No JAX here: `mwplan.taped` executes tapes, `mwplan.solvers.regular` counts on t
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 from mwplan.schedule import Run, RunKind, allow_nesting, nesting, walk
-
-Key = TypeVar("Key")
 
 #: about how many loops a tape compiles to
 LOOPS = 9
@@ -28,12 +26,16 @@ LOOPS = 9
 SWEEPS = {RunKind.STORE: 2, RunKind.MOONWALK: 3, RunKind.INVERT: 2}
 #: fewer equal runs in a row than this are compiled one by one
 WRITTEN_OUT = 4
+#: how full the stack must be when the forward sweep ends
+FULL = 0.9
 
 
 @dataclass(slots=True)
 class Atom:
-    """From layer `start` on (0 the first of the tape), whose input lies in slot `load`: see the module. Its `stored` layers have rows from `row` and, where residuals share
-    inputs, slots from `slot` on. `save`: a slot, or -1. `back` layers end with row `last_row` and slot `last_slot`, the first of them, `last`, counted from 1.
+    """From layer `start` on (0 the first of the tape), whose input lies at `load`: see the module.
+
+    The residuals of the first of its `stored` layers are written at `row`, those that follow a stride further on; each layer's input, if residuals share it, lies before them. `save`: where,
+    or -1. `back` layers end with that at `last_row`, the first of them, layer `last`, counted from 1. The tape's own input lies elsewhere: its place is negative.
     """
 
     start: int
@@ -41,51 +43,40 @@ class Atom:
     plain: int = 0
     stored: int = 0
     row: int = 0
-    slot: int = 0
     save: int = -1
     last: int = 0
     back: int = 0
     last_row: int = 0
-    last_slot: int = 0
 
     def numbers(self) -> tuple[int, ...]:
         """All of them, in the order above."""
-        return (
-            self.start, self.load, self.plain, self.stored, self.row, self.slot, self.save, self.last, self.back, self.last_row, self.last_slot,
-        )  # fmt: skip
+        return (self.start, self.load, self.plain, self.stored, self.row, self.save, self.last, self.back, self.last_row)  # fmt: skip
 
 
 @dataclass(slots=True)
 class Tape:
     """The tape of `size` layers: `forward` is the forward sweep; `first` takes layers backward before the atoms in `backward` (it goes nowhere itself).
 
-    `option`, of all STORE runs; `slots`, `rows`: how many there are.
+    `option`, of all STORE runs; `room`: the size of the stack, in units of what `taped` was given; `stride`: of stored layers in a row.
     """
 
     size: int
     option: str
+    stride: int
     forward: list[Atom] = field(default_factory=list)
     first: Atom = field(default_factory=lambda: Atom(0, 0))
     backward: list[Atom] = field(default_factory=list)
-    slots: int = 0
-    rows: int = 0
+    room: int = 0
 
 
 def loops(runs: Sequence[Run]) -> int:
     """About how many loops a compiled step has for `runs`, each over identical layers."""
     total = 0
-    for option, some in groups(runs, option_of):
-        count = written_out(some)
-        total += LOOPS if option and count > LOOPS and taped(some, keeps_input=False) else count
-    return total
-
-
-def groups(runs: Sequence[Run], key: Callable[[Run], Key]) -> Iterator[tuple[Key, tuple[Run, ...]]]:
-    """Runs in a row of one key, STORE runs before the first other apart: a tape that begins with them would lose its first slot."""
-    for same, group in itertools.groupby(runs, key=key):
+    for option, group in itertools.groupby(runs, key=option_of):
         some = tuple(group)
-        stored = len(list(itertools.takewhile(lambda run: run.kind is RunKind.STORE, some)))
-        yield from ((same, part) for part in (some[:stored], some[stored:]) if part)
+        count = written_out(some)
+        total += LOOPS if option and count > LOOPS and taped(some, 1, 1, keeps_input=False) else count
+    return total
 
 
 def written_out(runs: Sequence[Run]) -> int:
@@ -120,41 +111,40 @@ def option_of(run: Run) -> str | None:
     return options[0] if options else None
 
 
-def taped(runs: Sequence[Run], *, keeps_input: bool) -> Tape | None:
+def taped(runs: Sequence[Run], activation: int, residuals: int, *, keeps_input: bool) -> Tape | None:
     """The tape of `runs`, of layers that are alike; None where they are no STORE and RECOMPUTE runs by one option, or a tape would need more memory than they do.
 
-    **Arguments:** `keeps_input`, whether the residuals of STORE runs share the layer's input. **Cost:** linear in the number of operations.
+    **Arguments:** `activation`, `residuals`, their sizes in any unit; `keeps_input`, whether the residuals share the layer's input. **Cost:** linear in the number of operations.
     """
     options = {option_of(run) for run in runs}
     option = options.pop()
     if options or option is None:
         return None
-    maker = _Maker(runs[0].start, keeps_input)
-    tape = Tape(runs[-1].stop - runs[0].start, option)
+    maker = _Maker(runs[0].start, activation, residuals, keeps_input)
+    tape = Tape(runs[-1].stop - runs[0].start, option, maker.stride)
     maker.forward(runs)
     tape.forward = maker.atoms
-    full = len(maker.slots), maker.rows
+    full = maker.top
     maker.atoms = [tape.first]
     maker.backward(runs)
     tape.backward = maker.atoms[1:]
-    tape.slots, tape.rows = maker.most
-    return tape if full == maker.most and not maker.lost else None
+    tape.room = maker.room
+    return tape if full >= FULL * maker.room else None
 
 
 class _Maker:
-    """Goes through a schedule as the ledger does: `slots`, the positions whose activations are kept, and `rows`, how many residuals."""
+    """Goes through a schedule as the ledger does: `stack`, positions of activations, or None for residuals, and where they lie; `top`, where it ends."""
 
-    def __init__(self, first: int, keeps_input: bool) -> None:
+    def __init__(self, first: int, activation: int, residuals: int, keeps_input: bool) -> None:
         self.first, self.keeps_input = first, keeps_input
-        self.slots: list[int] = [first]
-        self.rows = 0
-        self.most = (1, 0)
-        #: whether the first slot is used for something else than the input, which lies elsewhere
-        self.lost = False
+        self.activation, self.residuals = activation, residuals
+        self.stride = residuals + (activation if keeps_input else 0)
+        self.stack: list[tuple[int | None, int]] = [(first, -activation)]
+        self.top = self.room = 0
         self.atoms: list[Atom] = []
 
     def forward(self, runs: Sequence[Run]) -> None:
-        """Atoms for the forward sweep over `runs`, whose input is kept last."""
+        """Atoms for the forward sweep over `runs`, whose input is on the stack's top."""
         atom = self._atom(runs[0].start)
         for run in runs:
             if run.kind is RunKind.RECOMPUTE:
@@ -166,30 +156,34 @@ class _Maker:
                 self._store(run.start, atom)
 
     def _store(self, at: int, atom: Atom) -> None:
-        here = self.slots[-1:] == [at]  # kept, because the first run begins here
+        here = bool(self.stack) and self.stack[-1][0] == at  # kept, because the first run begins here
         if self.keeps_input and not here:
             self._push(at)
+        elif here and not self.keeps_input:
+            self._pop()
+        row = self._push(None)
         if not atom.stored:
-            atom.row, atom.slot = self.rows, len(self.slots) - 1
-        if here and not self.keeps_input:
-            self.slots.pop()
+            atom.row = row
+        assert row == atom.row + atom.stored * self.stride
         atom.stored += 1
-        self.rows += 1
-        self._count()
 
     def _atom(self, start: int) -> Atom:
-        assert self.slots[-1] == start
-        self.atoms.append(Atom(start - self.first, len(self.slots) - 1))
+        at, place = self.stack[-1]
+        assert at == start
+        self.atoms.append(Atom(start - self.first, place))
         return self.atoms[-1]
 
-    def _push(self, at: int) -> int:
-        self.lost |= not self.slots
-        self.slots.append(at)
-        self._count()
-        return len(self.slots) - 1
+    def _push(self, at: int | None) -> int:
+        place = self.top
+        self.stack.append((at, place))
+        self.top += self.residuals if at is None else self.activation
+        self.room = max(self.room, self.top)
+        return place
 
-    def _count(self) -> None:
-        self.most = max(self.most[0], len(self.slots)), max(self.most[1], self.rows)
+    def _pop(self) -> int:
+        _, place = self.stack.pop()
+        self.top = max(0, place)
+        return place
 
     def backward(self, runs: Sequence[Run]) -> None:
         """Atoms for the backward sweep over `runs`."""
@@ -200,12 +194,11 @@ class _Maker:
                 self.forward(run.inner)
                 left += run.inner
                 continue
-            atom = self.atoms[-1]
+            atom, place = self.atoms[-1], self._pop()
             if not atom.back:
-                atom.last, atom.last_row = run.stop - self.first, self.rows - 1
-                atom.last_slot = len(self.slots) - 1
+                atom.last, atom.last_row = run.stop - self.first, place
+            assert place == atom.last_row - atom.back * self.stride
             atom.back += 1
-            self.rows -= 1
             if self.keeps_input:
-                assert self.slots[-1] == run.start
-                self.slots.pop()
+                assert self.stack[-1][0] == run.start
+                self._pop()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jaxtyping import Array, UInt32
 
 from mwplan import loops, operations, trees
 from mwplan.residuals import Residuals
@@ -21,15 +23,7 @@ if TYPE_CHECKING:
     from mwplan.interpret import Interpreter, Repeat
 
 PyTree = Any
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Stacks:
-    """What a tape keeps from forward to backward, leaves with a leading axis: activations in `slots`, but for the first, which is the stretch's own input; residuals' leaves in `rows`."""
-
-    slots: PyTree
-    rows: list[Any]
+Words = UInt32[Array, " words"]
 
 
 @dataclass(frozen=True)
@@ -42,69 +36,77 @@ class Taped:
     @property
     def run(self) -> Run:
         """One STORE run of the tape, as an interpreter of one repetition sees it."""
-        return Run(kind=RunKind.STORE, start=0, stop=1, options=(self.tape.option,))
+        return _stored(self.tape.option)
 
 
-def forward(walker: Interpreter, one: Taped, depth: int) -> Stacks:
-    """F over the runs: as `Interpreter.forward`, but one claim on the input stays."""
+def _stored(option: str) -> Run:
+    return Run(kind=RunKind.STORE, start=0, stop=1, options=(option,))
+
+
+def find(walker: Interpreter, many: Repeat, option: str) -> Taped | None:
+    """A tape for the runs of `many`, whose STORE runs have `option`; None where there is none, or it would take more memory than planned."""
+    steps = _Steps(walker, many, _stored(option))
+    if steps.held.keeps_output or not all(_is_plain(leaf) for leaf in jax.tree.leaves((steps.y, steps.held))):
+        return None
+    sizes = _words_of(steps.y), _words_of(steps.held)
+    tape = taped(many.runs, *sizes, keeps_input=steps.held.keeps_input)
+    return tape and Taped(many, tape)
+
+
+def forward(walker: Interpreter, one: Taped, depth: int) -> Words:
+    """F over the runs: as `Interpreter.forward`, but the claim on the input stays. Returns the stack, all there is to keep."""
     tape, many = one.tape, one.many
     steps = _Steps(walker, many, one.run, depth)
-    first = walker.x[many.start]
-    y, held = jax.eval_shape(lambda x: steps.store(jnp.int32(0), x), first)
-    axes = [trees.varying_axes(leaf) for leaf in jax.tree.leaves(y)]
-    leaves, treedef = jax.tree.flatten(first)
+    leaves, treedef = jax.tree.flatten(walker.x[many.start])
+    axes = [trees.varying_axes(leaf) for leaf in jax.tree.leaves(steps.y)]
     first = jax.tree.unflatten(treedef, [trees.vary(leaf, more) for leaf, more in zip(leaves, axes)])
-    first, slots = loops.rows_of(y, tape.slots - 1, first)
-    first, rows = loops.rows_of(jax.tree.leaves(held), tape.rows, first)
+    all_axes = frozenset().union(*axes, *(trees.varying_axes(leaf) for leaf in jax.tree.leaves(steps.held)))
+    first, stack = loops.empty(tape.room, jnp.uint32, first)
+    stack = trees.vary(stack, all_axes)
+    table = _table(tape.forward)
 
     def step(k: Any, state: Any) -> Any:
-        return steps.ahead(loops.row(_table(tape.forward), k), first, state[1], state[2])
+        return steps.ahead(loops.row(table, k), first, state[1])
 
-    x, slots, rows = lax.fori_loop(0, len(tape.forward), step, (first, slots, rows))
+    x, stack = lax.fori_loop(0, len(tape.forward), step, (first, stack))
     walker.claim(many.stop, x)
-    return Stacks(slots, rows)
+    return stack
 
 
-def backward(walker: Interpreter, one: Taped, kept: Stacks, box: list[PyTree], depth: int) -> None:
+def backward(walker: Interpreter, one: Taped, stack: Words, box: list[PyTree], depth: int) -> None:
     """Backward over the runs, as `Interpreter.backward`; the claim on the input goes."""
     tape, many = one.tape, one.many
     steps = _Steps(walker, many, one.run, depth)
     first = walker.x[many.start]
-    state = steps.behind(
-        _table([tape.first])[0], first, kept.slots, kept.rows, (box.pop(), walker.buffers(many))
-    )
+    state = box.pop(), walker.buffers(many)
+    state = steps.behind(_table([tape.first])[0], first, stack, state)
+    table = _table(tape.backward)
 
     def step(k: Any, state: Any) -> Any:
-        slots, rows, (ct, buffers) = state
-        atom = loops.row(_table(tape.backward), k)
-        _, slots, rows = steps.ahead(atom, first, slots, rows, buffers)
-        return slots, rows, steps.behind(atom, first, slots, rows, (ct, buffers))
+        stack, (ct, buffers) = state
+        atom = loops.row(table, k)
+        _, stack = steps.ahead(atom, first, stack, buffers)
+        return stack, steps.behind(atom, first, stack, (ct, buffers))
 
-    _, _, (ct, buffers) = lax.fori_loop(0, len(tape.backward), step, (kept.slots, kept.rows, state))
+    _, (ct, buffers) = lax.fori_loop(0, len(tape.backward), step, (stack, state))
     walker.took(many, buffers)
     box.append(ct)
     walker.release(many.start)
 
 
-def _table(atoms: Sequence[Atom]) -> Any:
+def _table(atoms: Sequence[Atom]) -> Array:
     return jnp.asarray(np.array([atom.numbers() for atom in atoms], np.int32))
 
 
-def find(walker: Interpreter, many: Repeat, option: str) -> Taped | None:
-    """A tape for the runs of `many`, whose STORE runs have `option`; None where there is none, or it would take more memory than planned."""
-    run = Run(kind=RunKind.STORE, start=0, stop=1, options=(option,))
-    held = _Steps(walker, many, run).held
-    tape = None if held.keeps_output else taped(many.runs, keeps_input=held.keeps_input)
-    return tape and Taped(many, tape)
-
-
 class _Steps:
-    """The operations of a tape's loops on one layer, and the stacks; layers and slots count from 0."""
+    """What a tape's loops do to one layer, counted from 0, and to the stack; `y` and `held`, shapes of an output and of residuals."""
 
     def __init__(self, walker: Interpreter, many: Repeat, run: Run, depth: int = 0) -> None:
         self.walker, self.many, self.run, self.depth = walker, many, run, depth
-        x = walker.structs[many.start]
-        _, self.held = jax.eval_shape(lambda x: self.store(jnp.int32(0), x), x)
+        x = walker.x.get(many.start, walker.structs[many.start])
+        self.y, self.held = jax.eval_shape(lambda x: self.store(jnp.int32(0), x), x)
+        self.activation = _words_of(self.y)
+        self.stride = _words_of(self.held) + (self.activation if self.held.keeps_input else 0)
 
     def _within(self, layer: Any, buffers: Any) -> Interpreter:
         return self.walker.within(self.many, layer, buffers, single=not self.walker.grads.performs)
@@ -118,62 +120,106 @@ class _Steps:
         """Forward over one layer, and its residuals."""
         inner = self._within(layer, buffers)
         operation = functools.partial(operations.forward, rule=inner.rule(self.run, 1))
-        result: tuple[PyTree, Residuals] = inner.perform(
-            "forward", 1, self.depth, operation, inner.layer(1), x
-        )
-        return result
+        made: tuple[PyTree, Residuals] = inner.perform("forward", 1, self.depth, operation, inner.layer(1), x)
+        return made
 
-    def back(self, layer: Any, x: PyTree, row: list[Any], ct: PyTree, buffers: Any) -> tuple[PyTree, Any]:
-        """Backward over one layer: the cotangent of its input, and the stack's gradients."""
+    def back(self, layer: Any, x: PyTree, held: Residuals, ct: PyTree, buffers: Any) -> tuple[PyTree, Any]:
+        """Backward over one layer: the cotangent of its input, and the gradients of the stack of layers."""
         inner = self._within(layer, buffers)
-        held = jax.tree.unflatten(jax.tree.structure(self.held), row)
         if held.keeps_input:
             inner.claim(0, x)
         box = [ct]
         inner.store(self.run, [held], box, self.depth)
         return box.pop(), inner.grads.stacked(self.walker.view.places[self.many.start].part)
 
-    def load(self, first: PyTree, slots: PyTree, slot: Any) -> PyTree:
-        """The activation in a slot."""
-        if slots is None:
-            return first
-        found = loops.row(slots, jnp.maximum(slot - 1, 0))
-        return jax.tree.map(lambda a, b: jnp.where(slot == 0, a, b), first, found)
+    def load(self, first: PyTree, stack: Words, place: Any) -> PyTree:
+        """The activation at a place; the tape's own input, `first`, at a negative one."""
+        found = _read(stack, self.y, jnp.maximum(place, 0))
+        return jax.tree.map(lambda a, b: jnp.where(place < 0, a, b), first, found)
 
-    def save(self, slots: PyTree, x: PyTree, slot: Any) -> PyTree:
-        """The slots with `x` in one of them; the first, and -1, are left alone."""
-        if slots is None:
-            return None
-        times = jnp.where(slot > 0, 1, 0)
-        return lax.fori_loop(0, times, lambda _, slots: loops.put(slots, x, slot - 1), slots)
+    def save(self, stack: Words, x: PyTree, place: Any) -> Words:
+        """The stack with `x` at a place; as it is, at a negative one."""
+        return lax.fori_loop(0, jnp.where(place < 0, 0, 1), lambda _, stack: _written(stack, x, place), stack)
 
-    def ahead(
-        self, atom: Any, first: PyTree, slots: PyTree, rows: Any, buffers: Any = None
-    ) -> tuple[PyTree, PyTree, Any]:
-        """What an atom does forward: where that led, the slots, the rows."""
-        start, load, plain, stored, row, slot, save, *_ = atom
-        x = self.load(first, slots, load)
+    def ahead(self, atom: Any, first: PyTree, stack: Words, buffers: Any = None) -> tuple[PyTree, Words]:
+        """What an atom does forward: where that led, and the stack."""
+        start, load, plain, stored, row, save, *_ = atom
+        x = self.load(first, stack, load)
         x = lax.fori_loop(0, plain, lambda j, x: self.plain(start + j, x, buffers), x)
 
         def store(j: Any, state: Any) -> Any:
-            x, slots, rows = state
+            x, stack = state
+            place = row + j * self.stride
             if self.held.keeps_input:
-                slots = self.save(slots, x, slot + j)
+                stack = self.save(stack, x, place - self.activation)
             x, held = self.store(start + plain + j, x, buffers)
-            return x, slots, loops.put(rows, jax.tree.leaves(held), row + j)
+            return x, _written(stack, held, place)
 
-        x, slots, rows = lax.fori_loop(0, stored, store, (x, slots, rows))
-        return x, self.save(slots, x, save), rows
+        x, stack = lax.fori_loop(0, stored, store, (x, stack))
+        return x, self.save(stack, x, save)
 
-    def behind(
-        self, atom: Any, first: PyTree, slots: PyTree, rows: Any, state: tuple[PyTree, Any]
-    ) -> tuple[PyTree, Any]:
+    def behind(self, atom: Any, first: PyTree, stack: Words, state: tuple[PyTree, Any]) -> tuple[PyTree, Any]:
         """What an atom does backward: the cotangent and the gradients."""
-        *_, last, count, last_row, last_slot = atom
+        *_, last, count, last_row = atom
 
         def step(j: Any, state: Any) -> Any:
-            x = self.load(first, slots, last_slot - j) if self.held.keeps_input else None
-            return self.back(last - 1 - j, x, loops.row(rows, last_row - j), *state)
+            place = last_row - j * self.stride
+            x = self.load(first, stack, place - self.activation) if self.held.keeps_input else None
+            return self.back(last - 1 - j, x, _read(stack, self.held, place), *state)
 
         found: tuple[PyTree, Any] = lax.fori_loop(0, count, step, state)
         return found
+
+
+# -- arrays of any dtype in one of words -------------------------------------------------------------------------------
+
+
+def _is_plain(leaf: Any) -> bool:
+    return any(jnp.issubdtype(leaf.dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_))
+
+
+def _words(leaf: Any) -> int:
+    return -(-leaf.size * leaf.dtype.itemsize // 4)
+
+
+def _words_of(tree: PyTree) -> int:
+    return sum(_words(leaf) for leaf in jax.tree.leaves(tree))
+
+
+def _written(stack: Words, tree: PyTree, place: Any) -> Words:
+    """The stack with the tree's leaves from `place` on."""
+    for leaf in jax.tree.leaves(tree):
+        words = _as_words(leaf)
+        stack = lax.dynamic_update_slice(stack, words, (place,), allow_negative_indices=False)
+        place = place + words.size
+    return stack
+
+
+def _read(stack: Words, structs: PyTree, place: Any) -> PyTree:
+    """What `_written` wrote."""
+    leaves, treedef = jax.tree.flatten(structs)
+    found = []
+    for struct in leaves:
+        size = _words(struct)
+        words = lax.dynamic_slice(stack, (place,), (size,), allow_negative_indices=False)
+        found.append(_from_words(words, struct))
+        place = place + size
+    return jax.tree.unflatten(treedef, found)
+
+
+def _as_words(leaf: Array) -> Words:
+    if leaf.dtype == jnp.bool_:
+        leaf = leaf.astype(jnp.uint8)
+    each = leaf.dtype.itemsize
+    flat = leaf.reshape(-1)
+    if each < 4:
+        flat = jnp.pad(flat, (0, -flat.size % (4 // each))).reshape(-1, 4 // each)
+    return lax.bitcast_convert_type(flat, jnp.uint32).reshape(-1)
+
+
+def _from_words(words: Words, struct: Any) -> Array:
+    dtype = np.dtype(np.uint8) if struct.dtype == jnp.bool_ else struct.dtype
+    if dtype.itemsize > 4:
+        words = words.reshape(-1, dtype.itemsize // 4)
+    flat = lax.bitcast_convert_type(words, dtype).reshape(-1)
+    return flat[: math.prod(struct.shape)].reshape(struct.shape).astype(struct.dtype)

@@ -5,7 +5,8 @@ stretch (`mwplan.solvers.sparse`) do not know that, and return up to hundreds of
 
     c times RECOMPUTE of k layers, whose inner schedule is one group again, or none;   a tail of m layers,
 
-the tail by one STORE option throughout, or by one MOONWALK or INVERT run with the options that the given schedule has in the stretch. A RECOMPUTE run holds least
+the tail by one STORE option throughout, or by one MOONWALK or INVERT run with the options that the given schedule has in the stretch; or, if that takes longer, by a schedule of
+recomputation and one STORE option, which compiles to a few loops however many runs it has (`mwplan.tape`). A RECOMPUTE run holds least
 for each layer, so for each `c` of the last group the tail is as long as fits, and `k` follows: few shapes are to be compared. Bytes are counted slightly too
 high here; what is found counts only if the ledger says that it fits.
 
@@ -15,17 +16,20 @@ high here; what is found counts only if the ledger says that it fits.
 from __future__ import annotations
 
 import bisect
+import collections
+import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from mwplan.ledger import replay
 from mwplan.profiles import Profile
-from mwplan.schedule import Run, RunKind, shifted, walk
+from mwplan.schedule import Run, RunKind, Strategy, shifted, walk
+from mwplan.solvers.sparse import SparseTables
 from mwplan.solvers.uniform import part, repeated, stretches
-from mwplan.tape import LOOPS, SWEEPS, WRITTEN_OUT, loops
+from mwplan.tape import SWEEPS, WRITTEN_OUT, loops
 
 #: shorter stretches of identical layers are left as they are
 LEAST_STRETCH = 96
@@ -36,6 +40,8 @@ _FEW = 8
 #: what one more loop may cost of the time, between schedules of few runs
 _PRICE = 1e-3
 _TRIES = 4
+#: what may be lost for a tape, and how many STORE options are tried
+_THIN, _OPTIONS = 0.005, 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,74 +91,6 @@ class _Shape:
         yield from self.after.runs(start)
 
 
-@dataclass(frozen=True, slots=True)
-class _Binomial:
-    """`size` layers in stored pieces of `length`, the first maybe shorter, recomputed in the binomial manner with `slots` RECOMPUTE runs at once; `after`.
-
-    The schedule of fewest forward steps for that many (Griewank and Walther, ACM TOMS 2000). It compiles as a tape (`mwplan.tape`).
-    """
-
-    time_ns: int
-    leaf: _Leaf
-    size: int
-    length: int
-    slots: int
-    after: _Shape | None = None
-
-    @property
-    def loops(self) -> int:
-        """As of a tape."""
-        return LOOPS + (self.after.loops if self.after else 0)
-
-    @property
-    def price(self) -> float:
-        """Its time, where a loop costs something."""
-        return self.time_ns * (1 + _PRICE * self.loops)
-
-    def runs(self, start: int) -> Iterator[Run]:
-        """The schedule, from a layer on."""
-        pieces = -(-self.size // self.length)
-        short = start - (
-            pieces * self.length - self.size
-        )  # where the first piece would begin if it were whole
-
-        def made(first: int, stop: int, slots: int) -> Iterator[Run]:
-            while stop - first > 1:
-                middle = first + binomial_split(stop - first, slots)
-                begin, end = max(start, short + first * self.length), short + middle * self.length
-                inner = tuple(made(first, middle, slots))
-                yield Run(kind=RunKind.RECOMPUTE, start=begin, stop=end, inner=inner)
-                first, slots = middle, slots - 1
-            begin = max(start, short + first * self.length)
-            yield from self.leaf.runs(begin, short + stop * self.length)
-
-        yield from made(0, pieces, self.slots)
-        if self.after:
-            yield from self.after.runs(start + self.size)
-
-
-def _repetitions(pieces: int, slots: int) -> int:
-    """How often a piece is recomputed at most."""
-    times = 0
-    while math.comb(slots + times, slots) < pieces:
-        times += 1
-    return times
-
-
-def binomial_split(pieces: int, slots: int) -> int:
-    """How many of the pieces the first RECOMPUTE run covers, with room for `slots` such runs at once: as many as may be."""
-    times = _repetitions(pieces, slots)
-    return min(math.comb(slots + times - 1, slots), pieces - math.comb(slots + times - 2, slots - 1))
-
-
-def binomial_steps(pieces: int, slots: int) -> int:
-    """The fewest pieces recomputed, over all, with room for `slots` RECOMPUTE runs at once."""
-    if pieces == 1:
-        return 0
-    times = _repetitions(pieces, slots)
-    return times * pieces - math.comb(slots + times, slots + 1)
-
-
 class _Body:
     """Shapes for stretches of one layer, repeated; `leaves`, what tails may be of."""
 
@@ -163,7 +101,6 @@ class _Body:
         self.costs = functools.cache(self._costs)
         self.one_group = functools.cache(self._one_group)
         stores = [leaf for leaf in leaves if leaf.kind is RunKind.STORE]
-        self.stores = stores
         self.leaves = [leaf for leaf in leaves if leaf not in stores]
         for leaf in sorted(stores, key=lambda leaf: self.costs(leaf, 16)[::-1]):
             if not any(self.costs(one, 16) <= self.costs(leaf, 16) for one in self.leaves if one in stores):
@@ -214,32 +151,9 @@ class _Body:
                     found.append(self.group(count, length, inner, self.leaf(leaf, rest)))
         return min(found, key=lambda shape: shape.price, default=None)
 
-    def binomial(self, size: int, room: int) -> Iterator[_Binomial]:
-        """Binomial recomputation in pieces of several lengths, of all layers or before a tail."""
-        tails = [(None, 0)] + [
-            (leaf, length)
-            for leaf in self.leaves
-            for length in _counts(min(size - 2, self.longest(leaf, size, room)))
-        ]
-        for leaf, length in itertools.product(self.stores, _counts(size // 2)):
-            need, time = self.costs(leaf, length)
-            if need > room:
-                break
-            for tail, rest in tails:
-                left = size - rest
-                slots = (room - max(need, self.costs(tail, rest)[0] if tail else 0)) // self.own
-                pieces = -(-left // length)
-                if slots < 1 or pieces < 2:
-                    continue
-                again = binomial_steps(pieces, slots) * length * self.forward_ns
-                after = self.leaf(tail, rest) if tail else None
-                total = time * left // length + again + (after.time_ns if after else 0)
-                yield _Binomial(total, leaf, left, length, slots, after)
-
-    def best(self, size: int, room: int) -> _Shape | _Binomial | None:
-        """The best of at most two groups at the top, or of binomial recomputation."""
-        found: list[_Shape | _Binomial | None] = [*self.binomial(size, room)]
-        found += [self.one_group(size, room, levels) for levels in (0, 1, 2)]
+    def best(self, size: int, room: int) -> _Shape | None:
+        """The best of at most two groups at the top."""
+        found = [self.one_group(size, room, levels) for levels in (0, 1, 2)]
         for count in _counts(size // 2):
             for length in _counts((size - 1) // count):
                 inner = self.one_group(length, room - (count - 1) * self.own, 1)
@@ -307,19 +221,55 @@ def _replaced(
         after = replay(part(profile, end, len(profile)), [shifted(run, -end) for run in right])
         taken += max(0, after.peak_bytes - waiting)
     body = _Body(piece, _leaves(piece, within, begin), max_error)
-    less = 0
-    for _ in range(_TRIES):
-        found = body.best(end - begin, room - taken - less)
-        other = (*left, *found.runs(begin), *right) if found else runs
-        if loops(other) >= loops(runs):
-            break
-        checked = replay(profile, other)
-        if checked.time_ns > most_ns:
-            break
-        if checked.peak_bytes <= room and checked.error <= max_error:
-            return other
-        less += max(1, checked.peak_bytes - room)
-    return runs
+    names = _most_stored(within)
+
+    def shape(room: int) -> tuple[Run, ...] | None:
+        found = body.best(end - begin, room)
+        return tuple(found.runs(begin)) if found else None
+
+    makers: list[Callable[[int], tuple[Run, ...] | None]] = [shape]
+    makers += [functools.partial(_one_tape, piece, begin, name) for name in names]
+    best, least = runs, loops(runs)
+    lowest = math.inf
+    for make in makers:
+        less = 0
+        for _ in range(_TRIES):
+            found = make(room - taken - less)
+            if found is None or loops(other := (*left, *found, *right)) >= least:
+                break
+            checked = replay(profile, other)
+            price = checked.time_ns * (1 + _PRICE * loops(other))
+            if checked.time_ns > most_ns or price >= lowest:
+                break
+            if checked.peak_bytes <= room and checked.error <= max_error:
+                best, lowest = other, price
+                break
+            less += max(1, checked.peak_bytes - room)
+    return best
+
+
+def _most_stored(runs: Sequence[Run]) -> list[str]:
+    """The options of STORE runs, at any depth, that a tape might do with alone: at most `_OPTIONS`, the most frequent first."""
+    stored = collections.Counter(run.options[0] for run in walk(runs) if run.kind is RunKind.STORE)
+    return [name for name, _ in stored.most_common(_OPTIONS)]
+
+
+def _one_tape(piece: Profile, begin: int, option: str, room: int) -> tuple[Run, ...] | None:
+    """The fastest schedule of `piece`, from layer `begin` on, by recomputation and one STORE option; None where nothing fits. It compiles as a tape where memory is scarce."""
+    tables = _tables(piece, begin, option)
+    need, _ = tables.points(begin == 0)
+    if not need.size or need[0] > room:
+        return None
+    return tables.read(begin == 0, room)[0]
+
+
+@functools.lru_cache(maxsize=8)
+def _tables(piece: Profile, begin: int, option: str) -> SparseTables:
+    store = tuple(one for one in piece.layers[0].store if one.name == option)
+    layer = dataclasses.replace(piece.layers[0], store=store, moonwalk=(), invert=())
+    alone = dataclasses.replace(piece, layers=(layer,) * len(piece))
+    allowed = frozenset({Strategy.STORE, Strategy.RECOMPUTE})
+    return SparseTables(alone, max_error=0.0, allowed=allowed, thin=_THIN, first=begin)
 
 
 def _leaves(piece: Profile, within: Sequence[Run], begin: int) -> list[_Leaf]:
