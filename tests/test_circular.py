@@ -107,6 +107,16 @@ def test_half_precision_and_no_examples() -> None:
         np.testing.assert_array_equal(got, want)
 
 
+def test_arrays_of_an_explicit_mesh() -> None:
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    one, x, w, ct = case((6, 5), (3, 3), (1, 1), 3, 2)
+    _, vjp = jax.vjp(jax.jit(lambda w: padded(x, w, one)), w)
+    placed = jax.device_put(x, jax.NamedSharding(mesh, jax.P("data")))
+    layer = jax.device_put(ml.Conv2D(w, padding="CIRCULAR"), jax.NamedSharding(mesh, jax.P()))
+    got = jax.jit(jax.grad(lambda layer: jnp.sum(layer(placed) * jnp.asarray(np.asarray(ct)))))(layer)
+    np.testing.assert_allclose(got.weight, vjp(ct)[0], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="what is lean is so on CPUs")
 def test_memory() -> None:
     """In activations: what padding takes 2.4, 3.5 and 3.5 for. And the residuals are the layer's own input."""

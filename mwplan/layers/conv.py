@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from mwplan import trees
 from mwplan.errors import ArgumentError
 from mwplan.layers import block, pointwise, spectral
 from mwplan.layers.base import layer, static
@@ -74,6 +75,11 @@ class _Conv:
         y = convolve(x, cast(self.weight, x.dtype), pads, self.stride, self.dilation, self.groups)
         return y[:, : (x.shape[1] - self.dilation[0] * (kernel - 1) - 1) // self.stride[0] + 1] if slow else y
 
+    def _without_copy(self, g: Geometry) -> bool:
+        """Whether it is a `Circular`, which needs no padded copy of its input."""
+        plain = set(self.stride) == {1} and self.groups == 1
+        return g.circular and plain and all(r <= n for r, n in zip(g.reach, g.size))
+
     def linear(self, x: Array) -> Array:
         """The layer without its bias, any leading axes."""
         g = self.geometry(x.shape)
@@ -81,7 +87,7 @@ class _Conv:
         flat = cast(x, jnp.result_type(x, self.weight)).reshape(math.prod(lead), *x.shape[len(lead) :])
         if not g.circular:
             y = self._convolve(flat, g.pads)
-        elif set(self.stride) == {1} and self.groups == 1 and all(r <= n for r, n in zip(g.reach, g.size)):
+        elif self._without_copy(g) and not trees.explicitly_sharded((flat, self.weight)):
             y = bilinear(Circular(g.pads, self.dilation), flat, cast(self.weight, flat.dtype))
         else:
             y = self.valid(self.pad(flat, g))
