@@ -15,14 +15,14 @@ from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 #: Primitives that only call what they hold.
-CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr"}  # fmt: skip
+CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr", "bilinear": "jaxpr"}  # fmt: skip
 
 
 def canonical(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` with every convolution, those within calls, loops, branches and `jax.checkpoint` included, in batch-first, channels-last layout.
 
     Same values; a transposed copy of an operand where its layout was another. Not to be differentiated any more: rules of `jax.custom_vjp`
-    are gone.
+    and `layers.bilinear` are gone.
     """
 
     def call(*args: Any) -> Any:

@@ -1,6 +1,6 @@
 """A function as a flat program: its jaxpr without calls, repeated equations, dead ones, and with views told from copies.
 
-Calls (`jit`, `custom_jvp`, `custom_vjp`, `checkpoint`, the solve of `custom_linear_solve`) are inlined, equal equations with equal operands merged and
+Calls (`jit`, `custom_jvp`, `custom_vjp`, `checkpoint`, `layers.bilinear`, the solve of `custom_linear_solve`) are inlined, equal equations with equal operands merged and
 dead ones dropped, as XLA would. Reshapes are views, and so are transposes that only products see: libraries take either layout.
 """
 
@@ -25,6 +25,7 @@ _CALLS = {
     "core_call": "call_jaxpr",
     "custom_jvp_call": "call_jaxpr",
     "custom_vjp_call": "call_jaxpr",
+    "bilinear": "jaxpr",
     "checkpoint": "jaxpr",
     "remat": "jaxpr",
     "remat2": "jaxpr",

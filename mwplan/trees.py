@@ -122,3 +122,11 @@ def vary(tree: Any, axes: frozenset[str]) -> Any:
         return cast(leaf, missing, to="varying")
 
     return jax.tree.map(one, tree) if axes else tree
+
+
+def explicitly_sharded(tree: Any) -> bool:
+    """Whether the type of any array of `tree` says how it is sharded: a mesh axis of type `Explicit`."""
+    meshes = (
+        getattr(getattr(jax.typeof(leaf), "sharding", None), "mesh", None) for leaf in jax.tree.leaves(tree)
+    )
+    return any(jax.sharding.AxisType.Explicit in (getattr(mesh, "axis_types", None) or ()) for mesh in meshes)

@@ -14,12 +14,14 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Array, Float
 
+from mwplan import trees
 from mwplan.errors import ArgumentError
 from mwplan.layers import block, pointwise, spectral
 from mwplan.layers.base import layer, static
+from mwplan.layers.bilinear import bilinear
+from mwplan.layers.circular import Circular, convolve
 from mwplan.layers.geometry import Geometry, Padding, geometry
 from mwplan.layers.linear import cast
 from mwplan.rules import InvertRule, Unavailable, VijpRule
@@ -66,27 +68,29 @@ class _Conv:
         return self._convolve(padded, ((0, 0),) * self.dims)
 
     def _convolve(self, x: Array, pads: Sequence[tuple[int, int]]) -> Array:
-        names = {1: ("NHC", "HIO", "NHC"), 2: ("NHWC", "HWIO", "NHWC")}[self.dims]
         kernel = self.weight.shape[0]
         # XLA:CPU (jaxlib 0.10.2) is up to ten times slower without any padding: a row of zeros is added, and its output cut off.
         slow = not any(map(any, pads)) and kernel > 1 and self.dims == 2 and jax.default_backend() == "cpu"
-        y = lax.conv_general_dilated(
-            x,
-            cast(self.weight, x.dtype),
-            self.stride,
-            ((0, 1), *pads[1:]) if slow else pads,
-            rhs_dilation=self.dilation,
-            dimension_numbers=names,
-            feature_group_count=self.groups,
-        )
+        pads = ((0, 1), *pads[1:]) if slow else pads
+        y = convolve(x, cast(self.weight, x.dtype), pads, self.stride, self.dilation, self.groups)
         return y[:, : (x.shape[1] - self.dilation[0] * (kernel - 1) - 1) // self.stride[0] + 1] if slow else y
+
+    def _without_copy(self, g: Geometry) -> bool:
+        """Whether it is a `Circular`, which needs no padded copy of its input."""
+        plain = set(self.stride) == {1} and self.groups == 1
+        return g.circular and plain and all(r <= n for r, n in zip(g.reach, g.size))
 
     def linear(self, x: Array) -> Array:
         """The layer without its bias, any leading axes."""
         g = self.geometry(x.shape)
         lead = x.shape[: -1 - self.dims]
         flat = cast(x, jnp.result_type(x, self.weight)).reshape(math.prod(lead), *x.shape[len(lead) :])
-        y = self.valid(self.pad(flat, g)) if g.circular else self._convolve(flat, g.pads)
+        if not g.circular:
+            y = self._convolve(flat, g.pads)
+        elif self._without_copy(g) and not trees.explicitly_sharded((flat, self.weight)):
+            y = bilinear(Circular(g.pads, self.dilation), flat, cast(self.weight, flat.dtype))
+        else:
+            y = self.valid(self.pad(flat, g))
         return y.reshape(*lead, *y.shape[1:])
 
     def __call__(self, x: Array) -> Array:
