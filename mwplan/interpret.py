@@ -296,7 +296,7 @@ class Interpreter:
         if not isinstance(part, Stack) or len(part.block) > 1 or first.part != last.part:
             return None
         option = tape.option_of(run)
-        return option and (first.part, option)
+        return (first.part, option) if option else None
 
     def _taped(self, runs: tuple[Run, ...], option: str) -> Taped | None:
         if tape.written_out(runs) <= tape.LOOPS:

@@ -50,7 +50,7 @@ def find(walker: Interpreter, many: Repeat, option: str) -> Taped | None:
         return None
     sizes = _words_of(steps.y), _words_of(steps.held)
     tape = taped(many.runs, *sizes, keeps_input=steps.held.keeps_input)
-    return tape and Taped(many, tape)
+    return Taped(many, tape) if tape else None
 
 
 def forward(walker: Interpreter, one: Taped, depth: int) -> Words:
