@@ -185,8 +185,8 @@ class Frontier:
     def at(self, budget: int | str, *, regular: float = REGULAR) -> Schedule:
         """The fastest schedule at `budget`, by the frontier alone.
 
-        `regular`: of a schedule that is not proved optimal, the share of its time that may be lost for one of fewer different runs where layers repeat: these
-        compile faster, in a time that grows with the number of different runs. **Raises:** `InfeasibleError`.
+        `regular`: of a schedule that is not proved optimal, the share of its time that may be lost for one of fewer different runs where layers repeat (several
+        times as much where it would compile to hundreds of loops): these compile faster, in a time that grows with the number of loops. **Raises:** `InfeasibleError`.
         """
         budget_bytes = parse_bytes(budget)
         room = budget_bytes - self.always_bytes
@@ -218,8 +218,8 @@ class Frontier:
         return needs + self.profile.table_bytes
 
     def simplified(self, solution: Solution, room: int, loss: float) -> Solution:
-        """`solution`, or one of fewer different runs at a loss of time of at most a factor `1 + loss`; proved optimal, it stays as it is."""
-        from mwplan.solvers.regular import simplify
+        """`solution`, or one of fewer different runs at a loss of time of at most about `loss` (`affordable`); proved optimal, it stays as it is."""
+        from mwplan.solvers.regular import affordable, simplify
 
         if solution.runs is None or solution.status is Status.OPTIMAL:
             return solution
@@ -228,7 +228,9 @@ class Frontier:
             return solution
         found = replay(self.profile, runs)
         before = solution.time_ns + self.profile.fresh_ns(solution.peak_bytes)
-        if found.time_ns + found.fresh_ns > (1 + loss) * before:  # it takes more memory, which costs time
+        if (
+            found.time_ns + found.fresh_ns > (1 + affordable(solution.runs, loss)) * before
+        ):  # it takes more memory, which costs time
             return (
                 self.simplified(solution, solution.peak_bytes, loss)
                 if room > solution.peak_bytes

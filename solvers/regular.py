@@ -37,6 +37,8 @@ LEAST_STRETCH = 96
 _DEEPEST = 4
 #: schedules of no more loops stay as they are
 _FEW = 8
+#: up to so many compile in a minute or so
+_MANY = 100
 #: what one more loop may cost of the time, between schedules of few runs
 _PRICE = 1e-3
 _TRIES = 4
@@ -176,15 +178,20 @@ def _counts(most: int) -> Iterator[int]:
             step *= 2
 
 
+def affordable(runs: Sequence[Run], loss: float) -> float:
+    """The share of its time that a schedule may lose for fewer loops: `loss`, and in proportion more where it has more than `_MANY`."""
+    return loss * max(1.0, loops(runs) / _MANY)
+
+
 def simplify(
     profile: Profile, runs: tuple[Run, ...], room: int, *, max_error: float, loss: float
 ) -> tuple[Run, ...]:
-    """`runs`, or a schedule of fewer different ones that fits `room` bytes as well and takes at most a factor `1 + loss` longer.
+    """`runs`, or a schedule of fewer different ones that fits `room` bytes as well and takes longer by at most the share `affordable` of `loss`.
 
     **Arguments:** `runs`, a schedule of `profile` that keeps `max_error`. **Cost:** as the module says.
     """
     long = [(a, z) for a, z, uniform in stretches(profile, LEAST_STRETCH) if uniform]
-    most_ns = int(replay(profile, runs).time_ns * (1 + loss)) if long else 0
+    most_ns = int(replay(profile, runs).time_ns * (1 + affordable(runs, loss))) if long else 0
     for start, stop in long:
         within = [run for run in runs if start < run.stop <= stop]
         # Nothing is recomputed that was not: it may not be allowed.
