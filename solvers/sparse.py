@@ -109,6 +109,7 @@ class SparseTables:
             short, max_error=max_error, allowed=allowed, loss=thin / 6, optimistic=bound,
             of=1 if bound else len(whole),
         )  # fmt: skip
+        self.candidates.prepare([(0, True), (1, False)])
         self.activation, self.waiting = int(profile.activation_bytes[0]), int(profile.cotangent_bytes[0])
         layer = profile.layers[0]
         self.forward = layer.forward_ns
@@ -226,7 +227,7 @@ class SparseTables:
 
     def _add_atoms(self, n: int) -> None:
         """STORE, MOONWALK and INVERT runs of `n` layers."""
-        stores: dict[int, dict[bool, _Piece]] = {}
+        same: dict[tuple[RunKind, tuple[str, ...]], dict[bool, _Piece]] = {}
         for e in (False, True):
             start = 0 if e else 1
             if start + n > len(self.candidates.profile):
@@ -244,8 +245,8 @@ class SparseTables:
                         f, _, held, _ = (int(x[row]) for x in columns)
                         one = slice(row, row + 1)
                         piece = _Piece(n, keeps, f, held, (atoms.backward_peak[one], atoms.time[one]), one)
-                        which = 3 * int(atoms.handle[row]) + int(atoms.kind[row])
-                        stores.setdefault(which, {})[e] = piece
+                        run = self.candidates.run(start, e, row)
+                        same.setdefault((run.kind, run.options), {})[e] = piece
                     continue
                 columns = [x[rows] for x in columns]
                 for f, held, stairs in grouped(columns if self.bound else self._few(columns), self.waiting):
@@ -254,8 +255,8 @@ class SparseTables:
                         self._add_repeated({e: piece})
                     else:
                         self._add(e, piece)
-        for same in stores.values():
-            self._add_repeated(same)
+        for pieces in same.values():
+            self._add_repeated(pieces)
 
     def _few(self, columns: list[Ints]) -> list[Ints]:
         """Of runs `(F, B, H, t)` of one length: those that no other beats by steps of a factor `1 + _STEP thin` in each."""
