@@ -229,12 +229,9 @@ class Pairs:
         own = _pointer(left, self.left, cell + 1)
         budget = np.append(right.grid, right.span - 1)[cell]
         rest = shifts.cell(self.moved, cell)
-        other = _beyond(
-            right,
-            _pointer(right, self.right, rest),
-            _pointer(right, self.right, rest + 1),
-            right.base[self.right] + budget - self.held,
-        )
+        ranges = _pointer(right, self.right, rest), _pointer(right, self.right, rest + 1)
+        ahead, pair = right.base[self.right] - self.held, np.arange(cell.size)
+        other = _beyond(right, ranges, ahead, pair, budget)
         return self._values(left, right, budget, own, other)
 
     def _values(self, left: Buffer, right: Buffer, budget: Ints, own: Ints, other: Ints) -> Stairs:
@@ -259,7 +256,7 @@ class Pairs:
 
         index, pair = spread(*mine)
         need = left.key[index] - base[pair]
-        other = _beyond(right, rest[0][pair], rest[1][pair], ahead[pair] + need)
+        other = _beyond(right, rest, ahead, pair, need)
         ok = (other > right.pointer[self.right, 0][pair]) & (need >= self.floor[pair])
         out.append((pair[ok], need[ok], left.time[index[ok]] + right.time[other[ok] - 1]))
 
@@ -267,14 +264,14 @@ class Pairs:
         need = right.key[index] - ahead[pair]
         ok = (need > low[pair]) & (need <= high[pair]) & (need >= self.floor[pair])
         index, pair, need = index[ok], pair[ok], need[ok]
-        own = _beyond(left, mine[0][pair], mine[1][pair], base[pair] + need)
+        own = _beyond(left, mine, base, pair, need)
         ok = own > left.pointer[self.left, 0][pair]
         out.append((pair[ok], need[ok], left.time[own[ok] - 1] + right.time[index[ok]]))
 
         first = np.flatnonzero((self.floor > low) & (self.floor <= high))
         floor = self.floor[first]
-        own = _beyond(left, mine[0][first], mine[1][first], base[first] + floor)
-        other = _beyond(right, rest[0][first], rest[1][first], ahead[first] + floor)
+        own = _beyond(left, mine, base, first, floor)
+        other = _beyond(right, rest, ahead, first, floor)
         need, time = self.take(first)._values(left, right, floor, own, other)
         ok = time < INF
         out.append((first[ok], need[ok], time[ok]))
@@ -286,18 +283,20 @@ def _pointer(buffer: Buffer, row: Ints, column: Ints) -> Ints:
     return buffer.pointer.ravel().take(row * buffer.pointer.shape[1] + column).astype(np.int64)
 
 
-def _beyond(buffer: Buffer, begin: Ints, end: Ints, key: Ints) -> Ints:
-    """The first element of each range `begin..end-1` with more than `key`, `end` where there is none: all ranges halved together."""
-    begin, end = begin.copy(), end.copy()
-    active = np.flatnonzero(begin < end)
+def _beyond(buffer: Buffer, ranges: tuple[Ints, Ints], base: Ints, pair: Ints, need: Ints) -> Ints:
+    """The first element of the range `pair` with a key of more than its `base` and `need`, its end where there is none: all ranges halved together."""
+    found = ranges[0][pair]
+    active = np.flatnonzero((ranges[0] < ranges[1])[pair])
+    of = pair[active]
+    low, high, key = found[active], ranges[1][of], base[of] + need[active]
     while active.size:
-        low, high = begin[active], end[active]
         middle = (low + high) >> 1
-        more = buffer.key[middle] > key[active]
+        more = buffer.key[middle] > key
         low, high = np.where(more, low, middle + 1), np.where(more, middle, high)
-        begin[active], end[active] = low, high
-        active = active[low < high]
-    return begin
+        found[active] = low
+        open_ = np.flatnonzero(low < high)
+        active, low, high, key = active[open_], low[open_], high[open_], key[open_]
+    return found
 
 
 def joined(pairs: list[Pairs]) -> Pairs:
