@@ -73,13 +73,14 @@ _DONE: Stairs = (np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64))
 class Top:
     """The staircases of the suffixes `(s, r]` of one stretch, by node, and what its runs may be.
 
-    `reach[s]`: up to where a RECOMPUTE run from `s` may go; `closing`: whether it may end the stretch.
+    `reach[s]`: up to where a RECOMPUTE run from `s` may go; `closing`: whether it may end the stretch; `penalty_ns`: what each run's time has on top.
     """
 
     candidates: Candidates
     nodes: dict[tuple[int, bool], Stairs]
     reach: Ints
     closing: bool
+    penalty_ns: int
 
 
 @dataclass(slots=True)
@@ -439,11 +440,13 @@ class Tables:
         index = np.flatnonzero(keep)
         return stop[keep], need[keep], time[np.append(index[1:], time.size) - 1]
 
-    def solve_top(self, candidates: Candidates | None = None, *, closing: bool = False) -> Top:
+    def solve_top(
+        self, candidates: Candidates | None = None, *, closing: bool = False, penalty_ns: int = 0
+    ) -> Top:
         """The staircases of all suffixes of the chain at the top level.
 
         **Arguments:** `candidates`, if other than inside RECOMPUTE runs (layers pinned); `closing`, whether a RECOMPUTE run may end the
-        chain, which is never better but may be asked for.
+        chain, which is never better but may be asked for; `penalty_ns`, added to the time of each run of the top level.
         """
         c = candidates or self.candidates
         stop, none = self.size, np.zeros(0, dtype=np.int64)
@@ -458,9 +461,10 @@ class Tables:
             rows[0, int(kept), stop] = right.rows
             right.extend(1, np.zeros(need.size, dtype=np.int64), need, time)
         c.prepare((start, kept) for start in range(stop) for kept in self.kept_states(start))
-        top = Top(c, nodes, c.recompute_reach(), closing or self.ends is not None)
+        top = Top(c, nodes, c.recompute_reach(), closing or self.ends is not None, penalty_ns)
         source = self.source(self.levels)
-        begun = self._begun if c is self.candidates and closing <= (self.ends is not None) else None
+        plain = c is self.candidates and closing <= (self.ends is not None) and not penalty_ns
+        begun = self._begun if plain else None
         if begun:
             every = [(start, kept) for start in range(stop) for kept in self.kept_states(start)]
             self._read_atoms(stop + 1, every, *begun)
@@ -518,7 +522,7 @@ class Tables:
         floor_, held_, to_ = (np.array(x, dtype=np.int64) for x in (floors, holds, to))
         left = Buffer(self.grid, self.span, len(stairs), sided=True, waiting=self.waiting)
         need, time = (np.concatenate([_NOTHING[i], *(x[i] for x in stairs)]) for i in (0, 1))
-        spent_ = np.repeat(np.array(spent, dtype=np.int64), sizes)
+        spent_ = np.repeat(np.array(spent, dtype=np.int64) + top.penalty_ns, sizes)
         left.extend(len(stairs), np.repeat(np.arange(len(stairs)), sizes), need, time + spent_, floor_)
         return Pairs(np.arange(len(stairs)), to_, held_, floor_, self.shifts.rows(held_)), left
 
@@ -608,6 +612,7 @@ class Tables:
         """A run that begins a fastest schedule within `budget`, where it ends, the next node's `e`, the budget left there, and what the schedule
         needs of `budget`; None for a RECOMPUTE run, whose inner schedule may need that much too."""
         c = top.candidates if top else self.candidates
+        penalty = top.penalty_ns if top else 0
         k = 0 if top else int(c.cotangent[stop])
 
         def stairs(at: int, keeps: bool) -> Stairs:
@@ -625,7 +630,7 @@ class Tables:
         for row in np.flatnonzero((peak <= budget) & (atoms.stop <= stop)):
             at, keeps, held = int(atoms.stop[row]), bool(atoms.keeps_end[row]), int(atoms.held[row])
             need, rest = point(stairs(at, keeps), budget - held)
-            if int(atoms.time[row]) + rest == time and max(int(peak[row]), held + need) == budget:
+            if int(atoms.time[row]) + penalty + rest == time and max(int(peak[row]), held + need) == budget:
                 return c.run(start, kept, int(row)), at, keeps, budget - held, budget
         source = self.source(level)
         assert source is not None
@@ -638,7 +643,7 @@ class Tables:
                 break
             inner_need, inner = point(self.suffix(source, start, at, kept), budget)
             need, rest = point(stairs(at, False), budget - own)
-            spent = int(c.forward_sum[at] - c.forward_sum[start])
+            spent = int(c.forward_sum[at] - c.forward_sum[start]) + penalty
             if inner + rest + spent == time and max(peak_, inner_need, own + need) == budget:
                 return None, at, False, budget - own, budget
         raise AssertionError("a staircase's point has no run behind it")
