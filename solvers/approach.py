@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mwplan.schedule import Run, RunKind
-from mwplan.solvers.diagonals import Ways, envelopes, thinned_all
+from mwplan.solvers.diagonals import NO_POINTS, envelopes, thinned_all
 from mwplan.solvers.pareto import Ints
 from mwplan.solvers.sparse import SparseTables, longest_within
 from mwplan.solvers.splits import Buffer, Pairs, grouped
@@ -149,8 +149,9 @@ class Approach:
             family.extend(1, _NONE[0], *_NONE)
             return
         loss = self.body.thin / 3
+        of = np.zeros(len(pieces), dtype=np.int64)
         found = envelopes(
-            [Ways(pairs, _NONE)], self.left, family, self.body.shifts, slack=2 * loss, optimistic=False
+            of, pairs, NO_POINTS, self.left, family, self.body.shifts, slack=2 * loss, optimistic=False
         )
         family.extend(1, *(thinned_all(*found, loss, optimistic=False) if found[0].size else found))
 

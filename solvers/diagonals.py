@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 from mwplan.solvers.pareto import INF, Ints
 from mwplan.solvers.splits import LEVELS, MARGIN, Buffer, Pairs, Shifts
 
-Stairs = tuple[Ints, Ints]
+#: points of many staircases, one after the other: of which, need, time
+Points = tuple[Ints, Ints, Ints]
+NO_POINTS: Points = (np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
 Samples = NDArray[np.float32]
 _INF = np.float32(np.inf)
 #: about so many groups are bounded at once: their bounds should stay in a processor's cache
@@ -24,15 +26,7 @@ _GROUPS = 4_000
 
 
 @dataclass(slots=True)
-class Ways:
-    """How one stretch may begin: by the groups `pairs`, or by a run that is all of it, of which `known` is the staircase."""
-
-    pairs: Pairs
-    known: Stairs
-
-
-@dataclass(slots=True)
-class _Points:
+class Pieces:
     """Points of many staircases, in pieces."""
 
     of: list[Ints] = field(default_factory=list)
@@ -40,146 +34,144 @@ class _Points:
     time: list[Ints] = field(default_factory=list)
 
     def add(self, of: Any, need: Ints, time: Ints) -> None:
+        """Adds points of one staircase or of several."""
         self.of.append(np.broadcast_to(of, need.shape))
         self.need.append(need)
         self.time.append(time)
 
+    def joined(self) -> Points:
+        """All of them, as stretch, need, time."""
+        if not self.of:
+            return NO_POINTS
+        return np.concatenate(self.of), np.concatenate(self.need), np.concatenate(self.time)
+
 
 def envelopes(
-    ways: list[Ways], left: Buffer, right: Buffer, shifts: Shifts, *, slack: float, optimistic: bool
-) -> tuple[Ints, Ints, Ints]:
+    of: Ints,
+    pairs: Pairs,
+    known: Points,
+    left: Buffer,
+    right: Buffer,
+    shifts: Shifts,
+    *,
+    slack: float,
+    optimistic: bool,
+) -> Points:
     """The lower envelopes of many stretches' groups (`mwplan.solvers.splits`): their staircases one after the other, as stretch, need, time.
 
-    **Arguments:** `ways`, with their groups' rows in `left`, `right` and `shifts`; `slack`, the factor of time that may be lost at each, but for the least need and, but
+    **Arguments:** `of`, in order: the stretch of each of the groups `pairs`, whose rows are in `left`, `right` and `shifts`; `known`, staircases of runs that are all of a
+    stretch, as they are returned; `slack`, the factor of time that may be lost at each, but for the least need and, but
     for ties within float32, the least time; `optimistic`: then no point is a schedule, but no schedule is faster than the staircase.
     """
-    points = _Points()
-    for which, way in enumerate(ways):
-        if way.known[0].size:
-            points.add(which, *way.known)
-    some: list[int] = []
-    size = 0
-    for which, way in enumerate(ways):
-        count = way.pairs.left.size
-        if some and size + count > _GROUPS:
-            _Cells([ways[k] for k in some], np.array(some), left, right, shifts, slack).add_to(
-                points, optimistic
-            )
-            some, size = [], 0
-        if count:
-            some.append(which)
-            size += count
-    if some:
-        _Cells([ways[k] for k in some], np.array(some), left, right, shifts, slack).add_to(points, optimistic)
-    if not points.of:
-        none = np.zeros(0, dtype=np.int64)
-        return none, none, none
-    return staircases(
-        np.concatenate(points.of), np.concatenate(points.need), np.concatenate(points.time), right.span
-    )
+    points = Pieces([known[0]], [known[1]], [known[2]])
+    cuts = np.append(np.flatnonzero(np.diff(of, prepend=-1)), of.size).tolist()
+    begin = 0
+    for here, after in itertools.pairwise([*cuts, 2 * of.size + _GROUPS]):
+        if here > begin and after - begin > _GROUPS:
+            some = slice(begin, here)
+            _Cells(of[some], pairs.take(some), known, left, right, shifts, slack).add_to(points, optimistic)
+            begin = here
+    return staircases(*points.joined(), right.span)
 
 
 @dataclass(slots=True)
 class _Level:
-    """Groups in some intervals of cells each, those of one stretch and one interval of the level before in a row: in `index`, which end with the cells `last`.
+    """Groups in some intervals of cells each: those of one interval of the level before, `parent`, in a row. Those of one stretch and `parent` follow each other.
 
-    `lower` and `upper` bound each in the interval and at its end; `best`: the smallest upper bounds of a row, the first of each of which `cuts` holds and `part` numbers.
+    `lower` and `upper` bound each in the intervals and at their ends; `best`: the smallest upper bounds of a row, the first of each of which `cuts` holds and `part` numbers;
+    `stretch` and `last` are theirs: the stretch and the last cells of the intervals.
     """
 
     group: Ints
-    stretch: Ints
-    index: Ints
-    last: Ints
+    parent: Ints
     lower: Samples
     upper: Samples
     best: Samples
     cuts: Ints
     part: Ints
+    stretch: Ints
+    last: Ints
     alive: NDArray[np.bool_]
 
 
 class _Cells:
-    """The groups of many stretches, none without any, in cells: what bounds say of them, in `LEVELS` of finer and finer intervals.
+    """The groups of many stretches in cells: what bounds say of them, in `LEVELS` of finer and finer intervals.
 
     `limit[w, q]`: what stretch `w` is known to take at the beginning of cell `q`, infinite for the first (there are columns up to the end of the last interval). Below that, but
     for what may be lost, a group is looked at more closely in the end.
     """
 
     def __init__(
-        self, ways: list[Ways], names: Ints, left: Buffer, right: Buffer, shifts: Shifts, slack: float
+        self,
+        of: Ints,
+        pairs: Pairs,
+        known: Points,
+        left: Buffer,
+        right: Buffer,
+        shifts: Shifts,
+        slack: float,
     ) -> None:
-        self.names, self.left, self.right, self.shifts, self.slack = names, left, right, shifts, slack
-        self.budgets = budgets = right.grid
-        counts = np.array([way.pairs.left.size for way in ways])
-        self.pairs = _joined([way.pairs for way in ways])
-        self.of = np.repeat(np.arange(len(ways)), counts)
-        n = budgets.size
-        count = -(-(n + 1) // LEVELS[0])
-        self.limit: Samples = np.full((len(ways), count * LEVELS[0] + 1), _INF, dtype=np.float32)
-        for row, way in zip(self.limit, ways):
-            if way.known[0].size:
-                at = way.known[0].searchsorted(budgets, side="right")
-                row[1 : n + 1] = np.append(np.inf, way.known[1])[at]
+        self.left, self.right, self.shifts, self.slack = left, right, shifts, slack
+        self.pairs, budgets = pairs, right.grid
+        new = np.diff(of, prepend=-1) != 0
+        #: names of the stretches, which are numbered from 0 here
+        self.names, self.of = of[new], np.cumsum(new) - 1
+        count = left.columns[0].shape[1] // 2
+        self.limit: Samples = np.full((self.names.size, count * LEVELS[0] + 1), _INF, dtype=np.float32)
+        cuts = known[0].searchsorted([self.names, self.names + 1]).T.tolist() if known[0].size else []
+        for row, (begin, end) in zip(self.limit, cuts):
+            if end > begin:
+                at = known[1][begin:end].searchsorted(budgets, side="right")
+                row[1 : budgets.size + 1] = np.append(np.inf, known[2][begin:end])[at]
         #: a group left out of an interval takes at least 1 / (1 + slack) of what is known at its beginning, and so in all of its cells
         self.factor = np.float32((1 + MARGIN) / (1 + slack))
-        self.levels = [self._coarsest(count)]
-        for wider, width in itertools.pairwise(LEVELS):
-            self.levels.append(self._finer(self.levels[-1], wider // width, width))
-
-    def _coarsest(self, count: int) -> _Level:
-        """All groups in all intervals."""
-        pairs, samples = self.pairs, self.right.samples
-        rough = self.left.rough[pairs.left]
-        columns = self.shifts.rough[pairs.moved]
-        rough += samples.ravel().take(pairs.right[:, None] * samples.shape[1] + columns)
-        upper = np.full((self.of.size, count), _INF, dtype=np.float32)
-        upper[:, :-1] = rough[:, count:]
         group = np.arange(self.of.size)
-        index = np.broadcast_to(np.arange(count), upper.shape)
-        return self._bounded(group, index, LEVELS[0], rough[:, :count], upper)
+        self.levels = [self._level(0, group, np.zeros_like(group))]
+        for number in range(1, len(LEVELS)):
+            self.levels.append(self._level(number, *self._left_over(self.levels[-1])))
 
-    def _finer(self, level: _Level, ratio: int, width: int) -> _Level:
-        """Those groups that may matter, where they may, in intervals of `width` cells."""
-        entry, place = _places(level.alive)
-        group, parent = level.group[entry], level.index[entry, place]
-        order = np.argsort(self.of[group] * self.limit.shape[1] + parent, kind="stable")
-        group, parent = group[order], parent[order]
-        n, pairs, samples = self.budgets.size, self.pairs, self.right.samples
-        index = parent[:, None] * ratio + np.arange(ratio)
-        last = index * width + (width - 1)
-        cells, ends = np.minimum(last, n), np.minimum(last, n - 1) + (n + 1)
-        mine, table, rest = self.left.samples.ravel(), self.shifts.table.ravel(), samples.ravel()
-        own = pairs.left[group, None] * self.left.samples.shape[1]
-        row, shift = pairs.right[group, None] * samples.shape[1], pairs.moved[group, None] * (2 * n + 1)
-        lower = mine.take(own + cells) + rest.take(row + table.take(shift + cells))
-        upper = mine.take(own + ends) + rest.take(row + table.take(shift + ends))
-        lower[index * width > n] = _INF
-        upper[last >= n] = _INF
-        return self._bounded(group, index, width, lower, upper)
+    @staticmethod
+    def _left_over(level: _Level) -> tuple[Ints, Ints]:
+        """The groups that may matter, and the numbers of the intervals where they may, those of one stretch and interval together."""
+        # Group by group within each column.
+        size, ratio = level.alive.shape
+        which = np.flatnonzero(level.alive.T)
+        column = which // max(1, size)
+        which -= column * size
+        return level.group[which], level.parent[which] * ratio + column
 
-    def _bounded(self, group: Ints, index: Ints, width: int, lower: Samples, upper: Samples) -> _Level:
-        """Counts on the upper bounds, and says which groups may matter then."""
+    def _level(self, number: int, group: Ints, parent: Ints) -> _Level:
+        """Bounds `group` in the intervals of level `number` that are within `parent`, counts on the upper bounds, and says which groups may matter then."""
+        pairs, samples, width = self.pairs, self.right.samples, LEVELS[number]
+        sheet, shift = self.left.sheets[number], self.shifts.sheets[number]
+        _, count, wide = sheet.shape
+        ratio = wide // 2
+        bounds = sheet.reshape(-1, wide).take(pairs.left[group] * count + parent, axis=0)
+        columns = shift.reshape(-1, wide).take(pairs.moved[group] * count + parent, axis=0)
+        bounds += samples.ravel().take(columns + (pairs.right[group] * samples.shape[1])[:, None])
+        lower, upper = bounds[:, :ratio], bounds[:, ratio:]
+
         stretch = self.of[group]
-        last = index * width + (width - 1)
-        key = stretch * self.limit.shape[1] + index[:, 0]
-        cuts = np.flatnonzero(np.append(True, key[1:] != key[:-1])[: key.size])
-        part = np.cumsum(np.bincount(cuts, minlength=key.size)) - 1
+        key = stretch * count + parent
+        new = np.append(True, key[1:] != key[:-1])[: key.size]
+        cuts, part = np.flatnonzero(new), np.cumsum(new) - 1
+        stretch = stretch[cuts]
+        last = (parent[cuts, None] * ratio + np.arange(1, ratio + 1)) * width - 1
         best = upper
         if key.size:
             best = np.minimum.reduceat(upper, cuts, axis=0)
-            where = stretch[cuts, None], last[cuts] + 1
+            where = stretch[:, None], last + 1
             self.limit[where] = np.minimum(self.limit[where], best)
             np.minimum.accumulate(self.limit, axis=1, out=self.limit)
-        known = self.limit[stretch[cuts, None], last[cuts] - (width - 1)] * self.factor
-        return _Level(group, stretch, index, last, lower, upper, best, cuts, part, lower < known[part])
+        known = self.limit[stretch[:, None], last - (width - 1)] * self.factor
+        alive = lower < known.take(part, axis=0)
+        return _Level(group, parent, lower, upper, best, cuts, part, stretch, last, alive)
 
-    def add_to(self, points: _Points, optimistic: bool) -> None:
+    def add_to(self, points: Pieces, optimistic: bool) -> None:
         """Adds the groups' points that make the envelopes, within what may be lost."""
-        cells = self.levels[-1]
-        entry, place = _places(cells.alive)
-        pairs = self.pairs.take(cells.group[entry])
-        names = self.names[cells.stretch[entry]]
-        for pair, need, time in pairs.steps(self.left, self.right, cells.last[entry, place]):
+        group, cell = self._left_over(self.levels[-1])
+        pairs, names = self.pairs.take(group), self.names[self.of[group]]
+        for pair, need, time in pairs.steps(self.left, self.right, self.shifts, cell):
             points.add(names[pair], need, time)
         if self.slack and optimistic:
             for level, width in zip(self.levels, LEVELS):
@@ -187,55 +179,45 @@ class _Cells:
         elif self.slack:
             self._add_sure(points)
 
-    def _add_sure(self, points: _Points) -> None:
+    def _add_sure(self, points: Pieces) -> None:
         """The schedules that `limit` counts on, and the fastest."""
         chosen, cell = [], []
         for level in self.levels:
-            at = level.stretch[level.cuts, None], level.last[level.cuts]
+            if not level.group.size:
+                continue
+            at = level.stretch[:, None], level.last
             useful = (level.best < self.limit[at]) & (level.best <= self.limit[at[0], at[1] + 1])
             if level is not self.levels[0]:
                 # Where an interval ends the one before it ends too.
                 useful[:, -1] = False
-            entry, place = _places(level.upper == np.where(useful, level.best, -1)[level.part])
+            asked = np.where(useful, level.best, -1).take(level.part, axis=0)
+            entry, place = np.divmod(np.flatnonzero(level.upper == asked), asked.shape[1])
             chosen.append(level.group[entry])
-            cell.append(level.last[entry, place])
-        self._add_values(points, np.concatenate(chosen), self.budgets[np.concatenate(cell)])
+            cell.append(level.last[level.part[entry], place])
         first = self.levels[0]
         fastest = first.lower[:, -1]
         least = np.minimum.reduceat(fastest, first.cuts)[first.part] * np.float32(1 + MARGIN)
         fast = np.flatnonzero(fastest <= least)
-        self._add_values(points, fast, np.full(fast.size, self.right.span - 1))
-
-    def _add_values(self, points: _Points, group: Ints, budget: Ints) -> None:
-        need, time = self.pairs.take(group).values(self.left, self.right, budget)
+        chosen.append(fast)
+        cell.append(np.full(fast.size, self.right.grid.size))
+        group = np.concatenate(chosen)
+        need, time = self.pairs.take(group).values_at(
+            self.left, self.right, self.shifts, np.concatenate(cell)
+        )
         ok = time < INF
         points.add(self.names[self.of[group[ok]]], need[ok], time[ok])
 
-    def _add_floors(self, points: _Points, level: _Level, width: int) -> None:
+    def _add_floors(self, points: Pieces, level: _Level, width: int) -> None:
         """Where groups are left out: their lower bounds as points at the beginnings of intervals."""
         if not level.group.size:
             return
         bound = np.minimum.reduceat(np.where(level.alive, _INF, level.lower), level.cuts, axis=0)
-        stretch, cells = level.stretch[level.cuts, None], level.last[level.cuts] - (width - 1)
+        stretch, cells = level.stretch[:, None], level.last - (width - 1)
         # Nothing is left out of the first cell.
-        part, place = np.nonzero((bound < self.limit[stretch, cells] * np.float32(1 + MARGIN)) & (cells > 0))
+        limit = self.limit[stretch, cells] * np.float32(1 + MARGIN)
+        part, place = np.nonzero((bound < limit) & (cells > 0))
         time = np.floor(bound[part, place].astype(np.float64) * (1 - MARGIN)).astype(np.int64)
-        points.add(self.names[stretch[part, 0]], self.budgets[cells[part, place] - 1] + 1, time)
-
-
-def _places(which: NDArray[np.bool_]) -> tuple[Ints, Ints]:
-    """`numpy.nonzero` of a matrix, which is slow for large ones."""
-    row, column = np.divmod(np.flatnonzero(which), which.shape[1])
-    return row, column
-
-
-def _joined(pairs: list[Pairs]) -> Pairs:
-    return Pairs(
-        *(
-            np.concatenate([getattr(x, name) for x in pairs])
-            for name in ("left", "right", "held", "floor", "moved")
-        )
-    )
+        points.add(self.names[level.stretch[part]], self.right.grid[cells[part, place] - 1] + 1, time)
 
 
 def staircases(of: Ints, need: Ints, time: Ints, span: int) -> tuple[Ints, Ints, Ints]:

@@ -30,7 +30,7 @@ from mwplan.errors import ArgumentError
 from mwplan.profiles import Profile
 from mwplan.schedule import Run, RunKind, Solution, Status, Strategy
 from mwplan.solvers.approach import Approach
-from mwplan.solvers.diagonals import Ways, envelopes, grouped_all, thinned_all
+from mwplan.solvers.diagonals import NO_POINTS, Pieces, Points, envelopes, grouped_all, thinned_all
 from mwplan.solvers.pareto import INF, Ints, staircase
 from mwplan.solvers.runs import (
     ALL_STRATEGIES,
@@ -41,7 +41,7 @@ from mwplan.solvers.runs import (
     fastest_ns,
 )
 from mwplan.solvers.sparse import SparseTables
-from mwplan.solvers.splits import Buffer, Pairs, Shifts, grid, grouped, with_tail
+from mwplan.solvers.splits import Buffer, Pairs, Shifts, grid, grouped, spread, with_tail
 from mwplan.solvers.uniform import UniformTables, is_uniform, part, stretches
 
 Stairs = tuple[Ints, Ints]
@@ -51,7 +51,7 @@ _SHORT = 4
 #: budgets at which staircases are compared first
 _CELLS = 384
 #: rows of tables there is room for from the start, as untouched memory
-_ROOM = 50_000
+_ROOM = 100_000
 #: shares of the loss aimed at that a merge and the thinning after it may take; a merge in a chain without moonwalk runs, whose labels lose too
 _SLACK, _THIN, _SLACK_ALONE = 4.0, 2.0, 6.0
 #: and of that, at the top level, where losses would add up along the chain
@@ -73,13 +73,14 @@ _DONE: Stairs = (np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64))
 class Top:
     """The staircases of the suffixes `(s, r]` of one stretch, by node, and what its runs may be.
 
-    `reach[s]`: up to where a RECOMPUTE run from `s` may go; `closing`: whether it may end the stretch.
+    `reach[s]`: up to where a RECOMPUTE run from `s` may go; `closing`: whether it may end the stretch; `penalty_ns`: what each run's time has on top.
     """
 
     candidates: Candidates
     nodes: dict[tuple[int, bool], Stairs]
     reach: Ints
     closing: bool
+    penalty_ns: int
 
 
 @dataclass(slots=True)
@@ -200,12 +201,12 @@ class Tables:
         room = max(2 * self.size, min(self.size * (self.size + 3), _ROOM))
         right = Buffer(self.grid, self.span, room)
         left = Buffer(self.grid, self.span, room, sided=True, waiting=self.waiting)
-        # rows[e, s, r] of T[s, r, e]: 0 where s = r, 1 where there is no schedule; again[e, s, r] of the RECOMPUTE run, 0 where there is none.
+        # rows[r, e, s] of T[s, r, e]: 0 where s = r, 1 where there is no schedule; again[e, s, r] of the RECOMPUTE run, 0 where there is none.
         right.extend(2, np.zeros(1, dtype=np.int64), *_DONE)
         left.extend(1, none, none, none)
-        rows = np.ones((2, self.size + 1, self.size + 1), dtype=np.int64)
-        again = np.zeros_like(rows)
-        rows[:, np.arange(self.size + 1), np.arange(self.size + 1)] = 0
+        rows = np.ones((self.size + 1, 2, self.size + 1), dtype=np.int64)
+        again = np.zeros((2, self.size + 1, self.size + 1), dtype=np.int64)
+        rows[np.arange(self.size + 1), :, np.arange(self.size + 1)] = 0
         nodes: dict[tuple[int, bool], _Node] = {}
         for n in range(1, self.size + 1):
             content = [
@@ -232,7 +233,7 @@ class Tables:
                     self._rows[level][key] = first + k
             for (s, e), key in keys.items():
                 stairs[s, s + n, e] = memo[key]
-                rows[int(e), s, s + n] = self._rows[level][key]
+                rows[s + n, int(e), s] = self._rows[level][key]
             if source is None:
                 continue
             if news:
@@ -328,38 +329,53 @@ class Tables:
         right: Buffer,
     ) -> tuple[Ints, Ints, Ints]:
         """The recursion for stretches of `n` layers, as stretch, need, time."""
-        c, ways = self.candidates, []
-        for start, kept in news:
+        c, known = self.candidates, Pieces()
+        limits = []
+        for which, (start, kept) in enumerate(news):
             stop = start + n
             k = int(c.cotangent[stop])
             node = nodes[start, kept]
             atoms = c.atoms(start, kept)
-            known = _NOTHING
             low = atoms.groups[node.read - 1][2] if node.read else 0
             ending = [x for x in atoms.groups[node.read : node.read + 2] if x[0] == stop]
             if ending:
                 part = slice(low, ending[-1][2])
                 peak = np.maximum(atoms.forward_peak[part] + k, atoms.backward_peak[part])
-                known = staircase(np.maximum(peak, atoms.held[part]), atoms.time[part])
-            limit = min(stop - 1, int(reach[start])) if nested else start
-            pairs = self._pairs(
-                node, again[int(kept), start, start + 1 : limit + 1], rows[:, :, stop], start, k
-            )
-            ways.append(Ways(pairs, known))
-        return self._best(ways, left, right, n, c)
+                known.add(which, *staircase(np.maximum(peak, atoms.held[part]), atoms.time[part]))
+            limits.append(min(stop - 1, int(reach[start])) if nested else start)
+        stops = np.array(news)[:, 0] + n
+        of, pairs = self._pairs(
+            news, limits, [nodes[x] for x in news], again, rows[stops], c.cotangent[stops]
+        )
+        return self._best(of, pairs, known.joined(), left, right, n, c)
 
     @staticmethod
-    def _pairs(node: _Node, again: Ints, rows: Ints, start: int, k: int) -> Pairs:
-        """The groups from a node at `start`: RECOMPUTE runs, in rows `again` and in order of their ends, and the node's own; `rows[e, s]` of what is left."""
-        lines, at, keeps, floor, held, moved = node.groups
-        n = again.size
-        return Pairs(
-            np.concatenate([again, lines]),
-            np.concatenate([rows[0, start + 1 : start + 1 + n], rows[keeps, at]]),
-            np.concatenate([np.full(n, node.own), held]),
-            np.concatenate([node.peaks[:n], floor]) + k,
-            np.concatenate([np.full(n, node.moved), moved]),
-        )
+    def _pairs(
+        begins: list[tuple[int, bool]],
+        limits: list[int],
+        nodes: list[_Node],
+        again: Ints,
+        rows: Ints,
+        waiting: Ints,
+    ) -> tuple[Ints, Pairs]:
+        """The groups that stretches may begin with, and which stretch each is of: RECOMPUTE runs up to `limits`, in rows `again`, in order of their ends, and those of
+        the stretches' first `nodes`. `rows[k, e, s]`: what is left of stretch `k` from a node on; `waiting`: cotangents."""
+        start, kept = np.array(begins, dtype=np.int64).T
+        counts = np.maximum(np.array(limits) - start, 0)
+        sizes = np.array([node.groups.shape[1] for node in nodes])
+        after = np.cumsum(counts + sizes)
+        at, which = spread(start + 1, start + 1 + counts)
+        own, moved = np.array([(node.own, node.moved) for node in nodes]).T
+        peaks = np.concatenate([node.peaks[:count] for node, count in zip(nodes, counts.tolist())])
+        runs = (again[kept[which], start[which], at], rows[which, 0, at], own[which], peaks, moved[which])
+        lines, ends, keeps, floor, held, shift = np.concatenate([node.groups for node in nodes], axis=1)
+        place, which = spread(after - sizes, after)
+        table = np.empty((5, int(after[-1])), dtype=np.int64)
+        table[:, place] = lines, rows[which, keeps, ends], held, floor, shift
+        table[:, spread(after - sizes - counts, after - sizes)[0]] = runs
+        of = np.repeat(np.arange(start.size), counts + sizes)
+        left, right, holds, floors, shifts = table
+        return of, Pairs(left, right, holds, floors + waiting[of], shifts)
 
     def _is_plain(self) -> bool:
         """Whether the lowest level has runs of one layer only, so that all stretches with one beginning can be merged at once."""
@@ -424,11 +440,13 @@ class Tables:
         index = np.flatnonzero(keep)
         return stop[keep], need[keep], time[np.append(index[1:], time.size) - 1]
 
-    def solve_top(self, candidates: Candidates | None = None, *, closing: bool = False) -> Top:
+    def solve_top(
+        self, candidates: Candidates | None = None, *, closing: bool = False, penalty_ns: int = 0
+    ) -> Top:
         """The staircases of all suffixes of the chain at the top level.
 
         **Arguments:** `candidates`, if other than inside RECOMPUTE runs (layers pinned); `closing`, whether a RECOMPUTE run may end the
-        chain, which is never better but may be asked for.
+        chain, which is never better but may be asked for; `penalty_ns`, added to the time of each run of the top level.
         """
         c = candidates or self.candidates
         stop, none = self.size, np.zeros(0, dtype=np.int64)
@@ -436,16 +454,17 @@ class Tables:
         # Row 2 s + e + 1 for each node; row 0 is empty.
         right = Buffer(self.grid, self.span, 2 * stop + 3)
         right.extend(1, none, none, none)
-        rows = np.zeros((2, stop + 1), dtype=np.int64)
+        rows = np.zeros((1, 2, stop + 1), dtype=np.int64)
         for kept in (False, True):
             turn = np.array([c.turn_bytes(kept)]), np.zeros(1, dtype=np.int64)
             nodes[stop, kept] = need, time = self.ends[kept] if self.ends else turn
-            rows[int(kept), stop] = right.rows
+            rows[0, int(kept), stop] = right.rows
             right.extend(1, np.zeros(need.size, dtype=np.int64), need, time)
         c.prepare((start, kept) for start in range(stop) for kept in self.kept_states(start))
-        top = Top(c, nodes, c.recompute_reach(), closing or self.ends is not None)
+        top = Top(c, nodes, c.recompute_reach(), closing or self.ends is not None, penalty_ns)
         source = self.source(self.levels)
-        begun = self._begun if c is self.candidates and closing <= (self.ends is not None) else None
+        plain = c is self.candidates and closing <= (self.ends is not None) and not penalty_ns
+        begun = self._begun if plain else None
         if begun:
             every = [(start, kept) for start in range(stop) for kept in self.kept_states(start)]
             self._read_atoms(stop + 1, every, *begun)
@@ -454,16 +473,18 @@ class Tables:
             for kept in self.kept_states(start):
                 if begun:
                     known, again, left = begun
-                    runs = again[int(kept), start, start + 1 : self._limit(top, source, start) + 1]
-                    way = Ways(self._pairs(known[start, kept], runs, rows, start, 0), _NOTHING)
+                    limit, node = self._limit(top, source, start), known[start, kept]
+                    of, pairs = self._pairs(
+                        [(start, kept)], [limit], [node], again, rows, np.zeros(1, dtype=np.int64)
+                    )
                 else:
-                    way, left = self._top_ways(top, source, start, kept, rows)
-                _, need, time = self._best(
-                    [way], left, right, stop - start + (_SHORT if self.ends else 0), c, _TOP
-                )
+                    pairs, left = self._top_pairs(top, source, start, kept, rows)
+                    of = np.zeros(pairs.left.size, dtype=np.int64)
+                n = stop - start + (_SHORT if self.ends else 0)
+                _, need, time = self._best(of, pairs, NO_POINTS, left, right, n, c, _TOP)
                 nodes[start, kept] = need, time
             for kept in self.kept_states(start):
-                rows[int(kept), start] = right.rows
+                rows[0, int(kept), start] = right.rows
                 need, time = nodes[start, kept]
                 right.extend(1, np.zeros(need.size, dtype=np.int64), need, time)
         return top
@@ -474,9 +495,9 @@ class Tables:
             return start
         return min(self.size if top.closing else self.size - 1, int(top.reach[start]))
 
-    def _top_ways(
+    def _top_pairs(
         self, top: Top, source: int | None, start: int, kept: bool, rows: Ints
-    ) -> tuple[Ways, Buffer]:
+    ) -> tuple[Pairs, Buffer]:
         """How the suffix from one node may begin, and the buffer that the runs are in."""
         c, limit = top.candidates, self._limit(top, source, start)
         ahead = range(start + 1, limit + 1)
@@ -484,7 +505,7 @@ class Tables:
         spent = (c.forward_sum[start + 1 : limit + 1] - c.forward_sum[start]).tolist()
         floors = c.recompute_forward_peak(start, kept)[: limit - start].tolist()
         holds = [self._own(start, kept)] * len(stairs)
-        to = rows[0, start + 1 : limit + 1].tolist()
+        to = rows[0, 0, start + 1 : limit + 1].tolist()
         atoms, low = c.atoms(start, kept), 0
         for at, keeps, high in atoms.groups:
             columns = [x[low:high] for x in (atoms.forward_peak, atoms.backward_peak, atoms.held, atoms.time)]
@@ -496,24 +517,31 @@ class Tables:
                 spent.append(0)
                 floors.append(floor)
                 holds.append(held)
-                to.append(int(rows[int(keeps), at]))
+                to.append(int(rows[0, int(keeps), at]))
         sizes = [x[0].size for x in stairs]
         floor_, held_, to_ = (np.array(x, dtype=np.int64) for x in (floors, holds, to))
         left = Buffer(self.grid, self.span, len(stairs), sided=True, waiting=self.waiting)
         need, time = (np.concatenate([_NOTHING[i], *(x[i] for x in stairs)]) for i in (0, 1))
-        spent_ = np.repeat(np.array(spent, dtype=np.int64), sizes)
+        spent_ = np.repeat(np.array(spent, dtype=np.int64) + top.penalty_ns, sizes)
         left.extend(len(stairs), np.repeat(np.arange(len(stairs)), sizes), need, time + spent_, floor_)
-        pairs = Pairs(np.arange(len(stairs)), to_, held_, floor_, self.shifts.rows(held_))
-        return Ways(pairs, _NOTHING), left
+        return Pairs(np.arange(len(stairs)), to_, held_, floor_, self.shifts.rows(held_)), left
 
     def _best(
-        self, ways: list[Ways], left: Buffer, right: Buffer, n: int, c: Candidates, share: float = 1.0
-    ) -> tuple[Ints, Ints, Ints]:
-        """The staircases of stretches of `n` layers, as stretch, need, time."""
+        self,
+        of: Ints,
+        pairs: Pairs,
+        known: Points,
+        left: Buffer,
+        right: Buffer,
+        n: int,
+        c: Candidates,
+        share: float = 1.0,
+    ) -> Points:
+        """The staircases of stretches of `n` layers, as stretch, need, time: of the groups `pairs`, or `known`."""
         # Short stretches have few points, and their losses would add up over the chain.
         loss = self.loss * share if n >= _SHORT else 0.0
         of, need, time = envelopes(
-            ways, left, right, self.shifts, slack=loss * self._slack, optimistic=self.optimistic
+            of, pairs, known, left, right, self.shifts, slack=loss * self._slack, optimistic=self.optimistic
         )
         if self.cap is not None and c is self.candidates:
             fits = need <= self.cap
@@ -584,6 +612,7 @@ class Tables:
         """A run that begins a fastest schedule within `budget`, where it ends, the next node's `e`, the budget left there, and what the schedule
         needs of `budget`; None for a RECOMPUTE run, whose inner schedule may need that much too."""
         c = top.candidates if top else self.candidates
+        penalty = top.penalty_ns if top else 0
         k = 0 if top else int(c.cotangent[stop])
 
         def stairs(at: int, keeps: bool) -> Stairs:
@@ -601,7 +630,7 @@ class Tables:
         for row in np.flatnonzero((peak <= budget) & (atoms.stop <= stop)):
             at, keeps, held = int(atoms.stop[row]), bool(atoms.keeps_end[row]), int(atoms.held[row])
             need, rest = point(stairs(at, keeps), budget - held)
-            if int(atoms.time[row]) + rest == time and max(int(peak[row]), held + need) == budget:
+            if int(atoms.time[row]) + penalty + rest == time and max(int(peak[row]), held + need) == budget:
                 return c.run(start, kept, int(row)), at, keeps, budget - held, budget
         source = self.source(level)
         assert source is not None
@@ -614,7 +643,7 @@ class Tables:
                 break
             inner_need, inner = point(self.suffix(source, start, at, kept), budget)
             need, rest = point(stairs(at, False), budget - own)
-            spent = int(c.forward_sum[at] - c.forward_sum[start])
+            spent = int(c.forward_sum[at] - c.forward_sum[start]) + penalty
             if inner + rest + spent == time and max(peak_, inner_need, own + need) == budget:
                 return None, at, False, budget - own, budget
         raise AssertionError("a staircase's point has no run behind it")

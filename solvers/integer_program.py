@@ -16,6 +16,8 @@ A RECOMPUTE run stands once for each point of the Pareto set of its inner schedu
 `(held, time)` of prefixes grow from the left; a label or a run whose `time + t_c + V[n'](M - held - H_c)` exceeds a threshold `theta` is dropped.
 Every schedule of time at most `theta` survives whole, so an optimum found at or below `theta` is the optimum, and a threshold with no
 solution proves `theta + 1` a lower bound: thresholds grow until one holds or time is up. Without side conditions the first one holds.
+Before them there is a schedule already: the staircases' own, which under pins is the fastest, or, where distinct runs are limited, that of staircases with a
+penalty on each run that makes runs few.
 The filter is ours; side conditions narrow the runs (`pins`, `forbid`) before `V` is computed, so that the bounds stay tight.
 
 `solve_least_bytes` exchanges objective and limit: minimise `M` subject to `sum t_c z_c <= T`.
@@ -65,7 +67,7 @@ def solve(
     **Arguments:** `budget_bytes`, of temporaries; `pins` and `forbid`, for layers 1 to L the strategy or strategies they must or must not have
     in the outermost runs (a layer inside a RECOMPUTE run is RECOMPUTE, as in `mwplan.ledger.strategies`); `max_distinct_runs`, a limit
     on different outermost runs: runs are the same when they do the same to equal layers and enter them alike; `max_recompute_depth`, as in
-    `solve_frontier`; `time_limit_s`, of the integer program after the frontier; `slack`, how far above the
+    `solve_frontier`; `time_limit_s`, of the integer program after the frontier and the staircases under the side conditions; `slack`, how far above the
     frontier's optimum (relative) runs are still given to the integer program; `frontier`, of the same profile and options, if known.
     **Returns:** a `Solution`. OPTIMAL: proved. FEASIBLE: time was up; `bound_ns` is what was proved. INFEASIBLE: proved, with `least_bytes` where it
     is known. UNKNOWN: time was up before any schedule was found.
@@ -322,8 +324,10 @@ class _Node:
         return out
 
 
-def _filter(problem: _Problem, nodes: dict[Node, _Node], budget: int, theta: int) -> _Columns:
-    """The runs that stand in some schedule within `budget` whose time may be at most `theta`."""
+def _filter(
+    problem: _Problem, nodes: dict[Node, _Node], budget: int, theta: int, deadline: float
+) -> _Columns | None:
+    """The runs that stand in some schedule within `budget` whose time may be at most `theta`; None if `deadline` comes first."""
     out = _Columns()
     size = problem.candidates.size
     labels: dict[Node, tuple[Ints, Ints]] = {
@@ -342,6 +346,8 @@ def _filter(problem: _Problem, nodes: dict[Node, _Node], budget: int, theta: int
             node = nodes[start, kept]
             used = np.zeros(node.stop.size, dtype=np.bool_)
             for h, t in zip(*(x.tolist() for x in labels[start, kept])):
+                if clock.monotonic() > deadline:
+                    return None
                 good = np.flatnonzero(node.completion(budget, h) <= theta - t)
                 used[good] = True
                 for a in good.tolist():
@@ -387,9 +393,58 @@ def _signature(problem: _Problem, run: Run, kept: bool) -> tuple[Any, ...]:
     return (start, tuple(c.layer_class[at + 1 : run.stop + 1]), shape(run, at))
 
 
+def _keeps_end(problem: _Problem, run: Run) -> bool:
+    """Whether an outermost run keeps its end."""
+    layer = problem.candidates.profile.layers[run.stop - 1]
+    if run.kind in (RunKind.STORE, RunKind.MOONWALK):
+        options: Iterable[Any] = layer.store if run.kind is RunKind.STORE else layer.moonwalk
+        return any(o.keeps_output for o in options if o.name == run.options[-1])
+    return run.kind is RunKind.INVERT
+
+
+def _incumbent(problem: _Problem, budget: int, deadline: float) -> Solution | None:
+    """A schedule within `budget` and the limit on distinct runs, if one is found: the staircases' own, or those under penalties on each outermost run, the
+    smaller the better, found by halving their logarithms until half of the time is gone."""
+    tables, top = problem.tables, problem.staircases
+    limit, size = problem.max_distinct_runs, problem.candidates.size
+
+    def read(top: Top) -> Solution | None:
+        need, time = top.nodes[0, True]
+        step = int(need.searchsorted(budget, side="right")) - 1
+        if step < 0:
+            return None
+        runs = tables.runs(top, int(need[step]))
+        if limit is not None:
+            nodes = [True, *(_keeps_end(problem, run) for run in runs)]
+            if len({_signature(problem, run, kept) for run, kept in zip(runs, nodes)}) > limit:
+                return None
+        spent = int(time[step]) - top.penalty_ns * len(runs)
+        return Solution(status=Status.FEASIBLE, runs=runs, time_ns=spent, peak_bytes=int(need[step]))
+
+    best = read(top)
+    if best is not None or limit is None:
+        return best
+    half = (clock.monotonic() + deadline) / 2
+    high = min(value_at(*top.nodes[0, True], budget), 2**61 // (size + 1))
+    low = max(1, high >> 16)
+    penalty = high
+    while penalty > low and clock.monotonic() < half:
+        found = read(tables.solve_top(problem.candidates, closing=True, penalty_ns=penalty))
+        if found is None and penalty == high:
+            break
+        low, high = (penalty, high) if found is None else (low, penalty)
+        if found is not None and (best is None or found.time_ns < best.time_ns):
+            best = found
+        if high < low + low // 8:
+            break
+        penalty = int((low * high) ** 0.5)
+    return best
+
+
 def _search(problem: _Problem, budget: int | None, limit_ns: int | None, slack: float) -> Solution:
     """Grows the threshold until the program's optimum lies at or below it; one of `budget`, `limit_ns` is given."""
     began = clock.monotonic()
+    deadline = began + problem.time_limit_s
     if problem.top is None:
         return _by_frontier(problem.frontier, budget, limit_ns)
     need, time = problem.staircases.nodes[0, True]
@@ -408,22 +463,22 @@ def _search(problem: _Problem, budget: int | None, limit_ns: int | None, slack: 
             return Solution(status=Status.INFEASIBLE, solver=name)
         base, last = int(need[fits[0]]), _INT64 // 4
     nodes: dict[Node, _Node] = {}
-    best: Solution | None = None
+    best = None if budget is None else _incumbent(problem, budget, deadline)
     bound, solves = base, 0
     stats: dict[str, float] = {}
     thresholds = [min(last, base + int(base * s)) for s in sorted({slack, *_SLACKS}) if s >= slack] + [last]
+    goal = INF
     for theta in thresholds:
         if best is not None:
             goal = best.time_ns if budget is not None else best.peak_bytes
             theta = min(theta, goal)
-        left = problem.time_limit_s - (clock.monotonic() - began)
-        if left <= 0:
-            break
         caps = (budget, theta) if budget is not None else (theta, limit_ns)
         assert caps[0] is not None
         assert caps[1] is not None
-        columns = _filter(problem, nodes, caps[0], caps[1])
-        outcome = _solve_columns(problem, columns, caps[0], caps[1], budget is None, left, stats)
+        columns = _filter(problem, nodes, caps[0], caps[1], deadline)
+        if columns is None:
+            break
+        outcome = _solve_columns(problem, columns, caps[0], caps[1], budget is None, deadline, stats)
         solves += 1
         if outcome.runs is not None:
             value = outcome.time_ns if budget is not None else outcome.peak_bytes
@@ -436,7 +491,7 @@ def _search(problem: _Problem, budget: int | None, limit_ns: int | None, slack: 
             break
         if outcome.status is Status.INFEASIBLE:
             bound = max(bound, theta + 1)
-            if theta >= last and problem.frontier.thin:
+            if problem.frontier.thin and (theta >= last or (best is not None and theta >= goal)):
                 break
             if theta >= last:
                 return Solution(
@@ -498,10 +553,10 @@ def _solve_columns(
     budget: int,
     theta: int,
     least_bytes: bool,
-    seconds: float,
+    deadline: float,
     stats: dict[str, float],
 ) -> Solution:
-    """Builds and solves the program over `columns`: minimises time within `budget`, or the peak (at most `budget`) within `theta` ns."""
+    """Builds and solves the program over `columns`: minimises time within `budget`, or the peak (at most `budget`) within `theta` ns. UNKNOWN if `deadline` comes first."""
     if not len(columns):
         return Solution(status=Status.INFEASIBLE)
     from ortools.sat.python import cp_model
@@ -537,6 +592,8 @@ def _solve_columns(
     for layer in range(c.size + 1):
         covers = (start <= layer) & (stop > layer) if layer < c.size else stop == c.size
         weight = np.where(stop <= layer, held, 0) + np.where(covers, peak if layer < c.size else turn, 0)
+        if clock.monotonic() > deadline:
+            return Solution(status=Status.UNKNOWN)
         if weight.tobytes() in rows:
             continue
         rows.add(weight.tobytes())
@@ -548,6 +605,8 @@ def _solve_columns(
     if problem.max_distinct_runs is not None:
         classes: dict[Any, list[int]] = {}
         for k in range(n):
+            if clock.monotonic() > deadline:
+                return Solution(status=Status.UNKNOWN)
             key = _signature(problem, _spell(problem, columns, k), columns.source[k][1])
             classes.setdefault(key, []).append(k)
         y = []
@@ -560,7 +619,7 @@ def _solve_columns(
     for k in _hint(problem, columns, budget):
         model.add_hint(z[k], 1)
     solver = cp_model.CpSolver()
-    solver.parameters.max_time_in_seconds = max(0.01, seconds)
+    solver.parameters.max_time_in_seconds = max(0.01, deadline - clock.monotonic())
     solver.parameters.num_workers = problem.workers
     solver.parameters.random_seed = problem.seed
     solver.parameters.log_search_progress = False

@@ -26,10 +26,10 @@ import numpy as np
 from mwplan.errors import ArgumentError
 from mwplan.profiles import Profile
 from mwplan.schedule import Run, RunKind, Strategy
-from mwplan.solvers.diagonals import Ways, envelopes, thinned_all
+from mwplan.solvers.diagonals import NO_POINTS, envelopes, thinned_all
 from mwplan.solvers.pareto import Ints, nondominated, staircase, thinned
 from mwplan.solvers.runs import Candidates
-from mwplan.solvers.splits import Buffer, Pairs, Shifts, grid, grouped, longer, with_tail
+from mwplan.solvers.splits import Buffer, Pairs, Shifts, grid, grouped, joined, with_tail
 from mwplan.solvers.uniform import repeated
 
 Stairs = tuple[Ints, Ints]
@@ -109,6 +109,7 @@ class SparseTables:
             short, max_error=max_error, allowed=allowed, loss=thin / 6, optimistic=bound,
             of=1 if bound else len(whole),
         )  # fmt: skip
+        self.candidates.prepare([(0, True), (1, False)])
         self.activation, self.waiting = int(profile.activation_bytes[0]), int(profile.cotangent_bytes[0])
         layer = profile.layers[0]
         self.forward = layer.forward_ns
@@ -131,14 +132,14 @@ class SparseTables:
         self.grid = grid(least // 2, least, high, _CELLS)
         if ends:
             self.grid = with_tail(self.grid, least, high, ends)
-        self.pieces: dict[bool, list[_Piece]] = {False: [], True: []}
-        self._left = {
-            e: Buffer(self.grid, self.span, 256, sided=True, waiting=self.waiting) for e in (False, True)
-        }
+        #: pieces, each in the row of its number of `_left` as soon as a merge asks for it, and the numbers of those from either node
+        self.pieces: list[_Piece] = []
+        self._from: dict[bool, list[int]] = {False: [], True: []}
+        self._left = Buffer(self.grid, self.span, 512, sided=True, waiting=self.waiting)
         self.shifts = Shifts(self.grid)
-        #: `held`, `floor`, row of shifts, `layers` and `keeps` of the first `_known` pieces, from which stretch length on they are used, and whether up to any
-        self._costs = {e: np.zeros((7, 1), dtype=np.int64) for e in (False, True)}
-        self._known = {False: 0, True: 0}
+        #: of the pieces in `_left` from either node: number, `held`, `floor`, row of shifts, `layers`, `keeps`, from which stretch length on they are used,
+        #: and whether up to any
+        self._costs = {e: np.zeros((8, 0), dtype=np.int64) for e in (False, True)}
         self.inner, self.top = (
             self._buffer(_DONE, _DONE),
             self._buffer(*(ends or (self._turn(False), self._turn(True)))),
@@ -146,16 +147,12 @@ class SparseTables:
         for n in self.lengths:
             self._add_atoms(n)
             if self.nested and (n < self.size or self.inside):
-                for e in (False, True):
-                    self._merge(n, e, self.waiting, self.inner)
+                self._merge(n, (False, True), self.waiting, self.inner)
                 self._add_recompute(n)
         for n in self.lengths:
-            for e in (False, True):
-                # The part's own start may be any node that the layers before it lead to, but for the chain's start.
-                if e or bool(first) if n == self.size else not e or self.both:
-                    self._merge(n, e, 0, self.top)
-                else:
-                    self.top.extend(1, _NONE[0], *_NONE)
+            # The part's own start may be any node that the layers before it lead to, but for the chain's start.
+            nodes = (bool(first), True) if n == self.size else (True, self.both)
+            self._merge(n, tuple(e for e in (False, True) if nodes[e]), 0, self.top)
 
     def _turn(self, e: bool) -> Stairs:
         return np.array([self.candidates.turn_bytes(e)]), np.zeros(1, dtype=np.int64)
@@ -169,11 +166,34 @@ class SparseTables:
     # -- pieces --------------------------------------------------------------------------------------------------
 
     def _add(self, e: bool, piece: _Piece) -> int:
-        number = len(self.pieces[e])
-        self.pieces[e].append(piece)
-        of = np.zeros(piece.stairs[0].size, dtype=np.int64)
-        self._left[e].extend(1, of, *piece.stairs, np.array([piece.floor]))
-        return number
+        self.pieces.append(piece)
+        self._from[e].append(len(self.pieces) - 1)
+        return len(self.pieces) - 1
+
+    def _make_ready(self) -> None:
+        """Rows and costs of the pieces that have none yet."""
+        new = self.pieces[self._left.rows :]
+        if not new:
+            return
+        of = np.repeat(np.arange(len(new)), [piece.stairs[0].size for piece in new])
+        need, time = (np.concatenate([piece.stairs[k] for piece in new]) for k in (0, 1))
+        self._left.extend(len(new), of, need, time, np.array([piece.floor for piece in new]))
+        for e, costs in self._costs.items():
+            numbers = self._from[e][costs.shape[1] :]
+            some = [self.pieces[number] for number in numbers]
+            held = np.array([piece.held for piece in some], dtype=np.int64)
+            columns = [
+                numbers,
+                held,
+                [piece.floor for piece in some],
+                self.shifts.rows(held),
+                [piece.layers for piece in some],
+                [piece.keeps for piece in some],
+                # Where there are tables at all lengths, runs are repeated one by one.
+                [(1 << _BITS) + 1 if piece.halves else 0 for piece in some],
+                [bool(piece.halves or piece.atoms) for piece in some],
+            ]
+            self._costs[e] = np.concatenate([costs, np.array(columns, dtype=np.int64)], axis=1)
 
     def _add_repeated(self, same: dict[bool, _Piece]) -> None:
         """Pieces that are one run from either node, or from one of them, and the run `p = 2, 4, ...` times, as far as the chain goes."""
@@ -207,7 +227,7 @@ class SparseTables:
 
     def _add_atoms(self, n: int) -> None:
         """STORE, MOONWALK and INVERT runs of `n` layers."""
-        stores: dict[int, dict[bool, _Piece]] = {}
+        same: dict[tuple[RunKind, tuple[str, ...]], dict[bool, _Piece]] = {}
         for e in (False, True):
             start = 0 if e else 1
             if start + n > len(self.candidates.profile):
@@ -225,8 +245,8 @@ class SparseTables:
                         f, _, held, _ = (int(x[row]) for x in columns)
                         one = slice(row, row + 1)
                         piece = _Piece(n, keeps, f, held, (atoms.backward_peak[one], atoms.time[one]), one)
-                        which = 3 * int(atoms.handle[row]) + int(atoms.kind[row])
-                        stores.setdefault(which, {})[e] = piece
+                        run = self.candidates.run(start, e, row)
+                        same.setdefault((run.kind, run.options), {})[e] = piece
                     continue
                 columns = [x[rows] for x in columns]
                 for f, held, stairs in grouped(columns if self.bound else self._few(columns), self.waiting):
@@ -235,8 +255,8 @@ class SparseTables:
                         self._add_repeated({e: piece})
                     else:
                         self._add(e, piece)
-        for same in stores.values():
-            self._add_repeated(same)
+        for pieces in same.values():
+            self._add_repeated(pieces)
 
     def _few(self, columns: list[Ints]) -> list[Ints]:
         """Of runs `(F, B, H, t)` of one length: those that no other beats by steps of a factor `1 + _STEP thin` in each."""
@@ -272,42 +292,30 @@ class SparseTables:
         """The pieces that a stretch of `n` layers may begin with, and the rows of what is left."""
         # A RECOMPUTE run may end the part, but neither the chain nor the RECOMPUTE run it stands in.
         longest = n if family is self.top and self.inside else n - 1 if self.bound else longest_within(n)
-        held, floor, moved, layers, keeps, least, most = self._costs[e][:, : self._known[e]]
+        number, held, floor, moved, layers, keeps, least, most = self._costs[e]
         rest = self._rows[np.maximum(n - layers, 0)]
         which = np.flatnonzero(
             (layers <= n) & (rest >= 0) & (least <= n) & (layers <= np.where(most, n, longest))
         )
-        return Pairs(which, 2 * rest[which] + keeps[which], held[which], floor[which] + k, moved[which])
+        return Pairs(
+            number[which], 2 * rest[which] + keeps[which], held[which], floor[which] + k, moved[which]
+        )
 
-    def _merge(self, n: int, e: bool, k: int, family: Buffer) -> None:
-        """Adds the table of `n` layers to a family, whose next row it is."""
-        new = self.pieces[e][self._known[e] :]
-        if new:
-            known, ready = self._known[e], len(self.pieces[e])
-            if self._costs[e].shape[1] < ready:
-                self._costs[e] = longer(self._costs[e].T, 2 * ready).T
-            held = np.array([piece.held for piece in new])
-            self._costs[e][:, known:ready] = (
-                held,
-                [piece.floor for piece in new],
-                self.shifts.rows(held),
-                [piece.layers for piece in new],
-                [piece.keeps for piece in new],
-                # Where there are tables at all lengths, runs are repeated one by one.
-                [(1 << _BITS) + 1 if piece.halves else 0 for piece in new],
-                [bool(piece.halves or piece.atoms) for piece in new],
-            )
-            self._known[e] = ready
-        pairs = self._choices(n, e, k, family)
+    def _merge(self, n: int, nodes: tuple[bool, ...], k: int, family: Buffer) -> None:
+        """Adds the tables of `n` layers from `nodes` to a family, whose next rows they are; of others empty ones."""
+        self._make_ready()
+        choices = [self._choices(n, e, k, family) for e in nodes]
+        of = np.repeat(np.array(nodes, dtype=np.int64), [pairs.left.size for pairs in choices])
         many = n >= 4 or (family is self.top and self.inside)
         share = _TOP if self.bound and family is self.top else 1.0
         slack, loss = (share * self.thin * 2 / 3, share * self.thin / 3) if many else (0.0, 0.0)
         found = envelopes(
-            [Ways(pairs, _NONE)], self._left[e], family, self.shifts, slack=slack, optimistic=self.bound
-        )
+            of, joined(choices), NO_POINTS, self._left, family, self.shifts,
+            slack=slack, optimistic=self.bound,
+        )  # fmt: skip
         if loss and found[0].size:
             found = thinned_all(*found, loss, optimistic=self.bound)
-        family.extend(1, *found)
+        family.extend(2, *found)
 
     # -- reading -------------------------------------------------------------------------------------------------
 
@@ -334,22 +342,22 @@ class SparseTables:
             budget, time = int(need[step]), int(times[step])
             pairs = self._choices(stop - at, e, k, family)
             # The point's own piece needs all of its budget; one that needs less may take as long, where merging overlooked it.
-            needs, times = pairs.values(self._left[e], family, np.full(pairs.left.size, budget))
+            needs, times = pairs.values(self._left, family, np.full(pairs.left.size, budget))
             number = int(pairs.left[np.flatnonzero((needs == budget) & (times == time))[0]])
-            piece = self.pieces[e][number]
+            piece = self.pieces[number]
             self._spell(at, e, number, budget, out)
             at, e, budget = at + piece.layers, piece.keeps, budget - piece.held
         return tuple(out), e, budget
 
     def _spell(self, at: int, e: bool, number: int, budget: int, out: list[Run]) -> None:
         """Appends the runs of one piece within `budget`."""
-        piece = self.pieces[e][number]
+        piece = self.pieces[number]
         need, times = piece.stairs
         step = int(need.searchsorted(budget, side="right")) - 1
         budget = int(need[step])
         if piece.halves:
             first, second = piece.halves
-            one = self.pieces[e][first]
+            one = self.pieces[first]
             self._spell(at, e, first, budget, out)
             self._spell(at + one.layers, one.keeps, second, budget - one.held, out)
         elif piece.atoms:

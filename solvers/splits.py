@@ -53,11 +53,18 @@ def with_tail(budgets: Ints, least: int, high: int, ends: tuple[Stairs, Stairs])
     return np.union1d(budgets, grid(lowest // 2, lowest, high, budgets.size))
 
 
-def rough_columns(n: int) -> Index:
-    """With a grid of `n` budgets, the columns of sided samples at the ends of the widest intervals of `LEVELS`, the last of which ends with cell `n`; then those at the
-    beginnings of all of these but the first."""
-    first = np.arange(0, n + 1, LEVELS[0])
-    return np.concatenate([np.minimum(first + LEVELS[0] - 1, n), n + first[1:]])
+def sheets(n: int) -> list[Index]:
+    """With a grid of `n` budgets: for each of `LEVELS` the columns of sided samples (`Buffer`) at the ends of its intervals, those within one interval of the level
+    before in a row: the bounds from below, then those from above. The last interval ends with cell `n`; column `2 n + 1` stands for what bounds nothing."""
+    out = []
+    before = -(-(n + 1) // LEVELS[0]) * LEVELS[0]
+    for width, wider in zip(LEVELS, (before, *LEVELS)):
+        begin = np.arange(0, before, width).reshape(-1, wider // width)
+        last = begin + (width - 1)
+        lower = np.where(begin > n, 2 * n + 1, np.minimum(last, n))
+        upper = np.where(last >= n, 2 * n + 1, n + 1 + last)
+        out.append(np.concatenate([lower, upper], axis=1))
+    return out
 
 
 def longer(old: _Array, rows: int) -> _Array:
@@ -71,19 +78,19 @@ class Buffer:
     """Staircases of many rows, one after another, each element keyed by `base[row] + need`; and their samples.
 
     Cell `q` is `(grid[q-1], grid[q]]`, the first one without beginning, the last, `n`, without end. `pointer[row, q]`: the first element of the row
-    beyond cell `q - 1`. `samples[row]`: the times at the ends of the `n + 1` cells, then infinity, if not `sided`; else those, infinite below
-    `floor`, then the times at the `n` budgets, infinite below `floor + waiting`, the largest `K`. `rough[row]`, if sided: those samples that `rough_columns` names.
+    beyond cell `q - 1`. If not `sided`, `samples[row]`: the times at the ends of the `n + 1` cells, then infinity. If `sided`, the samples are those, infinite below
+    `floor`, then the times at the `n` budgets, infinite below `floor + waiting`, the largest `K`, then infinity; `sheets[k][row]` has them in the order of `sheets`.
     """
 
     __slots__ = (
         "base",
+        "columns",
         "grid",
         "key",
         "pointer",
-        "rough",
         "rows",
         "samples",
-        "sided",
+        "sheets",
         "size",
         "span",
         "time",
@@ -92,83 +99,106 @@ class Buffer:
 
     def __init__(self, budgets: Ints, span: int, rows: int, *, sided: bool = False, waiting: int = 0) -> None:
         n = budgets.size
-        self.size, self.grid, self.span, self.sided, self.waiting = 0, budgets, span, sided, waiting
+        self.size, self.grid, self.span, self.waiting = 0, budgets, span, waiting
         #: rows that `extend` has filled
         self.rows = 0
         self.key = np.empty(64, dtype=np.int64)
         self.time = np.empty(64, dtype=np.int64)
         self.base = np.zeros(rows, dtype=np.int64)
         self.pointer = np.zeros((rows, n + 2), dtype=np.int32)
-        self.samples: Samples = np.empty((rows, 2 * n + 1 if sided else n + 2), dtype=np.float32)
-        self.rough: Samples = np.empty((rows if sided else 0, rough_columns(n).size), dtype=np.float32)
+        self.samples: Samples = np.empty((0 if sided else rows, n + 2), dtype=np.float32)
+        self.columns = sheets(n) if sided else []
+        self.sheets: list[Samples] = [np.empty((rows, *x.shape), dtype=np.float32) for x in self.columns]
 
     def extend(
         self, rows: int, of: Ints, need: Ints, time: Ints, floor: Ints | None = None, at: Ints | None = None
     ) -> Ints:
         """Adds the staircases of the next `rows` rows at once; `of`, in order: the row of each point, from 0; `at`, what this returned where it is known already: how
-        many points lie at or below each budget of each row and in earlier rows."""
+        many points lie in each cell of each row and before, earlier rows included."""
         n, size, first = self.grid.size, self.size, self.rows
         if (first + rows + 1) * self.span >= 2**63:
             raise ArgumentError(
                 f"`profile`: {first + rows} stretches are too many for its byte counts: state bytes in a larger unit"
             )
         if first + rows > self.base.size:
-            for name in ("base", "pointer", "samples", *(["rough"] if self.sided else [])):
+            for name in ("base", "pointer", *([] if self.sheets else ["samples"])):
                 setattr(self, name, longer(getattr(self, name), 2 * (first + rows)))
+            self.sheets = [longer(x, 2 * (first + rows)) for x in self.sheets]
         end = size + need.size
         if end > self.key.size:
             for name in ("key", "time"):
                 setattr(self, name, longer(getattr(self, name), max(end, 2 * self.key.size)))
         base = np.arange(first, first + rows) * self.span
-        key = need + base[of]
-        self.base[first : first + rows], self.key[size:end], self.time[size:end] = base, key, time
-        begin = key.searchsorted(base)
-        stop = np.append(begin[1:], need.size)
+        self.base[first : first + rows], self.time[size:end] = base, time
+        np.add(need, base[of], out=self.key[size:end])
         if at is None:
-            at = key.searchsorted((base[:, None] + self.grid).ravel(), side="right").reshape(rows, n)
+            cell = of * (n + 1) + self.grid.searchsorted(need)
+            at = np.cumsum(np.bincount(cell, minlength=rows * (n + 1))).reshape(rows, n + 1)
+        begin = np.append(0, at[:-1, n])
         pointer = self.pointer[first : first + rows]
-        pointer[:, 0], pointer[:, 1:-1], pointer[:, -1] = begin + size, at + size, stop + size
-        samples = self.samples[first : first + rows]
-        samples[:] = _INF
+        pointer[:, 0] = begin + size
+        np.add(at, size, out=pointer[:, 1:], casting="same_kind")
+        reached = np.full((rows, n + 1), _INF, dtype=np.float32)
         if need.size:
-            values = time.astype(np.float32)
-            reached = np.where(at > begin[:, None], values[at - 1], _INF)
-            samples[:, n] = np.where(stop > begin, values[stop - 1], _INF)
-            samples[:, :n] = reached
-            if self.sided:
-                samples[:, n + 1 :] = reached
-                if floor is not None:
-                    samples[:, :n][self.grid < floor[:, None]] = _INF
-                    samples[:, n + 1 :][self.grid < (floor + self.waiting)[:, None]] = _INF
-        if self.sided:
-            self.rough[first : first + rows] = samples[:, rough_columns(n)]
+            np.copyto(reached, time.astype(np.float32).take(at - 1), where=at > begin[:, None])
+        if not self.sheets:
+            samples = self.samples[first : first + rows]
+            samples[:, : n + 1], samples[:, n + 1] = reached, _INF
+        else:
+            samples = np.empty((rows, 2 * n + 2), dtype=np.float32)
+            samples[:, : n + 1], samples[:, n + 1 : -1], samples[:, -1] = reached, reached[:, :n], _INF
+            if floor is not None:
+                np.copyto(samples[:, :n], _INF, where=self.grid < floor[:, None])
+                np.copyto(samples[:, n + 1 : -1], _INF, where=self.grid < (floor + self.waiting)[:, None])
+            for sheet, columns in zip(self.sheets, self.columns):
+                sheet[first : first + rows] = samples.take(columns, axis=1)
         self.size, self.rows = end, first + rows
         return at
 
 
 class Shifts:
-    """Where the samples of suffixes stand when bytes are held to their left: `moves` of each number of held bytes, once, as rows of `table`; `rough`: the columns that
-    `rough_columns` names."""
+    """Where the samples of suffixes stand when bytes are held to their left: `moves` of each number of held bytes, once, as rows of `sheets`, in the order of
+    the function `sheets`."""
 
-    __slots__ = ("budgets", "known", "rough", "table")
+    __slots__ = ("budgets", "columns", "known", "sheets")
 
     def __init__(self, budgets: Ints) -> None:
         self.budgets = budgets
         self.known: dict[int, int] = {}
-        self.table = np.empty((64, 2 * budgets.size + 1), dtype=np.int16)
-        self.rough = np.empty((64, rough_columns(budgets.size).size), dtype=np.int16)
+        self.columns = sheets(budgets.size)
+        self.sheets = [np.empty((64, *x.shape), dtype=np.int16) for x in self.columns]
 
     def rows(self, held: Ints) -> Ints:
         """The rows of so many bytes held."""
         new = sorted({*held.tolist()} - self.known.keys())
         if new:
             first, end = len(self.known), len(self.known) + len(new)
-            if end > len(self.table):
-                self.table, self.rough = longer(self.table, 2 * end), longer(self.rough, 2 * end)
-            self.table[first:end] = moves(self.budgets, np.array(new)[:, None])
-            self.rough[first:end] = self.table[first:end, rough_columns(self.budgets.size)]
+            if end > len(self.sheets[0]):
+                self.sheets = [longer(x, 2 * end) for x in self.sheets]
+            table = moves(self.budgets, np.array(new)[:, None])
+            for sheet, columns in zip(self.sheets, self.columns):
+                sheet[first:end] = table.take(columns, axis=1)
             self.known.update(zip(new, range(first, end)))
         return np.array([self.known[h] for h in held.tolist()], dtype=np.int64)
+
+    def cells(self, moved: Ints, cell: Ints) -> tuple[Ints, Ints]:
+        """The first and the last cell of a suffix that what a cell's budgets leave for it may lie in."""
+        return self.cell(moved, cell - 1), self._column(moved, cell, 0)
+
+    def cell(self, moved: Ints, budget: Ints) -> Ints:
+        """The cell of a suffix that what budget number `budget` leaves for it begins or lies in; -1 counts as a budget of 0, `n` as one without limit."""
+        n = self.budgets.size
+        column = self._column(moved, np.clip(budget, 0, n - 1), 1)
+        found = np.where((column > n) | (budget < 0), 0, column + 1)
+        return np.where(budget == n, n, found)
+
+    def _column(self, moved: Ints, cell: Ints, side: int) -> Ints:
+        """One column of `moves` each: at the end of `cell`, from below or from above."""
+        sheet = self.sheets[-1]
+        _, count, wide = sheet.shape
+        ratio = wide // 2
+        at = moved * (count * wide) + 2 * cell - cell % ratio + side * ratio
+        return sheet.ravel().take(at).astype(np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +211,7 @@ class Pairs:
     floor: Ints
     moved: Ints
 
-    def take(self, which: Index) -> Pairs:
+    def take(self, which: Index | slice) -> Pairs:
         """Some of them."""
         return Pairs(
             self.left[which], self.right[which], self.held[which], self.floor[which], self.moved[which]
@@ -189,57 +219,105 @@ class Pairs:
 
     def values(self, left: Buffer, right: Buffer, budget: Ints) -> Stairs:
         """Need and time of the point that each has at or below its budget; `INF` where it has none."""
-        own = left.key[: left.size].searchsorted(left.base[self.left] + budget, side="right") - 1
-        rest = budget - self.held
-        other = right.key[: right.size].searchsorted(right.base[self.right] + rest, side="right") - 1
-        ok = (own >= left.pointer[self.left, 0]) & (other >= right.pointer[self.right, 0])
-        ok &= (rest >= 0) & (budget >= self.floor)
+        own = left.key[: left.size].searchsorted(left.base[self.left] + budget, side="right")
+        rest = right.base[self.right] + np.maximum(budget - self.held, -1)
+        other = right.key[: right.size].searchsorted(rest, side="right")
+        return self._values(left, right, budget, own, other)
+
+    def values_at(self, left: Buffer, right: Buffer, shifts: Shifts, cell: Ints) -> Stairs:
+        """As `values`, at the end of a cell each."""
+        own = _pointer(left, self.left, cell + 1)
+        budget = np.append(right.grid, right.span - 1)[cell]
+        rest = shifts.cell(self.moved, cell)
+        ranges = _pointer(right, self.right, rest), _pointer(right, self.right, rest + 1)
+        ahead, pair = right.base[self.right] - self.held, np.arange(cell.size)
+        other = _beyond(right, ranges, ahead, pair, budget)
+        return self._values(left, right, budget, own, other)
+
+    def _values(self, left: Buffer, right: Buffer, budget: Ints, own: Ints, other: Ints) -> Stairs:
+        """The points before `own` and `other`."""
+        ok = (own > left.pointer[self.left, 0]) & (other > right.pointer[self.right, 0])
+        ok &= budget >= self.floor
+        own, other = own - 1, other - 1
         need = np.maximum(left.key[own] - left.base[self.left], self.floor)
         np.maximum(need, right.key[other] - right.base[self.right] + self.held, out=need)
         return np.where(ok, need, INF), np.where(ok, left.time[own] + right.time[other], INF)
 
-    def steps(self, left: Buffer, right: Buffer, cell: Ints) -> list[tuple[Ints, Ints, Ints]]:
+    def steps(self, left: Buffer, right: Buffer, shifts: Shifts, cell: Ints) -> list[tuple[Ints, Ints, Ints]]:
         """All steps in one cell each: of which pair, need, time."""
-        budgets, out = right.grid, []
-        none, most = np.int64(-1), np.int64(2**62)
-        low = np.where(cell > 0, budgets[np.maximum(cell, 1) - 1], none)
-        high = np.where(cell < budgets.size, budgets[np.minimum(cell, budgets.size - 1)], most)
+        out = []
+        low = np.append(np.int64(-1), right.grid)[cell]
+        high = np.append(right.grid, np.int64(2**62))[cell]
+        begin, end = shifts.cells(self.moved, cell)
+        # What budgets in the cell reach ends within these elements of the left part and of the suffix.
+        mine = _pointer(left, self.left, cell), _pointer(left, self.left, cell + 1)
+        rest = _pointer(right, self.right, begin), _pointer(right, self.right, end + 1)
+        base, ahead = left.base[self.left], right.base[self.right] - self.held
 
-        index, pair = _spread(left.pointer[self.left, cell], left.pointer[self.left, cell + 1])
-        need = left.key[index] - left.base[self.left[pair]]
-        rest = need - self.held[pair]
-        to = self.right[pair]
-        other = right.key[: right.size].searchsorted(right.base[to] + rest, side="right") - 1
-        ok = (other >= right.pointer[to, 0]) & (rest >= 0) & (need >= self.floor[pair])
-        out.append((pair[ok], need[ok], left.time[index[ok]] + right.time[other[ok]]))
+        index, pair = spread(*mine)
+        need = left.key[index] - base[pair]
+        other = _beyond(right, rest, ahead, pair, need)
+        ok = (other > right.pointer[self.right, 0][pair]) & (need >= self.floor[pair])
+        out.append((pair[ok], need[ok], left.time[index[ok]] + right.time[other[ok] - 1]))
 
-        begin = np.where(cell > 0, budgets.searchsorted(low - self.held, side="right"), 0)
-        end = np.where(cell < budgets.size, budgets.searchsorted(high - self.held, side="left"), budgets.size)
-        index, pair = _spread(right.pointer[self.right, begin], right.pointer[self.right, end + 1])
-        need = right.key[index] - right.base[self.right[pair]] + self.held[pair]
+        index, pair = spread(*rest)
+        need = right.key[index] - ahead[pair]
         ok = (need > low[pair]) & (need <= high[pair]) & (need >= self.floor[pair])
         index, pair, need = index[ok], pair[ok], need[ok]
-        by = self.left[pair]
-        own = left.key[: left.size].searchsorted(left.base[by] + need, side="right") - 1
-        ok = own >= left.pointer[by, 0]
-        out.append((pair[ok], need[ok], left.time[own[ok]] + right.time[index[ok]]))
+        own = _beyond(left, mine, base, pair, need)
+        ok = own > left.pointer[self.left, 0][pair]
+        out.append((pair[ok], need[ok], left.time[own[ok] - 1] + right.time[index[ok]]))
 
         first = np.flatnonzero((self.floor > low) & (self.floor <= high))
-        need, time = self.take(first).values(left, right, self.floor[first])
+        floor = self.floor[first]
+        own = _beyond(left, mine, base, first, floor)
+        other = _beyond(right, rest, ahead, first, floor)
+        need, time = self.take(first)._values(left, right, floor, own, other)
         ok = time < INF
         out.append((first[ok], need[ok], time[ok]))
         return out
 
 
+def _pointer(buffer: Buffer, row: Ints, column: Ints) -> Ints:
+    """`pointer[row, column]` of a buffer."""
+    return buffer.pointer.ravel().take(row * buffer.pointer.shape[1] + column).astype(np.int64)
+
+
+def _beyond(buffer: Buffer, ranges: tuple[Ints, Ints], base: Ints, pair: Ints, need: Ints) -> Ints:
+    """The first element of the range `pair` with a key of more than its `base` and `need`, its end where there is none: all ranges halved together."""
+    found = ranges[0][pair]
+    active = np.flatnonzero((ranges[0] < ranges[1])[pair])
+    of = pair[active]
+    low, high, key = found[active], ranges[1][of], base[of] + need[active]
+    while active.size:
+        middle = (low + high) >> 1
+        more = buffer.key[middle] > key
+        low, high = np.where(more, low, middle + 1), np.where(more, middle, high)
+        found[active] = low
+        open_ = np.flatnonzero(low < high)
+        active, low, high, key = active[open_], low[open_], high[open_], key[open_]
+    return found
+
+
+def joined(pairs: list[Pairs]) -> Pairs:
+    """All of them."""
+    return Pairs(
+        *(
+            np.concatenate([getattr(x, name) for x in pairs])
+            for name in ("left", "right", "held", "floor", "moved")
+        )
+    )
+
+
 def moves(budgets: Ints, held: int | Ints) -> Index:
-    """Columns of a suffix's samples that bound it in each cell, and then at each budget, `held` bytes less being left for it."""
+    """Columns of a suffix's samples that bound it in each cell, and then at each budget, `held` bytes less being left for it; then one that is infinite."""
     n = budgets.size
     less = budgets - held
     ahead = budgets.searchsorted(less, side="left")
     behind = budgets.searchsorted(less, side="right") - 1
     end = np.full((*less.shape[:-1], 1), n)
-    # The last column of samples is infinite: no budget of the grid is that small.
-    return np.concatenate([ahead, end, np.where(behind < 0, n + 1, behind)], axis=-1)
+    # The last column of samples is infinite: no budget of the grid is that small, or nothing is bounded.
+    return np.concatenate([ahead, end, np.where(behind < 0, n + 1, behind), end + 1], axis=-1)
 
 
 def grouped(columns: list[Ints], waiting: int) -> list[tuple[int, int, Stairs]]:
@@ -263,7 +341,7 @@ def grouped(columns: list[Ints], waiting: int) -> list[tuple[int, int, Stairs]]:
     ]
 
 
-def _spread(begin: NDArray[Any], end: NDArray[Any]) -> tuple[Ints, Index]:
+def spread(begin: NDArray[Any], end: NDArray[Any]) -> tuple[Ints, Index]:
     """All integers of the ranges `begin..end-1`, and which range each is of."""
     count = end - begin
     of = np.repeat(np.arange(count.size), count)

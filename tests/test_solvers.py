@@ -8,8 +8,10 @@ import random
 import re
 import subprocess
 import sys
+import time as clock
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,6 +24,7 @@ from mwplan.schedule import Run, RunKind, Status, Strategy
 from mwplan.solvers.brute_force import every_cost, every_plan
 from mwplan.solvers.frontier import Frontier, Tables, solve_frontier
 from mwplan.solvers.integer_program import solve, solve_least_bytes
+from mwplan.solvers.pareto import nondominated
 from mwplan.solvers.relaxed import lower_bound
 from mwplan.solvers.runs import fastest_ns
 from tests.chains import random_profile
@@ -222,6 +225,14 @@ def in_a_row(rng: random.Random, before: int, size: int, after: int) -> Profile:
     return dataclasses.replace(profile, layers=layers, **counts)
 
 
+def test_long_chains_have_their_fastest_schedule() -> None:
+    profile = in_a_row(random.Random(4), 0, 200, 0)
+    for allowed in (set(Strategy), {Strategy.STORE, Strategy.FRAGMENT, Strategy.VIJP}):
+        frontier = solve_frontier(profile, thin=0.02, allowed=allowed)
+        assert frontier.points[-1][1] == fastest_ns(profile)
+        assert replay(profile, frontier.at(frontier.points[-1][0]).runs or ()).time_ns == fastest_ns(profile)
+
+
 @pytest.mark.parametrize("piece", [3, 320])
 def test_bound_of_long_chains_is_below_every_exact_frontier(
     monkeypatch: pytest.MonkeyPatch, piece: int
@@ -397,6 +408,32 @@ def test_a_second_is_enough_for_an_honest_answer() -> None:
         assert replay(profile, solution.runs).peak_bytes == solution.peak_bytes <= budget
 
 
+@pytest.mark.parametrize("condition", ["pins", "max_distinct_runs"])
+def test_side_conditions_on_long_chains_give_a_plan_in_time(condition: str) -> None:
+    profile = random_profile(random.Random(9), 50, scale=1_000)
+    frontier = solve_frontier(profile, thin=0.02)
+    need = [n for n, _ in frontier.points]
+    budget = (need[0] + need[-1]) // 2
+    pins = {25: Strategy.STORE, 26: Strategy.RECOMPUTE} if condition == "pins" else None
+    limit = 3 if condition == "max_distinct_runs" else None
+    began = clock.process_time()
+    solution = solve(
+        profile, budget, frontier=frontier, pins=pins, max_distinct_runs=limit, time_limit_s=0.5, workers=1
+    )
+    # Half a second, staircases under the side conditions, and a bound as dear as the frontier.
+    assert clock.process_time() - began < 10
+    assert solution.status in (Status.FEASIBLE, Status.OPTIMAL)
+    assert 0 < solution.bound_ns <= solution.time_ns
+    found = replay(profile, solution.runs or ())
+    assert (found.time_ns, found.peak_bytes) == (solution.time_ns, solution.peak_bytes)
+    assert found.peak_bytes <= budget
+    if limit:
+        assert distinct(profile, solution.runs or ()) <= limit
+    else:
+        used = strategies(profile, solution.runs or ())
+        assert (used[24], used[25]) == (Strategy.STORE, Strategy.RECOMPUTE)
+
+
 def chain_of(n: int, **changes: int) -> Profile:
     option = StoreOption(
         name="all", residual_bytes=0, keeps_input=True, keeps_output=False, forward_ns=1, backward_ns=2
@@ -438,6 +475,22 @@ def test_bad_arguments_are_named(change: dict[str, object]) -> None:
     arguments = {"budget_bytes": 100, **change}
     with pytest.raises(ArgumentError, match=r"`|layer"):
         solve(chain_of(3), **arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("size", "most"), [(1, 9), (64, 4), (65, 10**6), (700, 30), (700, 2**40)])
+def test_nondominated_points_are_those_that_nothing_beats(size: int, most: int) -> None:
+    rng = random.Random(size)
+    points = [tuple(rng.randint(0, most) for _ in range(3)) for _ in range(size)]
+    # Points of one sum beat none but their equals.
+    points += [(a, b, 2 * most - a - b) for a, b, _ in points]
+    groups = [rng.randint(0, 2) for _ in points]
+    kept = nondominated([np.array(x) for x in zip(*points)], np.array(groups)).tolist()
+
+    def beaten(point: tuple[int, ...], group: int, others: list[int]) -> bool:
+        return any(groups[k] == group and all(a <= b for a, b in zip(points[k], point)) for k in others)
+
+    for k, (point, group) in enumerate(zip(points, groups)):
+        assert beaten(point, group, [x for x in kept if x != k]) == (k not in kept)
 
 
 def test_bad_frontier_arguments() -> None:
