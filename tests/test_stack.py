@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 import mwplan as mw
 from mwplan import rules
 from mwplan.chain import fingerprint, repeats
-from mwplan.interpret import _shifted
+
 from mwplan.layers import Dense, LayerNorm, LeakyReLU, MaxMin
-from mwplan.schedule import Run, RunKind, Schedule
+from mwplan.schedule import Run, RunKind, Schedule, shifted
 from tests.helpers import mean_square, random_runs, relative_error, segments, store_all
 
 DEPTH = 6
@@ -44,7 +44,7 @@ def repeated(rng: random.Random, chain: mw.Chain, x: Any) -> tuple[Run, ...]:
     first, span = 1 + rng.randint(0, 3), 4 * rng.choice([1, 1, 1, 2])
     count = (len(chain) - 1 - first) // span
     inner = random_runs(rng, chain, x, first, first + span)
-    middle = [_shifted(run, i * span) for i in range(count) for run in inner]
+    middle = [shifted(run, i * span) for i in range(count) for run in inner]
     end = first + count * span
     return (
         *random_runs(rng, chain, x, 0, first),
