@@ -471,7 +471,7 @@ def _search(problem: _Problem, budget: int | None, limit_ns: int | None, slack: 
     for theta in thresholds:
         if best is not None:
             goal = best.time_ns if budget is not None else best.peak_bytes
-            theta = min(theta, goal)
+            theta = min(theta, max(goal, thresholds[0]))
         caps = (budget, theta) if budget is not None else (theta, limit_ns)
         assert caps[0] is not None
         assert caps[1] is not None
