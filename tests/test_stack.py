@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 import mwplan as mw
 from mwplan import rules
 from mwplan.chain import fingerprint, repeats
-
 from mwplan.layers import Dense, LayerNorm, LeakyReLU, MaxMin
 from mwplan.schedule import Run, RunKind, Schedule, shifted
 from tests.helpers import mean_square, random_runs, relative_error, segments, store_all
