@@ -63,7 +63,9 @@ POLICIES: dict[str, Callable[..., Any] | None] = {
 #: Programs that need more than so many times the largest budget asked for are compiled, for their memory, and not run.
 MOST = 8
 #: Schedules of stacked chains with more different loops than these are not compiled.
-MOST_LOOPS = 500
+MOST_LOOPS = 150
+#: Of schedules with more, this share of the time may be lost for fewer.
+LOSS = 1.0
 #: Programs whose step takes so many times the median of all, and a second or more, are timed once, in the warm-up.
 SLOW = 6
 #: Seconds after which the trial that chooses among plans ends.
@@ -99,6 +101,11 @@ class Problem:
     def fixed_bytes(self) -> int:
         """Parameters, gradients and input."""
         return 2 * trees.nbytes(trees.parameters(self.chain)) + trees.nbytes(self.x)
+
+    @property
+    def most_loops(self) -> float:
+        """How many different loops a schedule may have: infinite for chains that are run unrolled."""
+        return math.inf if len(_flat(self.chain)) <= self.unroll else MOST_LOOPS
 
     @functools.cached_property
     def stacked(self) -> mw.Chain:
@@ -282,9 +289,9 @@ def equinox(problem: Problem, budget: int | None) -> Way:
 
 def applied(problem: Problem, schedule: Schedule, arrangement: int = 0) -> Way:
     """A schedule of the problem's profile, run by `mw.apply`."""
-    unrolled = len(_flat(problem.chain)) <= problem.unroll
-    count = 0 if unrolled else tape.loops(schedule.runs)
-    if count > MOST_LOOPS:
+    unrolled = problem.most_loops == math.inf
+    count = tape.loops(schedule.runs)
+    if count > problem.most_loops:
         raise NotApplicableError(
             f"a step of about {count} different loops, which takes many minutes to compile"
         )
@@ -318,20 +325,25 @@ def fragment(problem: Problem, budget: int | None) -> Way:
     return _baseline(problem, solution, RunKind.MOONWALK, "has a fragment")
 
 
-def _at(frontier: mw.Frontier, budget: int | None) -> Schedule:
-    return frontier.at(budget if budget is not None else frontier.points[-1][0])
+def _at(frontier: mw.Frontier, budget: int | None, *, most_loops: float = math.inf) -> Schedule:
+    """The frontier's schedule, or one that loses more time and has no more different loops than that, if there is one."""
+    at = budget if budget is not None else frontier.points[-1][0]
+    schedule = frontier.at(at)
+    if tape.loops(schedule.runs) > most_loops:
+        return min(schedule, frontier.at(at, regular=LOSS), key=lambda one: tape.loops(one.runs))
+    return schedule
 
 
 def plan(
     problem: Problem, budget: int | None, *, allowed: frozenset[Strategy] = planning.EVERY_STRATEGY
 ) -> Way:
     """The fastest schedule of the allowed strategies that fits; without a budget, the fastest of all."""
-    return applied(problem, _at(problem.frontier(allowed), budget))
+    return applied(problem, _at(problem.frontier(allowed), budget, most_loops=problem.most_loops))
 
 
 def recompute(problem: Problem, budget: int | None) -> Way:
     """The fastest schedule of STORE and RECOMPUTE runs that fits."""
-    return applied(problem, _at(problem.frontier(RECOMPUTATION), budget))
+    return applied(problem, _at(problem.frontier(RECOMPUTATION), budget, most_loops=problem.most_loops))
 
 
 def nested_checkpoint(runs: Sequence[Run]) -> Network:

@@ -28,7 +28,7 @@ from mwplan.ledger import replay
 from mwplan.profiles import Profile
 from mwplan.schedule import Run, RunKind, Strategy, shifted, walk
 from mwplan.solvers.sparse import SparseTables
-from mwplan.solvers.uniform import part, repeated, stretches
+from mwplan.solvers.uniform import UniformTables, part, repeated, stretches
 from mwplan.tape import SWEEPS, WRITTEN_OUT, loops
 
 #: shorter stretches of identical layers are left as they are
@@ -37,13 +37,15 @@ LEAST_STRETCH = 96
 _DEEPEST = 4
 #: schedules of no more loops stay as they are
 _FEW = 8
-#: up to so many compile in a minute or so
-_MANY = 100
+#: up to so many compile in half a minute or so
+_MANY = 50
 #: what one more loop may cost of the time, between schedules of few runs
 _PRICE = 1e-3
 _TRIES = 4
 #: what may be lost for a tape, and how many STORE options are tried
-_THIN, _OPTIONS = 0.005, 2
+_THIN, _OPTIONS = 0.005, 3
+#: up to so many layers, nothing is
+_EXACT = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,18 +266,24 @@ def _most_stored(runs: Sequence[Run]) -> list[str]:
 def _one_tape(piece: Profile, begin: int, option: str, room: int) -> tuple[Run, ...] | None:
     """The fastest schedule of `piece`, from layer `begin` on, by recomputation and one STORE option; None where nothing fits. It compiles as a tape where memory is scarce."""
     tables = _tables(piece, begin, option)
-    need, _ = tables.points(begin == 0)
-    if not need.size or need[0] > room:
-        return None
-    return tables.read(begin == 0, room)[0]
+    if isinstance(tables, UniformTables):  # which knows the chain's own input only, and does not count it
+        room -= piece.activation_bytes[0] if begin else 0
+        need = tables.points()[0]
+        if not need.size or need[0] > room:
+            return None
+        return tuple(shifted(run, begin) for run in tables.runs(room))
+    need = tables.points(begin == 0)[0]
+    return tables.read(begin == 0, room)[0] if need.size and need[0] <= room else None
 
 
 @functools.lru_cache(maxsize=8)
-def _tables(piece: Profile, begin: int, option: str) -> SparseTables:
+def _tables(piece: Profile, begin: int, option: str) -> SparseTables | UniformTables:
     store = tuple(one for one in piece.layers[0].store if one.name == option)
     layer = dataclasses.replace(piece.layers[0], store=store, moonwalk=(), invert=())
     alone = dataclasses.replace(piece, layers=(layer,) * len(piece))
     allowed = frozenset({Strategy.STORE, Strategy.RECOMPUTE})
+    if len(piece) <= _EXACT:
+        return UniformTables(alone, max_error=0.0, allowed=allowed)
     return SparseTables(alone, max_error=0.0, allowed=allowed, thin=_THIN, first=begin)
 
 
