@@ -22,6 +22,14 @@ def gathered(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda a: _on_one_device(a) if _spread(a) else a, tree)
 
 
+def may_be_spread() -> bool:
+    """Whether arrays of the program being traced may lie on several devices. Under `jax.jit` nobody can say before it is called; within `jax.shard_map` they do not."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and set(mesh.axis_names) == set(mesh.manual_axes):
+        return False
+    return jax.device_count() > 1
+
+
 def _on_one_device(a: Any) -> Any:
     return jax.device_put(a, jax.local_devices()[0])
 

@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, UInt32
 
-from mwplan import loops, operations, trees
+from mwplan import loops, operations, sharding, trees
 from mwplan.residuals import Residuals
 from mwplan.schedule import Run, RunKind
 from mwplan.tape import Atom, Tape, taped
@@ -44,7 +44,10 @@ def _stored(option: str) -> Run:
 
 
 def find(walker: Interpreter, many: Repeat, option: str) -> Taped | None:
-    """A tape for the runs of `many`, whose STORE runs have `option`; None where there is none, or it would take more memory than planned."""
+    """A tape for the runs of `many`, whose STORE runs have `option`; None where there is none, or it would take more memory than planned, or where arrays
+    may lie on several devices."""
+    if sharding.may_be_spread():  # the stack is one flat array, of which every device would hold all
+        return None
     steps = _Steps(walker, many, _stored(option))
     if steps.held.keeps_output or not all(_is_plain(leaf) for leaf in jax.tree.leaves((steps.y, steps.held))):
         return None

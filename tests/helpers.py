@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -112,6 +113,39 @@ def segments(chain: mw.Chain, size: int) -> tuple[Run, ...]:
         Run(kind=RunKind.RECOMPUTE, start=s, stop=min(s + size, len(chain)), inner=inner[s : s + size])
         for s in cuts
     )
+
+
+@functools.cache
+def fewest(pieces: int, slots: int) -> tuple[int, int]:
+    """The fewest pieces recomputed with room for `slots` RECOMPUTE runs at once, and how many the first of them covers."""
+    if pieces == 1:
+        return 0, 0
+    if slots == 0:
+        return 1 << 60, 1
+    return min(
+        (
+            (first + fewest(first, slots)[0] + fewest(pieces - first, slots - 1)[0], first)
+            for first in reversed(range(1, pieces))
+        ),
+        key=lambda found: found[0],
+    )
+
+
+def binomial(size: int, length: int, slots: int, option: str, start: int = 0) -> tuple[Run, ...]:
+    """The schedule of fewest steps for identical layers in stored pieces of `length`, the first maybe shorter."""
+    pieces = -(-size // length)
+    cuts = [start, *(start + size - k * length for k in reversed(range(pieces)))]
+
+    def made(first: int, stop: int, slots: int) -> tuple[Run, ...]:
+        if stop - first == 1:
+            layers = range(cuts[first], cuts[stop])
+            return tuple(Run(kind=RunKind.STORE, start=i, stop=i + 1, options=(option,)) for i in layers)
+        middle = first + fewest(stop - first, slots)[1]
+        inner = made(first, middle, slots)
+        run = Run(kind=RunKind.RECOMPUTE, start=cuts[first], stop=cuts[middle], inner=inner)
+        return run, *made(middle, stop, slots - 1)
+
+    return made(0, pieces, slots)
 
 
 def with_round_times(profile: mw.Profile) -> mw.Profile:

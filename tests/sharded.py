@@ -20,13 +20,13 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import mwplan as mw
 from mwplan import rules
 from mwplan.chain import boundaries
-from mwplan.layers import Conv2D, Dense, Flatten, LeakyReLU, MaxMin, OrthogonalDense
+from mwplan.layers import Conv2D, Dense, Flatten, LeakyReLU, MaxMin, OrthogonalDense, Sequential
 from mwplan.schedule import Run, RunKind, Schedule
-from tests.helpers import mlp, relative_error, segments, store_all
+from tests.helpers import binomial, mlp, relative_error, segments, store_all
 
 P = PartitionSpec
 #: Networks that are differentiated from within and from outside of `jax.shard_map`: one plain, one stacked.
-BOTH_WAYS = ("every run", "stack, walked")
+BOTH_WAYS = ("every run", "stack, walked", "stack, taped")
 
 
 def local_loss(y: Any, target: Any) -> Any:
@@ -73,7 +73,9 @@ def networks() -> dict[str, tuple[mw.Chain, Any, tuple[Run, ...]]]:
     inverted = options(stack, x, rules.invert_rules)
     inner = (walk(plain, x, 8, 12), *store_all(plain)[12:16])
     recomputed = Run(kind=RunKind.RECOMPUTE, start=0, stop=32, inner=tuple(segments(deep, 4)))
+    blocks = mw.stack(mw.Chain([Sequential((Dense.init(k, 8, 8), LeakyReLU(0.8))) for k in keys[:16]]), x)
     return {
+        "stack, taped": (blocks, x, binomial(16, 1, 3, options(blocks, x, rules.store_rules)[0])),
         "convolutions": (cnn, images, (walk(cnn, images, 0, 6), *store_all(cnn)[6:8], walk(cnn, images, 8, 10))),
         "every run": (
             plain,
