@@ -43,7 +43,7 @@ class Config:
     turns: int = 7
     repeats: int = 3
     thin: float = 0.02
-    regular: float = 0.1
+    regular: float = 0.01
     seed: int = 0
     executor: str = "processes"
     workers: int = 1
