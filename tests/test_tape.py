@@ -89,8 +89,9 @@ def option(chain: mw.Chain, x: Any, *, keeps_input: bool) -> str:
     raise AssertionError("no such option")
 
 
-@pytest.mark.parametrize("stem", [True, False])
-@pytest.mark.parametrize(("kind", "keeps"), [("dense", True), ("norm", True), ("norm", False)])
+@pytest.mark.parametrize(
+    ("kind", "keeps", "stem"), [("dense", True, False), ("norm", True, True), ("norm", False, True)]
+)
 def test_gradients_equal_those_of_backpropagation(
     kind: str, keeps: bool, stem: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
