@@ -55,14 +55,12 @@ class Atom:
 
 @dataclass(slots=True)
 class Tape:
-    """The tape of `size` layers: `forward` is the forward sweep; `first` takes layers backward before the atoms in `backward` (it goes nowhere itself).
+    """`forward` is the forward sweep; `first` takes layers backward before the atoms in `backward` (it goes nowhere itself).
 
-    `option`, of all STORE runs; `room`: the size of the stack, in units of what `taped` was given; `stride`: of stored layers in a row.
+    `option`, of all STORE runs; `room`: the size of the stack, in units of what `taped` was given, an activation at least.
     """
 
-    size: int
     option: str
-    stride: int
     forward: list[Atom] = field(default_factory=list)
     first: Atom = field(default_factory=lambda: Atom(0, 0))
     backward: list[Atom] = field(default_factory=list)
@@ -121,14 +119,14 @@ def taped(runs: Sequence[Run], activation: int, residuals: int, *, keeps_input: 
     if options or option is None:
         return None
     maker = _Maker(runs[0].start, activation, residuals, keeps_input)
-    tape = Tape(runs[-1].stop - runs[0].start, option, maker.stride)
+    tape = Tape(option)
     maker.forward(runs)
     tape.forward = maker.atoms
     full = maker.top
     maker.atoms = [tape.first]
     maker.backward(runs)
     tape.backward = maker.atoms[1:]
-    tape.room = maker.room
+    tape.room = max(maker.room, activation)  # what is never read or written is still a part of it
     return tape if full >= FULL * maker.room else None
 
 

@@ -166,3 +166,17 @@ def test_compiled_to_the_same_code_whatever_the_depth(monkeypatch: pytest.Monkey
     assert abs(temporaries(more) - temporaries(short) - 2 * 2**20) < 0.1 * 2**20
     # Beside the stack: the stretch's input, and what one layer's operations need.
     assert temporaries(short) - 4 * rooms[0] < 7 * 2**20
+
+
+def test_residuals_smaller_than_an_activation() -> None:
+    """With one RECOMPUTE run at a time nothing but they is kept: the stack still holds what loops that take no turn would write."""
+    chain = mw.Chain([L.Dense.he(jax.random.key(0), 4, 4), mw.Stack.of(L.MaxMin(), 8)])
+    x = jax.random.normal(jax.random.key(1), (8, 4))
+    name = option(chain, x, keeps_input=False)
+    schedule = Schedule(
+        runs=(Run(kind=RunKind.STORE, start=0, stop=1, options=("vjp",)), *binomial(8, 1, 1, name, start=1))
+    )
+    assert loops(schedule.runs) < written_out(schedule.runs)
+    grads = mw.jit(jax.grad(lambda chain: mean_square(mw.apply(schedule, chain, x)), allow_int=True))(chain)
+    want = jax.grad(lambda chain: mean_square(chain(x)), allow_int=True)(chain)
+    assert relative_error(grads, want) < 1e-6
