@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from mwplan import trees
-from mwplan.rules import InvertRule, VijpRule, WholeFragment, parameter_gradient
+from mwplan.rules import InvertRule, VijpRule, WholeFragment, layer_vjp, parameter_gradient
 
 PyTree = Any
 
@@ -94,12 +94,13 @@ class InverseErrors(NamedTuple):
 
 
 def _invert_errors(rule: InvertRule, layer: PyTree, x: PyTree, y: PyTree, key: jax.Array) -> jax.Array:
-    back = rule.inverse(layer, y)
+    _, kept = rule.forward(layer, x)
+    back = rule.inverse(layer, y, kept)
     scale = _norm(x)
     local = _ratio(_norm(jax.tree.map(jnp.subtract, trees.widen(back), trees.widen(x))), scale)
     noise = random_cotangent(y, key)
     tangent = jax.tree.map(lambda n, leaf: n.astype(leaf.dtype), noise, y)
-    _, moved = jax.jvp(lambda out: rule.inverse(layer, out), (y,), (tangent,))
+    _, moved = jax.jvp(lambda out: rule.inverse(layer, out, kept), (y,), (tangent,))
     growth = _ratio(_norm(moved) * _norm(y), _norm(noise) * scale)
     return jnp.stack([local, growth])
 
@@ -109,9 +110,12 @@ _KINK_LEVELS = (2.0**-11, 2.0**-7)  # of the input: large enough for some of a f
 _DRAWS = 4
 
 
-def _sensitivities(rule: None, layer: PyTree, x: PyTree, y: PyTree, key: jax.Array) -> jax.Array:
+def _sensitivities(
+    rule: InvertRule | None, layer: PyTree, x: PyTree, y: PyTree, key: jax.Array
+) -> jax.Array:
     r"""`(sensitivity, gradient_sensitivity, kink)`: the layer's vjp at `x` moved by white noise against that at `x`, the root mean square of 4 draws, the larger
-    of two sizes of noise (4e-6 and 1e-4 of the input in float32).
+    of two sizes of noise (4e-6 and 1e-4 of the input in float32). `rule`: an inverse that keeps something of `x`, which does not move; its vjp is at what it
+    rebuilds from `y` moved by the layer's derivative times the noise.
 
     Differences, not a derivative: where a norm's input is nearly zero, or a ReLU's is exactly so, the vjp changes by a part of itself however
     small the noise. The vjp is of the output itself and white noise, equal in size, so that the gradient of the parameters is a sum of terms that agree,
@@ -132,9 +136,15 @@ def _sensitivities(rule: None, layer: PyTree, x: PyTree, y: PyTree, key: jax.Arr
         lambda n, leaf: (n + scale * leaf).astype(leaf.dtype) if trees.is_inexact(leaf) else n, noise, y
     )
 
-    def pull(x: PyTree) -> tuple[list[Any], list[Any]]:
-        _, vjp = jax.vjp(lambda p, x: trees.with_parameters(layer, p)(x), trees.parameters(layer), x)
-        grads, ct_in = vjp(ct)
+    kept = () if rule is None else rule.forward(layer, x)[1]
+
+    def pull(at: PyTree) -> tuple[list[Any], list[Any]]:
+        if rule is None:
+            grads, ct_in = layer_vjp(layer, at, ct)
+        else:
+            _, out = jax.jvp(layer, (x,), (jax.tree.map(_tangent, at, x),))
+            moved = jax.tree.map(lambda a, b: a + b if trees.is_inexact(a) else a, y, out)
+            _, grads, ct_in = rule.backward(layer, moved, kept, ct)
         return [g for g in jax.tree.leaves(trees.widen(ct_in)) if trees.is_inexact(g)], trees.widen(grads)
 
     def size(arrays: list[Any]) -> jax.Array:
@@ -166,6 +176,10 @@ def _sensitivities(rule: None, layer: PyTree, x: PyTree, y: PyTree, key: jax.Arr
     small, large = (1 / h for h in _KINK_LEVELS)
     kink = (squares[2] - squares[3])[1:].max() / (small - large)
     return jnp.append(jnp.sqrt(squares[:2, :2].max(axis=0)), jnp.maximum(kink, 0))
+
+
+def _tangent(at: jax.Array, x: jax.Array) -> jax.Array:
+    return at - x if trees.is_inexact(x) else jnp.zeros(x.shape, jax.dtypes.float0)
 
 
 def _minus(a: PyTree, b: PyTree) -> list[Any]:
@@ -227,10 +241,11 @@ def measure(
 
 
 def measure_inverse(layer: PyTree, rule: InvertRule, x: PyTree, key: jax.Array) -> InverseErrors:
-    """The errors of `layer` inverted by `rule` at input `x` (arrays), infinity where not finite. **Cost:** an inverse and its derivative, and 17 vjps."""
+    """The errors of `layer` inverted by `rule` at input `x` (arrays), infinity where not finite. **Cost:** an inverse and its derivative, and 17 vjps; where the
+    rule keeps something, 17 times its backward and a derivative of the layer."""
     y = _call(_output, None, layer, x)
     errors = _run(_invert_errors, rule, layer, x, y, key)
-    return InverseErrors(*errors, *_run(_sensitivities, None, layer, x, y, key))
+    return InverseErrors(*errors, *_run(_sensitivities, rule if rule.keeps else None, layer, x, y, key))
 
 
 def predict(options: Iterable[tuple[float, float]]) -> list[float]:
@@ -306,13 +321,9 @@ class Inverted:
 
 def _invert_step(rule: InvertRule, layer: PyTree, y: PyTree, ct: PyTree, x: PyTree, truth: PyTree) -> Any:
     """`(x rebuilt, ct_in there, ct_in at x, [error and norm of the activation, of the gradient, of ct_in])`."""
-    back = rule.inverse(layer, y)
-
-    def pull(x: PyTree, ct: PyTree) -> Any:
-        _, vjp = jax.vjp(lambda p, x: trees.with_parameters(layer, p)(x), trees.parameters(layer), x)
-        return vjp(ct)
-
-    (got, got_in), (want, want_in) = pull(back, ct), pull(x, truth)
+    _, kept = rule.forward(layer, x)
+    back, got, got_in = rule.backward(layer, y, kept, ct)
+    want, want_in = layer_vjp(layer, x, truth)
     pairs = ((back, x), (got, want), (got_in, want_in))
     return back, got_in, want_in, [norm for a, b in pairs for norm in (_norm(_minus(a, b)), _norm(b))]
 

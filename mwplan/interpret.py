@@ -492,7 +492,7 @@ class Interpreter:
                 part = _part(run, piece)
                 walk = functools.partial(Interpreter._forward_layers, run=part, depth=depth)
                 saved = self._scan_forward(piece, walk)
-                if run.kind is RunKind.MOONWALK:
+                if run.kind is not RunKind.RECOMPUTE:
                     kept.append(saved)
             else:
                 kept += self._forward_layers(_part(run, piece, shift=False), depth)
@@ -507,7 +507,7 @@ class Interpreter:
         for layer in range(run.start + 1, run.stop + 1):
             one = self.layer(layer)
             keeps_input = keeps_output = False
-            if run.kind in (RunKind.STORE, RunKind.MOONWALK):
+            if run.kind is not RunKind.RECOMPUTE:
                 operation = functools.partial(operations.forward, rule=self.rule(run, layer))
                 y, held = self.perform("forward", layer, depth, operation, one, self.x[layer - 1])
                 kept.append(held)
@@ -557,7 +557,7 @@ class Interpreter:
             case RunKind.RECOMPUTE:
                 self._recompute(run, box, depth)
             case RunKind.INVERT:
-                self._invert(run, box, depth)
+                self._invert(run, held, box, depth)
 
     def store(self, run: Run, kept: list[Residuals], box: list[PyTree], depth: int) -> None:
         """Backward over a STORE run."""
@@ -698,18 +698,19 @@ class Interpreter:
         self.release(run.stop)
         self.backward(run.inner, kept, box, depth + 1)
 
-    def _invert(self, run: Run, box: list[PyTree], depth: int) -> None:
+    def _invert(self, run: Run, kept: list[Any], box: list[PyTree], depth: int) -> None:
         if self.check:
             self._note(run, jnp.zeros(()))  # where the one layer's input is there already
         for piece in reversed(self.pieces(run)):
             known = self.x.get(piece.start)  # only the run's start can be: the run to the left keeps it
             if piece.count > 1:
-                x = self._scan_invert(run, piece, box, depth)
+                x = self._scan_invert(run, piece, kept.pop(), box, depth)
                 known = None  # rebuilt all the same
             else:
-                x, ct = self._invert_layer(run, piece.stop, self.x[piece.stop], box.pop(), known, depth)
+                y, ct = self.x[piece.stop], box.pop()
+                x, ct = self._invert_layer(run, piece.stop, kept.pop(), y, ct, known, depth)
                 box.append(ct)
-                del ct
+                del y, ct
             if self.check and (truth := self.sketches.pop(piece.start, None)) is not None and known is None:
                 found, x, box[0] = self.gate((sketch.discrepancy(truth, sketch.take(x)), x, box[0]))
                 self._note(run, found)
@@ -720,26 +721,28 @@ class Interpreter:
         self.release(run.start)
 
     def _invert_layer(
-        self, run: Run | _Part, layer: int, y: PyTree, ct: PyTree, known: PyTree, depth: int
+        self, run: Run | _Part, layer: int, held: Residuals, y: PyTree, ct: PyTree, known: PyTree, depth: int
     ) -> tuple[PyTree, PyTree]:
         """`(x, ct_in)`."""
         operation = functools.partial(operations.invert_backward, rule=self.rule(run, layer))
-        x, grads, ct = self.perform("backward", layer, depth, operation, self.layer(layer), y, ct, known)
+        x, grads, ct = self.perform("backward", layer, depth, operation, self.layer(layer), held, y, ct, known)
         x, ct = self.grads.found(self, layer, depth, grads, (x, ct))
         return x, ct
 
-    def _scan_invert(self, run: Run, piece: Repeat, box: list[PyTree], depth: int) -> PyTree:
+    def _scan_invert(
+        self, run: Run, piece: Repeat, saved: Scanned, box: list[PyTree], depth: int
+    ) -> PyTree:
         part = _part(run, piece)
 
-        def step(state: Any, repetition: Any, _: None) -> Any:
+        def step(state: Any, repetition: Any, kept: list[Residuals]) -> Any:
             x, ct, buffers = state
             inner = self.within(piece, repetition, buffers, single=not self.grads.performs)
             for layer in range(piece.span, 0, -1):
-                x, ct = inner._invert_layer(part, layer, x, ct, None, depth)
+                x, ct = inner._invert_layer(part, layer, kept.pop(), x, ct, None, depth)
             return (x, ct, inner.buffers(_whole(piece))), None
 
         state = (self.x[piece.stop], box.pop(), self.buffers(piece))
-        (x, ct, buffers), _ = loops.scan(step, state, None, piece.count, reverse=True)
+        (x, ct, buffers), _ = loops.scan(step, state, saved.kept, piece.count, reverse=True)
         self.took(piece, buffers)
         box.append(ct)
         return x

@@ -184,6 +184,9 @@ class _Ledger:
                 self.claim(layer)
 
     def _forward_cost(self, run: Run, layer: int) -> tuple[int, bool, bool, int, int]:
+        if run.kind is RunKind.INVERT:
+            back = self.invert(run, layer)
+            return back.residual_bytes, False, False, back.forward_workspace_bytes, back.forward_ns
         if run.kind in (RunKind.STORE, RunKind.MOONWALK):
             o = self.store(run) if run.kind is RunKind.STORE else self.moonwalk(run, layer)
             return o.residual_bytes, o.keeps_input, o.keeps_output, o.forward_workspace_bytes, o.forward_ns
@@ -272,6 +275,7 @@ class _Ledger:
             self.event("backward", layer, depth, o.backward_workspace_bytes, o.backward_ns, saving)
             self.release(layer)
             del self.live["ct", layer, depth]
+            self.live.pop(("q", layer, depth), None)
             before, error = error, math.hypot(o.growth * error if error else 0.0, o.local_error)
             if error:  # a sensitivity of infinity times an error of 0 is no error
                 kink = math.sqrt(o.kink * error)

@@ -23,7 +23,7 @@ from mwplan.chain import Chain, Stack, boundaries, check_chain, fingerprint, lay
 from mwplan.errors import ArgumentError
 from mwplan.packing import Workspace
 from mwplan.profiles import InvertOption, LayerProfile, MoonwalkOption, Profile, StoreOption
-from mwplan.residuals import Residuals, new_bytes
+from mwplan.residuals import NOTHING, Residuals, new_bytes
 
 PyTree = Any
 CHECKED_REPETITIONS = 64  # of a deeper stack, only the repetitions whose growth is measured are checked
@@ -282,7 +282,7 @@ def measure_layer(bench: Pricing, one: PyTree, x: PyTree) -> Costs:
         if isinstance(rule, rules.VijpRule)
     ]
     inverses = [
-        _InvertPrograms(bench, rule, one, y, ct_out)
+        _InvertPrograms(bench, rule, one, x, y, ct_out, plain)
         for rule in rules.invert_rules(one, x)
         if isinstance(rule, rules.InvertRule)
     ]
@@ -403,15 +403,29 @@ class _MoonwalkPrograms:
 
 
 class _InvertPrograms:
-    """The operation of one way to invert a layer."""
+    """The operations of one way to invert a layer; `plain`, its forward that keeps nothing."""
 
     def __init__(
-        self, bench: Pricing, rule: rules.InvertRule, one: PyTree, y: PyTree, ct_out: PyTree
+        self,
+        bench: Pricing,
+        rule: rules.InvertRule,
+        one: PyTree,
+        x: PyTree,
+        y: PyTree,
+        ct_out: PyTree,
+        plain: Priced,
     ) -> None:
         self.rule = rule
+        self.forward, self.held = plain, NOTHING
+        if rule.keeps:
+            self.forward, _, self.held = _forward(bench, rule, one, x)
+            if self.held.keeps_input or self.held.keeps_output:
+                raise ArgumentError(
+                    f"{type(rule).__name__}, a rule of {layer_name(one)}, keeps the layer's input or output: an inverse may keep only other arrays"
+                )
         backward = functools.partial(operations.invert_backward, rule=rule)
-        args = (one, y, ct_out, None)
-        dead = (y, ct_out)
+        args = (one, self.held, y, ct_out, None)
+        dead = (self.held.own, y, ct_out)
         self.backward = bench.in_place(bench.program(backward, *args), backward, *args, dead=dead)
         self.saving = bench.saving(
             self.backward, backward, *args, dead=dead, outputs=lambda result: (result[0], result[2])
@@ -422,6 +436,9 @@ class _InvertPrograms:
         """What it costs."""
         return InvertOption(
             name=self.rule.name,
+            residual_bytes=new_bytes(self.held),
+            forward_ns=self.forward.time_ns,
+            forward_workspace_bytes=self.forward.workspace_bytes,
             backward_ns=self.backward.time_ns,
             backward_workspace_bytes=self.backward.workspace_bytes,
             backward_saving_bytes=self.saving,

@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import jax
-
 from mwplan import residuals as res
 from mwplan import rules, trees
 
@@ -18,14 +16,14 @@ PyTree = Any
 
 
 def plain_forward(layer: PyTree, x: PyTree) -> PyTree:
-    """`y`: F sweep of RECOMPUTE and INVERT runs."""
+    """`y`: F sweep of RECOMPUTE runs."""
     return layer(x)
 
 
 def forward(
-    layer: PyTree, x: PyTree, *, rule: rules.StoreRule | rules.VijpRule
+    layer: PyTree, x: PyTree, *, rule: rules.StoreRule | rules.VijpRule | rules.InvertRule
 ) -> tuple[PyTree, res.Residuals]:
-    """`y` and what `rule` keeps: F sweep of STORE and MOONWALK runs."""
+    """`y` and what `rule` keeps: F sweep of STORE, MOONWALK and INVERT runs."""
     y, kept = rule.forward(layer, x)
     return y, res.split(kept, layer, x, y)
 
@@ -63,15 +61,12 @@ def advance(layer: PyTree, x: PyTree, ct_out: PyTree, *, last: bool) -> tuple[Py
 
 
 def invert_backward(
-    layer: PyTree, y: PyTree, ct_out: PyTree, x: PyTree, *, rule: rules.InvertRule
+    layer: PyTree, held: res.Residuals, y: PyTree, ct_out: PyTree, x: PyTree, *, rule: rules.InvertRule
 ) -> tuple[PyTree, list[Any], PyTree]:
     """`(x, parameter gradients, ct_in)`, with `x` rebuilt from `y` unless it is given."""
-    if x is None:
-        x = rule.inverse(layer, y)
-    params = trees.parameters(layer)
-    _, vjp = jax.vjp(lambda p, x: trees.with_parameters(layer, p)(x), params, x)
-    grads, ct_in = vjp(ct_out)
-    return x, grads, ct_in
+    if x is not None:
+        return x, *rules.layer_vjp(layer, x, ct_out)
+    return rule.backward(layer, y, res.restore(held, layer, None, None), ct_out)
 
 
 #: Which of an operation's results are parameter gradients: outputs of the step, not temporaries.

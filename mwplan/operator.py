@@ -8,6 +8,7 @@ y, vijp_fn = mw.vijp(layer, x)     # ct_out = vijp_fn(ct_in, fragment)
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -217,11 +218,8 @@ def explain(layer: Callable[[PyTree], PyTree], x: PyTree) -> Explanation:
             ways.append(Way(strategy="INVERT", option=inversion.name, reason=inversion.reason))
         else:
             reason = inversion.check(layer, x) if _concrete(layer) else None
-            ways.append(
-                Way(
-                    strategy="INVERT", option=inversion.name, residual_bytes=0, shares="output", reason=reason
-                )
-            )
+            way = _way("INVERT", inversion, layer, x, reason)
+            ways.append(dataclasses.replace(way, shares="output"))
     if not inversions:
         ways.append(
             Way(
@@ -232,7 +230,11 @@ def explain(layer: Callable[[PyTree], PyTree], x: PyTree) -> Explanation:
 
 
 def _way(
-    strategy: str, rule: rules.StoreRule | rules.VijpRule, layer: PyTree, x: PyTree, reason: str | None = None
+    strategy: str,
+    rule: rules.StoreRule | rules.VijpRule | rules.InvertRule,
+    layer: PyTree,
+    x: PyTree,
+    reason: str | None = None,
 ) -> Way:
     """The bytes of one rule, from shapes alone."""
 

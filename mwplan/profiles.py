@@ -18,7 +18,7 @@ from mwplan import serial
 from mwplan.errors import ArgumentError
 from mwplan.packing import Workspace
 
-SCHEMA = 4
+SCHEMA = 5
 _INT64 = 2**63 - 1
 
 
@@ -112,14 +112,17 @@ class MoonwalkOption:
 class InvertOption:
     """How to rebuild a layer's input from its output and differentiate there (strategy INVERT).
 
-    `backward_ns` and `backward_workspace_bytes` cover the inverse and the vjp; `local_error` and `growth` are those of
+    `residual_bytes`: what the forward pass keeps because the output does not tell it. `backward_ns` and `backward_workspace_bytes` cover the inverse and the vjp; `local_error` and `growth` are those of
     the rebuilt activation. A relative error `a` of the layer's input changes what the vjp makes there: the input's cotangent
     by `sensitivity * a`, the parameters' gradient by `gradient_sensitivity * a`, relative, and both by the root of `kink * a` besides where
     the layer is not smooth.
     """
 
     name: str
+    residual_bytes: int = 0
+    forward_ns: int
     backward_ns: int
+    forward_workspace_bytes: int = 0
     backward_workspace_bytes: int = 0
     backward_saving_bytes: int = 0
     local_error: float = 0.0

@@ -132,17 +132,40 @@ class VijpRule(abc.ABC):
 
 
 class InvertRule(abc.ABC):
-    """A way to rebuild a layer's input from its output (strategy INVERT)."""
+    """A way to rebuild a layer's input from its output, and from what the forward pass keeps of it (strategy INVERT)."""
 
     name: str
+    keeps: bool = False
+    """Whether `forward` keeps anything."""
 
     def check(self, layer: PyTree, x: PyTree) -> str | None:
         """As `VijpRule.check`."""
         return None
 
+    def forward(self, layer: PyTree, x: PyTree) -> tuple[PyTree, PyTree]:
+        """`layer(x)`, and what the output does not tell of `x`: arrays other than `x` and `layer(x)`; by default nothing."""
+        return layer(x), ()
+
     @abc.abstractmethod
-    def inverse(self, layer: PyTree, y: PyTree) -> PyTree:
-        """`x` with `layer(x) == y`, up to rounding."""
+    def inverse(self, layer: PyTree, y: PyTree, kept: PyTree) -> PyTree:
+        """`x` with `layer(x) == y`, up to rounding; `kept` by `forward`."""
+
+    def backward(
+        self, layer: PyTree, y: PyTree, kept: PyTree, ct_out: PyTree
+    ) -> tuple[PyTree, list[Any], PyTree]:
+        """`(x, parameter gradients, ct_in)`: by default the inverse, and the vjp at what it rebuilds."""
+        x = self.inverse(layer, y, kept)
+        return x, *layer_vjp(layer, x, ct_out)
+
+
+def layer_vjp(layer: PyTree, x: PyTree, ct_out: PyTree) -> tuple[list[Any], PyTree]:
+    """`(parameter gradients, ct_in)` of `layer` at `x`."""
+    return value_and_vjp(layer, x)[1](ct_out)
+
+
+def value_and_vjp(layer: PyTree, x: PyTree) -> tuple[PyTree, Callable[[PyTree], tuple[list[Any], PyTree]]]:
+    """`layer(x)`, and what takes `ct_out` to `(parameter gradients, ct_in)`."""
+    return jax.vjp(lambda p, x: trees.with_parameters(layer, p)(x), trees.parameters(layer), x)
 
 
 @dataclass(frozen=True)

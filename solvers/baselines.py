@@ -186,7 +186,7 @@ def all_invert(profile: Profile, *, max_error: float = 1e-4) -> Solution:
         at = start + len(names)
         before = [_named(profile.layers[start + k].invert, name) for k, name in enumerate(names)]
         share = invert_share(max_error, len(before) + 1, len(profile))
-        for o in sorted(profile.layers[at].invert, key=lambda o: o.backward_ns):
+        for o in sorted(profile.layers[at].invert, key=lambda o: o.forward_ns + o.backward_ns):
             finite = all(
                 map(math.isfinite, (o.growth, o.local_error, o.sensitivity, o.gradient_sensitivity, o.kink))
             )

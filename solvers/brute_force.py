@@ -203,12 +203,12 @@ class _Search:
 
     def _invert(self, run: Run, a: list[int], k: int, e: bool) -> tuple[int, int, int, bool]:
         c, s, r = self.p.cotangent_bytes, run.start, run.stop
-        peak = time = 0
+        peak = time = held = 0
         for at, name in enumerate(run.options, start=s + 1):
-            layer = self.p.layers[at - 1]
-            o = next(o for o in layer.invert if o.name == name)
-            peak = max(peak, k + a[at - 1] + a[at] + layer.forward_workspace_bytes)
-            live = a[at] + a[at - 1] + c[at] + c[at - 1] + o.backward_workspace_bytes
+            o = next(o for o in self.p.layers[at - 1].invert if o.name == name)
+            held += o.residual_bytes
+            peak = max(peak, k + held + a[at - 1] + a[at] + o.forward_workspace_bytes)
+            live = held + a[at] + a[at - 1] + c[at] + c[at - 1] + o.backward_workspace_bytes
             peak = max(peak, live - (0 if e and at - 1 == s else o.backward_saving_bytes))
-            time += layer.forward_ns + o.backward_ns
-        return peak, a[r], time, True
+            time += o.forward_ns + o.backward_ns
+        return peak, a[r] + held, time, True

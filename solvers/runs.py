@@ -15,8 +15,8 @@ these events come while the fragments to their right are alive, so `b' = max(b +
 and a label that is no better in any of the five numbers can be dropped whatever follows. This is exact. Whether layer `l`
 `keeps_output` decides what the next layer sees, so labels compete only within that class.
 
-**Invert runs** grow to the left from `r`, with labels `(t, B, a, e, err)`: `a` is the error of the activation, `e` that of the cotangent, `err` that of the
-run. A run ends where `err` is within its share of `max_error`; longer ones have larger shares.
+**Invert runs** grow to the left from `r`, with labels `(t, F, B, h, a, e, err)`: `h` is what the layers keep besides `x_r`, all of which is there at every event
+to the right of the next layer's; `a` is the error of the activation, `e` that of the cotangent, `err` that of the run. A run ends where `err` is within its share of `max_error`; longer ones have larger shares.
 """
 
 from __future__ import annotations
@@ -201,7 +201,7 @@ def fastest_ns(profile: Profile) -> int:
     for layer in profile.layers:
         ways = [o.forward_ns + o.backward_ns for o in layer.store]
         ways += [o.forward_ns + o.reverse_ns + o.rebuild_ns for o in layer.moonwalk]
-        ways += [layer.forward_ns + o.backward_ns for o in layer.invert]
+        ways += [o.forward_ns + o.backward_ns for o in layer.invert]
         total += min(ways)
     return total
 
@@ -333,7 +333,7 @@ class Candidates:
             best = min(layer.store, key=lambda o: (o.forward_ns + o.backward_ns, o.residual_bytes))
             time = best.forward_ns + best.backward_ns
             others = [o.forward_ns + o.reverse_ns + o.rebuild_ns for o in self._usable[at]]
-            others += [layer.forward_ns + o.backward_ns for o in self._usable_invert[at]]
+            others += [o.forward_ns + o.backward_ns for o in self._usable_invert[at]]
             if any(t < time for t in others):
                 return None
             names = [o.name for o in layer.store]
@@ -398,8 +398,9 @@ class Candidates:
                     f, b, h, keeps = self._store_cost(start, kept, handle)
                     time = o.forward_ns + o.backward_ns
                     stores.append((k, start + 1, keeps, f, b, h, time, _STORE, handle, 0))
-            for end, forward, back, spent, index in self._inverts.get((start, kept), ()):
-                inverts = (k, end, True, forward, back, int(self.activation[end]), spent, _INVERT, index, 0)
+            for end, forward, back, held, spent, index in self._inverts.get((start, kept), ()):
+                held = held + self.activation[end]
+                inverts = (k, end, True, forward, back, held, spent, _INVERT, index, 0)
                 pieces.append([np.broadcast_to(x, index.size) for x in inverts])
         pieces.append(list(np.array(stores, dtype=np.int64).reshape(-1, 10).T))
         columns = [np.concatenate(x).astype(np.int64) for x in zip(*pieces)]
@@ -533,15 +534,15 @@ class Candidates:
         # Groups are in order of nodes, and so are labels.
         return _Labels(node, time, held, back, forward, error, keeps, code, pattern).take(index)
 
-    def _invert_runs(self) -> dict[tuple[int, bool], list[tuple[int, int, Ints, Ints, Ints]]]:
-        """For each node, the INVERT runs from it: `(stop, forward peak, backward peaks, times, label indices)`."""
-        out: dict[tuple[int, bool], list[tuple[int, int, Ints, Ints, Ints]]] = {}
+    def _invert_runs(self) -> dict[tuple[int, bool], list[tuple[int, Ints, Ints, Ints, Ints, Ints]]]:
+        """For each node, the INVERT runs from it: `(stop, forward peaks, backward peaks, held bytes without the end, times, label indices)`."""
+        out: dict[tuple[int, bool], list[tuple[int, Ints, Ints, Ints, Ints, Ints]]] = {}
         a, c = self.activation, self.cotangent
         self._invert = [[] for _ in range(self.size + 1)]
         for stop in range(1, self.size + 1):
-            time, back = np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64)
+            time, forward, back, held = np.zeros((4, 1), dtype=np.int64)
             error, left, worst = np.zeros((3, 1))
-            forward, most = 0, invert_share(self.max_error, stop, self.whole)
+            most = invert_share(self.max_error, stop, self.whole)
             for at in range(stop - 1, -1, -1):
                 parts = []
                 for k, o in enumerate(self._usable_invert[at]):
@@ -552,14 +553,20 @@ class Candidates:
                         most_ = np.maximum(worst, np.hypot(kinked, o.gradient_sensitivity * err))
                     most_ = np.maximum(most_, np.maximum(err, out_))
                     ok = np.flatnonzero(most_ <= most)
-                    live = int(a[at + 1] + c[at + 1] + c[at]) + o.backward_workspace_bytes
-                    spent = time[ok] + (self.forward_ns[at] + o.backward_ns)
-                    bare = np.maximum(back[ok], live)
+                    # What this layer keeps is there at all events of the layers to its right.
+                    q = o.residual_bytes
+                    event = int(a[at + 1]) + q + o.forward_workspace_bytes
+                    live = int(a[at + 1] + c[at + 1] + c[at]) + q + o.backward_workspace_bytes
+                    before, after = forward[ok] + q, back[ok] + q
+                    saved = live + int(a[at]) - o.backward_saving_bytes
                     parts.append(
                         (
-                            spent,
-                            np.maximum(back[ok], live + a[at] - o.backward_saving_bytes),
-                            bare,
+                            time[ok] + (o.forward_ns + o.backward_ns),
+                            np.maximum(before, event + int(a[at])),
+                            np.maximum(before, event),
+                            np.maximum(after, saved),
+                            np.maximum(after, live),
+                            held[ok] + q,
                             err[ok],
                             out_[ok],
                             most_[ok],
@@ -571,17 +578,13 @@ class Candidates:
                     break
                 columns = [np.concatenate(x) for x in zip(*parts)]
                 if not np.isfinite(self.max_error):
-                    columns[3:6] = np.zeros((3, len(columns[3])))
-                columns = [x[nondominated(columns[:6])] for x in columns]
-                time, back, bare, error, left, worst, option, parent = columns
+                    columns[6:9] = np.zeros((3, len(columns[6])))
+                columns = [x[nondominated(columns[:9])] for x in columns]
+                time, forward, forward_kept, back, back_kept, held, error, left, worst, option, parent = columns
                 self._invert[stop].append((time, back, option, parent))
-                event = int(a[at + 1] + self._workspace[at])
                 ends = np.flatnonzero(worst <= invert_share(self.max_error, stop - at, self.whole))
                 for kept in (False, True) if ends.size else ():
-                    own = 0 if kept else int(a[at])
-                    peak = (bare if kept else back)[ends]
-                    out.setdefault((at, kept), []).append(
-                        (stop, max(forward, event + own), peak, time[ends], ends)
-                    )
-                forward = max(forward, event + int(a[at]))
+                    peaks = (forward_kept, back_kept) if kept else (forward, back)
+                    row = (stop, *(x[ends] for x in (*peaks, held, time)), ends)
+                    out.setdefault((at, kept), []).append(row)
         return out

@@ -7,12 +7,12 @@ Values: activations `x_0..x_L`, cotangents `ct_0..ct_L`, fragments, input residu
 parameter gradient of each layer (an output: it is made once and not counted). Operations of layer `l`:
 
     forward                 x_{l-1} -> x_l                                  any number of times
-    forward, option o       x_{l-1} -> x_l, residuals of STORE or MOONWALK option o
+    forward, option o       x_{l-1} -> x_l, residuals of option o
     backward, STORE o       ct_l, residuals (x_{l-1}, x_l where kept) -> ct_{l-1}, gradient of l
     reverse, MOONWALK o     ct_l, input residuals -> ct_{l-1}, fragment
     rebuild, MOONWALK o     ct_{l-1}, fragment -> ct_l
     advance, MOONWALK o     x_{l-1}, ct_l, after a rebuild -> gradient of l, and x_l if wanted
-    invert, INVERT o        x_l, ct_l -> x_{l-1}, ct_{l-1}, gradient of l
+    invert, INVERT o        x_l, ct_l, what o kept -> x_{l-1}, ct_{l-1}, gradient of l
     loss                    x_L -> ct_L                                      once
 
 Binaries `do[t, k]`, operation `k` at step `t`, and `live[t, v]`, value `v` alive before step `t`:
@@ -120,10 +120,15 @@ def operations(
             work = m.advance_workspace_bytes
             out.append(_op(f"advance {at} {m.name}", needs, {y}, at, work, layer.forward_ns))
         for i in layer.invert if Strategy.INVERT in allowed else ():
+            kept = {("invert", at, i.name)}
+            size["invert", at, i.name] = i.residual_bytes
+            out.append(
+                _op(f"forward {at} invert {i.name}", {x}, {y} | kept, 0, i.forward_workspace_bytes, i.forward_ns)
+            )
             out.append(
                 _op(
                     f"invert {at} {i.name}",
-                    {y, ct_y},
+                    kept | {y, ct_y},
                     {x, ct_x},
                     at,
                     i.backward_workspace_bytes,

@@ -73,6 +73,9 @@ def random_profile(
         invert = tuple(
             InvertOption(
                 name=f"i{k}",
+                residual_bytes=rng.choice([0, n(scale)]),
+                forward_ns=forward + n(2),
+                forward_workspace_bytes=n(scale),
                 backward_ns=forward + n(3 * scale),
                 backward_workspace_bytes=n(scale),
                 backward_saving_bytes=n(scale // 4),

@@ -34,7 +34,7 @@ def chain(size: int) -> mw.Profile:
             MoonwalkOption(name="part", fragment_bytes=30, rebuild_ns=15, local_error=1e-7, growth=1.0, **fast),
             MoonwalkOption(name="whole", fragment_bytes=A, fragment_is_cotangent=True, rebuild_ns=10, **fast),
         ),
-        invert=(InvertOption(name="inverse", backward_ns=30, local_error=1e-6, growth=1.0),),
+        invert=(InvertOption(name="inverse", forward_ns=10, backward_ns=30, local_error=1e-6, growth=1.0),),
     )  # fmt: skip
     sizes = (A,) * (size + 1)
     return mw.Profile(

@@ -115,7 +115,7 @@ def test_max_error_bounds_every_run(max_error: float) -> None:
 
 def test_invert_runs_share_the_error() -> None:
     """Four layers whose inverses each put 4e-5 into the cotangent: 8e-5 together, in one run or in several, fits whole or not at all."""
-    inverse = InvertOption(name="i", backward_ns=1, sensitivity=4.0, local_error=1e-5)
+    inverse = InvertOption(name="i", forward_ns=1, backward_ns=1, sensitivity=4.0, local_error=1e-5)
     store = StoreOption(
         name="s", residual_bytes=0, keeps_input=True, keeps_output=False, forward_ns=1, backward_ns=1
     )

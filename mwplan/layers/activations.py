@@ -100,7 +100,7 @@ class LeakyInverse(InvertRule):
 
     name: str = "divide"
 
-    def inverse(self, layer: LeakyReLU, y: Any) -> Any:
+    def inverse(self, layer: LeakyReLU, y: Any, kept: Any) -> Any:
         """`x`."""
         return jnp.where(y > 0, y, y / layer.slope)
 
@@ -169,7 +169,7 @@ class ReLUMask(VijpRule):
 class MaxMin:
     """The larger and the smaller of each pair of channels: channel `c` of the first half and channel `c` of the second.
 
-    1-Lipschitz and norm-preserving for cotangents, not invertible forward. Needs an even number of channels, last.
+    1-Lipschitz and norm-preserving for cotangents, forward invertible given one bit a pair. Needs an even number of channels, last.
     """
 
     def __call__(self, x: Float[Array, "*batch channels"]) -> Float[Array, "*batch channels"]:
@@ -187,8 +187,8 @@ class MaxMin:
         return [MaxMinBits()]
 
     def invert_rules(self, x: Any) -> Sequence[InvertRule | Unavailable]:
-        """None."""
-        return [Unavailable("undo", "the output does not tell which of a pair was the larger")]
+        """Undoing the permutation."""
+        return [MaxMinInverse()]
 
 
 def _halves(x: Array) -> tuple[Array, Array]:
@@ -220,6 +220,27 @@ class MaxMinBits(StoreRule):
     def backward(self, layer: MaxMin, residuals: Any, ct_out: Any) -> tuple[list[Any], Any]:
         """No parameters; the cotangent, exchanged back."""
         return [], _exchange(ct_out, residuals)
+
+
+@dataclass(frozen=True)
+class MaxMinInverse(InvertRule):
+    """Exchanges back what was exchanged. **Residuals:** one bit a pair. Exact, and so is the vjp, which the bits tell however near to each other a pair was rebuilt."""
+
+    name: str = "undo"
+    keeps: bool = True
+
+    def forward(self, layer: MaxMin, x: Any) -> tuple[Any, Any]:
+        """The activation, and where the pair was exchanged."""
+        a, b = _halves(x)
+        return layer(x), a < b
+
+    def inverse(self, layer: MaxMin, y: Any, kept: Any) -> Any:
+        """`x`."""
+        return _exchange(y, kept)
+
+    def backward(self, layer: MaxMin, y: Any, kept: Any, ct_out: Any) -> tuple[Any, list[Any], Any]:
+        """Both exchanged back."""
+        return _exchange(y, kept), [], _exchange(ct_out, kept)
 
 
 @dataclass(frozen=True)

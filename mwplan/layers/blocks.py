@@ -119,15 +119,29 @@ class SubtractVjps(Subtract):
 
 @dataclass(frozen=True)
 class CouplingInverse(InvertRule):
-    """`x2 = y2 - g(y1)`, `x1 = y1 - f(x2)`. The branches compute as in the forward pass, in JAX's default precision: what was added is subtracted."""
+    """`x2 = y2 - g(y1)`, `x1 = y1 - f(x2)`. The branches compute as in the forward pass, in JAX's default precision: what was added is subtracted.
+
+    **Cost:** a forward and a vjp of both branches, the one's memory after the other's.
+    """
 
     name: str = "subtract"
 
-    def inverse(self, layer: Coupling, y: Any) -> Any:
+    def inverse(self, layer: Coupling, y: Any, kept: Any) -> Any:
         """`x`."""
         y1, y2 = _halves(y, "Coupling")
         x2 = y2 - layer.g(y1)
         return jnp.concatenate([y1 - layer.f(x2), x2], -1)
+
+    def backward(self, layer: Coupling, y: Any, kept: Any, ct_out: Any) -> tuple[Any, list[Any], Any]:
+        """What is subtracted is what is differentiated: no branch runs twice."""
+        (y1, y2), (ct1, ct2) = _halves(y, "Coupling"), _halves(ct_out, "Coupling")
+        moved, g_vjp = rules.value_and_vjp(layer.g, y1)
+        g_grads, ct = g_vjp(ct2)
+        x2, ct1, g_grads = trees.tie((y2 - moved, ct1 + ct, g_grads))
+        moved, f_vjp = rules.value_and_vjp(layer.f, x2)
+        f_grads, ct = f_vjp(ct1)
+        x = jnp.concatenate([y1 - moved, x2], -1)
+        return x, [*f_grads, *g_grads], jnp.concatenate([ct1, ct2 + ct], -1)
 
 
 STEPS = (8, 16, 32)
@@ -206,7 +220,7 @@ class FixedPointInverse(InvertRule):
         """`fixed_16` for 16 steps."""
         return f"fixed_{self.steps}"
 
-    def inverse(self, layer: Residual, y: Any) -> Any:
+    def inverse(self, layer: Residual, y: Any, kept: Any) -> Any:
         """`x`."""
         return jax.lax.fori_loop(0, self.steps, lambda _, x: y - layer.branch(x), y)
 
@@ -264,7 +278,7 @@ class Sequential:
             if not own:
                 return [Unavailable("parts", f"part {position}, {type(one).__name__}, has no inverse")]
             found.append(own[-1])
-        return [InvertParts(tuple(found))]
+        return [InvertParts(tuple(found), keeps=any(rule.keeps for rule in found))]
 
 
 @dataclass(frozen=True)
@@ -339,10 +353,11 @@ class StoreParts(StoreRule):
 
 @dataclass(frozen=True)
 class InvertParts(InvertRule):
-    """The parts' inverses, last first."""
+    """The parts' inverses, last first. **Residuals, cost:** the parts'; no forward besides."""
 
     parts: tuple[InvertRule, ...]
     name: str = "parts"
+    keeps: bool = False
 
     def check(self, layer: Sequential, x: Any) -> str | None:
         """The first reason among the parts."""
@@ -352,11 +367,27 @@ class InvertParts(InvertRule):
                 return reason
         return None
 
-    def inverse(self, layer: Sequential, y: Any) -> Any:
+    def forward(self, layer: Sequential, x: Any) -> tuple[Any, Any]:
+        """The output and what the parts keep."""
+        kept = []
+        for one, rule in zip(layer.layers, self.parts):
+            x, own = rule.forward(one, x)
+            kept.append(own)
+        return x, tuple(kept)
+
+    def inverse(self, layer: Sequential, y: Any, kept: Any) -> Any:
         """`x`."""
-        for one, rule in zip(reversed(layer.layers), reversed(self.parts)):
-            y = rule.inverse(one, y)
+        for one, rule, own in zip(reversed(layer.layers), reversed(self.parts), reversed(kept)):
+            y = rule.inverse(one, y, own)
         return y
+
+    def backward(self, layer: Sequential, y: Any, kept: Any, ct_out: Any) -> tuple[Any, list[Any], Any]:
+        """The parts' own, so that of what was inside the block only one array and its cotangent are there at a time."""
+        grads: list[list[Any]] = []
+        for one, rule, own in zip(reversed(layer.layers), reversed(self.parts), reversed(kept)):
+            y, found, ct_out = rule.backward(one, y, own, ct_out)
+            grads.insert(0, found)
+        return y, [g for found in grads for g in found], ct_out
 
 
 def refresh(tree: Any) -> Any:

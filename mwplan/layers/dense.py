@@ -265,7 +265,7 @@ class DenseInverse(InvertRule):
         return rank_problem(np.asarray(layer.weight).T, "`weight`")
 
     @full_precision
-    def inverse(self, layer: Dense, y: Any) -> Any:
+    def inverse(self, layer: Dense, y: Any, kept: Any) -> Any:
         """`*batch inner`, in the dtype of `y`."""
         wide = widen(y) if layer.bias is None else widen(y) - widen(layer.bias)
         return (wide @ left_inverse(widen(layer.weight).T).T).astype(y.dtype)

@@ -164,7 +164,7 @@ class OrthogonalInverse(InvertRule):
         return _finite(layer)
 
     @full_precision
-    def inverse(self, layer: OrthogonalDense, y: Any) -> Any:
+    def inverse(self, layer: OrthogonalDense, y: Any, kept: Any) -> Any:
         """`x`, in the dtype of `y`."""
         wide = widen(y) if layer.bias is None else widen(y) - widen(layer.bias)
         return (wide @ layer.matrix()[: layer.inner, : layer.outer].T).astype(y.dtype)
@@ -307,7 +307,7 @@ class OrthogonalConvInverse(InvertRule):
         return _finite(layer)
 
     @full_precision
-    def inverse(self, layer: CircularOrthogonal, y: Any) -> Any:
+    def inverse(self, layer: CircularOrthogonal, y: Any, kept: Any) -> Any:
         """`x`, in the dtype of `y`."""
         wide = widen(y) if layer.bias is None else widen(y) - widen(layer.bias)
         x = transpose(widen(layer).linear, jax.ShapeDtypeStruct(wide.shape, wide.dtype), wide)

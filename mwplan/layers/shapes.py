@@ -59,7 +59,7 @@ class MoveBack(InvertRule):
     shape: tuple[int, ...]
     name: str = "move"
 
-    def inverse(self, layer: Any, y: Any) -> Any:
+    def inverse(self, layer: Any, y: Any, kept: Any) -> Any:
         """`x`."""
         return layer.undo(y, self.shape)
 
@@ -203,6 +203,6 @@ class PadCut(InvertRule):
 
     name: str = "cut"
 
-    def inverse(self, layer: PadChannels, y: Any) -> Any:
+    def inverse(self, layer: PadChannels, y: Any, kept: Any) -> Any:
         """`x`."""
         return y[..., : y.shape[-1] - layer.extra]

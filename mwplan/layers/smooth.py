@@ -152,7 +152,7 @@ class SmoothInverse(InvertRule):
 
     name: str = "newton"
 
-    def inverse(self, layer: Smooth, y: Any) -> Any:
+    def inverse(self, layer: Smooth, y: Any, kept: Any) -> Any:
         """`x`, in the dtype of `y`."""
         wide = widen(y)
         low, high = layer.bounds

@@ -365,7 +365,7 @@ class SpectralInverse(InvertRule):
         return rank_problem(a, f"`weight` at some frequency of the grid {self.geometry.grid}")
 
     @full_precision
-    def inverse(self, layer: Any, y: Any) -> Any:
+    def inverse(self, layer: Any, y: Any, kept: Any) -> Any:
         """`x`, in the dtype of `y`."""
         g, dims, groups = self.geometry, layer.dims, layer.groups
         wide = trees.widen(y) if layer.bias is None else trees.widen(y) - trees.widen(layer.bias)
