@@ -299,7 +299,7 @@ def families() -> dict[str, Family]:
     made["Conv2D cokernel 30%"] = Family(he2d, image, "cokernel_30")
     made["Dense He exact"] = Family(he, flat, "exact")
     inverses: tuple[str, ...] = ("Dense exact", "LeakyReLU 0.5", "Permute", "Sequential", "Coupling", "Coupling of norms", "Conv1D circular",
-        "OrthogonalConv", "OrthogonalDense cayley", "Smooth gelu", "Residual fixed 16", "Dense He exact")  # fmt: skip
+        "OrthogonalConv", "OrthogonalDense cayley", "MaxMin", "GroupSort 4", "Smooth gelu", "Residual fixed 16", "Dense He exact")  # fmt: skip
     made["SpaceToDepth"] = Family(
         mixed(ml.Reshape((64,), (8, 8, 1)), ml.SpaceToDepth((2, 2)), ml.Reshape((4, 4, 4), (64,))), flat
     )

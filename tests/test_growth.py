@@ -133,6 +133,7 @@ INVERTED = {
     "he": (lambda k: [ml.Dense.he(k, 64, 64, slope=0.8)], 3, (64, 64), 3),
     "coupling": (lambda k: [ml.Coupling(small_branch(k), small_branch(k))], 8, (64, 64), 3),
     "coupling-relu": (lambda k: [ml.Coupling(relu_branch(k), relu_branch(k))], 8, (512, 64), math.inf),
+    "maxmin": (lambda k: [ml.Sequential((ml.Dense.init(k, 64, 64), ml.MaxMin()))], 16, (512, 64), 3),
     "residual": (lambda k: [ml.Residual(small_branch(k))], 8, (64, 32), 3),
 }
 

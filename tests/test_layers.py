@@ -373,10 +373,11 @@ def test_store(name: str) -> None:
 
 @pytest.mark.parametrize("name", ROWS)
 def test_inverse(name: str) -> None:
-    """Every inverse gives the input back."""
-    layer, x, _ = arrays(name)
+    """Every inverse gives the input back, and the gradients there; only what says so keeps anything."""
+    layer, x, ct_out = arrays(name)
     with jax.enable_x64(True):
-        layer, x = wide(layer), x.astype(jnp.float64)
+        layer, x, ct_out = wide(layer), x.astype(jnp.float64), ct_out.astype(jnp.float64)
+        want = rules.layer_vjp(layer, x, ct_out)
         for rule in rules.invert_rules(layer, x):
             if isinstance(rule, rules.Unavailable):
                 assert rule.reason
@@ -384,9 +385,22 @@ def test_inverse(name: str) -> None:
             reason = rule.check(layer, trees.struct(x))
             if reason is not None:
                 continue
-            back = jax.jit(lambda layer, x, rule=rule: rule.inverse(layer, layer(x)))(layer, x)
+
+            @jax.jit
+            def passes(layer: Any, x: Any, rule: rules.InvertRule = rule) -> Any:
+                y, kept = rule.forward(layer, x)
+                held = residuals.split(kept, layer, x, y)
+                kept = residuals.restore(held, layer, None, None)
+                return rule.inverse(layer, y, kept), rule.backward(layer, y, kept, ct_out), held
+
+            back, (again, *found), held = passes(layer, x)
             tolerance = 1e-4 if rule.name == "fixed_8" else 1e-8
             np.testing.assert_allclose(back, x, atol=tolerance)
+            np.testing.assert_allclose(again, x, atol=tolerance)
+            for got, true in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
+                np.testing.assert_allclose(got, true, atol=1e-7 if rule.name != "fixed_8" else 1e-3)
+            assert rule.keeps == bool(residuals.new_bytes(held))
+            assert not held.keeps_input and not held.keeps_output
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -457,5 +471,5 @@ def test_inverses_in_full_precision(name: str) -> None:
     layer, x, _ = arrays(name)
     for rule in rules.invert_rules(layer, x):
         if isinstance(rule, rules.InvertRule):
-            for eqn in products(jax.make_jaxpr(rule.inverse)(layer, layer(x)).jaxpr):
+            for eqn in products(jax.make_jaxpr(rule.inverse)(layer, *rule.forward(layer, x)).jaxpr):
                 assert "HIGHEST" in str(eqn.params["precision"]), eqn

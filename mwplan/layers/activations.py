@@ -188,7 +188,7 @@ class MaxMin:
 
     def invert_rules(self, x: Any) -> Sequence[InvertRule | Unavailable]:
         """Undoing the permutation."""
-        return [MaxMinInverse()]
+        return [Unpermute(MaxMinBits())]
 
 
 def _halves(x: Array) -> tuple[Array, Array]:
@@ -223,24 +223,27 @@ class MaxMinBits(StoreRule):
 
 
 @dataclass(frozen=True)
-class MaxMinInverse(InvertRule):
-    """Exchanges back what was exchanged. **Residuals:** one bit a pair. Exact, and so is the vjp, which the bits tell however near to each other a pair was rebuilt."""
+class Unpermute(InvertRule):
+    """Undoes the permutation that `base` keeps, of the output as of the cotangent: exact, and the order is what it was, however near to each other two values are rebuilt.
 
+    **Residuals:** those of `base`. **Cost:** a pass over each.
+    """
+
+    base: StoreRule
     name: str = "undo"
     keeps: bool = True
 
-    def forward(self, layer: MaxMin, x: Any) -> tuple[Any, Any]:
-        """The activation, and where the pair was exchanged."""
-        a, b = _halves(x)
-        return layer(x), a < b
+    def forward(self, layer: Any, x: Any) -> tuple[Any, Any]:
+        """The activation and the permutation."""
+        return self.base.forward(layer, x)
 
-    def inverse(self, layer: MaxMin, y: Any, kept: Any) -> Any:
+    def inverse(self, layer: Any, y: Any, kept: Any) -> Any:
         """`x`."""
-        return _exchange(y, kept)
+        return self.base.backward(layer, kept, y)[1]
 
-    def backward(self, layer: MaxMin, y: Any, kept: Any, ct_out: Any) -> tuple[Any, list[Any], Any]:
-        """Both exchanged back."""
-        return _exchange(y, kept), [], _exchange(ct_out, kept)
+    def backward(self, layer: Any, y: Any, kept: Any, ct_out: Any) -> tuple[Any, list[Any], Any]:
+        """Both undone."""
+        return self.inverse(layer, y, kept), *self.base.backward(layer, kept, ct_out)
 
 
 @dataclass(frozen=True)
@@ -305,6 +308,10 @@ class GroupSort:
     def store_rules(self, x: Any) -> Sequence[StoreRule]:
         """The permutation in the fewest bits."""
         return [GroupSortBits()] if self.size <= 256 else []
+
+    def invert_rules(self, x: Any) -> Sequence[InvertRule | Unavailable]:
+        """Undoing the permutation."""
+        return [Unpermute(base) for base in self.store_rules(x)]
 
 
 def _sort(layer: GroupSort, x: Array, rank: Array) -> Array:

@@ -385,7 +385,7 @@ class InvertParts(InvertRule):
         """The parts' own, so that of what was inside the block only one array and its cotangent are there at a time."""
         grads: list[list[Any]] = []
         for one, rule, own in zip(reversed(layer.layers), reversed(self.parts), reversed(kept)):
-            y, found, ct_out = rule.backward(one, y, own, ct_out)
+            y, found, ct_out = trees.tie(rule.backward(one, y, own, ct_out))
             grads.insert(0, found)
         return y, [g for found in grads for g in found], ct_out
 
