@@ -110,9 +110,7 @@ _KINK_LEVELS = (2.0**-11, 2.0**-7)  # of the input: large enough for some of a f
 _DRAWS = 4
 
 
-def _sensitivities(
-    rule: InvertRule | None, layer: PyTree, x: PyTree, y: PyTree, key: jax.Array
-) -> jax.Array:
+def _sensitivities(rule: InvertRule | None, layer: PyTree, x: PyTree, y: PyTree, key: jax.Array) -> jax.Array:
     r"""`(sensitivity, gradient_sensitivity, kink)`: the layer's vjp at `x` moved by white noise against that at `x`, the root mean square of 4 draws, the larger
     of two sizes of noise (4e-6 and 1e-4 of the input in float32). `rule`: an inverse that keeps something of `x`, which does not move; its vjp is at what it
     rebuilds from `y` moved by the layer's derivative times the noise.

@@ -725,13 +725,13 @@ class Interpreter:
     ) -> tuple[PyTree, PyTree]:
         """`(x, ct_in)`."""
         operation = functools.partial(operations.invert_backward, rule=self.rule(run, layer))
-        x, grads, ct = self.perform("backward", layer, depth, operation, self.layer(layer), held, y, ct, known)
+        x, grads, ct = self.perform(
+            "backward", layer, depth, operation, self.layer(layer), held, y, ct, known
+        )
         x, ct = self.grads.found(self, layer, depth, grads, (x, ct))
         return x, ct
 
-    def _scan_invert(
-        self, run: Run, piece: Repeat, saved: Scanned, box: list[PyTree], depth: int
-    ) -> PyTree:
+    def _scan_invert(self, run: Run, piece: Repeat, saved: Scanned, box: list[PyTree], depth: int) -> PyTree:
         part = _part(run, piece)
 
         def step(state: Any, repetition: Any, kept: list[Residuals]) -> Any:

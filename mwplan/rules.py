@@ -154,7 +154,9 @@ class InvertRule(abc.ABC):
         self, layer: PyTree, y: PyTree, kept: PyTree, ct_out: PyTree
     ) -> tuple[PyTree, list[Any], PyTree]:
         """`(x, parameter gradients, ct_in)`: by default the inverse, and the vjp at what it rebuilds."""
-        x, ct_out = trees.tie((self.inverse(layer, y, kept), ct_out))  # `y` is gone before the vjp needs memory
+        x, ct_out = trees.tie(
+            (self.inverse(layer, y, kept), ct_out)
+        )  # `y` is gone before the vjp needs memory
         return x, *layer_vjp(layer, x, ct_out)
 
 

@@ -580,7 +580,9 @@ class Candidates:
                 if not np.isfinite(self.max_error):
                     columns[6:9] = np.zeros((3, len(columns[6])))
                 columns = [x[nondominated(columns[:9])] for x in columns]
-                time, forward, forward_kept, back, back_kept, held, error, left, worst, option, parent = columns
+                time, forward, forward_kept, back, back_kept, held, error, left, worst, option, parent = (
+                    columns
+                )
                 self._invert[stop].append((time, back, option, parent))
                 ends = np.flatnonzero(worst <= invert_share(self.max_error, stop - at, self.whole))
                 for kept in (False, True) if ends.size else ():

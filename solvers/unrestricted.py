@@ -123,7 +123,14 @@ def operations(
             kept = {("invert", at, i.name)}
             size["invert", at, i.name] = i.residual_bytes
             out.append(
-                _op(f"forward {at} invert {i.name}", {x}, {y} | kept, 0, i.forward_workspace_bytes, i.forward_ns)
+                _op(
+                    f"forward {at} invert {i.name}",
+                    {x},
+                    {y} | kept,
+                    0,
+                    i.forward_workspace_bytes,
+                    i.forward_ns,
+                )
             )
             out.append(
                 _op(

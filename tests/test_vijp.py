@@ -252,7 +252,8 @@ def test_explain() -> None:
     assert ways["VIJP", "undo"].residual_bytes == 8
     assert ways["VIJP", "undo"].fragment_bytes == 0
     assert ways["FRAGMENT", "whole"].fragment_bytes == told.output_bytes == 512
-    assert ways["INVERT", "undo"].available and ways["INVERT", "undo"].residual_bytes == 8
+    assert ways["INVERT", "undo"].available
+    assert ways["INVERT", "undo"].residual_bytes == 8
     text = str(told)
     for word in ("MaxMin", "undo", "whole", "RECOMPUTE", "not available", "512"):
         assert word in text
