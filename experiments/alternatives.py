@@ -671,7 +671,7 @@ class Study:
 
     `methods`, each at every one of `budgets` (total bytes; a count spaces that many evenly by ratio, from the least feasible to what the
     fastest schedule or backpropagation needs); those without a budget once. `limits`: with such a count, the least budgets are added within which the plan, and
-    the best recomputation, are predicted to take at most so many times the time of storing every layer. `rounds` of interleaved runs, fewer after `seconds`.
+    the best recomputation, are predicted to take at most so many times the time of storing every layer, fresh memory included. `rounds` of interleaved runs, fewer after `seconds`.
     `yardstick`: depth of a second network that backpropagation is timed on in the same rounds; 0 for none. `check`: gradients against float64.
     """
 
@@ -752,7 +752,8 @@ def _spaced(count: int, points: Sequence[tuple[int, int]], bench: Bench) -> list
 
 
 def _within(limits: Sequence[float], problem: Problem) -> list[int]:
-    base = baselines.store_all(problem.profile).time_ns
+    stored = mw.replay(problem.profile, baselines.store_all(problem.profile).runs)
+    base = stored.time_ns + stored.fresh_ns
     every = [problem.frontier(allowed).points for allowed in (planning.EVERY_STRATEGY, RECOMPUTATION)]
     least = [
         min((b for b, ns in points if ns <= limit * base), default=None)

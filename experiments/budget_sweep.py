@@ -5,7 +5,7 @@ memory. The plan is compared with the fastest alternative whose measured memory 
 (finished points; run again to go on), summary.json, a figure a model.
 
 The deep 1-Lipschitz network: `--models lipschitz --depth 512 --budgets 3 --limit 1.7`: `limit` is how many times backpropagation's time the leanest plan and the
-leanest recomputation may take; for such chains, which are stacked and their unrolled rivals left to their scans, budgets are added at which they are predicted to.
+leanest recomputation may take; for such chains, which are stacked and their unrolled rivals left to their scans, budgets are added at which they are predicted to, and to take at most three quarters of that.
 Chains of more than `layers` blocks are planned with blocks joined.
 """
 
@@ -66,7 +66,7 @@ def point(config: Config, model: str) -> sweep.Point:
     )  # fmt: skip
     methods = tuple(m for m in alternatives.METHODS if group == 0 or m not in UNROLLED)
     study = alternatives.Study(
-        methods=methods, budgets=config.budgets, limits=(0.9 * config.limit, config.limit) if group else (),
+        methods=methods, budgets=config.budgets, limits=(0.75 * config.limit, config.limit) if group else (),
         rounds=config.rounds, seconds=config.seconds,
         max_error=config.max_error, thin=config.thin, repeats=config.repeats,
     )  # fmt: skip
