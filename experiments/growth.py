@@ -259,7 +259,7 @@ def families() -> dict[str, Family]:
         "Coupling": Family(lambda k: [ml.Coupling(_branch(k, 32), _branch(k, 32))], flat, "subtract"),
         "Coupling vjps": Family(lambda k: [ml.Coupling(_branch(k, 32), _branch(k, 32))], flat, "subtract_vjps"),
         "Coupling of norms": Family(
-            lambda k: [ml.Coupling(*(_branch(k, 32, ml.RMSNorm.init(None, 32), ml.ReLU()),) * 2)], flat
+            lambda k: [ml.Coupling(*(_branch(k, 32, ml.RMSNorm.init(None, 32), ml.ReLU()),) * 2)], flat, "subtract"
         ),
         "MaxPool, PadChannels": Family(
             lambda k: [ml.Conv1D.init(k, 16, 16), ml.MaxPool((2,)), ml.PadChannels(16), ml.Reshape((16, 32), (32, 16))],
@@ -304,7 +304,11 @@ def families() -> dict[str, Family]:
         mixed(ml.Reshape((64,), (8, 8, 1)), ml.SpaceToDepth((2, 2)), ml.Reshape((4, 4, 4), (64,))), flat
     )
     inverses = (*inverses, "SpaceToDepth")
-    return made | {f"invert {name}": dataclasses.replace(made[name], inverse=True) for name in inverses}
+    inverted = {f"invert {name}": dataclasses.replace(made[name], inverse=True) for name in inverses}
+    inverted["invert Coupling of norms, bits"] = dataclasses.replace(
+        inverted["invert Coupling of norms"], option="subtract_bits"
+    )
+    return made | inverted
 
 
 def library(config: Config) -> list[dict[str, Any]]:

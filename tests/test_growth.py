@@ -14,7 +14,7 @@ import pytest
 
 import mwplan as mw
 from experiments import growth as study
-from mwplan import growth, rules
+from mwplan import growth, residuals, rules
 from mwplan import layers as ml
 from mwplan.schedule import Run, RunKind, Strategy
 
@@ -133,6 +133,7 @@ INVERTED = {
     "he": (lambda k: [ml.Dense.he(k, 64, 64, slope=0.8)], 3, (64, 64), 3),
     "coupling": (lambda k: [ml.Coupling(small_branch(k), small_branch(k))], 8, (64, 64), 3),
     "coupling-relu": (lambda k: [ml.Coupling(relu_branch(k), relu_branch(k))], 8, (512, 64), math.inf),
+    "coupling-relu-bits": (lambda k: [ml.Coupling(relu_branch(k), relu_branch(k))], 8, (512, 64), 3),
     "maxmin": (lambda k: [ml.Sequential((ml.Dense.init(k, 64, 64), ml.MaxMin()))], 16, (512, 64), 3),
     "residual": (lambda k: [ml.Residual(small_branch(k))], 8, (64, 32), 3),
 }
@@ -146,7 +147,7 @@ def test_inverse_prediction(name: str) -> None:
     x = jax.random.normal(K(1), shape)
     chosen, at = [], jax.eval_shape(lambda x: x, x)
     for one in layers:
-        chosen.append(rules.invert_rules(one, at)[-1])
+        chosen.append(rules.invert_rules(one, at)[0 if name == "coupling-relu" else -1])
         at = jax.eval_shape(one, at)
     for ct in (None, jnp.ones(at.shape)):
         got = growth.follow_inverse(layers, chosen, x, ct, K(3))
@@ -170,6 +171,17 @@ def reversible(zeros: bool, activation: Any) -> mw.Chain:
     )
 
 
+def squares(y: Any, labels: Any) -> Any:
+    return jnp.mean((y - labels) ** 2)
+
+
+def distance(got: Any, want: Any) -> float:
+    """Of all gradients together, relative."""
+    pairs = list(zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True))
+    size = sum(float(jnp.sum(b**2)) for _, b in pairs)
+    return (sum(float(jnp.sum((a - b) ** 2)) for a, b in pairs) / size) ** 0.5
+
+
 @pytest.mark.parametrize("kind", ["zeros", "relu", "smooth"])
 def test_inverted_gradients(kind: str) -> None:
     """A RevNet is inverted where its gradients allow it. Where they do not, the prediction, the planner and the run-time report all say so."""
@@ -177,43 +189,68 @@ def test_inverted_gradients(kind: str) -> None:
     x = jax.random.uniform(K(1), (256, 8))
     labels = jax.random.normal(K(2), (256, 4))
     profile = mw.estimate(chain, x, device="laptop", examples=256)
-    inner = Run(kind=RunKind.INVERT, start=1, stop=7, options=("subtract",) * 6)
     ends = [Run(kind=RunKind.STORE, start=s, stop=s + 1, options=("vjp",)) for s in (0, 7)]
-    runs = (ends[0], inner, ends[1])
-    replayed = mw.replay(profile, runs)
+
+    def runs(option: str) -> tuple[Run, ...]:
+        return ends[0], Run(kind=RunKind.INVERT, start=1, stop=7, options=(option,) * 6), ends[1]
+
+    chosen = runs("subtract_bits" if kind == "relu" else "subtract")
+    replayed = mw.replay(profile, chosen)
     leanest = mw.frontier(profile, allowed={Strategy.STORE, Strategy.INVERT})
-    strategies = leanest.at(leanest.least_bytes or 0).strategies[1:7]
+    best = leanest.at(leanest.least_bytes or 0)
     if kind == "relu":  # a few flips in a step are enough
-        assert 1e-4 < replayed.error < 1e-2
-        assert strategies != (Strategy.INVERT,) * 6
-        return
-    schedule = mw.Schedule(runs=runs, report_scales=replayed.report_scales)
+        assert 1e-4 < mw.replay(profile, runs("subtract")).error < 1e-2
+        assert best.runs[1].options == ("subtract_bits",) * 6
+    schedule = mw.Schedule(runs=chosen, report_scales=replayed.report_scales)
 
-    def loss(y: Any, labels: Any) -> Any:
-        return jnp.mean((y - labels) ** 2)
-
-    (_, report), grads = mw.jit(mw.value_and_grad(loss, schedule))(chain, x, labels)
-    want = mw.jit(jax.grad(lambda c: loss(c(x), labels)))(chain)
-    pairs = list(zip(jax.tree.leaves(grads), jax.tree.leaves(want), strict=True))
-    size = sum(float(jnp.sum(b**2)) for _, b in pairs)
-    error = (sum(float(jnp.sum((a - b) ** 2)) for a, b in pairs) / size) ** 0.5
+    (_, report), grads = mw.jit(mw.value_and_grad(squares, schedule))(chain, x, labels)
+    error = distance(grads, mw.jit(jax.grad(lambda c: squares(c(x), labels)))(chain))
     assert replayed.error > error / 3
     assert float(report.worst) > error / 3
     if kind == "zeros":
         assert error > 1e-3
-        assert strategies[0] is Strategy.STORE
+        assert best.strategies[1] is Strategy.STORE
     else:
         assert error < 1e-5
         assert max(replayed.error, float(report.worst)) < 1e-4
-        assert strategies == (Strategy.INVERT,) * 6
+        assert best.strategies[1:7] == (Strategy.INVERT,) * 6
+
+
+def test_no_mask_flips() -> None:
+    """A RevNet of 16 blocks of ReLUs and convolutions: some masks flip where they are rebuilt, none where they are kept for 1/32 of an activation a block."""
+
+    def branch(key: Any) -> Any:
+        one = ml.Conv2D.he(key, 32, 32)
+        return ml.Sequential((ml.ReLU(), ml.Conv2D(0.7 * one.weight, one.bias)))
+
+    def block(key: Any) -> Any:
+        return ml.Coupling(*map(branch, jax.random.split(key)))
+
+    stem, head = ml.Conv2D.he(K(0), 3, 64), ml.Dense.he(K(3), 16 * 16 * 64, 10)
+    chain = mw.Chain([stem, mw.Stack.init(block, K(4), 16), ml.Flatten(3), head])
+    x, labels = jax.random.normal(K(1), (8, 16, 16, 3)), jax.random.normal(K(2), (8, 10))
+    want = mw.jit(jax.grad(lambda c: squares(c(x), labels)))(chain)
+    ends = [Run(kind=RunKind.STORE, start=s, stop=s + 1, options=("vjp",)) for s in (0, 17, 18)]
+    errors = {}
+    for option in ("subtract", "subtract_bits"):
+        inner = Run(kind=RunKind.INVERT, start=1, stop=17, options=(option,) * 16)
+        schedule = mw.Schedule(runs=(ends[0], inner, *ends[1:]))
+        _, grads = mw.jit(mw.value_and_grad(squares, schedule))(chain, x, labels)
+        errors[option] = distance(grads, want)
+    assert errors["subtract"] > 1e-4
+    assert errors["subtract_bits"] < min(1e-4, errors["subtract"] / 10), errors
+
+    one, at = chain.parts[1].layer(0, 0), jnp.zeros((8, 16, 16, 64))  # type: ignore[union-attr]
+    y, kept = rules.invert_rules(one, at)[-1].forward(one, at)  # type: ignore[union-attr]
+    assert 32 * residuals.new_bytes(residuals.split(kept, one, at, y)) == at.nbytes
 
 
 def test_kinks() -> None:
-    """ReLUs have a kink, their sensitivity apart from it is small; those that sit at it, as large as can be. Smooth layers have none."""
+    """ReLUs have a kink, their sensitivity apart from it is small; those that sit at it, as large as can be. Smooth layers have none, nor do kept masks."""
     x = jax.random.normal(K(2), (512, 64))
 
-    def errors(one: Any, x: Any) -> growth.InverseErrors:
-        return growth.measure_inverse(one, rules.invert_rules(one, x)[0], x, K(3))
+    def errors(one: Any, x: Any, which: int = 0) -> growth.InverseErrors:
+        return growth.measure_inverse(one, rules.invert_rules(one, x)[which], x, K(3))
 
     slope = 0.6
     leaky = errors(ml.LeakyReLU(slope), x)
@@ -222,6 +259,8 @@ def test_kinks() -> None:
     assert 0.3 * share < leaky.kink < 3 * share
     coupling = ml.Coupling(relu_branch(K(0)), relu_branch(K(1)))
     assert errors(coupling, x).sensitivity < 10
+    assert errors(coupling, x).kink > 1e-2
+    assert errors(coupling, x, -1).kink < 1e-5
     assert errors(coupling, x.at[:, 32:].set(0)).sensitivity > 1e3
     assert errors(ml.Smooth("gelu", 0.5), x).kink < 1e-5
 

@@ -163,6 +163,14 @@ ROWS = {
     "coupling": Row(
         lambda: ml.Coupling(branch(1, 4), branch(2, 4)), (8,), ("subtract", "subtract_vjps", "whole_input")
     ),
+    "coupling-relu": Row(
+        lambda: ml.Coupling(
+            ml.Sequential((ml.ReLU(), branch(1, 4))),
+            ml.Sequential((branch(2, 4), ml.LeakyReLU(0.2), ml.MaxMin(), branch(3, 4))),
+        ),
+        (8,),
+        ("subtract",),
+    ),
     "residual": Row(lambda: ml.Residual(branch(1, 4, 0.03)), (4,), ("fixed_16", "fixed_32", "whole_input")),
     "sequential": Row(
         lambda: ml.Sequential(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -58,8 +59,14 @@ class Coupling:
         return [Subtract(), SubtractVjps(), WholeOf("whole_input", base=Subtract())]
 
     def invert_rules(self, x: Any) -> Sequence[InvertRule | Unavailable]:
-        """Subtraction."""
-        return [CouplingInverse()]
+        """Subtraction, and where a branch's vjp keeps booleans (ReLU masks) subtraction that keeps them: last, for it is the more accurate."""
+        leaves, treedef = jax.tree.flatten((self, x))
+        shapes = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) if hasattr(a, "dtype") else a for a in leaves)
+        try:
+            keeps = _keeps_booleans(treedef, shapes)
+        except TypeError:  # something in a branch cannot be hashed: traced for this call alone
+            keeps = _keeps_booleans.__wrapped__(treedef, shapes)
+        return [CouplingInverse(), *[CouplingBits()] * keeps]
 
 
 @dataclass(frozen=True)
@@ -135,13 +142,64 @@ class CouplingInverse(InvertRule):
     def backward(self, layer: Coupling, y: Any, kept: Any, ct_out: Any) -> tuple[Any, list[Any], Any]:
         """What is subtracted is what is differentiated: no branch runs twice."""
         (y1, y2), (ct1, ct2) = _halves(y, "Coupling"), _halves(ct_out, "Coupling")
-        moved, g_vjp = rules.value_and_vjp(layer.g, y1)
+        f_bits, g_bits = kept or (None, None)
+        moved, g_vjp = _value_and_vjp(layer.g, y1, g_bits)
         g_grads, ct = g_vjp(ct2)
         x2, ct1, g_grads = trees.tie((y2 - moved, ct1 + ct, g_grads))
-        moved, f_vjp = rules.value_and_vjp(layer.f, x2)
+        moved, f_vjp = _value_and_vjp(layer.f, x2, f_bits)
         f_grads, ct = f_vjp(ct1)
         x = jnp.concatenate([y1 - moved, x2], -1)
         return x, [*f_grads, *g_grads], jnp.concatenate([ct1, ct2 + ct], -1)
+
+
+@dataclass(frozen=True)
+class CouplingBits(CouplingInverse):
+    """As `subtract`, differentiating the branches with the booleans of the forward pass: however far off the activation is rebuilt, no ReLU's mask flips.
+
+    **Residuals:** the boolean leaves of the branches' vjps, for a ReLU one bit an element. **Cost:** as `subtract`. Only booleans: a kink that a vjp
+    keeps as floats (`jnp.maximum`) or as integers (`MaxPool`) is differentiated where it is rebuilt.
+    """
+
+    name: str = "subtract_bits"
+    keeps: bool = True
+
+    def forward(self, layer: Coupling, x: Any) -> tuple[Any, Any]:
+        """The output, and the booleans of the vjps of `f` and `g`."""
+        x1, x2 = _halves(x, "Coupling")
+        moved, f_vjp = rules.value_and_vjp(layer.f, x2)
+        y1 = x1 + moved
+        moved, g_vjp = rules.value_and_vjp(layer.g, y1)
+        kept = tuple(list(filter(_is_boolean, jax.tree.leaves(vjp))) for vjp in (f_vjp, g_vjp))
+        return jnp.concatenate([y1, x2 + moved], -1), kept
+
+
+@functools.lru_cache(maxsize=512)
+def _keeps_booleans(treedef: Any, shapes: tuple[Any, ...]) -> bool:
+    """Whether `CouplingBits` keeps anything of the flattened layer and input. Traced once for all that are alike: a step asks for every layer."""
+    arrays = [leaf for leaf in shapes if isinstance(leaf, jax.ShapeDtypeStruct)]
+
+    def kept(arrays: list[Any]) -> Any:
+        left = iter(arrays)
+        leaves = [next(left) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf for leaf in shapes]
+        return CouplingBits().forward(*jax.tree.unflatten(treedef, leaves))[1]
+
+    return bool(jax.tree.leaves(jax.eval_shape(kept, arrays)))
+
+
+def _is_boolean(leaf: Any) -> bool:
+    return trees.is_array(leaf) and leaf.dtype == jnp.bool_
+
+
+def _value_and_vjp(branch: Any, x: Any, bits: list[Any] | None) -> tuple[Any, Any]:
+    """`rules.value_and_vjp`, with `bits` in place of the boolean leaves of the vjp, which is a pytree of what it keeps."""
+    y, vjp = rules.value_and_vjp(branch, x)
+    if bits is None:
+        return y, vjp
+    leaves, treedef = jax.tree.flatten(vjp)
+    where = [i for i, leaf in enumerate(leaves) if _is_boolean(leaf)]
+    for i, bit in zip(where, bits, strict=True):
+        leaves[i] = bit
+    return y, jax.tree.unflatten(treedef, leaves)
 
 
 STEPS = (8, 16, 32)
