@@ -426,7 +426,8 @@ RECOMPUTING = (
 class Compiled:
     """A compiled step with its arguments.
 
-    `temporary_bytes` by `memory_analysis()`; `compile_seconds`, tracing included; `seconds`, one sample a step; `error`, `worst_error`, see `relative_error`.
+    `temporary_bytes` by `memory_analysis()`; `compile_seconds`, tracing included; `seconds`, one sample a step; `error`, `worst_error`, see `relative_error`;
+    `found`: what the one run of a very slow step gave.
     """
 
     way: Way
@@ -438,6 +439,7 @@ class Compiled:
     seconds: list[float] = field(default_factory=list)
     error: float | None = None
     worst_error: float | None = None
+    found: Any = None
 
     def run(self) -> Any:
         """One step: `(loss, gradients)`."""
@@ -555,7 +557,8 @@ class Bench:
         """Gradient errors of the programs in use against float64 backpropagation."""
         truth = float64_gradients(self.problem)
         for one in self.run_at_all():
-            one.error, one.worst_error = relative_error(innermost(one.run()[1]), truth)
+            found, one.found = one.found or one.run(), None
+            one.error, one.worst_error = relative_error(innermost(found[1]), truth)
 
     def run_at_all(self) -> list[Compiled]:
         """Those of `used` that need no more than `idle` bytes."""
@@ -610,26 +613,29 @@ def interleave(programs: Sequence[Compiled], rounds: int, seconds: float = math.
     """Runs the programs `rounds` times in turn, each round from another one on, after one warm-up; stops after `seconds`, but not before 3 rounds, or 2 where
     one takes longer than that. Those slower than `SLOW` times the median of all are not run again after the warm-up, which is then their sample."""
 
-    def timed(one: Compiled) -> float:
+    def timed(one: Compiled) -> tuple[float, Any]:
         begin = time.perf_counter()
-        one.run()
-        return time.perf_counter() - begin
+        found = one.run()
+        return time.perf_counter() - begin, found
 
     start = time.perf_counter()
-    first = [timed(one) for one in programs]
-    left = []
+    first, left = [], []
+    for one in programs:
+        taken, one.found = timed(one)
+        first.append(taken)
     for one, taken in zip(programs, first):
         if taken > max(1.0, SLOW * statistics.median(first)):
             one.seconds.append(taken)
         else:
             left.append(one)
+            one.found = None
     least = 3 if time.perf_counter() - start < seconds else 2
     for at in range(rounds):
         if at >= least and time.perf_counter() - start > seconds:
             break
         turn = at % max(1, len(left))
         for one in [*left[turn:], *left[:turn]]:
-            one.seconds.append(timed(one))
+            one.seconds.append(timed(one)[0])
 
 
 def ratio(seconds: Sequence[float], base: Sequence[float]) -> float:
