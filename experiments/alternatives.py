@@ -287,17 +287,17 @@ def equinox(problem: Problem, budget: int | None) -> Way:
 # -- schedules ---------------------------------------------------------------------------------------------------------
 
 
-def applied(problem: Problem, schedule: Schedule, arrangement: int = 0) -> Way:
-    """A schedule of the problem's profile, run by `mw.apply`."""
-    unrolled = problem.most_loops == math.inf
+def applied(problem: Problem, schedule: Schedule, arrangement: int = 0, *, stacked: bool = False) -> Way:
+    """A schedule of the problem's profile, run by `mw.apply`; `stacked`: on the chain as `mw.stack` makes it, which long chains are anyway."""
+    unrolled = problem.most_loops == math.inf and not stacked
     count = tape.loops(schedule.runs)
-    if count > problem.most_loops:
+    if count > (math.inf if unrolled else MOST_LOOPS):
         raise NotApplicableError(
             f"a step of about {count} different loops, which takes many minutes to compile"
         )
     chain = problem.chain if unrolled else problem.stacked
     network = functools.partial(mw.apply, schedule, arrangement=arrangement)
-    return Way(network, chain, schedule, (schedule.runs, arrangement))
+    return Way(network, chain, schedule, (schedule.runs, arrangement, unrolled))
 
 
 def _baseline(problem: Problem, solution: Solution, kind: RunKind, what: str) -> Way:
@@ -501,7 +501,8 @@ class Bench:
         return made
 
     def _plans(self, made: Compiled | None, budget: int) -> list[Compiled]:
-        """The programs that `mw.fit(tune=...)` would choose among at a budget, that of all strategies first: but those for less of it, which are the plans of other rows."""
+        """The programs that `mw.fit(tune=...)` would choose among at a budget, that of all strategies first, of the chain as it is and, where its blocks repeat, stacked: but those
+        for less of the budget, which are the plans of other rows."""
         problem = self.problem
         fewer = [functools.partial(plan, allowed=some) for some in planning.NARROWER]
         found = [made, *(self._fitted({}, method, budget) for method in fewer)]
@@ -509,12 +510,18 @@ class Bench:
         schedules = [one.way.schedule for one in kept if one.way.schedule is not None]
         ways = [applied(problem, one) for one in problem.by_hand]
         ways += [applied(problem, one, mw.UNTIED) for one in (*schedules, *problem.by_hand)]
+        if problem.most_loops == math.inf and any(
+            isinstance(part, mw.Stack) for part in problem.stacked.parts
+        ):
+            for one in (*schedules, *problem.by_hand):
+                with contextlib.suppress(NotApplicableError):
+                    ways.append(applied(problem, one, stacked=True))
         kept += [self.compile(way) for way in ways]
         return [one for one in dict.fromkeys(kept) if one.temporary_bytes + problem.fixed_bytes <= budget]
 
     def tune_plans(self) -> None:
         """Takes for each `plan` the fastest, in a trial of its own whose samples are not kept, of what was planned for its budget or less: by all
-        strategies, without vijps, by recomputation alone, by hand, tied and untied. As `mw.fit(tune=...)`."""
+        strategies, without vijps, by recomputation alone, by hand, tied, untied and stacked. As `mw.fit(tune=...)` of the chain and of `mw.stack` of it."""
         every = list(dict.fromkeys(one for several in self.plans.values() for one in several))
         interleave(every, self.tune, TRIAL)
         for at, several in self.plans.items():
@@ -589,7 +596,9 @@ class Bench:
                 }
                 if one.way.schedule is not None:
                     out |= _of_schedule(one.way.schedule)
-                    out["untied"] = one.way.key == (one.way.schedule.runs, mw.UNTIED)
+                    runs = one.way.schedule.runs
+                    out["untied"] = one.way.key in {(runs, mw.UNTIED, True), (runs, mw.UNTIED, False)}
+                    out["stacked"] = one.way.chain is self.problem.stacked
             made.append(out)
         return made
 
