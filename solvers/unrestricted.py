@@ -120,28 +120,16 @@ def operations(
             work = m.advance_workspace_bytes
             out.append(_op(f"advance {at} {m.name}", needs, {y}, at, work, layer.forward_ns))
         for i in layer.invert if Strategy.INVERT in allowed else ():
-            kept = {("invert", at, i.name)}
-            size["invert", at, i.name] = i.residual_bytes
-            out.append(
-                _op(
-                    f"forward {at} invert {i.name}",
-                    {x},
-                    {y} | kept,
-                    0,
-                    i.forward_workspace_bytes,
-                    i.forward_ns,
-                )
-            )
-            out.append(
-                _op(
-                    f"invert {at} {i.name}",
-                    kept | {y, ct_y},
-                    {x, ct_x},
-                    at,
-                    i.backward_workspace_bytes,
-                    i.backward_ns,
-                )
-            )
+            needs = {y, ct_y}
+            own = (i.residual_bytes, i.forward_ns, i.forward_workspace_bytes)
+            if own != (0, layer.forward_ns, layer.forward_workspace_bytes):
+                kept = {("invert", at, i.name)}
+                size["invert", at, i.name] = i.residual_bytes
+                needs |= kept
+                name, workspace = f"forward {at} invert {i.name}", i.forward_workspace_bytes
+                out.append(_op(name, {x}, {y} | kept, 0, workspace, i.forward_ns))
+            workspace = i.backward_workspace_bytes
+            out.append(_op(f"invert {at} {i.name}", needs, {x, ct_x}, at, workspace, i.backward_ns))
     return out, size
 
 
