@@ -216,6 +216,7 @@ def test_inverted_gradients(kind: str) -> None:
         assert best.strategies[1:7] == (Strategy.INVERT,) * 6
 
 
+@pytest.mark.slow
 def test_no_mask_flips() -> None:
     """A RevNet of 16 blocks of ReLUs and convolutions: some masks flip where they are rebuilt, none where they are kept for 1/32 of an activation a block."""
 

@@ -77,7 +77,7 @@ def test_stacking_keeps_the_function_and_the_fingerprint() -> None:
     assert "6x(Dense tanh Dense LeakyReLU)" in repr(chain)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, database=None)
+@settings(max_examples=16, deadline=None, derandomize=True, database=None)
 @given(seed=st.integers(0, 10**6))
 def test_schedules_that_repeat_have_the_gradient_of_backpropagation(seed: int) -> None:
     rng = random.Random(seed)
