@@ -2,8 +2,7 @@
 
 Two sweeps for each model. First backpropagation alone at `reference` blocks: its memory (total bytes: parameters, gradients, input, temporaries), the leaner of
 its two forms, times each of `multiples`, is a budget. Then every method at every depth and budget. Unrolled rivals are left out beyond `unrolled` blocks, where
-their scans, which compile in seconds, stand for them; so is Equinox's checkpointed scan beyond `equinox` blocks: with the one checkpoint that fits there,
-a step of 512 took 403 s. Every point also times backpropagation at the reference depth, in the same rounds, so that times per
+their scans, which compile in seconds, stand for them. Every point also times backpropagation at the reference depth, in the same rounds, so that times per
 block compare. Writes results/memory_vs_depth/: records.jsonl (finished points; run again to go on), a summary and a figure a model.
 """
 
@@ -34,7 +33,6 @@ class Config:
     reference: int = 32
     multiples: tuple[float, ...] = (0.5, 1.0)
     unrolled: int = 32
-    equinox: int = 128
     layers: int = 512
     width: int = 16
     batch: int = 64
@@ -75,7 +73,6 @@ def run(config: Config) -> dict[str, list[Record]]:
         budgets = budgets_of(config, reference)
         for depth in config.depths:
             methods = [m for m in alternatives.METHODS if depth <= config.unrolled or m not in UNROLLED]
-            methods = [m for m in methods if depth <= config.equinox or m != "equinox"]
             study = alternatives.Study(
                 methods=tuple(methods), budgets=budgets, rounds=config.rounds, seconds=config.seconds,
                 yardstick=config.reference, max_error=config.max_error, thin=config.thin, repeats=config.repeats,
