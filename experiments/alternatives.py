@@ -596,8 +596,7 @@ class Bench:
                 }
                 if one.way.schedule is not None:
                     out |= _of_schedule(one.way.schedule)
-                    runs = one.way.schedule.runs
-                    out["untied"] = one.way.key in {(runs, mw.UNTIED, True), (runs, mw.UNTIED, False)}
+                    out["untied"] = one.way.key[:2] == (one.way.schedule.runs, mw.UNTIED)
                     out["stacked"] = one.way.chain is self.problem.stacked
             made.append(out)
         return made

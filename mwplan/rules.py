@@ -154,9 +154,8 @@ class InvertRule(abc.ABC):
         self, layer: PyTree, y: PyTree, kept: PyTree, ct_out: PyTree
     ) -> tuple[PyTree, list[Any], PyTree]:
         """`(x, parameter gradients, ct_in)`: by default the inverse, and the vjp at what it rebuilds."""
-        x, ct_out = trees.tie(
-            (self.inverse(layer, y, kept), ct_out)
-        )  # `y` is gone before the vjp needs memory
+        # Tied, so that `y` is gone before the vjp needs memory.
+        x, ct_out = trees.tie((self.inverse(layer, y, kept), ct_out))
         return x, *layer_vjp(layer, x, ct_out)
 
 
@@ -165,9 +164,17 @@ def layer_vjp(layer: PyTree, x: PyTree, ct_out: PyTree) -> tuple[list[Any], PyTr
     return value_and_vjp(layer, x)[1](ct_out)
 
 
-def value_and_vjp(layer: PyTree, x: PyTree) -> tuple[PyTree, Callable[[PyTree], tuple[list[Any], PyTree]]]:
-    """`layer(x)`, and what takes `ct_out` to `(parameter gradients, ct_in)`."""
-    return jax.vjp(lambda p, x: trees.with_parameters(layer, p)(x), trees.parameters(layer), x)
+def value_and_vjp(
+    layer: PyTree, x: PyTree, policy: Callable[..., Any] | None = None
+) -> tuple[PyTree, Callable[[PyTree], tuple[list[Any], PyTree]]]:
+    """`layer(x)`, and what takes `ct_out` to `(parameter gradients, ct_in)`; `policy`, of `jax.checkpoint`, says what of the rest is kept."""
+
+    def call(params: list[Any], x: PyTree) -> PyTree:
+        return trees.with_parameters(layer, params)(x)
+
+    if policy is not None:
+        call = jax.checkpoint(call, policy=policy)
+    return jax.vjp(call, trees.parameters(layer), x)
 
 
 @dataclass(frozen=True)
@@ -183,12 +190,7 @@ class VjpStore(StoreRule):
     def forward(self, layer: PyTree, x: PyTree) -> tuple[PyTree, PyTree]:
         """`jax.vjp` with respect to parameters and input."""
 
-        def call(params: list[Any], x: PyTree) -> PyTree:
-            return trees.with_parameters(layer, params)(x)
-
-        if self.policy is not None:
-            call = jax.checkpoint(call, policy=self.policy)
-        return jax.vjp(call, trees.parameters(layer), x)
+        return value_and_vjp(layer, x, self.policy)
 
     def backward(self, layer: PyTree, residuals: PyTree, ct_out: PyTree) -> tuple[list[Any], PyTree]:
         """Applies the vjp."""

@@ -339,6 +339,17 @@ class Sequential:
         return [InvertParts(tuple(found), keeps=any(rule.keeps for rule in found))]
 
 
+def _forward_parts(
+    layer: Sequential, parts: Sequence[StoreRule | VijpRule | InvertRule], x: Any
+) -> tuple[Any, Any]:
+    """The output, and what the parts' rules keep."""
+    kept = []
+    for one, rule in zip(layer.layers, parts):
+        x, own = rule.forward(one, x)
+        kept.append(own)
+    return x, tuple(kept)
+
+
 @dataclass(frozen=True)
 class Parts(VijpRule):
     r"""Composition: $J = J_1 J_2 \cdots$, so the parts' vijps in order, at inner activations that are recomputed from `x`.
@@ -361,11 +372,7 @@ class Parts(VijpRule):
 
     def forward(self, layer: Sequential, x: Any) -> tuple[Any, Any]:
         """The output and the parts' residuals."""
-        kept = []
-        for one, rule in zip(layer.layers, self.parts):
-            x, residuals = rule.forward(one, x)
-            kept.append(residuals)
-        return x, tuple(kept)
+        return _forward_parts(layer, self.parts, x)
 
     def reverse(self, layer: Sequential, residuals: Any, ct_out: Any) -> tuple[Any, Any]:
         """`ct_in` and the parts' fragments."""
@@ -394,11 +401,7 @@ class StoreParts(StoreRule):
 
     def forward(self, layer: Sequential, x: Any) -> tuple[Any, Any]:
         """The output and the parts' residuals."""
-        kept = []
-        for one, rule in zip(layer.layers, self.parts):
-            x, residuals = rule.forward(one, x)
-            kept.append(residuals)
-        return x, tuple(kept)
+        return _forward_parts(layer, self.parts, x)
 
     def backward(self, layer: Sequential, residuals: Any, ct_out: Any) -> tuple[list[Any], Any]:
         """The parts' gradients, in order, and `ct_in`."""
@@ -427,11 +430,7 @@ class InvertParts(InvertRule):
 
     def forward(self, layer: Sequential, x: Any) -> tuple[Any, Any]:
         """The output and what the parts keep."""
-        kept = []
-        for one, rule in zip(layer.layers, self.parts):
-            x, own = rule.forward(one, x)
-            kept.append(own)
-        return x, tuple(kept)
+        return _forward_parts(layer, self.parts, x)
 
     def inverse(self, layer: Sequential, y: Any, kept: Any) -> Any:
         """`x`."""
