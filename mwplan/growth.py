@@ -148,10 +148,8 @@ def _sensitivities(rule: InvertRule | None, layer: PyTree, x: PyTree, y: PyTree,
     def size(arrays: list[Any]) -> jax.Array:
         return sum((jnp.sum(jnp.abs(a)) for a in arrays), start=jnp.zeros(()))
 
-    def moved(at: tuple[jax.Array, jax.Array]) -> jax.Array:
-        level, key = at
-        noise = random_cotangent(x, key)
-        step = level * _ratio(_norm(x), _norm(noise))
+    def moved(level: jax.Array, noise: PyTree, its_norm: jax.Array) -> jax.Array:
+        step = level * _ratio(_norm(x), its_norm)
         other = jax.tree.map(
             lambda leaf, n: (leaf + step * n).astype(leaf.dtype) if trees.is_inexact(leaf) else leaf, x, noise
         )
@@ -165,12 +163,17 @@ def _sensitivities(rule: InvertRule | None, layer: PyTree, x: PyTree, y: PyTree,
         )
         return jnp.stack([_ratio(change, by) for change in changes])
 
+    def of_one_draw(key: jax.Array) -> jax.Array:
+        noise = random_cotangent(x, key)
+        norm = _norm(noise)
+        return jax.lax.map(lambda level: moved(level, noise, norm), jnp.asarray(sizes))
+
     truth = jax.lax.optimization_barrier(pull(x))
     eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in leaves)
     sizes = [*(min(0.25, level * eps) for level in _LEVELS), *_KINK_LEVELS]
-    draws = jnp.tile(jnp.stack(_draws(key, _DRAWS)), len(sizes))  # the same at each size
-    found = jax.lax.map(moved, (jnp.repeat(jnp.asarray(sizes), _DRAWS), draws))
-    squares = jnp.mean(found.reshape(len(sizes), _DRAWS, 3) ** 2, axis=1)
+    # Draws are slow beside the vjps: each serves all sizes.
+    found = jax.lax.map(of_one_draw, jnp.stack(_draws(key, _DRAWS)))
+    squares = jnp.mean(found**2, axis=0)
     small, large = (1 / h for h in _KINK_LEVELS)
     kink = (squares[2] - squares[3])[1:].max() / (small - large)
     return jnp.append(jnp.sqrt(squares[:2, :2].max(axis=0)), jnp.maximum(kink, 0))

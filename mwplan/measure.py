@@ -23,7 +23,7 @@ from mwplan.chain import Chain, Stack, boundaries, check_chain, fingerprint, lay
 from mwplan.errors import ArgumentError
 from mwplan.packing import Workspace
 from mwplan.profiles import InvertOption, LayerProfile, MoonwalkOption, Profile, StoreOption
-from mwplan.residuals import NOTHING, Residuals, new_bytes
+from mwplan.residuals import Residuals, new_bytes
 
 PyTree = Any
 CHECKED_REPETITIONS = 64  # of a deeper stack, only the repetitions whose growth is measured are checked
@@ -416,7 +416,8 @@ class _InvertPrograms:
         plain: Priced,
     ) -> None:
         self.rule = rule
-        self.forward, self.held = plain, NOTHING
+        # A composite's rule that keeps nothing still keeps a tuple of as many nothings as it has parts.
+        self.forward, self.held = plain, _held(rule, one, x)
         if rule.keeps:
             self.forward, _, self.held = _forward(bench, rule, one, x)
             if self.held.keeps_input or self.held.keeps_output:
@@ -443,6 +444,11 @@ class _InvertPrograms:
             backward_workspace_bytes=self.backward.workspace_bytes,
             backward_saving_bytes=self.saving,
         )
+
+
+def _held(rule: rules.InvertRule, one: PyTree, x: PyTree) -> Residuals:
+    """What the rule's forward keeps, as structs."""
+    return jax.eval_shape(functools.partial(operations.forward, rule=rule), one, x)[1]
 
 
 def _forward(bench: Pricing, rule: Any, one: PyTree, x: PyTree) -> tuple[Priced, PyTree, Residuals]:

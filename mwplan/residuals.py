@@ -46,10 +46,6 @@ class Residuals:
         return any(s[0] == "output" for s in self.spec.sources)
 
 
-NOTHING = Residuals([], _Spec((), jax.tree.structure(())))
-"""What a rule holds that keeps nothing."""
-
-
 def split(residuals: PyTree, layer: PyTree, x: PyTree, y: PyTree) -> Residuals:
     """Keeps of `residuals` what is new beside `layer`, `x` and `y`.
 

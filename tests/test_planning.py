@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import pytest
 
 import mwplan as mw
+from mwplan import layers
 from mwplan.bench import Bench
 from mwplan.layers import Conv2D, Dense, LeakyReLU, MaxMin
 from mwplan.solvers.brute_force import every_cost
@@ -23,11 +24,11 @@ from tests.helpers import mean_square, relative_error, small_cnn
 def conv_chain() -> mw.Chain:
     """Activations of 1 MiB, every way of handling a layer in it."""
     keys = iter(jax.random.split(jax.random.key(0), 8))
-    layers: list[Any] = [Conv2D.init(next(keys), 8, 16, 1), LeakyReLU(0.6)]
+    made: list[Any] = [Conv2D.init(next(keys), 8, 16, 1), LeakyReLU(0.6)]
     for _ in range(3):
-        layers += [Conv2D.init(next(keys), 16, 16, 1), MaxMin()]
-    layers += [Conv2D.init(next(keys), 16, 16, 3), jnp.tanh, Dense.init(next(keys), 16, 4)]
-    return mw.Chain(layers)
+        made += [Conv2D.init(next(keys), 16, 16, 1), MaxMin()]
+    made += [Conv2D.init(next(keys), 16, 16, 3), jnp.tanh, Dense.init(next(keys), 16, 4)]
+    return mw.Chain(made)
 
 
 @functools.cache
@@ -84,6 +85,25 @@ def test_profiles_are_measured_once_for_equal_layers() -> None:
     assert profile.layers[2].store == profile.layers[4].store
     assert profile.layers[2].moonwalk == profile.layers[4].moonwalk
     assert mw.Profile.from_json(profile.to_json()) == profile
+
+
+def test_a_composite_is_inverted_at_its_parts_cost() -> None:
+    """Of a rule that keeps nothing, too, a composite's backward is of all its parts."""
+    keys = iter(jax.random.split(jax.random.key(0), 2))
+
+    def branch() -> layers.Sequential:
+        return layers.Sequential((layers.Conv2D.he(next(keys), 4, 4, (3, 3)), layers.Smooth("tanh")))
+
+    one = layers.Coupling(branch(), branch())
+    x = jax.random.normal(jax.random.key(1), (8, 16, 16, 8))
+    alone, inside = (
+        mw.profile(mw.Chain([layer]), x, repeats=1).layers[0].invert[0]
+        for layer in (one, layers.Sequential((one,)))
+    )
+    least = x.nbytes // 2  # a branch's output at the very least
+    assert alone.backward_workspace_bytes > least
+    assert abs(inside.backward_workspace_bytes - alone.backward_workspace_bytes) <= 256
+    assert inside.residual_bytes == alone.residual_bytes == 0
 
 
 def test_input_residuals_alone_are_counted() -> None:

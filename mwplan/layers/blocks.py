@@ -344,7 +344,7 @@ def _forward_parts(
 ) -> tuple[Any, Any]:
     """The output, and what the parts' rules keep."""
     kept = []
-    for one, rule in zip(layer.layers, parts):
+    for one, rule in zip(layer.layers, parts, strict=True):
         x, own = rule.forward(one, x)
         kept.append(own)
     return x, tuple(kept)
@@ -377,7 +377,9 @@ class Parts(VijpRule):
     def reverse(self, layer: Sequential, residuals: Any, ct_out: Any) -> tuple[Any, Any]:
         """`ct_in` and the parts' fragments."""
         fragments = []
-        for one, rule, kept in zip(reversed(layer.layers), reversed(self.parts), reversed(residuals)):
+        for one, rule, kept in zip(
+            reversed(layer.layers), reversed(self.parts), reversed(residuals), strict=True
+        ):
             ct_out, fragment = rule.reverse(one, kept, ct_out)
             fragments.append(fragment)
         return ct_out, tuple(reversed(fragments)) if self.has_fragment else ()
@@ -385,7 +387,7 @@ class Parts(VijpRule):
     def rebuild(self, layer: Sequential, x: Any, ct_in: Any, fragment: Any) -> Any:
         """`ct_out`."""
         pieces = fragment if self.has_fragment else ((),) * len(self.parts)
-        for position, (one, rule, piece) in enumerate(zip(layer.layers, self.parts, pieces)):
+        for position, (one, rule, piece) in enumerate(zip(layer.layers, self.parts, pieces, strict=True)):
             ct_in = rule.rebuild(one, x, ct_in, piece)
             if position + 1 < len(self.parts):
                 x = one(x)
@@ -406,7 +408,9 @@ class StoreParts(StoreRule):
     def backward(self, layer: Sequential, residuals: Any, ct_out: Any) -> tuple[list[Any], Any]:
         """The parts' gradients, in order, and `ct_in`."""
         grads: list[list[Any]] = []
-        for one, rule, kept in zip(reversed(layer.layers), reversed(self.parts), reversed(residuals)):
+        for one, rule, kept in zip(
+            reversed(layer.layers), reversed(self.parts), reversed(residuals), strict=True
+        ):
             own, ct_out = rule.backward(one, kept, ct_out)
             grads.insert(0, own)
         return [g for own in grads for g in own], ct_out
@@ -434,14 +438,14 @@ class InvertParts(InvertRule):
 
     def inverse(self, layer: Sequential, y: Any, kept: Any) -> Any:
         """`x`."""
-        for one, rule, own in zip(reversed(layer.layers), reversed(self.parts), reversed(kept)):
+        for one, rule, own in zip(reversed(layer.layers), reversed(self.parts), reversed(kept), strict=True):
             y = rule.inverse(one, y, own)
         return y
 
     def backward(self, layer: Sequential, y: Any, kept: Any, ct_out: Any) -> tuple[Any, list[Any], Any]:
         """The parts' own, so that of what was inside the block only one array and its cotangent are there at a time."""
         grads: list[list[Any]] = []
-        for one, rule, own in zip(reversed(layer.layers), reversed(self.parts), reversed(kept)):
+        for one, rule, own in zip(reversed(layer.layers), reversed(self.parts), reversed(kept), strict=True):
             y, found, ct_out = trees.tie(rule.backward(one, y, own, ct_out))
             grads.insert(0, found)
         return y, [g for found in grads for g in found], ct_out
