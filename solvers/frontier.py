@@ -58,7 +58,7 @@ _SLACK, _THIN, _SLACK_ALONE = 4.0, 2.0, 6.0
 _TOP = 0.1
 #: and in the tables of a bound, which are to prove what these lose: of staircases, and of moonwalk runs
 _BOUND, _BOUND_LABEL = 0.5, 0.0625
-#: share of the loss aimed at that a moonwalk run may lose for each layer
+#: share of the loss aimed at that a moonwalk or invert run may lose for each layer
 _LABEL = 0.7
 #: from here on chains of identical layers have exact tables of their own
 _UNIFORM = 48
@@ -850,7 +850,7 @@ def solve_frontier(
     """The frontier of `profile` under `max_error` with the strategies `allowed`.
 
     **Arguments:** `thin`, the relative loss of time aimed at, 0 for exact. Inside RECOMPUTE runs a stretch's merge may lose a factor `1 + thin`, the thinning after it
-    `1 + thin / 2`; at the top level, where losses add up along the chain, a tenth of that; moonwalk runs up to `1 + 0.7 thin` a layer. Beforehand no more is proved than
+    `1 + thin / 2`; at the top level, where losses add up along the chain, a tenth of that; moonwalk and invert runs up to `1 + 0.7 thin` a layer. Beforehand no more is proved than
     these factors multiplied. Measured losses are below `thin`; `Frontier.loss` proves a bound for the profile at hand, from finer tables
     (results/solver_scaling). Least need and least time stay exact, unless
     a chain of `_LONG` layers or more has stretches of `_STRETCH` or more identical ones: these are taken by `mwplan.solvers.sparse`, and few runs cross from such a

@@ -19,6 +19,8 @@ INF = np.iinfo(np.int64).max // 2
 _CELLS = 512
 #: from so many points on `nondominated` looks them up in a table first; how many values of the last coordinate that tells apart
 _MANY, _LEVELS = 256, 64
+#: groups of up to so many points are compared with others, about so many pairs of points at once
+_TOGETHER, _PAIRS = 64, 200_000
 
 
 def staircase(need: Ints, time: Ints) -> tuple[Ints, Ints]:
@@ -163,10 +165,7 @@ def nondominated(
     if not len(table):
         return order[begins]
     if len(table) > 3:
-        ends = [*begins[1:].tolist(), size]
-        return order[
-            np.concatenate([a + _compared(table[:, a:z], block) for a, z in zip(begins.tolist(), ends)])
-        ]
+        return order[_compared_all(table, begins, block)]
     if size > _MANY and len(table) > 1:
         left = _plainly_good(table, of)
         order, of, table = order[left], of[left], table[:, left]
@@ -189,6 +188,31 @@ def _ordered(column: Floats) -> Ints:
     bits = column.view(np.int64)
     low = int(bits.min(initial=INF, where=bits > 0))
     return np.where(bits > 0, bits - low + 1, 0)
+
+
+def _compared_all(table: Ints, begins: NDArray[np.intp], block: int) -> NDArray[np.intp]:
+    """Indices of the points that no other of their group dominates, group by group. Small groups of about equal size are compared together."""
+    sizes = np.diff(begins, append=table.shape[1])
+    kept = [a + _compared(table[:, a : a + n], block) for a, n in zip(begins, sizes) if n > _TOGETHER]
+    width = 1
+    while width <= _TOGETHER:
+        some = np.flatnonzero((sizes <= width) & (sizes > width // 2))
+        each = max(1, _PAIRS // width**2)
+        for low in range(0, some.size, each):
+            group = some[low : low + each]
+            at = begins[group, None] + np.minimum(np.arange(width), sizes[group, None] - 1)
+            there = np.arange(width) < sizes[group, None]
+            worse, equal = (there[:, None, :] & there[:, :, None] for _ in range(2))
+            for column in table:
+                value = column[at]
+                worse &= value[:, None, :] <= value[:, :, None]
+                equal &= value[:, None, :] == value[:, :, None]
+            # Of equal points the first stays.
+            worse &= ~equal | np.tri(width, k=-1, dtype=np.bool_)
+            kept.append(at[there & ~worse.any(axis=2)])
+        width *= 2
+    found = np.concatenate(kept)
+    return found[np.argsort(np.searchsorted(begins, found, side="right"), kind="stable")]
 
 
 def _compared(table: Ints, block: int) -> NDArray[np.intp]:

@@ -190,9 +190,9 @@ def invert_error(options: Sequence[InvertOption]) -> float:
     return worst
 
 
-def invert_share(max_error: float, layers: int, size: int) -> float:
-    """The largest error allowed to an INVERT run of `layers` layers in a chain of `size`: the runs' errors add in squares."""
-    return max_error * math.sqrt(layers / size)
+def invert_share(max_error: float, layers: Any, size: int) -> Any:
+    """The largest error allowed to an INVERT run of `layers` layers (a number or an array of them) in a chain of `size`: the runs' errors add in squares."""
+    return max_error * np.sqrt(layers / size)
 
 
 def fastest_ns(profile: Profile) -> int:
@@ -210,7 +210,7 @@ class Candidates:
     """The candidate runs of a profile under `max_error` and `allowed`.
 
     **Arguments:** `max_error`, the largest error that any run may predict; `allowed`, the strategies that may be used, at any depth; `per_layer`,
-    a narrower choice for some layers (1 to L); `loss`, if not 0: labels of moonwalk runs whose times differ by less than that factor count as equally
+    a narrower choice for some layers (1 to L); `loss`, if not 0: labels of moonwalk and invert runs whose times differ by less than that factor count as equally
     fast, so that fewer survive, at a loss of at most `(1 + loss)` for each layer of a run; `optimistic`: their times are then rounded down, for a bound; `by_strategy`: runs are left out only for runs of the
     same strategies layer by layer (there are many of those), because a side condition may single out some layers and count different runs; `of`: how
     many layers the chain has of which `profile` is a part.
@@ -258,7 +258,7 @@ class Candidates:
         self._codes: dict[tuple[int, bool], dict[int, Ints]] = {}
         self._atoms: dict[tuple[int, bool], Atoms] = {}
         self._peaks: dict[tuple[int, bool], Ints] = {}
-        self._invert: list[list[tuple[Ints, Ints, Ints, Ints]]] = []
+        self._invert: list[tuple[Ints, Ints]] = []
         self._inverts = self._invert_runs()
         self.kept_nodes = self._kept_nodes()
 
@@ -297,7 +297,7 @@ class Candidates:
                 handle = int(self._codes[start, kept][at - 1][handle]) if at - 1 > start else 0
             return Run(kind=RunKind.MOONWALK, start=start, stop=stop, options=tuple(reversed(names)))
         for at in range(start, stop):
-            option, parent = self._invert[stop][stop - 1 - at][2:]
+            option, parent = self._invert[at]
             names.append(self._usable_invert[at][option[handle]].name)
             handle = int(parent[handle])
         return Run(kind=RunKind.INVERT, start=start, stop=stop, options=tuple(names))
@@ -398,9 +398,9 @@ class Candidates:
                     f, b, h, keeps = self._store_cost(start, kept, handle)
                     time = o.forward_ns + o.backward_ns
                     stores.append((k, start + 1, keeps, f, b, h, time, _STORE, handle, 0))
-            for end, forward, back, held, spent, index in self._inverts.get((start, kept), ()):
-                held = held + self.activation[end]
-                inverts = (k, end, True, forward, back, held, spent, _INVERT, index, 0)
+            if (start, kept) in self._inverts:
+                end, forward, back, held, spent, index = self._inverts[start, kept]
+                inverts = (k, end, True, forward, back, held + self.activation[end], spent, _INVERT, index, 0)
                 pieces.append([np.broadcast_to(x, index.size) for x in inverts])
         pieces.append(list(np.array(stores, dtype=np.int64).reshape(-1, 10).T))
         columns = [np.concatenate(x).astype(np.int64) for x in zip(*pieces)]
@@ -458,6 +458,16 @@ class Candidates:
         """Whether any layer has an option for moonwalk runs that may be used."""
         return any(self._usable)
 
+    def _compared(self, time: Ints) -> tuple[Any, Ints]:
+        """What labels of these times are compared by, and the times that they go on with."""
+        if not self.loss:
+            return time, time
+        step = np.log1p(self.loss)
+        compared = np.floor(np.log(np.maximum(time, 1)) / step)
+        return compared, np.minimum(
+            time, np.exp(compared * step).astype(np.int64)
+        ) if self.optimistic else time
+
     def _moonwalk_runs(self, nodes: list[tuple[int, bool]]) -> list[list[Any]]:
         """The moonwalk runs from some nodes, which are in order, as pieces of the columns of `_make_atoms`."""
         pieces: list[list[Any]] = []
@@ -511,12 +521,7 @@ class Candidates:
         own = np.maximum(held + out + (d[stop] + d[at]) + x.reverse[o], rebuild + x.rebuild[o])
         own = np.maximum(own + x.own_fragment[o], old.back[parent] + fragment)
         keeps, pattern = x.keeps_output[o], self._pattern(old.pattern[parent], fragment)
-        compared: Any = time
-        if self.loss:
-            step = np.log1p(self.loss)
-            compared = np.floor(np.log(np.maximum(time, 1)) / step)
-            if self.optimistic:
-                time = np.minimum(time, np.exp(compared * step).astype(np.int64))
+        compared, time = self._compared(time)
         last = np.maximum(own, advance + x.last[o])
         # What the next layer sees of a label is whether its output is kept.
         apart = 2 * node + keeps
@@ -534,59 +539,61 @@ class Candidates:
         # Groups are in order of nodes, and so are labels.
         return _Labels(node, time, held, back, forward, error, keeps, code, pattern).take(index)
 
-    def _invert_runs(self) -> dict[tuple[int, bool], list[tuple[int, Ints, Ints, Ints, Ints, Ints]]]:
-        """For each node, the INVERT runs from it: `(stop, forward peaks, backward peaks, held bytes without the end, times, label indices)`."""
-        out: dict[tuple[int, bool], list[tuple[int, Ints, Ints, Ints, Ints, Ints]]] = {}
+    def _invert_runs(self) -> dict[tuple[int, bool], tuple[Ints, ...]]:
+        """For each node, the INVERT runs from it as columns: `stop`, forward peaks, backward peaks, held bytes without the end, times, label indices.
+
+        Labels of all runs grow together, layer by layer towards the input. `_invert[at]`: the option that each label takes at layer `at + 1`, and its number among the labels
+        before, of which the last begins a run.
+        """
+        out: dict[tuple[int, bool], tuple[Ints, ...]] = {}
         a, c = self.activation, self.cotangent
-        self._invert = [[] for _ in range(self.size + 1)]
-        for stop in range(1, self.size + 1):
-            time, forward, back, held = np.zeros((4, 1), dtype=np.int64)
-            error, left, worst = np.zeros((3, 1))
+        self._invert = [(np.zeros(0, dtype=np.int64),) * 2] * self.size
+        # stop, time, F, F where the input is kept, B, B likewise, held; error of the activation, of the cotangent, of the run
+        costs, errors = np.zeros((7, 0), dtype=np.int64), np.zeros((3, 0))
+        for at in range(self.size - 1, -1, -1):
+            usable = self._usable_invert[at]
+            if not usable:
+                costs, errors = costs[:, :0], errors[:, :0]
+                continue
+            costs = np.append(costs, np.array([[at + 1], *[[0]] * 6]), axis=1)
+            errors = np.append(errors, np.zeros((3, 1)), axis=1)
+            stop, time, forward, _, back, _, held = costs
+            error, left, worst = errors
             most = invert_share(self.max_error, stop, self.whole)
-            for at in range(stop - 1, -1, -1):
-                parts = []
-                for k, o in enumerate(self._usable_invert[at]):
-                    with np.errstate(over="ignore"):
-                        err = np.hypot(o.growth * error, o.local_error)
-                        kinked = np.hypot(left, np.sqrt(o.kink * err))
-                        out_ = np.hypot(kinked, o.sensitivity * err)
-                        most_ = np.maximum(worst, np.hypot(kinked, o.gradient_sensitivity * err))
-                    most_ = np.maximum(most_, np.maximum(err, out_))
-                    ok = np.flatnonzero(most_ <= most)
-                    # What this layer keeps is there at all events of the layers to its right.
-                    q = o.residual_bytes
-                    event = int(a[at + 1]) + q + o.forward_workspace_bytes
-                    live = int(a[at + 1] + c[at + 1] + c[at]) + q + o.backward_workspace_bytes
-                    before, after = forward[ok] + q, back[ok] + q
-                    saved = live + int(a[at]) - o.backward_saving_bytes
-                    parts.append(
-                        (
-                            time[ok] + (o.forward_ns + o.backward_ns),
-                            np.maximum(before, event + int(a[at])),
-                            np.maximum(before, event),
-                            np.maximum(after, saved),
-                            np.maximum(after, live),
-                            held[ok] + q,
-                            err[ok],
-                            out_[ok],
-                            most_[ok],
-                            np.full(ok.size, k),
-                            ok,
-                        )
-                    )
-                if not parts or not sum(len(x[0]) for x in parts):
-                    break
-                columns = [np.concatenate(x) for x in zip(*parts)]
-                if not np.isfinite(self.max_error):
-                    columns[6:9] = np.zeros((3, len(columns[6])))
-                columns = [x[nondominated(columns[:9])] for x in columns]
-                time, forward, forward_kept, back, back_kept, held, error, left, worst, option, parent = (
-                    columns
-                )
-                self._invert[stop].append((time, back, option, parent))
-                ends = np.flatnonzero(worst <= invert_share(self.max_error, stop - at, self.whole))
-                for kept in (False, True) if ends.size else ():
-                    peaks = (forward_kept, back_kept) if kept else (forward, back)
-                    row = (stop, *(x[ends] for x in (*peaks, held, time)), ends)
-                    out.setdefault((at, kept), []).append(row)
+            grown = []
+            for k, o in enumerate(usable):
+                with np.errstate(over="ignore"):
+                    err = np.hypot(o.growth * error, o.local_error)
+                    kinked = np.hypot(left, np.sqrt(o.kink * err))
+                    out_ = np.hypot(kinked, o.sensitivity * err)
+                    most_ = np.maximum(worst, np.hypot(kinked, o.gradient_sensitivity * err))
+                most_ = np.maximum(most_, np.maximum(err, out_))
+                ok = np.flatnonzero(most_ <= most)
+                # What this layer keeps is there at all events of the layers to its right.
+                q = o.residual_bytes
+                event = int(a[at + 1]) + q + o.forward_workspace_bytes
+                live = int(a[at + 1] + c[at + 1] + c[at]) + q + o.backward_workspace_bytes
+                before, after = forward[ok] + q, back[ok] + q
+                columns = [
+                    stop[ok],
+                    time[ok] + (o.forward_ns + o.backward_ns),
+                    np.maximum(before, event + int(a[at])),
+                    np.maximum(before, event),
+                    np.maximum(after, live + int(a[at]) - o.backward_saving_bytes),
+                    np.maximum(after, live),
+                    held[ok] + q,
+                ]
+                grown.append((columns, (err[ok], out_[ok], most_[ok]), np.full(ok.size, k), ok))
+            costs, errors = (np.concatenate([x[i] for x in grown], axis=1) for i in (0, 1))
+            option, parent = (np.concatenate([x[i] for x in grown]) for i in (2, 3))
+            if not np.isfinite(self.max_error):
+                errors = np.zeros_like(errors)
+            compared, costs[1] = self._compared(costs[1])
+            kept = nondominated([compared, *costs[2:], *errors], costs[0])
+            costs, errors = costs[:, kept], errors[:, kept]
+            self._invert[at] = option[kept], parent[kept]
+            stop, time, forward, forward_kept, back, back_kept, held = costs
+            ends = np.flatnonzero(errors[2] <= invert_share(self.max_error, stop - at, self.whole))
+            for bare, peaks in ((False, (forward, back)), (True, (forward_kept, back_kept))):
+                out[at, bare] = (*(x[ends] for x in (stop, *peaks, held, time)), ends)
         return out

@@ -477,20 +477,73 @@ def test_bad_arguments_are_named(change: dict[str, object]) -> None:
         solve(chain_of(3), **arguments)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("size", "most"), [(1, 9), (64, 4), (65, 10**6), (700, 30), (700, 2**40)])
-def test_nondominated_points_are_those_that_nothing_beats(size: int, most: int) -> None:
+@pytest.mark.parametrize(
+    ("size", "most", "columns", "among"),
+    [
+        (1, 9, 3, 3),
+        (64, 4, 3, 3),
+        (65, 10**6, 3, 3),
+        (700, 30, 3, 3),
+        (700, 2**40, 3, 3),
+        (1, 9, 5, 3),
+        (300, 3, 5, 100),
+        (300, 2**40, 4, 100),
+        (400, 30, 6, 2),
+    ],
+)
+def test_nondominated_points_are_those_that_nothing_beats(
+    size: int, most: int, columns: int, among: int
+) -> None:
     rng = random.Random(size)
-    points = [tuple(rng.randint(0, most) for _ in range(3)) for _ in range(size)]
+    points = [tuple(rng.randint(0, most) for _ in range(columns)) for _ in range(size)]
     # Points of one sum beat none but their equals.
-    points += [(a, b, 2 * most - a - b) for a, b, _ in points]
-    groups = [rng.randint(0, 2) for _ in points]
+    points += [(*rest, a, b, 2 * most - a - b) for *rest, a, b, _ in points]
+    groups = [rng.randint(0, among - 1) for _ in points]
     kept = nondominated([np.array(x) for x in zip(*points)], np.array(groups)).tolist()
+    assert [groups[k] for k in kept] == sorted(groups[k] for k in kept)
 
     def beaten(point: tuple[int, ...], group: int, others: list[int]) -> bool:
         return any(groups[k] == group and all(a <= b for a, b in zip(points[k], point)) for k in others)
 
     for k, (point, group) in enumerate(zip(points, groups)):
         assert beaten(point, group, [x for x in kept if x != k]) == (k not in kept)
+
+
+def test_thinned_invert_runs_lose_little_and_are_few() -> None:
+    """Of layers with two inverses, one of which keeps more and errs less, many choices take about the same time."""
+    size, activation, rng = 20, 1 << 20, random.Random(0)
+    layers = []
+    for _ in range(size):
+        more = 1 + 0.1 * rng.random()
+        ns = int(10**6 * more)
+        store = StoreOption(
+            name="all", residual_bytes=3 * activation, keeps_input=False, keeps_output=False, forward_ns=ns, backward_ns=2 * ns
+        )  # fmt: skip
+        lean = InvertOption(
+            name="lean", residual_bytes=0, forward_ns=ns, backward_ns=3 * ns, local_error=6e-8 * more, growth=1.02 * more**0.2,
+            sensitivity=2 * more, gradient_sensitivity=more, kink=1e-6 * more,
+        )  # fmt: skip
+        bits = dataclasses.replace(
+            lean,
+            name="bits",
+            residual_bytes=activation // 32,
+            kink=0.0,
+            sensitivity=more,
+            backward_ns=29 * ns // 10,
+        )
+        layers.append(LayerProfile(name="x", forward_ns=ns, store=(store,), invert=(lean, bits)))
+    counts = (activation,) * (size + 1)
+    profile = Profile(
+        layers=tuple(layers), activation_bytes=counts, cotangent_bytes=counts, sweep_cotangent_bytes=counts
+    )
+    exact, thinned = (solve_frontier(profile, thin=thin) for thin in (0.0, 0.01))
+    few, many = (sum(len(option) for option, _ in f.tables.candidates._invert) for f in (thinned, exact))
+    assert few < many / 2
+    used = {name for need, _ in thinned.points for run in thinned.at(need).runs or () for name in run.options}
+    assert used == {"all", "lean", "bits"}
+    for need, ns in exact.points:
+        assert min(t for n, t in thinned.points if n <= need) <= 1.01 * ns
+    ledgered(profile, thinned)
 
 
 def test_bad_frontier_arguments() -> None:
