@@ -38,7 +38,7 @@ _DONE: Stairs = (np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64))
 _BITS = 6
 _LONGEST = 256
 _SHARE = 32
-_CELLS = 384
+_CELLS = 1024
 #: share of the losses of merging and thinning at the top level of a bound, where they would add up along the chain
 _TOP = 0.1
 #: runs of several layers that differ by less than a factor `1 + _STEP thin` in everything count as one
