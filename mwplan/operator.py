@@ -19,8 +19,8 @@ import rich.box
 import rich.console
 import rich.table
 
+from mwplan import operations, rules, trees
 from mwplan import residuals as res
-from mwplan import rules, trees
 from mwplan.errors import ArgumentError, NotSubmersiveError
 
 PyTree = Any
@@ -237,12 +237,7 @@ def _way(
     reason: str | None = None,
 ) -> Way:
     """The bytes of one rule, from shapes alone."""
-
-    def keep(x: PyTree) -> res.Residuals:
-        y, kept = rule.forward(layer, x)
-        return res.split(kept, layer, x, y)
-
-    held = jax.eval_shape(keep, x)
+    held = jax.eval_shape(lambda x: operations.forward(layer, x, rule=rule)[1], x)
     shares = " and ".join(
         n for n, kept in (("input", held.keeps_input), ("output", held.keeps_output)) if kept
     )

@@ -1,18 +1,23 @@
 """Splits what a rule keeps into what is new memory and what is there already, and packs it.
 
 A rule's residuals are a pytree. Each array leaf is one of: a parameter of the layer, its input or its output (the same
-object: found by identity at trace time, so nothing is guessed), or new. Only new leaves are held; booleans among them are packed, eight to a
-byte (XLA stores a bool as a byte). The rest is looked up again when the residuals are restored.
+object: found by identity at trace time, so nothing is guessed), one number throughout whatever the arguments (`jax.vjp` of `jax.nn.relu` keeps zeros
+as large as the activation), or new. Only new leaves are held; booleans among them are packed, eight to a
+byte (XLA stores a bool as a byte). The rest is looked up or made again when the residuals are restored.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from mwplan import trees
 
@@ -21,7 +26,7 @@ PyTree = Any
 
 @dataclass(frozen=True)
 class _Spec:
-    """Where each leaf comes from: `("own", i)`, `("bits", i, shape)`, `("layer" | "input" | "output", i)`; and the treedef."""
+    """Where each leaf comes from: `("own", i)`, `("bits", i, shape)`, `("all", number, shape, dtype)`, `("layer" | "input" | "output", i)`; and the treedef."""
 
     sources: tuple[tuple[Any, ...], ...]
     treedef: Any
@@ -46,10 +51,10 @@ class Residuals:
         return any(s[0] == "output" for s in self.spec.sources)
 
 
-def split(residuals: PyTree, layer: PyTree, x: PyTree, y: PyTree) -> Residuals:
+def split(residuals: PyTree, layer: PyTree, x: PyTree, y: PyTree, numbers: Sequence[Any] = ()) -> Residuals:
     """Keeps of `residuals` what is new beside `layer`, `x` and `y`.
 
-    A leaf that appears twice is kept once. Call it where `residuals` was made: identity does not survive a `jit` boundary.
+    `numbers`, if there are any: what `constants` says of each leaf. A leaf that appears twice is kept once. Call it where `residuals` was made: identity does not survive a `jit` boundary.
     """
     known: dict[int, tuple[Any, ...]] = {}
     for where, tree in (("output", y), ("input", x), ("layer", layer)):  # later wins: x is y is an input
@@ -57,10 +62,12 @@ def split(residuals: PyTree, layer: PyTree, x: PyTree, y: PyTree) -> Residuals:
     leaves, treedef = jax.tree.flatten(residuals)
     own: list[Any] = []
     sources = []
-    for leaf in leaves:
+    for leaf, number in zip(leaves, numbers or [None] * len(leaves), strict=True):
         source = known.get(id(leaf))
         if source is None:
-            if jnp.result_type(leaf) == jnp.bool_ and math.prod(jnp.shape(leaf)) > 1:
+            if number is not None:
+                source = ("all", number, jnp.shape(leaf), jnp.result_type(leaf))
+            elif jnp.result_type(leaf) == jnp.bool_ and math.prod(jnp.shape(leaf)) > 1:
                 source = ("bits", len(own), jnp.shape(leaf))
                 own.append(jnp.packbits(leaf))
             else:
@@ -78,6 +85,8 @@ def restore(held: Residuals, layer: PyTree, x: PyTree, y: PyTree) -> PyTree:
     for kind, index, *shape in held.spec.sources:
         if kind == "own":
             leaves.append(held.own[index])
+        elif kind == "all":
+            leaves.append(jnp.full(shape[0], index, shape[1]))
         elif kind == "bits":
             count = math.prod(shape[0])
             bits = jnp.unpackbits(held.own[index], count=count)
@@ -90,3 +99,56 @@ def restore(held: Residuals, layer: PyTree, x: PyTree, y: PyTree) -> PyTree:
 def new_bytes(held: Residuals) -> int:
     """Bytes of the new leaves: what holding them costs."""
     return trees.nbytes(held.own)
+
+
+def constants(function: Callable[..., Any], *args: PyTree) -> tuple[Any, ...]:
+    """For each leaf of what `function(*args)` returns: the number that all its elements are whatever the arrays in `args`, or None.
+
+    Nothing at all, `()`, where an argument has a part that cannot be hashed. **Cost:** one more trace of `function`, once for each structure of `args`.
+    """
+    leaves, treedef = jax.tree.flatten(args)
+    kinds = tuple(
+        jax.ShapeDtypeStruct(jnp.shape(leaf), leaf.dtype) if trees.is_array(leaf) else leaf for leaf in leaves
+    )
+    try:
+        return _constants(function, treedef, kinds, tuple(map(type, leaves)))
+    except TypeError:
+        return ()
+
+
+@functools.lru_cache(maxsize=512)
+def _constants(
+    function: Callable[..., Any], treedef: Any, kinds: tuple[Any, ...], types: tuple[type, ...]
+) -> tuple[Any, ...]:
+    # `types` tell 1 from 1.0 and True among the leaves that are no arrays.
+    where = [i for i, kind in enumerate(kinds) if isinstance(kind, jax.ShapeDtypeStruct)]
+
+    def call(arrays: list[Any]) -> list[Any]:
+        given = list(kinds)
+        for i, array in zip(where, arrays):
+            given[i] = array
+        return jax.tree.leaves(function(*jax.tree.unflatten(treedef, given)))
+
+    found = jax.make_jaxpr(call)([kinds[i] for i in where])
+    return tuple(_number(found.jaxpr, var) for var in found.jaxpr.outvars)
+
+
+def _number(jaxpr: Jaxpr, var: Any) -> Any:
+    """What all elements of a variable are, if that is written in the program."""
+    if isinstance(var, Literal):
+        return np.asarray(var.val).item() if np.ndim(var.val) == 0 else None
+    for eqn in jaxpr.eqns:
+        if var not in eqn.outvars:
+            continue
+        if eqn.primitive.name in ("broadcast_in_dim", "copy", "reshape"):
+            return _number(jaxpr, eqn.invars[0])
+        if eqn.primitive.name == "convert_element_type":
+            number = _number(jaxpr, eqn.invars[0])
+            return None if number is None else np.asarray(number, eqn.params["new_dtype"]).item()
+        inner = eqn.params.get("jaxpr")
+        if eqn.primitive.name in ("jit", "pjit") and isinstance(inner, ClosedJaxpr):
+            out = inner.jaxpr.outvars[eqn.outvars.index(var)]
+            if out in inner.jaxpr.invars:
+                return _number(jaxpr, eqn.invars[inner.jaxpr.invars.index(out)])
+            return _number(inner.jaxpr, out)
+    return None

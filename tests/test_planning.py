@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import pytest
 
 import mwplan as mw
-from mwplan import layers
+from mwplan import layers, operations, residuals, rules
 from mwplan.bench import Bench
 from mwplan.layers import Conv2D, Dense, LeakyReLU, MaxMin
 from mwplan.solvers.brute_force import every_cost
@@ -114,6 +114,45 @@ def test_input_residuals_alone_are_counted() -> None:
     linear = profile.layers[2].moonwalk[0]
     assert (linear.residual_bytes, linear.keeps_input, linear.keeps_output) == (0, False, False)
     assert any(o.keeps_output for o in tanh.store)  # jax.vjp of tanh keeps its output
+
+
+def clipped(x: Any) -> Any:
+    return jnp.where(x > 0, jnp.minimum(x, 1.0), 0)
+
+
+@pytest.mark.parametrize("activation", [jax.nn.relu, jax.nn.relu6, lambda x: jnp.where(x > 0, x, 0), clipped])
+def test_numbers_that_fill_an_array_are_not_kept(activation: Any) -> None:
+    """`jax.vjp` of these keeps masks, and zeros as large as the activation."""
+    x = jnp.linspace(-2.0, 2.0, 64).reshape(8, 8)
+    rule = rules.VjpStore()
+    y, held = operations.forward(activation, x, rule=rule)
+    zeros = [one for one in held.spec.sources if one[0] == "all"]
+    assert zeros
+    assert {one[1] for one in zeros} == {0.0}
+    if activation is not clipped:  # a mask of 64 bits
+        assert residuals.new_bytes(held) == 8
+    _, ct = operations.store_backward(activation, held, x, y, 2 * jnp.ones_like(y), rule=rule)
+    assert jnp.array_equal(ct, 2 * jax.grad(lambda x: jnp.sum(activation(x)))(x))
+
+
+def test_numbers_told_from_arrays() -> None:
+    """Only what is one number whatever the arguments: not an argument that happens to be filled with one, nor a product of constants."""
+    zeros = jnp.zeros((4, 4))
+
+    def make(scale: float, x: Any) -> Any:
+        filled = jnp.full((3,), 2, jnp.int32).astype(jnp.float32)
+        return [
+            x,
+            filled,
+            x * scale,
+            jnp.full((2,), scale),
+            jax.jit(lambda a: a)(jnp.ones((2, 2))),
+            jnp.arange(3),
+        ]
+
+    assert residuals.constants(make, 0.5, zeros) == (None, 2.0, None, 0.5, 1.0, None)
+    assert residuals.constants(make, 1, zeros)[3] == 1
+    assert residuals.constants(make, bytearray(b"0"), zeros) == ()  # neither an array nor hashable
 
 
 @pytest.mark.parametrize("seed", range(15))
