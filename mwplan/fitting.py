@@ -243,13 +243,20 @@ def _leaner(
     thin: float | None,
     regular: float,
 ) -> Iterator[Schedule]:
-    """The plan for the budget; then plans for as much less as the best attempt at the last was above it; then those between, the fastest first, foreseen holes or not."""
+    """The plan for the budget, foreseen holes or not; where holes are foreseen, that without; then plans for as much less as the best attempt at the last was above the budget;
+    then those between, the fastest first."""
     thin = planning.default_thin(profile) if thin is None else thin
     frontier = planning.frontier(profile, max_error=max_error, allowed=allowed, thin=thin)
     room, target, seen = budget - profile.fixed_bytes, budget, set()
     schedule = planning.plan(
         profile, budget, max_error=max_error, allowed=allowed, regular=regular, frontier=frontier
     )
+    bare = dataclasses.replace(frontier, profile=dataclasses.replace(profile, workspaces=()))
+    fastest = bare.at(budget, regular=regular)
+    if fastest.runs != schedule.runs:
+        # Not every hole that is foreseen is there.
+        seen.add(fastest.peak_bytes)
+        yield fastest
     while True:
         yield schedule
         seen.add(schedule.peak_bytes)
@@ -257,8 +264,7 @@ def _leaner(
         if frontier.least_bytes is None or target < frontier.least_bytes:
             break
         schedule = frontier.at(target, regular=regular)
-    frontier = dataclasses.replace(frontier, profile=dataclasses.replace(profile, workspaces=()))
-    for total, _ in reversed(frontier.points):
-        if total <= budget and (schedule := frontier.at(total, regular=regular)).peak_bytes not in seen:
+    for total, _ in reversed(bare.points):
+        if total <= budget and (schedule := bare.at(total, regular=regular)).peak_bytes not in seen:
             seen.add(schedule.peak_bytes)
             yield schedule

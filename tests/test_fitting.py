@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import pytest
 
 import mwplan as mw
-from mwplan import fitting
+from mwplan import fitting, planning
 from mwplan.layers import Dense
-from mwplan.schedule import Run, RunKind, Schedule
+from mwplan.packing import Buffer, Workspace
+from mwplan.schedule import Run, RunKind, Schedule, Solution
 from tests.helpers import mean_square, relative_error, with_round_times
 
 
@@ -169,6 +170,30 @@ def test_leaner_schedules_are_tried_until_one_fits(
     asked = r"^`budget='[\d_]+ B'` \([\d_]+ bytes\).*of the 2 that were compiled none does.*raise the budget"
     with pytest.raises(mw.InfeasibleError, match=asked):
         mw.fit(mean_square, chain, x, budget=f"{total} B", profile=profile, max_attempts=2)
+
+
+def test_holes_that_are_only_foreseen_cost_nothing(
+    profile: mw.Profile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plan sets the fastest schedule aside for a hole, and says so; `fit` compiles it and finds none."""
+    chain, x = network(), jnp.ones((512, 32))
+    frontier = mw.frontier(profile)
+    budget = frontier.points[-2][0] + x.nbytes
+    fastest = frontier.solved.at(budget - frontier.always_bytes)
+
+    def packed_bytes(self: planning.Frontier, solution: Solution) -> int:
+        hole = solution.runs == fastest.runs and self.profile.workspaces
+        return self.profile.table_bytes + solution.peak_bytes + (budget if hole else 0)
+
+    monkeypatch.setattr(planning.Frontier, "_packed_bytes", packed_bytes)
+    workspace = Workspace(total_bytes=1, buffers=(Buffer(1, 0, 0),))
+    foreseen = dataclasses.replace(profile, workspaces=(workspace,))
+    plan = mw.plan(foreseen, budget)
+    assert plan.runs != fastest.runs
+    assert "was set aside, for the holes" in str(plan)
+    found = mw.fit(mean_square, chain, x, budget=budget, profile=foreseen)
+    assert found.schedule.runs == fastest.runs
+    assert len(found.attempts) == 1
 
 
 def test_budgets_that_nothing_fits(profile: mw.Profile) -> None:
