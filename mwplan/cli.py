@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import inspect
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -32,12 +33,9 @@ app = typer.Typer(
 out = Console()
 err = Console(stderr=True)
 
-Network = Annotated[
-    str,
-    typer.Argument(
-        help="a saved profile (a .json file), or MODULE:NAME, a function without arguments that returns (chain, x)"
-    ),
-]
+_CODE = "MODULE:NAME, a function without arguments that returns (chain, x)"
+Network = Annotated[str, typer.Argument(help=f"a saved profile (a .json file), or {_CODE}")]
+Code = Annotated[str, typer.Argument(metavar="MODULE:NAME", help=f"{_CODE}; a profile does not hold layers")]
 Forbid = Annotated[list[Strategy] | None, typer.Option(help="a strategy not to use; may be repeated")]
 MaxError = Annotated[float, typer.Option(help="largest predicted relative error of a rebuilt cotangent")]
 OnDevice = Annotated[
@@ -71,20 +69,35 @@ def _network(source: str) -> tuple[Chain, Any]:
     """The chain and input that MODULE:NAME returns."""
     module, _, name = source.partition(":")
     if not name:
-        raise ArgumentError(
-            f"`{source}` is neither a .json file that exists nor MODULE:NAME: name a function that returns (chain, x)"
-        )
+        raise ArgumentError(f"`{source}` is neither a .json file nor {_CODE}")
     sys.path.insert(0, "")
     try:
         made = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ArgumentError(f"`{source}` cannot be imported: {error}") from error
-    made = made() if callable(made) else made
+    if callable(made):
+        try:
+            inspect.signature(made).bind()
+        except TypeError as error:
+            raise ArgumentError(
+                f"`{source}` cannot be called without arguments ({error}): it must be {_CODE}"
+            ) from error
+        made = made()
     if not isinstance(made, tuple) or len(made) != 2:
         raise ArgumentError(f"`{source}` returned {type(made).__name__}: it must return a pair (chain, x)")
     from mwplan.chain import check_chain
 
     return check_chain(made[0]), made[1]
+
+
+def _check_target(option: str, path: Path | None) -> None:
+    """Refuses a file that cannot be written, before anything is measured. Folders are not made: a name may be misspelt."""
+    if path is None:
+        return
+    if not path.parent.is_dir():
+        raise ArgumentError(f"`{option} {path}`: the folder {path.parent} does not exist: make it first")
+    if path.is_dir():
+        raise ArgumentError(f"`{option} {path}` is a folder: name a file in it")
 
 
 def _allowed(forbid: list[Strategy] | None) -> frozenset[Strategy]:
@@ -124,6 +137,7 @@ def profile(
     """Measure every layer on this device, or estimate it for another, and save the profile."""
     from mwplan import serial
 
+    _check_target("--to", to)
     found = _profile(network, device)
     serial.write_atomically(to, found.to_json())
     out.print(f"{len(found)} layers on {found.device}, {found.source}; saved to {to}")
@@ -147,6 +161,7 @@ def plan(
     """The fastest schedule within a budget, with its proof."""
     from mwplan import planning, roofline, serial
 
+    _check_target("--to", to)
     room: str | int
     if budget is not None:
         room = budget
@@ -173,6 +188,9 @@ def frontier(
     """Every budget at once: least time against memory."""
     from mwplan import planning, plots, serial
 
+    _check_target("--plot", plot)
+    if rows < 2:
+        raise ArgumentError(f"`--rows {rows}` must be at least 2: the leanest schedule and the fastest")
     found = planning.frontier(_profile(network, device), max_error=max_error, allowed=_allowed(forbid))
     if plot is not None:
         serial.write_atomically(plot, plots.png(found.plot().figure))  # type: ignore[arg-type]
@@ -193,10 +211,12 @@ def frontier(
 
 
 @app.command()
-def explain(network: Network) -> None:
+def explain(network: Code) -> None:
     """Which strategies each layer has, at what price, and why not the others."""
     from mwplan.operator import explain as explain_layer
 
+    if network.endswith(".json"):
+        raise ArgumentError(f"`{network}`: `explain` needs the layers, which no profile holds: give {_CODE}")
     chain, x = _network(network)
     seen = set()
     for position, layer in enumerate(chain.layers, start=1):
@@ -213,7 +233,8 @@ def train(
     budget: Annotated[
         str | None,
         typer.Option(
-            help="device bytes of the gradient step; by default a fifth of backpropagation's temporaries"
+            help="device bytes of the gradient step; by default room for a fifth of backpropagation's temporaries, "
+            "or 1.25 times the least that any schedule needs where that is more"
         ),
     ] = None,
     max_error: MaxError = 1e-4,
@@ -248,6 +269,7 @@ def train(
         print(result.to_json())
         return
     out.print(_training_table(result))
+    out.print(_budget_note(result), end="")
     out.print(f"wrote {files[0]} and {files[1]}")
 
 
@@ -289,6 +311,19 @@ def _training_table(result: TrainResult) -> Table:
     table.add_row("final loss", f"{result.losses_planned[-1]:.4f}", f"{result.losses_plain[-1]:.4f}", "")
     table.add_row("test accuracy", f"{result.accuracy_planned:.2%}", f"{result.accuracy_plain:.2%}", "")
     return table
+
+
+def _budget_note(result: TrainResult) -> str:
+    """A line where the default budget is not the fifth that the help promises; otherwise nothing."""
+    from mwplan.training import BUDGET_FRACTION
+
+    fifth = int(BUDGET_FRACTION * result.backprop_temporary_bytes)
+    if result.config.budget is not None or result.budget_bytes - result.fixed_bytes <= fifth:
+        return ""
+    return (
+        f"A fifth of backpropagation's temporaries ({show_bytes(fifth)}) is too little here: the budget is 1.25 times the least that any "
+        f"schedule needs, {show_bytes(result.budget_bytes)} with {show_bytes(result.fixed_bytes)} of parameters, gradients and input.\n"
+    )
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 from pathlib import Path
@@ -21,6 +22,11 @@ from tests.chains import random_profile
 def network() -> tuple[mw.Chain, Any]:
     """A network for `mwplan explain tests.test_cli:network`."""
     return mw.Chain([Dense.init(jax.random.key(0), 8, 8), LeakyReLU(0.5)]), jnp.ones((4, 8))
+
+
+def needs_an_argument(depth: int) -> tuple[mw.Chain, Any]:
+    """Not what the command line can call."""
+    return mw.Chain([LeakyReLU(0.5)] * depth), jnp.ones((4, 8))
 
 
 @pytest.fixture
@@ -80,6 +86,21 @@ def test_plans_for_a_device_that_is_not_here(tmp_path: Path) -> None:
         (["plan", "missing.json", "--budget", "1GB"], "does not exist"),
         (["explain", "no.such.module:net"], "cannot be imported"),
         (["explain", "nothing"], "MODULE:NAME"),
+        (["explain", "PROFILE"], "needs the layers"),
+        (
+            ["plan", "tests.test_cli:needs_an_argument", "--budget", "1GB"],
+            "missing a required argument: 'depth'",
+        ),
+        (
+            ["profile", "tests.test_cli:network", "--to", "no/such/folder/p.json"],
+            "no/such/folder does not exist",
+        ),
+        (
+            ["plan", "PROFILE", "--budget", "1MB", "--to", "no/such/folder/s.json"],
+            "no/such/folder does not exist",
+        ),
+        (["frontier", "PROFILE", "--plot", "tests"], "is a folder"),
+        (["frontier", "PROFILE", "--rows", "0"], "at least 2"),
         (["train", "--batch", "100000"], "training images"),
         (["train", "--epochs", "0"], "at least 1"),
     ],
@@ -123,3 +144,12 @@ def test_the_main_job_in_small(tmp_path: Path) -> None:
     assert max(got.gradient_error_first, got.gradient_error_last) < 1e-4
     assert got.losses_planned == pytest.approx(got.losses_plain, rel=0.05)
     assert got.losses_planned[-1] < got.losses_planned[0]
+    # The default budget is a fifth of backpropagation's temporaries; where that is too little, the output says so.
+    plain = got.backprop_temporary_bytes
+    assert ("1.25 times the least" in " ".join(result.output.split())) == (room > plain // 5)
+    assert "1.25 times the least" in cli._budget_note(
+        dataclasses.replace(got, backprop_temporary_bytes=4 * room)
+    )
+    assert not cli._budget_note(dataclasses.replace(got, backprop_temporary_bytes=6 * room))
+    asked = dataclasses.replace(got.config, budget="1GiB")
+    assert not cli._budget_note(dataclasses.replace(got, config=asked, backprop_temporary_bytes=room))
