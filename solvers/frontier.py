@@ -48,8 +48,8 @@ Stairs = tuple[Ints, Ints]
 _NOTHING: Stairs = (np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
 #: stretches shorter than this are never thinned
 _SHORT = 4
-#: budgets at which staircases are compared first
-_CELLS = 384
+#: budgets at which staircases are compared first; of long chains, those of few and those of many different stretches
+_CELLS, _LONG_CELLS = 384, (1024, 128)
 #: rows of tables there is room for from the start, as untouched memory
 _ROOM = 100_000
 #: shares of the loss aimed at that a merge and the thinning after it may take; a merge in a chain without moonwalk runs, whose labels lose too
@@ -146,7 +146,7 @@ class Tables:
         candidates.prepare((at, kept) for at in range(self.size) for kept in {False, *self.kept_states(at)})
         single = [int(candidates.atoms(at, False).backward_peak.min(initial=high)) for at in range(self.size)]
         least = min(high, max(single))
-        self.grid = grid(least // 4, least, high, _CELLS if self.size <= 400 else _CELLS // 3)
+        self.grid = grid(least // 4, least, high, self._cells())
         if ends:
             self.grid = with_tail(self.grid, least, high, ends)
         self.shifts = Shifts(self.grid)
@@ -168,6 +168,13 @@ class Tables:
                 self._fill_plain()
             else:
                 self._fill(level)
+
+    def _cells(self) -> int:
+        """At how many budgets staircases are compared first. More take memory for each stretch, fewer take time where points are many."""
+        if self.size <= 400:
+            return _CELLS
+        windows = {tuple(self.candidates.layer_class[at : at + 8]) for at in range(1, self.size - 6)}
+        return _LONG_CELLS[len(windows) * self.size > 50_000]
 
     def source(self, level: int) -> int | None:
         """The level whose schedules may stand inside RECOMPUTE runs of `level` (`levels` is the top); None if none may."""
