@@ -15,7 +15,7 @@ import pytest
 import mwplan as mw
 from mwplan import layers
 from mwplan.bench import Bench
-from mwplan.layers import Conv2D, Dense, LeakyReLU, MaxMin
+from mwplan.layers import Conv2D, Dense, LeakyReLU, MaxMin, layer
 from mwplan.solvers.brute_force import every_cost
 from tests.chains import random_profile
 from tests.helpers import mean_square, relative_error, small_cnn
@@ -197,6 +197,46 @@ class TestErrors:
             mw.profile(chain, jax.ShapeDtypeStruct((2, 8, 8, 1), jnp.float32))
         with pytest.raises(mw.ArgumentError, match="repeats"):
             mw.profile(chain, jnp.ones((2, 8, 8, 1)), repeats=0)
+
+
+@layer
+class Carrying:
+    """A product, a sine, and dropout by a mask or a key, which are carried along."""
+
+    weight: jax.Array
+
+    def __call__(self, a: Any) -> Any:
+        x, other = a
+        if other.dtype == bool:
+            x = jnp.where(other, x, 0)
+        else:
+            other, key = jax.random.split(other)
+            x = jnp.where(jax.random.bernoulli(key, 0.9, x.shape), x, 0)
+        return jnp.sin(x @ self.weight), other
+
+
+@pytest.mark.parametrize(
+    ("kind", "stacked"), [("typed key", False), ("typed key", True), ("key", False), ("mask", False)]
+)
+def test_activations_that_carry_what_has_no_gradient(kind: str, stacked: bool) -> None:
+    x = jax.random.normal(jax.random.key(1), (64, 64))
+    carried = {"typed key": jax.random.key(0), "key": jax.random.PRNGKey(0), "mask": x > -1}[kind]
+    dense = [Carrying(jax.random.normal(key, (64, 64)) / 8) for key in jax.random.split(jax.random.key(2), 3)]
+    chain = mw.Chain([*dense, lambda a: a[0]])
+    chain = mw.stack(chain, (x, carried)) if stacked else chain
+    want = jax.grad(lambda c: mean_square(c((x, carried))))(chain)
+    profile = mw.profile(chain, (x, carried), repeats=1)
+    assert mw.estimate(chain, (x, carried), device="h100").activation_bytes == profile.activation_bytes
+    for allowed in ({mw.Strategy.STORE}, {mw.Strategy.STORE, mw.Strategy.RECOMPUTE}):
+        least = mw.frontier(profile, allowed=allowed).least_bytes
+        assert least is not None
+        plan = mw.plan(profile, least, allowed=allowed)
+        assert set(plan.strategies) == allowed
+        step = mw.jit(mw.value_and_grad(mean_square, plan))
+        (_, _), grads = step(chain, (x, carried))
+        assert relative_error(grads, want) < 1e-5
+    if not stacked:
+        assert relative_error(mw.trace(plan, chain, (x, carried), mean_square).gradients, want) < 1e-5
 
 
 def test_frontier_table_and_plot(tmp_path: Path) -> None:
