@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from mwplan import execute, measure, planning
-from mwplan.chain import Chain
+from mwplan.chain import Chain, boundaries, check_chain
 from mwplan.compiling import jit, temporaries
 from mwplan.errors import ArgumentError, InfeasibleError
 from mwplan.profiles import Profile
@@ -95,6 +95,8 @@ def fit(
     if tune < 0:
         raise ArgumentError(f"`tune={tune}` must be 0 or a number of rounds")
     budget_bytes = parse_bytes(budget)
+    boundaries(check_chain(chain), x)  # raises what a chain has to say of its layers
+    execute.check_losses_shape(loss, chain, x, args, has_aux)
     profile = measure.profile(chain, x) if profile is None else profile
     allowed = frozenset(allowed)
 

@@ -191,6 +191,15 @@ class TestErrors:
         with pytest.raises(mw.ArgumentError, match="allowed"):
             mw.plan(profile, "1GiB", allowed=())
 
+    def test_loss_and_schedule_swapped(self) -> None:
+        profile = random_profile(random.Random(0), 2)
+        plan = mw.plan(profile, mw.frontier(profile).points[-1][0])
+        with pytest.raises(mw.ArgumentError, match="`loss` is a Schedule, which") as caught:
+            mw.value_and_grad(plan, mean_square)  # type: ignore[arg-type]
+        assert len(str(caught.value)) < 200
+        with pytest.raises(mw.ArgumentError, match="`schedule` is a Profile"):
+            mw.value_and_grad(mean_square, profile)  # type: ignore[arg-type]
+
     def test_profiles_want_arrays(self) -> None:
         chain = small_cnn()
         with pytest.raises(mw.ArgumentError, match="concrete"):
