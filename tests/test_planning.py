@@ -190,6 +190,8 @@ class TestErrors:
             mw.plan(profile, "1GiB", max_error=float("nan"))
         with pytest.raises(mw.ArgumentError, match="allowed"):
             mw.plan(profile, "1GiB", allowed=())
+        with pytest.raises(mw.ArgumentError, match=r"`allowed` names 'stash'.*recompute"):
+            mw.frontier(profile, allowed={"stash"})
 
     def test_loss_and_schedule_swapped(self) -> None:
         profile = random_profile(random.Random(0), 2)
@@ -246,6 +248,17 @@ def test_activations_that_carry_what_has_no_gradient(kind: str, stacked: bool) -
         assert relative_error(grads, want) < 1e-5
     if not stacked:
         assert relative_error(mw.trace(plan, chain, (x, carried), mean_square).gradients, want) < 1e-5
+
+
+def test_strategies_go_by_name_too() -> None:
+    profile = random_profile(random.Random(3), 4)
+    named = mw.frontier(profile, allowed=["store", "Recompute"])
+    by_hand = mw.frontier(profile, allowed={mw.Strategy.STORE, mw.Strategy.RECOMPUTE})
+    assert named.points == by_hand.points
+    budget = named.points[-1][0]
+    assert set(mw.plan(profile, budget, allowed="STORE").strategies) == {mw.Strategy.STORE}
+    pinned = mw.plan(profile, budget, allowed=("store", "RECOMPUTE"), pins={1: "store", 2: ["Store"]})
+    assert pinned.strategies[:2] == (mw.Strategy.STORE,) * 2
 
 
 def test_frontier_table_and_plot(tmp_path: Path) -> None:
