@@ -19,7 +19,7 @@ from mwplan.compiling import jit, temporaries
 from mwplan.errors import ArgumentError, InfeasibleError
 from mwplan.profiles import Profile
 from mwplan.schedule import Choice, Schedule, Strategy, check_allowed
-from mwplan.sizes import parse_bytes, show_bytes
+from mwplan.sizes import parse_bytes, show_bytes, show_ns
 
 PyTree = Any
 ARRANGEMENTS = 5  # of one schedule, beside the plain one
@@ -56,6 +56,20 @@ class Fitted:
     def arrangement(self) -> int:
         """That of the step, for `mw.value_and_grad` where it is to be part of a larger program."""
         return self.attempts[-1].arrangement
+
+    def __str__(self) -> str:
+        total, plan = self.profile.fixed_bytes + self.temporary_bytes, self.schedule
+        used = ", ".join(f"{s.value} {plan.strategies.count(s)}" for s in Strategy if s in plan.strategies)
+        budget = "" if plan.budget_bytes is None else f", of a budget of {show_bytes(plan.budget_bytes)}"
+        return "\n".join(
+            (
+                f"compiled step of {len(plan)} layers ({used}) on {self.profile.device}",
+                f"  measured {show_bytes(total)} = {show_bytes(self.profile.fixed_bytes)} fixed"
+                f" + {show_bytes(self.temporary_bytes)} temporaries{budget}",
+                f"  predicted {show_ns(plan.time_ns)}, error {plan.error:.1e}; {len(self.attempts)} compiled",
+                "  call `(value, report), grads = fitted.step(chain, x, *args)`; `print(fitted.schedule)` shows the plan",
+            )
+        )
 
 
 def fit(

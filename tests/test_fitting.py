@@ -39,6 +39,8 @@ def test_the_compiled_step_keeps_the_budget(profile: mw.Profile) -> None:
     assert relative_error(grads, jax.grad(lambda c: mean_square(c(x)))(chain)) < 1e-4
     assert float(report.worst) < 1e-4
     assert found.attempts[-1].measured_bytes == found.temporary_bytes
+    assert 3 < str(found).count("\n") + 1 < 6
+    assert "compiled step of 12 layers" in str(found)
 
 
 def test_the_least_budget_is_kept_to_the_byte(profile: mw.Profile) -> None:

@@ -261,6 +261,14 @@ def test_strategies_go_by_name_too() -> None:
     assert pinned.strategies[:2] == (mw.Strategy.STORE,) * 2
 
 
+def test_a_profile_reads_well() -> None:
+    _, _, profile = measured()
+    text = str(profile)
+    assert text.count("\n") < 6
+    for word in (f"profile of {len(profile)} layers", profile.device, "fixed", "activations", "mw.plan"):
+        assert word in text
+
+
 def test_frontier_table_and_plot(tmp_path: Path) -> None:
     profile = random_profile(random.Random(3), 4)
     frontier = mw.frontier(profile)
