@@ -202,6 +202,12 @@ class TestErrors:
         with pytest.raises(mw.ArgumentError, match="`schedule` is a Profile"):
             mw.value_and_grad(mean_square, profile)  # type: ignore[arg-type]
 
+    def test_what_is_no_compiled_program(self) -> None:
+        jitted = jax.jit(jnp.sin)
+        for wrong in (jitted, jitted.lower(1.0)):
+            with pytest.raises(mw.ArgumentError, match=r"lower\(...\).compile\(\)"):
+                mw.temporaries(wrong)
+
     def test_profiles_want_arrays(self) -> None:
         chain = small_cnn()
         with pytest.raises(mw.ArgumentError, match="concrete"):
