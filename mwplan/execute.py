@@ -227,7 +227,7 @@ def value_and_grad(
     **Returns:** `f(chain, x, *args) -> ((value, report), grads)`, where `value` is what `loss` returned, `grads` is a chain (with None
     for leaves that are not parameters), or a pair `(chain, x)` of gradients. `report` is a `Report`; within `jax.shard_map`, each run's worst of
     all devices.
-    **Raises:** `ArgumentError` for a loss that is not scalar; as `apply`.
+    **Raises:** `ArgumentError` for a loss that is not scalar (with `has_aux`, no pair); as `apply`.
     """
     check_loss(loss)
     runs = reporting_runs(checked_schedule(schedule).runs)

@@ -101,7 +101,7 @@ def fit(
     or moonwalk runs wherever they are possible) and each of these untied (`mw.UNTIED`) are timed in turn with the predicted fastest, those that fit, and the fastest kept: a profile's
     times are estimates of operations on their own; 0, the predicted fastest is taken; `say`, told of each.
     **Returns:** a `Fitted`.
-    **Raises:** `InfeasibleError` where no schedule fits, or none of those compiled; as `mw.plan` and `mw.value_and_grad`.
+    **Raises:** `InfeasibleError` where no schedule fits, or none of those compiled; as `mw.plan` and `mw.value_and_grad`, what concerns the loss before anything is measured.
     **Cost:** a profile, a plan, and one compilation of the step or a few; with `tune` up to ten times that, and some steps.
     """
     if max_attempts < 1:
