@@ -215,7 +215,7 @@ class Profile:
             (
                 f"profile of {len(self)} layers on {self.device or 'an unnamed device'} ({self.source or 'made by hand'})",
                 f"  fixed {show_bytes(self.fixed_bytes)}: parameters, input, gradients",
-                f"  activations {show_bytes(sum(self.activation_bytes))} in all, the largest {show_bytes(max(self.activation_bytes))}",
+                f"  layers' outputs {show_bytes(sum(self.activation_bytes[1:]))} in all, the largest {show_bytes(max(self.activation_bytes[1:]))}",
                 f"  forward {show_ns(sum(layer.forward_ns for layer in self.layers))}",
                 "  for `mw.plan(profile, budget)` or `mw.frontier(profile)`; `profile.layers` has the figures",
             )
