@@ -1,6 +1,6 @@
 """mwplan: plans and runs the gradient of a deep network within a memory budget, in JAX."""
 
-from mwplan import layers
+from mwplan import adapters, layers
 from mwplan.chain import Chain, Stack, stack, unstack
 from mwplan.compiling import PlanUndoneWarning, compiler_options, jit, temporaries
 from mwplan.errors import (
@@ -51,6 +51,7 @@ __all__ = [  # noqa: RUF022 (plainly sorted, as the test compares it)
     "Strategy",
     "Timeline",
     "UNTIED",
+    "adapters",
     "apply",
     "compiler_options",
     "estimate",

@@ -297,7 +297,7 @@ class Bench:
             ]
             rest_bytes = trees.nbytes([leaf for leaf in made if id(leaf) not in temporary])
             # Gradients too leave as sums: in an output's buffer the compiler would find room for temporaries until it is written.
-            return [jnp.sum(leaf.astype(jnp.float32)) for leaf in trees.tie(made)]
+            return [_summed(leaf) for leaf in trees.tie(made)]
 
         lowered = jax.jit(step, compiler_options=self.options).lower(leaves, jnp.zeros((), jnp.int32))
         key = hashlib.sha256(lowered.as_text().encode()).hexdigest()
@@ -307,8 +307,13 @@ class Bench:
 
 
 def _buffers(structs: list[Any]) -> list[Any]:
-    """Fresh arrays of these shapes, without compiling anything for it."""
-    return [jnp.array(np.zeros(leaf.shape, leaf.dtype)) for leaf in structs]
+    """Fresh arrays of these shapes, without compiling anything for it (but for typed keys)."""
+    return [
+        jnp.zeros(leaf.shape, leaf.dtype)
+        if trees.is_key(leaf)
+        else jnp.array(np.zeros(leaf.shape, leaf.dtype))
+        for leaf in structs
+    ]
 
 
 @functools.partial(jax.jit, donate_argnums=0, keep_unused=True)
@@ -318,7 +323,20 @@ def _refilled(buffer: Any, leaf: Any, zero: Any) -> Any:
 
 
 def _moved(leaf: Any, zero: Any) -> Any:
-    """A copy that the compiler must make: `zero` is 0, and only known when the program runs."""
+    """A copy that the compiler must make: `zero` is 0, and only known when the program runs. A float0 array, which has no memory, is none."""
+    if leaf.dtype == jax.dtypes.float0:
+        return leaf
+    if trees.is_key(leaf):
+        return jax.random.wrap_key_data(
+            _moved(jax.random.key_data(leaf), zero), impl=jax.random.key_impl(leaf)
+        )
     if leaf.dtype == jnp.bool_:
         return leaf ^ (zero != 0)
     return leaf + jnp.asarray(zero).astype(leaf.dtype)
+
+
+def _summed(leaf: Any) -> Any:
+    """One number that needs all of `leaf`."""
+    if leaf.dtype == jax.dtypes.float0:
+        return jnp.zeros(())
+    return jnp.sum((jax.random.key_data(leaf) if trees.is_key(leaf) else leaf).astype(jnp.float32))

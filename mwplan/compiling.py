@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from mwplan.errors import ArgumentError
 from mwplan.packing import Buffer, Workspace
 
 _knows = False  # compiler_options() was called: the user passes them on
@@ -57,7 +58,12 @@ def temporaries(compiled: Any) -> int:
     """Temporary bytes of a compiled program: what it needs beside its arguments and outputs.
 
     `compiled` is what `jax.jit(f).lower(...).compile()` returns. (`peak_memory_in_bytes` reads a constant on CPU; this does not.)
+    Raises `ArgumentError` for anything else.
     """
+    if not hasattr(compiled, "memory_analysis"):
+        raise ArgumentError(
+            f"`compiled` is a {type(compiled).__name__}, not a compiled program: give `jitted.lower(...).compile()`, with the arguments of the step"
+        )
     return int(compiled.memory_analysis().temp_size_in_bytes)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -165,12 +166,18 @@ def _instantiate(leaf: Any, ct: Any) -> Any:
     return ct if trees.is_inexact(leaf) else np.zeros(jnp.shape(leaf), jax.dtypes.float0)
 
 
-def check_match(schedule: Schedule, chain: Chain) -> None:
-    """Raises `ScheduleMismatchError` unless `schedule` was made for a chain like this one."""
+def checked_schedule(schedule: Any) -> Schedule:
+    """`schedule` if it is one, else `ArgumentError`."""
     if not isinstance(schedule, Schedule):
         raise ArgumentError(
             f"`schedule` is a {type(schedule).__name__}: make one with `mw.plan(profile, budget=...)`"
         )
+    return schedule
+
+
+def check_match(schedule: Schedule, chain: Chain) -> None:
+    """Raises `ScheduleMismatchError` unless `schedule` was made for a chain like this one."""
+    checked_schedule(schedule)
     check_chain(chain)
     allow_nesting(nesting(schedule.runs))
     if len(schedule) != len(chain):
@@ -220,13 +227,10 @@ def value_and_grad(
     **Returns:** `f(chain, x, *args) -> ((value, report), grads)`, where `value` is what `loss` returned, `grads` is a chain (with None
     for leaves that are not parameters), or a pair `(chain, x)` of gradients. `report` is a `Report`; within `jax.shard_map`, each run's worst of
     all devices.
-    **Raises:** `ArgumentError` for a loss that is not scalar; as `apply`.
+    **Raises:** `ArgumentError` for a loss that is not scalar (with `has_aux`, no pair); as `apply`.
     """
-    if not callable(loss):
-        raise ArgumentError(
-            f"`loss` is {loss!r}, which is not callable: give a function `loss(y, *args)` that returns a scalar"
-        )
-    runs = reporting_runs(schedule.runs)
+    check_loss(loss)
+    runs = reporting_runs(checked_schedule(schedule).runs)
 
     def step(chain: Chain, x: PyTree, *args: Any) -> tuple[tuple[Any, Report], Any]:
         check_match(schedule, chain)
@@ -236,8 +240,7 @@ def value_and_grad(
         def total(params: list[Any], x_params: list[Any], probe: Array) -> tuple[Any, Any]:
             y = call(trees.with_parameters(chain, params), trees.with_parameters(x, x_params), probe)
             value = loss(y, *args)
-            scalar = checked_scalar(value[0] if has_aux else value)
-            return scalar, value
+            return checked_scalar(value, has_aux), value
 
         wrt = (0, 1, 2) if wrt_input else (0, 2)
         probe = trees.vary(jnp.zeros(len(runs), jnp.float32), trees.varying_axes((chain, x)))
@@ -277,12 +280,52 @@ def _only_parameters(tree: PyTree, grads: list[Any]) -> PyTree:
     return jax.tree.map(lambda leaf: next(values) if trees.is_inexact(leaf) else None, tree)
 
 
-def checked_scalar(value: Any) -> Any:
-    """`value` if a gradient can be taken of it, else `ArgumentError`."""
-    if not hasattr(value, "shape") or value.shape != () or not trees.is_inexact(value):
-        what = f"{value.dtype}{list(value.shape)}" if hasattr(value, "shape") else type(value).__name__
+def check_loss(loss: Any) -> None:
+    """Raises `ArgumentError` unless `loss` can be called."""
+    if not callable(loss):
         raise ArgumentError(
-            f"`loss` returned {what}, and a gradient needs one floating-point number: take the mean or the sum "
+            f"`loss` is a {type(loss).__name__}, which is not callable: give a function `loss(y, *args)` that returns a scalar"
+        )
+
+
+def checked_scalar(value: Any, has_aux: bool) -> Any:
+    """The scalar in what a loss returned (with `has_aux`, the first of a pair) if a gradient can be taken of it, else `ArgumentError`."""
+    if has_aux:
+        if not isinstance(value, (tuple, list)) or len(value) != 2:
+            raise ArgumentError(
+                f"`loss` returned {_described(value)}, and with `has_aux=True` it must return a pair, `(loss, anything)`: "
+                "return one, or leave `has_aux` out"
+            )
+        value = value[0]
+    if not hasattr(value, "shape") or value.shape != () or not trees.is_inexact(value):
+        raise ArgumentError(
+            f"`loss` returned {_described(value)}, and a gradient needs one floating-point number: take the mean or the sum "
             "(if it returns more than the loss, pass `has_aux=True`)"
         )
     return value
+
+
+def _described(value: Any) -> str:
+    if hasattr(value, "shape"):
+        return f"{value.dtype}{list(value.shape)}"
+    many = f" of {len(value)}" if isinstance(value, (tuple, list)) else ""
+    return f"{type(value).__name__}{many}"
+
+
+def check_losses_shape(
+    loss: Callable[..., Any], chain: Chain, x: PyTree, args: tuple[Any, ...], has_aux: bool
+) -> None:
+    """Raises `ArgumentError` unless `loss(chain(x), *args)` is what `value_and_grad` needs, from shapes alone; what the loss itself raises it raises.
+
+    **Cost:** the chain and the loss are traced.
+    """
+    check_loss(loss)
+    try:
+        inspect.signature(loss).bind(None, *args)
+    except TypeError as error:
+        raise ArgumentError(
+            f"`loss` cannot be called as `loss(y, *args)` with {len(args)} `args`: {error}. What follows `x` is given to it"
+        ) from error
+    except ValueError:  # a builtin without a signature
+        pass
+    jax.eval_shape(lambda chain, x, args: checked_scalar(loss(chain(x), *args), has_aux), chain, x, args)

@@ -7,19 +7,19 @@ import functools
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 
 from mwplan import execute, measure, planning
-from mwplan.chain import Chain
+from mwplan.chain import Chain, boundaries, check_chain
 from mwplan.compiling import jit, temporaries
 from mwplan.errors import ArgumentError, InfeasibleError
 from mwplan.profiles import Profile
-from mwplan.schedule import Schedule, Strategy
-from mwplan.sizes import parse_bytes, show_bytes
+from mwplan.schedule import Choice, Schedule, Strategy, check_allowed
+from mwplan.sizes import parse_bytes, show_bytes, show_ns
 
 PyTree = Any
 ARRANGEMENTS = 5  # of one schedule, beside the plain one
@@ -57,6 +57,20 @@ class Fitted:
         """That of the step, for `mw.value_and_grad` where it is to be part of a larger program."""
         return self.attempts[-1].arrangement
 
+    def __str__(self) -> str:
+        total, plan = self.profile.fixed_bytes + self.temporary_bytes, self.schedule
+        used = ", ".join(f"{s.value} {plan.strategies.count(s)}" for s in Strategy if s in plan.strategies)
+        budget = "" if plan.budget_bytes is None else f", of a budget of {show_bytes(plan.budget_bytes)}"
+        return "\n".join(
+            (
+                f"compiled step of {len(plan)} layers ({used}) on {self.profile.device}",
+                f"  measured {show_bytes(total)} = {show_bytes(self.profile.fixed_bytes)} fixed"
+                f" + {show_bytes(self.temporary_bytes)} temporaries{budget}",
+                f"  predicted {show_ns(plan.time_ns)}, error {plan.error:.1e}; {len(self.attempts)} compiled",
+                "  call `(value, report), grads = fitted.step(chain, x, *args)`; `print(fitted.schedule)` shows the plan",
+            )
+        )
+
 
 def fit(
     loss: Callable[..., Any],
@@ -66,7 +80,7 @@ def fit(
     budget: int | str,
     profile: Profile | None = None,
     max_error: float = 1e-4,
-    allowed: Iterable[Strategy] = planning.EVERY_STRATEGY,
+    allowed: Choice = planning.EVERY_STRATEGY,
     has_aux: bool = False,
     wrt_input: bool = False,
     max_attempts: int = 18,
@@ -87,16 +101,17 @@ def fit(
     or moonwalk runs wherever they are possible) and each of these untied (`mw.UNTIED`) are timed in turn with the predicted fastest, those that fit, and the fastest kept: a profile's
     times are estimates of operations on their own; 0, the predicted fastest is taken; `say`, told of each.
     **Returns:** a `Fitted`.
-    **Raises:** `InfeasibleError` where no schedule fits, or none of those compiled; as `mw.plan` and `mw.value_and_grad`.
+    **Raises:** `InfeasibleError` where no schedule fits, or none of those compiled; as `mw.plan` and `mw.value_and_grad`, what concerns the loss before anything is measured.
     **Cost:** a profile, a plan, and one compilation of the step or a few; with `tune` up to ten times that, and some steps.
     """
     if max_attempts < 1:
         raise ArgumentError(f"`max_attempts={max_attempts}` must be at least 1")
     if tune < 0:
         raise ArgumentError(f"`tune={tune}` must be 0 or a number of rounds")
-    budget_bytes = parse_bytes(budget)
+    budget_bytes, chosen = parse_bytes(budget), check_allowed(allowed)
+    boundaries(check_chain(chain), x)  # raises what a chain has to say of its layers
+    execute.check_losses_shape(loss, chain, x, args, has_aux)
     profile = measure.profile(chain, x) if profile is None else profile
-    allowed = frozenset(allowed)
 
     compiler = _Compiler(
         functools.partial(execute.value_and_grad, loss, has_aux=has_aux, wrt_input=wrt_input), (chain, x, *args), profile
@@ -109,18 +124,18 @@ def fit(
         return _fit(compiler, schedules, room, budget, max_attempts, say)
 
     if not tune:
-        return fitted(allowed, budget_bytes)
+        return fitted(chosen, budget_bytes)
     less = [profile.fixed_bytes + int(share * (budget_bytes - profile.fixed_bytes)) for share in LESS]
-    asked = [(allowed & some, budget_bytes) for some in (planning.EVERY_STRATEGY, *planning.NARROWER)]
+    asked = [(chosen & some, budget_bytes) for some in (planning.EVERY_STRATEGY, *planning.NARROWER)]
     found, failed = [], []
-    for some, room in dict.fromkeys([*asked, *((allowed, room) for room in less)]):
+    for some, room in dict.fromkeys([*asked, *((chosen, room) for room in less)]):
         try:
             found.append(fitted(some, room))
         except InfeasibleError as error:
             failed.append(error)
     found = list({one.schedule.runs: one for one in reversed(found)}.values())[::-1]
     known = {one.schedule.runs for one in found}
-    by_hand = planning.familiar(profile, max_error=max_error, allowed=allowed)
+    by_hand = planning.familiar(profile, max_error=max_error, allowed=chosen)
     tries = [(one, 0) for one in by_hand if one.runs not in known]
     tries += [(one, execute.UNTIED) for one in [*(one.schedule for one in found), *(one for one, _ in tries)]]
     made = [compiler(schedule, arrangement, budget_bytes) for schedule, arrangement in tries]

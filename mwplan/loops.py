@@ -48,10 +48,7 @@ def scan(
             break
         carry = jax.tree.unflatten(treedef, [trees.vary(now, then) for then, now in zip(axes, leaves)])
     carry, zero = _after(carry)
-    out = [
-        trees.vary(jnp.broadcast_to(zero.astype(s.dtype), (count, *s.shape)), trees.varying_axes(s))
-        for s in structs
-    ]
+    out = [trees.vary(_filled((count, *s.shape), s.dtype, zero), trees.varying_axes(s)) for s in structs]
 
     def body(k: Any, state: Any) -> Any:
         carry, out = state
@@ -66,7 +63,7 @@ def scan(
 def empty(size: int, dtype: Any, carry: PyTree) -> tuple[PyTree, Any]:
     """`carry`, and an array of zeros that does not exist before it."""
     carry, zero = _after(carry)
-    return carry, jnp.broadcast_to(zero.astype(dtype), (size,))
+    return carry, _filled((size,), dtype, zero)
 
 
 def row(rows: PyTree, i: Any) -> PyTree:
@@ -80,10 +77,19 @@ def put(rows: PyTree, new: PyTree, i: Any) -> PyTree:
     """`rows` with `new`, in their dtypes, for `rows[i]`."""
     return jax.tree.map(
         lambda old, one: lax.dynamic_update_index_in_dim(
-            old, one.astype(old.dtype), i, 0, allow_negative_indices=False
+            old, one if trees.is_key(old) else one.astype(old.dtype), i, 0, allow_negative_indices=False
         ),
         rows,
         new,
+    )
+
+
+def _filled(shape: tuple[int, ...], dtype: Any, zero: Any) -> Any:
+    """Zeros (typed keys of zeros) made of `zero`."""
+    return (
+        jnp.full(shape, zero, dtype)
+        if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+        else jnp.broadcast_to(zero.astype(dtype), shape)
     )
 
 

@@ -21,9 +21,16 @@ import rich.table
 
 from mwplan import operations, rules, trees
 from mwplan import residuals as res
+from mwplan.chain import Function, layer_name
 from mwplan.errors import ArgumentError, NotSubmersiveError
 
 PyTree = Any
+
+
+def _name(layer: Any) -> str:
+    """As `layer_name`, of a plain function too."""
+    is_leaf = jax.tree_util.treedef_is_leaf(jax.tree.structure(layer))
+    return layer_name(Function(layer) if is_leaf else layer)
 
 
 def _concrete(tree: PyTree) -> bool:
@@ -40,7 +47,7 @@ def _rule(layer: PyTree, x: PyTree, option: str | None) -> rules.VijpRule:
     """The rule named `option`; by default the first without a fragment, else the first with one that is not the whole."""
     offered = rules.vijp_rules(layer, x)
     usable = [rule for rule in offered if isinstance(rule, rules.VijpRule)]
-    name = type(layer).__name__
+    name = _name(layer)
     if option is None:
         own = [rule for rule in usable if not isinstance(rule, rules.WholeFragment)]
         if not own:
@@ -65,7 +72,7 @@ def _checked(rule: rules.VijpRule, layer: PyTree, x: PyTree) -> rules.VijpRule:
     problem = rule.check(layer, x) if _concrete(layer) else None
     if problem is not None:
         raise NotSubmersiveError(
-            f'`layer` ({type(layer).__name__}) cannot be inverted by option "{rule.name}": {problem}'
+            f'`layer` ({_name(layer)}) cannot be inverted by option "{rule.name}": {problem}'
         )
     return rule
 
@@ -222,11 +229,9 @@ def explain(layer: Callable[[PyTree], PyTree], x: PyTree) -> Explanation:
             ways.append(dataclasses.replace(way, shares="output"))
     if not inversions:
         ways.append(
-            Way(
-                strategy="INVERT", option="", reason=f"{type(layer).__name__} has no inverse for these shapes"
-            )
+            Way(strategy="INVERT", option="", reason=f"{_name(layer)} has no inverse for these shapes")
         )
-    return Explanation(layer=type(layer).__name__, output_bytes=trees.nbytes(output), ways=tuple(ways))
+    return Explanation(layer=_name(layer), output_bytes=trees.nbytes(output), ways=tuple(ways))
 
 
 def _way(

@@ -6,7 +6,7 @@ import bisect
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from mwplan.errors import ArgumentError, InfeasibleError, MwplanError
 from mwplan.ledger import Replay, buffers, replay, strategies
 from mwplan.packing import pack
 from mwplan.profiles import Profile
-from mwplan.schedule import Schedule, Solution, Status, Strategy
+from mwplan.schedule import Choice, Schedule, Solution, Status, Strategy, check_allowed
 from mwplan.sizes import parse_bytes, show_bytes, show_ns
 
 if TYPE_CHECKING:
@@ -48,8 +48,8 @@ def plan(
     budget: int | str,
     *,
     max_error: float = 1e-4,
-    allowed: Iterable[Strategy] = EVERY_STRATEGY,
-    pins: Mapping[int, Strategy] | None = None,
+    allowed: Choice = EVERY_STRATEGY,
+    pins: Mapping[int, Choice] | None = None,
     max_distinct_runs: int | None = None,
     time_limit_s: float = 30.0,
     seed: int = 0,
@@ -61,7 +61,7 @@ def plan(
 
     **Arguments:** `profile`; `budget`, device bytes of the whole step (parameters, input, gradients, temporaries), an integer or a text such
     as "2GiB"; `max_error`, the largest predicted relative error of any reconstructed cotangent; `allowed`, the
-    strategies to choose from; `pins`, a strategy forced on some layers (1 to L, from the input); `max_distinct_runs`, a limit on
+    strategies to choose from, or their names ("store"); `pins`, a strategy, or a choice of some, forced on some layers (1 to L, from the input); `max_distinct_runs`, a limit on
     different runs (compile time); `time_limit_s` and `seed`, of the integer program; `thin`, as in `frontier`, None for `default_thin`;
     `regular`, as in `Frontier.at`; `frontier`, what `mw.frontier` returned for the same profile, `max_error` and `allowed`, where it is there already.
     **Returns:** a `Schedule` that the ledger has replayed; `status` says whether it is proved optimal, else `gap` how far it may be from it.
@@ -71,9 +71,9 @@ def plan(
     """
     from mwplan.solvers import integer_program
 
-    budget_bytes = parse_bytes(budget)
+    budget_bytes, chosen = parse_bytes(budget), check_allowed(allowed)
     solved = frontier or _frontier(
-        profile, max_error=max_error, allowed=allowed, thin=default_thin(profile) if thin is None else thin
+        profile, max_error=max_error, allowed=chosen, thin=default_thin(profile) if thin is None else thin
     )
     room = budget_bytes - solved.always_bytes
     if solved.solved.least_bytes is None or room < solved.solved.least_bytes:
@@ -83,7 +83,7 @@ def plan(
         profile,
         solved.enough(room) if free else room,
         max_error=max_error,
-        allowed=frozenset(allowed),
+        allowed=chosen,
         pins=dict(pins or {}),
         max_distinct_runs=max_distinct_runs,
         time_limit_s=time_limit_s,
@@ -112,7 +112,7 @@ def frontier(
     profile: Profile,
     *,
     max_error: float = 1e-4,
-    allowed: Iterable[Strategy] = EVERY_STRATEGY,
+    allowed: Choice = EVERY_STRATEGY,
     thin: float = 0.0,
 ) -> Frontier:
     """Every budget at once: the exact trade of memory against time.
@@ -128,10 +128,7 @@ def frontier(
         )
     if isinstance(max_error, bool) or not isinstance(max_error, (int, float)) or not max_error >= 0:
         raise ArgumentError(f"`max_error={max_error!r}` must be a number, at least 0 (1e-4 by default)")
-    chosen = frozenset(allowed)
-    if not chosen or not all(isinstance(s, Strategy) for s in chosen):
-        raise ArgumentError(f"`allowed={allowed!r}` must hold at least one `Strategy`")
-    solved = solve_frontier(profile, max_error=float(max_error), allowed=chosen, thin=thin)
+    solved = solve_frontier(profile, max_error=float(max_error), allowed=allowed, thin=thin)
     return Frontier(profile, solved, float(max_error))
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from mwplan import serial
 from mwplan.errors import ArgumentError
 from mwplan.packing import Workspace
+from mwplan.sizes import show_bytes, show_ns
 
 SCHEMA = 5
 _INT64 = 2**63 - 1
@@ -208,6 +209,17 @@ class Profile:
 
     def __len__(self) -> int:
         return len(self.layers)
+
+    def __str__(self) -> str:
+        return "\n".join(
+            (
+                f"profile of {len(self)} layers on {self.device or 'an unnamed device'} ({self.source or 'made by hand'})",
+                f"  fixed {show_bytes(self.fixed_bytes)}: parameters, input, gradients",
+                f"  layers' outputs {show_bytes(sum(self.activation_bytes[1:]))} in all, the largest {show_bytes(max(self.activation_bytes[1:]))}",
+                f"  forward {show_ns(sum(layer.forward_ns for layer in self.layers))}",
+                "  for `mw.plan(profile, budget)` or `mw.frontier(profile)`; `profile.layers` has the figures",
+            )
+        )
 
     @property
     def table_bytes(self) -> int:

@@ -9,7 +9,7 @@ import dataclasses
 import enum
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from mwplan import serial
@@ -27,6 +27,37 @@ class Strategy(enum.Enum):
     FRAGMENT = "fragment"
     VIJP = "vijp"
     INVERT = "invert"
+
+
+#: one strategy or several, by themselves or by name
+Choice = Strategy | str | Iterable[Strategy | str]
+
+
+def as_strategy(value: Strategy | str, argument: str) -> Strategy:
+    """A strategy from itself or its name, in any case. Raises `ArgumentError`, which lists the names, for anything else."""
+    try:
+        return Strategy(value.lower() if isinstance(value, str) else value)
+    except ValueError:
+        names = ", ".join(f'"{strategy.value}"' for strategy in Strategy)
+        raise ArgumentError(
+            f"`{argument}` names {value!r}, which is no strategy: the names are {names}"
+        ) from None
+
+
+def as_strategies(values: Choice, argument: str) -> frozenset[Strategy]:
+    """`values` as a set. Raises as `as_strategy`."""
+    some = [values] if isinstance(values, (str, Strategy)) else values
+    if not isinstance(some, Iterable):
+        raise ArgumentError(f"`{argument}={values!r}` must be a `Strategy`, or several")
+    return frozenset(as_strategy(value, argument) for value in some)
+
+
+def check_allowed(allowed: Choice) -> frozenset[Strategy]:
+    """`allowed`, strategies or their names, as a set. Raises `ArgumentError` if it is empty or holds something else."""
+    chosen = as_strategies(allowed, "allowed")
+    if not chosen:
+        raise ArgumentError("`allowed` is empty: it must hold at least one strategy")
+    return chosen
 
 
 class RunKind(enum.Enum):

@@ -100,7 +100,8 @@ def trace(
     interpreter.claim(0)
     kept = interpreter.forward(schedule.runs, 0)
     y = interpreter.x[len(chain)]
-    cotangent = jax.jit(jax.grad(lambda y: loss(y, *args)), compiler_options=watch.options)
+    # `y` may carry integers and random keys along
+    cotangent = jax.jit(jax.grad(lambda y: loss(y, *args), allow_int=True), compiler_options=watch.options)
     box = [jax.block_until_ready(cotangent(y))]
     watch.note("turn", len(chain), 0, 0, 0)
     del y

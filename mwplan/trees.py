@@ -21,6 +21,11 @@ def is_array(leaf: Any) -> bool:
     return isinstance(leaf, (jax.Array, np.ndarray, np.generic))
 
 
+def is_key(leaf: Any) -> bool:
+    """Whether `leaf`, an array or a `jax.ShapeDtypeStruct`, holds typed random keys."""
+    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
 def tie(tree: Any) -> Any:
     """The same arrays, none of which exists for XLA before all of them do."""
     leaves, treedef = jax.tree.flatten(tree)
@@ -48,11 +53,8 @@ def nbytes(tree: Any) -> int:
     total = 0
     for leaf in jax.tree.leaves(tree):
         if hasattr(leaf, "dtype") and hasattr(leaf, "shape"):
-            total += (
-                math.prod(leaf.shape) * np.dtype(jax.dtypes.canonicalize_dtype(leaf.dtype)).itemsize
-                if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended)
-                else math.prod(leaf.shape) * 16
-            )
+            dtype = leaf.dtype if is_key(leaf) else np.dtype(jax.dtypes.canonicalize_dtype(leaf.dtype))
+            total += math.prod(leaf.shape) * dtype.itemsize
     return total
 
 

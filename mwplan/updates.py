@@ -14,7 +14,7 @@ from mwplan import loops, trees
 from mwplan.chain import Chain, Stack, boundaries, check_chain
 from mwplan.compiling import warn_if_undone
 from mwplan.errors import ArgumentError
-from mwplan.execute import Report, check_match, checked_scalar, cotangent
+from mwplan.execute import Report, check_loss, check_match, checked_scalar, checked_schedule, cotangent
 from mwplan.interpret import Gradients, Interpreter, View
 from mwplan.schedule import Schedule, reporting_runs
 
@@ -81,12 +81,9 @@ def value_and_update(
     `check_vma=False` and average in the optimizer: `optax.chain(optax.stateless(lambda g, p: jax.lax.pmean(g, "data")), optax.adam(1e-3))`.
     **Cost:** as the schedule, and the optimizer's update.
     """
-    if not callable(loss):
-        raise ArgumentError(
-            f"`loss` is {loss!r}, which is not callable: give a function `loss(y, *args)` that returns a scalar"
-        )
+    check_loss(loss)
     _check_optimizer(optimizer)
-    runs = reporting_runs(schedule.runs)
+    runs = reporting_runs(checked_schedule(schedule).runs)
 
     def step(chain: Chain, states: Any, x: PyTree, *args: Any) -> tuple[tuple[Any, Report], Chain, Any]:
         check_match(schedule, chain)
@@ -110,7 +107,7 @@ def value_and_update(
 
         def total(params: list[Any]) -> tuple[Any, Any]:
             value = loss(trees.with_parameters(y, params), *args)
-            return checked_scalar(value[0] if has_aux else value), value
+            return checked_scalar(value, has_aux), value
 
         (_, value), grads = jax.value_and_grad(total, has_aux=True)(trees.parameters(y))
         box = [cotangent(y, grads)]

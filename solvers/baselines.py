@@ -18,7 +18,7 @@ from typing import TypeVar
 from mwplan.errors import ArgumentError
 from mwplan.ledger import replay
 from mwplan.profiles import InvertOption, MoonwalkOption, Profile
-from mwplan.schedule import Run, RunKind, Solution, Status, Strategy
+from mwplan.schedule import Choice, Run, RunKind, Solution, Status, Strategy, check_allowed
 from mwplan.solvers.frontier import solve_frontier
 from mwplan.solvers.runs import ALL_STRATEGIES, invert_error, invert_share, moonwalk_strategy
 
@@ -202,7 +202,7 @@ def greedy(
     budget_bytes: int,
     *,
     max_error: float = 1e-4,
-    allowed: Iterable[Strategy] = ALL_STRATEGIES,
+    allowed: Choice = ALL_STRATEGIES,
 ) -> Solution:
     """The rule of thumb: from plain backpropagation, change the layer with the most bytes saved per ns, until it fits.
 
@@ -210,7 +210,7 @@ def greedy(
     Recomputed stretches are tried whole, in pieces of about the square root of their length, and layer by layer; the
     fastest schedule found that fits is returned. **Cost:** three replays for each change.
     """
-    allowed = frozenset(allowed)
+    allowed = check_allowed(allowed)
     moves: list[tuple[float, int, str, str]] = []
     for at, layer in enumerate(profile.layers):
         stored = next(o for o in layer.store if o.name == _store(profile, at).options[0])

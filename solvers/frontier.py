@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -28,14 +28,13 @@ import numpy as np
 
 from mwplan.errors import ArgumentError
 from mwplan.profiles import Profile
-from mwplan.schedule import Run, RunKind, Solution, Status, Strategy
+from mwplan.schedule import Choice, Run, RunKind, Solution, Status, Strategy, check_allowed
 from mwplan.solvers.approach import Approach
 from mwplan.solvers.diagonals import NO_POINTS, Pieces, Points, envelopes, grouped_all, thinned_all
 from mwplan.solvers.pareto import INF, Ints, staircase
 from mwplan.solvers.runs import (
     ALL_STRATEGIES,
     Candidates,
-    check_allowed,
     check_max_error,
     error_of,
     fastest_ns,
@@ -850,7 +849,7 @@ def solve_frontier(
     profile: Profile,
     *,
     max_error: float = 1e-4,
-    allowed: Iterable[Strategy] = ALL_STRATEGIES,
+    allowed: Choice = ALL_STRATEGIES,
     thin: float = 0.0,
     max_recompute_depth: int | None = None,
 ) -> Frontier:

@@ -35,7 +35,7 @@ import numpy as np
 
 from mwplan.errors import ArgumentError
 from mwplan.profiles import Profile
-from mwplan.schedule import Run, RunKind, Solution, Status, Strategy
+from mwplan.schedule import Choice, Run, RunKind, Solution, Status, Strategy, as_strategies, check_allowed
 from mwplan.solvers.frontier import Frontier, Tables, Top, solve_frontier
 from mwplan.solvers.pareto import INF, Ints, staircase, value_at
 from mwplan.solvers.runs import ALL_STRATEGIES, Candidates, error_of
@@ -43,7 +43,6 @@ from mwplan.solvers.runs import ALL_STRATEGIES, Candidates, error_of
 _SLACKS = (0.0, 0.001, 0.01, 0.03, 0.1, 0.3, 1.0, 4.0)
 _INT64 = 2**63 - 1
 Node = tuple[int, bool]
-Choice = Strategy | Iterable[Strategy]
 
 
 def solve(
@@ -51,7 +50,7 @@ def solve(
     budget_bytes: int,
     *,
     max_error: float = 1e-4,
-    allowed: Iterable[Strategy] = ALL_STRATEGIES,
+    allowed: Choice = ALL_STRATEGIES,
     pins: Mapping[int, Choice] | None = None,
     forbid: Mapping[int, Choice] | None = None,
     max_distinct_runs: int | None = None,
@@ -98,7 +97,7 @@ def solve_least_bytes(
     limit_ns: int,
     *,
     max_error: float = 1e-4,
-    allowed: Iterable[Strategy] = ALL_STRATEGIES,
+    allowed: Choice = ALL_STRATEGIES,
     pins: Mapping[int, Choice] | None = None,
     forbid: Mapping[int, Choice] | None = None,
     max_distinct_runs: int | None = None,
@@ -164,7 +163,7 @@ class _Problem:
         cls,
         profile: Profile,
         max_error: float,
-        allowed: Iterable[Strategy],
+        allowed: Choice,
         pins: Mapping[int, Choice] | None,
         forbid: Mapping[int, Choice] | None,
         max_distinct_runs: int | None,
@@ -188,7 +187,7 @@ class _Problem:
         _check_number("seed", seed, 0)
         if seed >= 2**31:
             raise ArgumentError(f"`seed={seed}` must be below 2^31")
-        allowed = frozenset(allowed)
+        allowed = check_allowed(allowed)
         narrowed = _narrowed(len(profile), allowed, pins or {}, forbid or {})
         if frontier is None:
             frontier = solve_frontier(
@@ -236,9 +235,7 @@ def _narrowed(
         for layer, choice in given.items():
             if isinstance(layer, bool) or not isinstance(layer, int) or not 1 <= layer <= size:
                 raise ArgumentError(f"`{name}` names layer {layer!r}: layers count from 1 to {size}")
-            chosen = frozenset([choice]) if isinstance(choice, Strategy) else frozenset(choice)
-            if not all(isinstance(x, Strategy) for x in chosen):
-                raise ArgumentError(f"`{name}[{layer}]={choice!r}` must be a `Strategy`, or several")
+            chosen = as_strategies(choice, f"{name}[{layer}]")
             before = out.get(layer, allowed)
             out[layer] = before & chosen if name == "pins" else before - chosen
     for layer, left in out.items():

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 
 from mwplan.errors import ArgumentError
 from mwplan.profiles import InvertOption, MoonwalkOption, Profile
-from mwplan.schedule import Run, RunKind, Strategy, walk
+from mwplan.schedule import Choice, Run, RunKind, Strategy, check_allowed, walk
 from mwplan.solvers.pareto import Bools, Floats, Ints, nondominated
 
 ALL_STRATEGIES = frozenset(Strategy)
@@ -148,14 +148,6 @@ def check_max_error(max_error: float) -> None:
         raise ArgumentError(f"`max_error={max_error!r}` must be a number, at least 0")
 
 
-def check_allowed(allowed: Iterable[Strategy]) -> frozenset[Strategy]:
-    """`allowed` as a frozen set. Raises `ArgumentError` if it is empty or holds something else than strategies."""
-    allowed = frozenset(allowed)
-    if not allowed or not all(isinstance(s, Strategy) for s in allowed):
-        raise ArgumentError(f"`allowed={set(allowed)!r}` must hold at least one `Strategy` and nothing else")
-    return allowed
-
-
 def moonwalk_strategy(option: MoonwalkOption) -> Strategy:
     """VIJP if the option keeps no fragment, else FRAGMENT."""
     return Strategy.FRAGMENT if option.fragment_bytes else Strategy.VIJP
@@ -224,7 +216,7 @@ class Candidates:
         profile: Profile,
         *,
         max_error: float = 1e-4,
-        allowed: Iterable[Strategy] = ALL_STRATEGIES,
+        allowed: Choice = ALL_STRATEGIES,
         per_layer: Mapping[int, frozenset[Strategy]] | None = None,
         loss: float = 0.0,
         optimistic: bool = False,

@@ -39,7 +39,7 @@ from dataclasses import dataclass
 
 from mwplan.errors import ArgumentError
 from mwplan.profiles import Profile
-from mwplan.schedule import Run, RunKind, Solution, Status, Strategy
+from mwplan.schedule import Choice, Run, RunKind, Solution, Status, Strategy, check_allowed
 from mwplan.solvers.runs import ALL_STRATEGIES, moonwalk_strategy
 
 Value = tuple[str, int, str]
@@ -58,10 +58,10 @@ class Operation:
 
 
 def operations(
-    profile: Profile, allowed: Iterable[Strategy] = ALL_STRATEGIES
+    profile: Profile, allowed: Choice = ALL_STRATEGIES
 ) -> tuple[list[Operation], dict[Value, int]]:
     """All operations of a chain, and the bytes of every value."""
-    allowed = frozenset(allowed)
+    allowed = check_allowed(allowed)
     size: dict[Value, int] = {}
     for at in range(len(profile) + 1):
         size["x", at, ""] = 0 if at == 0 else profile.activation_bytes[at]
@@ -169,7 +169,7 @@ def solve_unrestricted(
     budget_bytes: int,
     steps: int,
     *,
-    allowed: Iterable[Strategy] = ALL_STRATEGIES,
+    allowed: Choice = ALL_STRATEGIES,
     time_limit_s: float = 60.0,
     seed: int = 0,
     workers: int = 2,

@@ -58,3 +58,29 @@ def test_modules_are_layers(make: Any) -> None:
     plan = mw.plan(profile, "1MiB")
     (_, _), grads = mw.jit(mw.value_and_grad(mean_square, plan))(chain, x)
     assert relative_error(grads, want) < 1e-5
+
+
+def test_state_that_a_call_changes_is_dropped() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from flax import nnx
+
+        from mwplan.adapters.flax import from_nnx
+
+        rngs = nnx.Rngs(0)
+        modules = nnx.BatchNorm(8, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)
+        norm, dropout = map(from_nnx, modules)
+    x = jax.random.normal(jax.random.key(0), (4, 8))
+    y, z = norm(x), dropout(x)
+    assert jnp.array_equal(norm(x), y)
+    assert jnp.array_equal(dropout(x), z)
+    assert not modules[0].mean.get_value().any()  # nothing reached the modules
+    for module in modules:
+        module(x)  # nor does this reach the layers
+    assert not jax.tree.leaves(norm.state["mean"])[0].any()
+    assert jnp.array_equal(dropout(x), z)
+    chain = mw.Chain([norm, dropout, jnp.tanh])
+    profile = mw.profile(chain, x, repeats=1)
+    (_, _), grads = mw.jit(mw.value_and_grad(mean_square, mw.plan(profile, "1MiB")))(chain, x)
+    want = jax.grad(lambda c: mean_square(c(x)), allow_int=True)(chain)
+    assert relative_error(grads, [g for g in jax.tree.leaves(want) if g.dtype != jax.dtypes.float0]) < 1e-5

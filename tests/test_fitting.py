@@ -15,7 +15,7 @@ from mwplan import fitting, planning
 from mwplan.layers import Dense
 from mwplan.packing import Buffer, Workspace
 from mwplan.schedule import Run, RunKind, Schedule, Solution
-from tests.helpers import mean_square, relative_error, with_round_times
+from tests.helpers import mean_square, relative_error, store_all, with_round_times
 
 
 def network() -> mw.Chain:
@@ -40,6 +40,8 @@ def test_the_compiled_step_keeps_the_budget(profile: mw.Profile) -> None:
     assert relative_error(grads, jax.grad(lambda c: mean_square(c(x)))(chain)) < 1e-4
     assert float(report.worst) < 1e-4
     assert found.attempts[-1].measured_bytes == found.temporary_bytes
+    assert 3 < str(found).count("\n") + 1 < 6
+    assert "compiled step of 12 layers" in str(found)
 
 
 def test_the_least_budget_is_kept_to_the_byte(profile: mw.Profile) -> None:
@@ -202,6 +204,32 @@ def test_budgets_that_nothing_fits(profile: mw.Profile) -> None:
         mw.fit(mean_square, chain, x, budget=profile.fixed_bytes + 1, profile=profile)
     with pytest.raises(mw.ArgumentError, match="max_attempts"):
         mw.fit(mean_square, chain, x, budget="1GiB", profile=profile, max_attempts=0)
+
+
+@pytest.mark.parametrize(
+    ("loss", "args", "has_aux", "says"),
+    [
+        (mean_square, (1.0, 2.0), False, "2 `args`"),
+        (lambda y: y, (), False, r"float32\[512, 32\].*one floating-point number"),
+        (lambda y: (y.mean(), y), (), False, "tuple of 2.*has_aux"),
+        (mean_square, (), True, r"float32\[\].*pair"),
+        (lambda y: (y.mean(), y, y), (), True, "tuple of 3.*pair"),
+        ("mean", (), False, "str"),
+    ],
+)
+def test_a_bad_loss_fails_before_anything_is_measured(
+    monkeypatch: pytest.MonkeyPatch, loss: Any, args: tuple[Any, ...], has_aux: bool, says: str
+) -> None:
+    monkeypatch.setattr(fitting.measure, "profile", lambda *_: pytest.fail("measured"))
+    with pytest.raises(mw.ArgumentError, match=f"(?s)`loss`.*{says}"):
+        mw.fit(loss, network(), jnp.ones((512, 32)), *args, budget="1GiB", has_aux=has_aux)
+
+
+def test_a_loss_without_its_pair() -> None:
+    chain, x = network(), jnp.ones((2, 32))
+    step = mw.value_and_grad(mean_square, Schedule(runs=store_all(chain)), has_aux=True)
+    with pytest.raises(mw.ArgumentError, match=r"`loss` returned float32\[\].*pair"):
+        step(chain, x)
 
 
 def test_tuning_times_the_plans_of_fewer_strategies(

@@ -15,11 +15,11 @@ ROOT = Path(__file__).parent.parent
 
 def test_all_lists_the_public_names() -> None:
     public = {n for n, v in vars(mw).items() if not n.startswith("_") and not isinstance(v, types.ModuleType)}
-    assert sorted(public | {"layers"}) == mw.__all__
+    assert sorted(public | {"adapters", "layers"}) == mw.__all__
 
 
 def test_import_loads_neither_solvers_nor_plots() -> None:
-    code = "import mwplan, sys; print([m for m in ('ortools', 'pandas', 'matplotlib', 'optax') if m in sys.modules])"
+    code = "import mwplan, sys; print([m for m in ('ortools', 'pandas', 'matplotlib', 'optax', 'flax', 'equinox') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert out.stdout.strip() == "[]"
 

@@ -15,7 +15,7 @@ import pytest
 import mwplan as mw
 from mwplan import layers, operations, residuals, rules
 from mwplan.bench import Bench
-from mwplan.layers import Conv2D, Dense, LeakyReLU, MaxMin
+from mwplan.layers import Conv2D, Dense, LeakyReLU, MaxMin, layer
 from mwplan.solvers.brute_force import every_cost
 from tests.chains import random_profile
 from tests.helpers import mean_square, relative_error, small_cnn
@@ -229,6 +229,23 @@ class TestErrors:
             mw.plan(profile, "1GiB", max_error=float("nan"))
         with pytest.raises(mw.ArgumentError, match="allowed"):
             mw.plan(profile, "1GiB", allowed=())
+        with pytest.raises(mw.ArgumentError, match=r"`allowed` names 'stash'.*recompute"):
+            mw.frontier(profile, allowed={"stash"})
+
+    def test_loss_and_schedule_swapped(self) -> None:
+        profile = random_profile(random.Random(0), 2)
+        plan = mw.plan(profile, mw.frontier(profile).points[-1][0])
+        with pytest.raises(mw.ArgumentError, match="`loss` is a Schedule, which") as caught:
+            mw.value_and_grad(plan, mean_square)  # type: ignore[arg-type]
+        assert len(str(caught.value)) < 200
+        with pytest.raises(mw.ArgumentError, match="`schedule` is a Profile"):
+            mw.value_and_grad(mean_square, profile)  # type: ignore[arg-type]
+
+    def test_what_is_no_compiled_program(self) -> None:
+        jitted = jax.jit(jnp.sin)
+        for wrong in (jitted, jitted.lower(1.0)):
+            with pytest.raises(mw.ArgumentError, match=r"lower\(...\).compile\(\)"):
+                mw.temporaries(wrong)
 
     def test_profiles_want_arrays(self) -> None:
         chain = small_cnn()
@@ -236,6 +253,67 @@ class TestErrors:
             mw.profile(chain, jax.ShapeDtypeStruct((2, 8, 8, 1), jnp.float32))
         with pytest.raises(mw.ArgumentError, match="repeats"):
             mw.profile(chain, jnp.ones((2, 8, 8, 1)), repeats=0)
+
+
+@layer
+class Carrying:
+    """A product, a sine, and dropout by a mask or a key, which are carried along, as is what is neither."""
+
+    weight: jax.Array
+
+    def __call__(self, a: Any) -> Any:
+        x, other = a
+        if other.dtype == bool:
+            x = jnp.where(other, x, 0)
+        elif jax.dtypes.issubdtype(other.dtype, jax.dtypes.prng_key):
+            other, key = jax.random.split(other)
+            x = jnp.where(jax.random.bernoulli(key, 0.9, x.shape), x, 0)
+        return jnp.sin(x @ self.weight), other
+
+
+@pytest.mark.parametrize(
+    ("kind", "stacked"), [("typed key", False), ("typed key", True), ("key", False), ("mask", False)]
+)
+def test_activations_that_carry_what_has_no_gradient(kind: str, stacked: bool) -> None:
+    x = jax.random.normal(jax.random.key(1), (64, 64))
+    # This generator compiles fast.
+    key = jax.random.key(0, impl="unsafe_rbg")
+    carried = {"typed key": key, "key": jax.random.key_data(key), "mask": x > -1}[kind]
+    dense = [Carrying(jax.random.normal(key, (64, 64)) / 8) for key in jax.random.split(jax.random.key(2), 3)]
+    chain = mw.Chain([*dense, lambda a: a[0]])
+    chain = mw.stack(chain, (x, carried)) if stacked else chain
+    want = jax.grad(lambda c: mean_square(c((x, carried))))(chain)
+    profile = mw.profile(chain, (x, carried), repeats=1)
+    assert mw.estimate(chain, (x, carried), device="h100").activation_bytes == profile.activation_bytes
+    for allowed in ({mw.Strategy.STORE}, {mw.Strategy.STORE, mw.Strategy.RECOMPUTE}):
+        least = mw.frontier(profile, allowed=allowed).least_bytes
+        assert least is not None
+        plan = mw.plan(profile, least, allowed=allowed)
+        assert set(plan.strategies) == allowed
+        step = mw.jit(mw.value_and_grad(mean_square, plan))
+        (_, _), grads = step(chain, (x, carried))
+        assert relative_error(grads, want) < 1e-5
+    if not stacked:
+        assert relative_error(mw.trace(plan, chain, (x, carried), mean_square).gradients, want) < 1e-5
+
+
+def test_strategies_go_by_name_too() -> None:
+    profile = random_profile(random.Random(3), 4)
+    named = mw.frontier(profile, allowed=["store", "Recompute"])
+    by_hand = mw.frontier(profile, allowed={mw.Strategy.STORE, mw.Strategy.RECOMPUTE})
+    assert named.points == by_hand.points
+    budget = named.points[-1][0]
+    assert set(mw.plan(profile, budget, allowed="STORE").strategies) == {mw.Strategy.STORE}
+    pinned = mw.plan(profile, budget, allowed=("store", "RECOMPUTE"), pins={1: "store", 2: ["Store"]})
+    assert pinned.strategies[:2] == (mw.Strategy.STORE,) * 2
+
+
+def test_a_profile_reads_well() -> None:
+    _, _, profile = measured()
+    text = str(profile)
+    assert text.count("\n") < 6
+    for word in (f"profile of {len(profile)} layers", profile.device, "fixed", "outputs", "mw.plan"):
+        assert word in text
 
 
 def test_frontier_table_and_plot(tmp_path: Path) -> None:

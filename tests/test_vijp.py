@@ -259,6 +259,7 @@ def test_explain() -> None:
         assert word in text
     assert "not available" in str(explain(ml.ReLU(), jnp.ones((8, 16))))
     assert "no vijp rule" in str(explain(jnp.sin, jnp.ones(3)))
+    assert explain(jax.nn.relu, jnp.ones(3)).layer == "relu"
     assert "halo" in str(explain(ml.Conv1D.init(K(0), 2, 2), jnp.ones((4, 2))))
 
 

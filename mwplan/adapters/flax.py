@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
+
 from mwplan.layers.base import layer, static
 
 PyTree = Any
@@ -32,7 +34,7 @@ def from_linen(module: Any, variables: PyTree, **options: Any) -> Linen:
 
 @layer
 class NNX:
-    """A Flax NNX module taken apart; called, it is put together again."""
+    """A Flax NNX module taken apart; called, it is put together again, as a copy: what a call changes of its state goes with the copy."""
 
     state: PyTree
     graph: Any = static()
@@ -41,12 +43,21 @@ class NNX:
         """Applies the module."""
         from flax import nnx
 
-        return nnx.merge(self.graph, self.state)(x)
+        return nnx.merge(self.graph, _fresh(self.state))(x)
 
 
 def from_nnx(module: Any) -> NNX:
-    """`module` as a layer: its state are the leaves. Changes that a call makes to the state are dropped."""
+    """`module` as a layer: its state are the leaves, and `module` stays as it is.
+
+    Changes that a call makes to the state (batch statistics, the counters of random streams) are dropped: two calls agree, and Dropout draws the same mask in
+    each. For another mask a step, make the layer again from a module with other `rngs`; its plan holds.
+    """
     from flax import nnx
 
     graph, state = nnx.split(module)
-    return NNX(state, graph)
+    return NNX(_fresh(state), graph)
+
+
+def _fresh(state: PyTree) -> PyTree:
+    """The same arrays in variables of its own: a module that is put together of variables writes into them."""
+    return jax.tree.map(lambda leaf: leaf, state)
