@@ -148,6 +148,17 @@ class Frontier:
     solved: frontier_solver.Frontier
     max_error: float
 
+    def __str__(self) -> str:
+        if not self.points:
+            return f"frontier of {len(self.profile)} layers: no schedule keeps `max_error={self.max_error}`"
+        ends = " to ".join(
+            f"{show_bytes(total)} in {show_ns(ns)}" for total, ns in (self.points[0], self.points[-1])
+        )
+        return (
+            f"frontier of {len(self.profile)} layers: {len(self.points)} schedules, from {ends}\n"
+            "  `frontier.at(budget)` is one of them; `frontier.table()` and `frontier.plot()` show all"
+        )
+
     @property
     def points(self) -> tuple[tuple[int, int], ...]:
         """`(total device bytes, ns)` of every schedule that no other beats in both, the time of getting the memory included."""

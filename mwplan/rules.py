@@ -253,7 +253,7 @@ def vijp_rules(layer: PyTree, x: PyTree) -> tuple[VijpRule | Unavailable, ...]:
     """All the ways through a moonwalk run, the unavailable ones with their reasons; `WholeFragment` last."""
     own = _collect(layer, x, "vijp_rules")
     if not own:
-        own = (Unavailable("vijp", f"{type(layer).__name__} has no vijp rule (it defines no `vijp_rules`)"),)
+        own = (Unavailable("vijp", "no vijp rule: the layer defines no `vijp_rules`"),)
     return (*own, WholeFragment())
 
 

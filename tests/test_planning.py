@@ -323,6 +323,7 @@ def test_frontier_table_and_plot(tmp_path: Path) -> None:
     assert len(table) == len(frontier.points)
     assert (table["time_ns"].diff().dropna() < 0).all()
     assert frontier.plot().get_xlabel()
+    assert f"{len(table)} schedules" in str(frontier)
 
 
 def test_a_schedule_reads_well() -> None:
