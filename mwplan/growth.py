@@ -329,28 +329,48 @@ def _invert_step(rule: InvertRule, layer: PyTree, y: PyTree, ct: PyTree, x: PyTr
     return back, got_in, want_in, [norm for a, b in pairs for norm in (_norm(_minus(a, b)), _norm(b))]
 
 
-def follow_inverse(
-    layers: Sequence[PyTree], options: Sequence[InvertRule], x: PyTree, ct_out: PyTree, key: jax.Array
-) -> Inverted:
-    """Takes `layers` through one INVERT run, as `follow` does through a moonwalk run; `ct_out` as there."""
+def _activations(layers: Sequence[PyTree], x: PyTree) -> list[PyTree]:
     xs = [x]
     for one in layers:
         xs.append(_call(_output, None, one, xs[-1]))
+    return xs
+
+
+def inverse_errors(
+    layers: Sequence[PyTree], options: Sequence[InvertRule], x: PyTree, key: jax.Array
+) -> list[InverseErrors]:
+    """`measure_inverse` of each layer of a run, input first."""
+    return [
+        measure_inverse(one, rule, at, jax.random.fold_in(key, i))
+        for i, (one, rule, at) in enumerate(zip(layers, options, _activations(layers, x)))
+    ]
+
+
+def follow_inverse(
+    layers: Sequence[PyTree],
+    options: Sequence[InvertRule],
+    x: PyTree,
+    ct_out: PyTree,
+    key: jax.Array,
+    errors: Sequence[InverseErrors] | None = None,
+) -> Inverted:
+    """Takes `layers` through one INVERT run, as `follow` does through a moonwalk run; `ct_out` as there. `errors`: as `inverse_errors` gives them, if they are known."""
+    xs = _activations(layers, x)
     y = xs[-1]
     ct = trees.cast_like(random_cotangent(y, key), y) if ct_out is None else ct_out
-    truth, rows, errors = ct, [], []
+    truth, rows = ct, []
+    errors = inverse_errors(layers, options, x, key) if errors is None else errors
     for i in range(len(layers) - 1, -1, -1):
         one, rule = layers[i], options[i]
         y, ct, truth, row = _call(_invert_step, rule, one, y, ct, xs[i], truth)
         rows.append([float(v) for v in row])
-        errors.append(measure_inverse(one, rule, xs[i], jax.random.fold_in(key, i)))
 
     def relative(error: float, norm: float) -> float:
         return _finite(error / norm) if norm else 0.0
 
     total = math.hypot(*(row[3] for row in rows))
     return Inverted(
-        predicted=predict_inverse(errors[::-1]),
+        predicted=predict_inverse(errors),
         activation=max(relative(row[0], row[1]) for row in rows),
         gradient=relative(math.hypot(*(row[2] for row in rows)), total),
         worst_gradient=max(relative(row[2], row[3]) for row in rows),

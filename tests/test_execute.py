@@ -84,7 +84,7 @@ def test_memory_of_compiled_steps() -> None:
 
 
 def test_recomputation_is_not_undone_only_with_the_option() -> None:
-    """The reason for `mw.jit`: without it XLA:CPU merges the recomputation away."""
+    """The reason for `mw.jit`: without it the XLA:CPU of JAX 0.10 merges the recomputation away. That of 0.11 does not."""
     if jax.default_backend() != "cpu":
         pytest.skip("only XLA:CPU drops the barriers")
     chain, x = mlp(depth=16, width=64), jnp.ones((4096, 64))
@@ -93,7 +93,8 @@ def test_recomputation_is_not_undone_only_with_the_option() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", mw.PlanUndoneWarning)
         undone = mw.temporaries(jax.jit(step).lower(chain, x).compile())
-    assert undone > 1.5 * temporaries(chain, x, runs)
+    kept = temporaries(chain, x, runs)
+    assert undone > 1.5 * kept if jax.__version_info__ < (0, 11) else undone < 1.1 * kept
 
 
 def test_a_jit_that_undoes_the_plan_warns(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -149,8 +149,9 @@ def test_inverse_prediction(name: str) -> None:
     for one in layers:
         chosen.append(rules.invert_rules(one, at)[0 if name == "coupling-relu" else -1])
         at = jax.eval_shape(one, at)
+    errors = growth.inverse_errors(layers, chosen, x, K(3))
     for ct in (None, jnp.ones(at.shape)):
-        got = growth.follow_inverse(layers, chosen, x, ct, K(3))
+        got = growth.follow_inverse(layers, chosen, x, ct, K(3), errors)
         worst = max(got.activation, got.worst_gradient, got.cotangent)
         assert worst / 4 < got.predicted < most * max(got.activation, got.gradient, got.cotangent)
 
