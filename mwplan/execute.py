@@ -312,13 +312,8 @@ def _described(value: Any) -> str:
     return f"{type(value).__name__}{many}"
 
 
-def check_losses_shape(
-    loss: Callable[..., Any], chain: Chain, x: PyTree, args: tuple[Any, ...], has_aux: bool
-) -> None:
-    """Raises `ArgumentError` unless `loss(chain(x), *args)` is what `value_and_grad` needs, from shapes alone; what the loss itself raises it raises.
-
-    **Cost:** the chain and the loss are traced.
-    """
+def check_losses_shape(loss: Callable[..., Any], y: PyTree, args: tuple[Any, ...], has_aux: bool) -> None:
+    """Raises `ArgumentError` unless `loss(y, *args)` is what `value_and_grad` needs, from shapes alone (`y`: arrays or structs); what the loss itself raises it raises."""
     check_loss(loss)
     try:
         inspect.signature(loss).bind(None, *args)
@@ -328,4 +323,4 @@ def check_losses_shape(
         ) from error
     except ValueError:  # a builtin without a signature
         pass
-    jax.eval_shape(lambda chain, x, args: checked_scalar(loss(chain(x), *args), has_aux), chain, x, args)
+    jax.eval_shape(lambda y, args: checked_scalar(loss(y, *args), has_aux), y, args)

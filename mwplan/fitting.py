@@ -109,8 +109,7 @@ def fit(
     if tune < 0:
         raise ArgumentError(f"`tune={tune}` must be 0 or a number of rounds")
     budget_bytes, chosen = parse_bytes(budget), check_allowed(allowed)
-    boundaries(check_chain(chain), x)  # raises what a chain has to say of its layers
-    execute.check_losses_shape(loss, chain, x, args, has_aux)
+    execute.check_losses_shape(loss, boundaries(check_chain(chain), x)[-1], args, has_aux)
     profile = measure.profile(chain, x) if profile is None else profile
 
     compiler = _Compiler(

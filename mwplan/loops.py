@@ -88,7 +88,7 @@ def _filled(shape: tuple[int, ...], dtype: Any, zero: Any) -> Any:
     """Zeros (typed keys of zeros) made of `zero`."""
     return (
         jnp.full(shape, zero, dtype)
-        if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+        if trees.is_key(jax.ShapeDtypeStruct(shape, dtype))
         else jnp.broadcast_to(zero.astype(dtype), shape)
     )
 

@@ -416,9 +416,11 @@ class _InvertPrograms:
         plain: Priced,
     ) -> None:
         self.rule = rule
-        # A composite's rule that keeps nothing still keeps a tuple of as many nothings as it has parts.
-        self.forward, self.held = plain, _held(rule, one, x)
-        if rule.keeps:
+        if not rule.keeps:
+            # A composite's rule that keeps nothing still keeps a tuple of as many nothings as it has parts.
+            forward = functools.partial(operations.forward, rule=rule)
+            self.forward, self.held = plain, jax.eval_shape(forward, one, x)[1]
+        else:
             self.forward, _, self.held = _forward(bench, rule, one, x)
             if self.held.keeps_input or self.held.keeps_output:
                 raise ArgumentError(
@@ -444,11 +446,6 @@ class _InvertPrograms:
             backward_workspace_bytes=self.backward.workspace_bytes,
             backward_saving_bytes=self.saving,
         )
-
-
-def _held(rule: rules.InvertRule, one: PyTree, x: PyTree) -> Residuals:
-    """What the rule's forward keeps, as structs."""
-    return jax.eval_shape(functools.partial(operations.forward, rule=rule), one, x)[1]
 
 
 def _forward(bench: Pricing, rule: Any, one: PyTree, x: PyTree) -> tuple[Priced, PyTree, Residuals]:

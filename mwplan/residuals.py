@@ -111,16 +111,17 @@ def constants(function: Callable[..., Any], *args: PyTree) -> tuple[Any, ...]:
         jax.ShapeDtypeStruct(jnp.shape(leaf), leaf.dtype) if trees.is_array(leaf) else leaf for leaf in leaves
     )
     try:
-        return _constants(function, treedef, kinds, tuple(map(type, leaves)))
+        # Types tell 1 from 1.0 and True among the leaves that are no arrays; with `jax_enable_x64` numbers are of other precision.
+        return _constants(function, treedef, kinds, (*map(type, leaves), jnp.result_type(float)))
     except TypeError:
         return ()
 
 
 @functools.lru_cache(maxsize=512)
 def _constants(
-    function: Callable[..., Any], treedef: Any, kinds: tuple[Any, ...], types: tuple[type, ...]
+    function: Callable[..., Any], treedef: Any, kinds: tuple[Any, ...], more: tuple[Any, ...]
 ) -> tuple[Any, ...]:
-    # `types` tell 1 from 1.0 and True among the leaves that are no arrays.
+    """`constants`, remembered; `more`, what else tells calls apart."""
     where = [i for i, kind in enumerate(kinds) if isinstance(kind, jax.ShapeDtypeStruct)]
 
     def call(arrays: list[Any]) -> list[Any]:
