@@ -39,8 +39,8 @@ class Report:
 
     `discrepancy`: one float32 for each MOONWALK and INVERT run (inner ones too, in the order of `runs`), an estimate of its gradients' relative error
     beside those of `jax.grad`: the distance between 64-number random sketches of what the run rebuilt last and of the truth. For an INVERT run, which
-    rebuilds activations, it is multiplied with what the profile says such an error does to gradients (`Schedule.report_scales`; 1 in a schedule made by
-    hand). NaN if no cotangent reached the run.
+    rebuilds activations, it is what the profile says such an error does to gradients (`Schedule.report_scales`; in a schedule made by
+    hand the distance itself). NaN if no cotangent reached the run.
     """
 
     discrepancy: Float[Array, " runs"]
@@ -50,8 +50,9 @@ class Report:
     def of(cls, schedule: Schedule, found: Float[Array, " runs"]) -> Report:
         """The report from the discrepancies that the runs found."""
         runs = tuple((run.start, run.stop, run.kind) for run in reporting_runs(schedule.runs))
-        scales = schedule.report_scales or (1.0,) * len(runs)
-        return cls(found * jnp.asarray(scales, found.dtype), runs)
+        scales = schedule.report_scales or ((1.0, 0.0),) * len(runs)
+        linear, kink = jnp.asarray(scales, found.dtype).reshape(-1, 2).T
+        return cls(jnp.hypot(linear * found, jnp.sqrt(kink * found)), runs)
 
     @property
     def worst(self) -> Float[Array, ""]:

@@ -58,7 +58,7 @@ class Replay:
     error: float
     binding: Event
     events: tuple[Event, ...]
-    report_scales: tuple[float, ...] = ()
+    report_scales: tuple[tuple[float, float], ...] = ()
 
 
 def replay(profile: Profile, runs: Sequence[Run]) -> Replay:
@@ -80,7 +80,9 @@ def replay(profile: Profile, runs: Sequence[Run]) -> Replay:
         time_ns=sum(event.time_ns for event in book.events),
         fresh_ns=profile.fresh_ns(binding.live_bytes),
         error=max(book.error, book.inverted),
-        report_scales=tuple(book.scales.get((run.start, run.stop), 1.0) for run in reporting_runs(runs)),
+        report_scales=tuple(
+            book.scales.get((run.start, run.stop), (1.0, 0.0)) for run in reporting_runs(runs)
+        ),
         binding=binding,
         events=tuple(book.events),
     )
@@ -104,7 +106,7 @@ class _Ledger:
         self.events: list[Event] = []
         self.error = 0.0  # the largest of the MOONWALK runs'
         self.inverted = 0.0  # the INVERT runs' together
-        self.scales: dict[tuple[int, int], float] = {}  # of the INVERT runs
+        self.scales: dict[tuple[int, int], tuple[float, float]] = {}  # of the INVERT runs
 
     # -- buffers -------------------------------------------------------------------------------------------------
 
@@ -264,7 +266,10 @@ class _Ledger:
         del self.live["rebuilt", run.stop, depth], self.live["sweep", run.start, depth]
 
     def _backward_invert(self, run: Run, depth: int) -> None:
-        p, before, error, left, worst = self.profile, 0.0, 0.0, 0.0, 0.0
+        p, before, error = self.profile, 0.0, 0.0
+        # Squares of errors: what grows with that of the activations, and what with its root.
+        linear = kinked = 0.0
+        worst: tuple[float, float] = (0.0, 0.0)
         self.live["ct", run.stop, depth] = p.cotangent_bytes[run.stop]
         for layer in range(run.stop, run.start, -1):
             o = self.invert(run, layer)
@@ -278,14 +283,16 @@ class _Ledger:
             self.live.pop(("q", layer, depth), None)
             before, error = error, math.hypot(o.growth * error if error else 0.0, o.local_error)
             if error:  # a sensitivity of infinity times an error of 0 is no error
-                kink = math.sqrt(o.kink * error)
-                worst = max(worst, error, math.hypot(left, o.gradient_sensitivity * error, kink))
-                left = math.hypot(left, o.sensitivity * error, kink)
-                worst = max(worst, left)
+                kinked += o.kink * error
+                gradient = linear + math.prod([o.gradient_sensitivity * error] * 2)
+                linear += math.prod([o.sensitivity * error] * 2)
+                found = [worst, (error * error, 0.0), (gradient, kinked), (linear, kinked)]
+                worst = max(found, key=sum)
         # The report compares x_start, or x_{start+1} where the former is kept by the run to the left.
         compared = before if known and run.stop > run.start + 1 else error
-        self.scales[run.start, run.stop] = worst / compared if compared else 1.0
-        self.inverted = math.hypot(self.inverted, worst)
+        if 0 < compared < math.inf:
+            self.scales[run.start, run.stop] = math.sqrt(worst[0]) / compared, worst[1] / compared
+        self.inverted = math.hypot(self.inverted, math.sqrt(sum(worst)))
         self.release(run.start)
         del self.live["ct", run.start, depth]
 

@@ -16,7 +16,7 @@ from mwplan import serial
 from mwplan.errors import ArgumentError
 from mwplan.sizes import show_bytes, show_ns
 
-SCHEMA = 2
+SCHEMA = 3
 
 
 class Strategy(enum.Enum):
@@ -194,8 +194,8 @@ class Schedule:
     `time_ns`: predicted, without the loss. `error`: predicted relative error of cotangents and gradients, `max_error` the tolerance.
     `least_bytes`: the least feasible total. `binding`: the event at which the peak stands. `next_gain`: what a little more memory would buy, in words.
     `fingerprint`: that of the profile; `apply` refuses another chain. `strategies`: of each layer, outermost, for people.
-    `report_scales`: for each of `reporting_runs`, how much larger the error of its gradients is predicted to be than that of what the run-time
-    report compares; empty for 1 throughout.
+    `report_scales`: for each of `reporting_runs`, `(a, b)`: where what the run-time report compares is wrong by `d`, its gradients are predicted to be
+    wrong by `hypot(a d, sqrt(b d))`, the second part from kinks; empty for `(1, 0)` throughout.
     """
 
     runs: tuple[Run, ...]
@@ -213,7 +213,7 @@ class Schedule:
     least_bytes: int | None = None
     binding: str = ""
     next_gain: str = ""
-    report_scales: tuple[float, ...] = ()
+    report_scales: tuple[tuple[float, float], ...] = ()
     solver: str = ""
     stats: tuple[tuple[str, float], ...] = ()
 

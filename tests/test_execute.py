@@ -163,11 +163,12 @@ def test_invert_runs_report_too() -> None:
     assert relative_error(grads, jax.grad(lambda c: mean_square(c(x)))(chain)) < 1e-4
     assert report.runs == ((0, 8, RunKind.INVERT),)
     assert 0 < float(report.worst) < 1e-4
-    scaled = dataclasses.replace(plan, report_scales=(100.0,))
+    scaled = dataclasses.replace(plan, report_scales=((100.0, 0.01),))
     (_, other), _ = mw.jit(mw.value_and_grad(mean_square, scaled))(chain, x)
-    np.testing.assert_allclose(other.discrepancy, 100 * report.discrepancy, rtol=1e-4)
+    want = np.hypot(100 * report.discrepancy, np.sqrt(0.01 * report.discrepancy))
+    np.testing.assert_allclose(other.discrepancy, want, rtol=1e-4)
     with pytest.raises(mw.ArgumentError, match="report_scales"):
-        dataclasses.replace(plan, report_scales=(1.0, 1.0))
+        dataclasses.replace(plan, report_scales=((1.0, 0.0),) * 2)
 
 
 class TestAtHome:
