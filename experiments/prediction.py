@@ -150,15 +150,14 @@ def at_budget(
         "predicted": schedule.peak_bytes,
         "foreseen": max(schedule.packed_bytes, schedule.peak_bytes),
         "error": schedule.error,
+        "measured": mw.temporaries(mw.jit(mw.value_and_grad(loss, schedule)).lower(chain, x).compile()),
     }
     try:
         found = mw.fit(
             loss, chain, x, budget=budget, profile=profile, max_error=point["max_error"], allowed=allowed
         )
     except mw.InfeasibleError:
-        step = mw.jit(mw.value_and_grad(loss, schedule)).lower(chain, x).compile()
-        return row | {"measured": mw.temporaries(step), "fitted": None}
-    row["measured"] = found.attempts[0].measured_bytes
+        return row | {"fitted": None}
     row["fitted"] = {
         "predicted": found.schedule.peak_bytes,
         "measured": found.temporary_bytes,

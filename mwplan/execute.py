@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,14 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from mwplan import trees
+from mwplan import sharding, trees
 from mwplan.chain import Chain, Stack, boundaries, check_chain, fingerprint
 from mwplan.compiling import warn_if_undone
 from mwplan.errors import ArgumentError, ScheduleMismatchError, SecondDerivativeError
 from mwplan.interpret import Arranged, Gradients, Interpreter, Performer, View, alone, compiled
 from mwplan.schedule import RunKind, Schedule, allow_nesting, nesting, reporting_runs
+from mwplan.sizes import show_bytes
 
 PyTree = Any
+
+
+class InputGrownWarning(UserWarning):
+    """A planned step is differentiated at an input larger than the one it was planned for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +111,7 @@ def _planned(
         return chain(x)
 
     def forward(chain: Chain, x: PyTree, probe: Array) -> tuple[PyTree, _Saved]:
+        warn_if_grown(schedule, x)
         interpreter = _interpreter(chain, x, check, perform)
         interpreter.claim(0, x)
         interpreter.claim(0)  # the input is an argument: it is there to the end
@@ -146,6 +153,17 @@ def _interpreter(chain: Chain, x: PyTree, check: bool, perform: Performer) -> In
     return Interpreter(
         View(chain, chain.places()), boundaries(chain, x), Gradients(chain), perform, check=check
     )
+
+
+def warn_if_grown(schedule: Schedule, x: PyTree) -> None:
+    """Warns where `x` is larger than what the schedule was made for. What lies on several devices is not looked at: the profile is of one of them."""
+    if 0 < schedule.input_bytes < trees.nbytes(x) and not sharding.may_be_spread():
+        warnings.warn(
+            f"the schedule was made for an input of {show_bytes(schedule.input_bytes)} and this one has {show_bytes(trees.nbytes(x))}: gradients are "
+            "right, but activations are larger too, and the step takes more memory than was planned. Profile at this input and plan again, or split the batch",
+            InputGrownWarning,
+            stacklevel=2,
+        )
 
 
 def _part_cotangent(part: PyTree, grads: list[Any]) -> PyTree:

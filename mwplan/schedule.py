@@ -190,7 +190,7 @@ class Schedule:
     """A plan for one chain: runs, what they are predicted to cost, and what was proved.
 
     `peak_bytes`: predicted temporaries, what is alive at once and `Profile.table_bytes`; `packed_bytes`: the same with the holes that the
-    allocator is foreseen to leave (`mwplan.packing`: an estimate, at least `peak_bytes`), 0 where the profile says too little of workspaces, or the chain is long; `fixed_bytes`: parameters, input and gradients; `budget_bytes`: the total asked for.
+    allocator is foreseen to leave (`mwplan.packing`: an estimate, at least `peak_bytes`), 0 where the profile says too little of workspaces, or the chain is long; `fixed_bytes`: parameters, input and gradients; `input_bytes`: the input alone, 0 if unknown; `budget_bytes`: the total asked for.
     `time_ns`: predicted, without the loss. `error`: predicted relative error of cotangents and gradients, `max_error` the tolerance.
     `least_bytes`: the least feasible total. `binding`: the event at which the peak stands. `next_gain`: what a little more memory would buy, in words.
     `fingerprint`: that of the profile; `apply` refuses another chain. `strategies`: of each layer, outermost, for people.
@@ -204,6 +204,7 @@ class Schedule:
     status: Status = Status.FEASIBLE
     budget_bytes: int | None = None
     fixed_bytes: int = 0
+    input_bytes: int = 0
     peak_bytes: int = 0
     packed_bytes: int = 0
     time_ns: int = 0

@@ -14,7 +14,15 @@ from mwplan import loops, trees
 from mwplan.chain import Chain, Stack, boundaries, check_chain
 from mwplan.compiling import warn_if_undone
 from mwplan.errors import ArgumentError
-from mwplan.execute import Report, check_loss, check_match, checked_scalar, checked_schedule, cotangent
+from mwplan.execute import (
+    Report,
+    check_loss,
+    check_match,
+    checked_scalar,
+    checked_schedule,
+    cotangent,
+    warn_if_grown,
+)
 from mwplan.interpret import Gradients, Interpreter, View
 from mwplan.schedule import Schedule, reporting_runs
 
@@ -88,6 +96,7 @@ def value_and_update(
     def step(chain: Chain, states: Any, x: PyTree, *args: Any) -> tuple[tuple[Any, Report], Chain, Any]:
         check_match(schedule, chain)
         warn_if_undone(x, chain)
+        warn_if_grown(schedule, x)
         _check_states(optimizer, chain, states)
         _check_separate(optimizer, chain)
         if axes := trees.varying_axes((chain, states, x)):
