@@ -21,7 +21,7 @@ import numpy as np
 from mwplan.schedule import Run, RunKind
 from mwplan.solvers.diagonals import NO_POINTS, envelopes, thinned_all
 from mwplan.solvers.pareto import Ints
-from mwplan.solvers.sparse import SparseTables, longest_within
+from mwplan.solvers.sparse import Family, SparseTables, longest_within, stairs_at
 from mwplan.solvers.splits import Buffer, Pairs, grouped
 
 if TYPE_CHECKING:
@@ -65,11 +65,11 @@ class Approach:
             if n == body.size and not body.inside:
                 break
             for s, e in self.nodes:
-                self._merge(s, e, n, body.waiting, body.inner, self.inner)
+                self._merge(s, e, n, body.inner, self.inner)
             for s, e in self.nodes:
                 self._add_far(s, e, n)
         for s, e in self.nodes:
-            self._merge(s, e, body.size, 0, body.top, self.top)
+            self._merge(s, e, body.size, body.top, self.top)
 
     # -- pieces --------------------------------------------------------------------------------------------------
 
@@ -104,19 +104,14 @@ class Approach:
     def _add_far(self, s: int, e: bool, n: int) -> None:
         """The RECOMPUTE runs over `n` of the identical layers too."""
         c, own = self.before.candidates, self._own(s, e)
-        need, time = self._stairs(self.body.inner, self.inner[s, e, n])
+        need, time = stairs_at(self.body.tables, self.inner[s, e, n])
         spent = int(c.forward_sum[-1] - c.forward_sum[s]) + n * self.body.forward
         floor = max(int(c.recompute_forward_peak(s, e)[-1]), own + self.body.peaks[1])
         self._add((s, e), self.size, False, floor, own, (need, time + spent), into=n)
 
     # -- tables --------------------------------------------------------------------------------------------------
 
-    @staticmethod
-    def _stairs(family: Buffer, row: int) -> Stairs:
-        part = slice(int(family.pointer[row, 0]), int(family.pointer[row, -1]))
-        return family.key[part] - family.base[row], family.time[part]
-
-    def _choices(self, s: int, e: bool, n: int, k: int, family: Buffer) -> tuple[list[_Piece], Pairs]:
+    def _choices(self, s: int, e: bool, n: int, family: Family) -> tuple[list[_Piece], Pairs]:
         """The pieces that the layers from `s` on and `n` identical ones may begin with, and the rows of what is left."""
         body, top = self.body, family is self.body.top
         known = self.top if top else self.inner
@@ -124,65 +119,64 @@ class Approach:
         pieces, rows = [], []
         for piece in self.pieces[s, e]:
             if piece.into:
-                if piece.into > most or n - piece.into not in body.index:
+                if piece.into > most or family.rows[n - piece.into, 0] < 0:
                     continue
-                row = 2 * body.index[n - piece.into]
+                row = int(family.rows[n - piece.into, 0])
             elif piece.stop == self.size:
-                row = 2 * body.index[n] + piece.keeps
+                row = int(family.rows[n, int(piece.keeps)])
             else:
                 row = known[piece.stop, piece.keeps, n]
             pieces.append(piece)
             rows.append(row)
         columns = np.array(
-            [(x.row, row, x.held, x.floor + k) for x, row in zip(pieces, rows)], dtype=np.int64
+            [(x.row, row, x.held, x.floor + family.waiting) for x, row in zip(pieces, rows)], dtype=np.int64
         )
         left, right, held, floor = columns.reshape(-1, 4).T.copy()
         return pieces, Pairs(left, right, held, floor, body.shifts.rows(held))
 
-    def _merge(
-        self, s: int, e: bool, n: int, k: int, family: Buffer, rows: dict[tuple[int, bool, int], int]
-    ) -> None:
+    def _merge(self, s: int, e: bool, n: int, family: Family, rows: dict[tuple[int, bool, int], int]) -> None:
         """Adds the table of one suffix to a buffer of the body's, and its row to `rows`."""
-        pieces, pairs = self._choices(s, e, n, k, family)
-        rows[s, e, n] = family.rows
+        pieces, pairs = self._choices(s, e, n, family)
+        tables = self.body.tables
+        rows[s, e, n] = tables.rows
         if not pieces:
-            family.extend(1, _NONE[0], *_NONE)
+            tables.extend(1, _NONE[0], *_NONE)
             return
         loss = self.body.thin / 3
         of = np.zeros(len(pieces), dtype=np.int64)
         found = envelopes(
-            of, pairs, NO_POINTS, self.left, family, self.body.shifts, slack=2 * loss, optimistic=False
+            of, pairs, NO_POINTS, self.left, tables, self.body.shifts, slack=2 * loss, optimistic=False
         )
-        family.extend(1, *(thinned_all(*found, loss, optimistic=False) if found[0].size else found))
+        tables.extend(1, *(thinned_all(*found, loss, optimistic=False) if found[0].size else found))
 
     # -- reading -------------------------------------------------------------------------------------------------
 
     def points(self, e: bool) -> Stairs:
         """The staircase of these layers, the identical ones and what follows, from the node with `e`."""
         row = self.top.get((0, e, self.body.size))
-        return _NONE if row is None else self._stairs(self.body.top, row)
+        return _NONE if row is None else stairs_at(self.body.tables, row)
 
     def read(self, e: bool, budget: int) -> tuple[tuple[Run, ...], bool, int]:
         """The runs over these layers and the identical ones from the node with `e`, with `e` at their end and the budget left there."""
-        return self._read(0, e, self.body.size, budget, 0, self.body.top)
+        return self._read(0, e, self.body.size, budget, self.body.top)
 
     def _read(
-        self, s: int, e: bool, n: int, budget: int, k: int, family: Buffer
+        self, s: int, e: bool, n: int, budget: int, family: Family
     ) -> tuple[tuple[Run, ...], bool, int]:
         body, first = self.body, self.before.first
         known = self.top if family is body.top else self.inner
         out: list[Run] = []
         at = body.first
         while s < self.size:
-            need, times = self._stairs(family, known[s, e, n])
+            need, times = stairs_at(body.tables, known[s, e, n])
             step = int(need.searchsorted(budget, side="right")) - 1
             budget, time = int(need[step]), int(times[step])
-            pieces, pairs = self._choices(s, e, n, k, family)
-            needs, times = pairs.values(self.left, family, np.full(len(pieces), budget))
+            pieces, pairs = self._choices(s, e, n, family)
+            needs, times = pairs.values(self.left, body.tables, np.full(len(pieces), budget))
             piece = pieces[int(np.flatnonzero((needs == budget) & (times == time))[0])]
             out.append(self._spell(s, e, piece, budget, first))
             s, e, budget, at = piece.stop, piece.keeps, budget - piece.held, body.first + piece.into
-        rest, e, budget = body.rest(at, body.first + n, e, budget, family, k)
+        rest, e, budget = body.rest(at, body.first + n, e, budget, family)
         return (*out, *rest), e, budget
 
     def _spell(self, s: int, e: bool, piece: _Piece, budget: int, first: int) -> Run:
@@ -198,7 +192,7 @@ class Approach:
             run = self.before.candidates.run(s, e, row)
             return dataclasses.replace(run, start=first + run.start, stop=first + run.stop)
         if piece.into:
-            inner = self._read(s, e, piece.into, budget, self.body.waiting, self.body.inner)[0]
+            inner = self._read(s, e, piece.into, budget, self.body.inner)[0]
         else:
             inner = self.before.inner_runs(0, s, piece.stop, e, budget)
         stop = first + piece.stop + piece.into

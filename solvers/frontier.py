@@ -206,7 +206,7 @@ class Tables:
         none = np.zeros(0, dtype=np.int64)
         room = max(2 * self.size, min(self.size * (self.size + 3), _ROOM))
         right = Buffer(self.grid, self.span, room)
-        left = Buffer(self.grid, self.span, room, sided=True, waiting=self.waiting)
+        left = Buffer(self.grid, self.span, 2 * room, sided=True, waiting=self.waiting)
         # rows[r, e, s] of T[s, r, e]: 0 where s = r, 1 where there is no schedule; again[e, s, r] of the RECOMPUTE run, 0 where there is none.
         right.extend(2, np.zeros(1, dtype=np.int64), *_DONE)
         left.extend(1, none, none, none)

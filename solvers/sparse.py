@@ -73,9 +73,23 @@ def lengths(size: int) -> list[int]:
     return sorted(found)
 
 
+def stairs_at(buffer: Buffer, row: int) -> Stairs:
+    """The staircase in a row of a buffer."""
+    part = slice(int(buffer.pointer[row, 0]), int(buffer.pointer[row, -1]))
+    return buffer.key[part] - buffer.base[row], buffer.time[part]
+
+
 def longest_within(n: int) -> int:
     """Up to how many of `n` layers a RECOMPUTE run takes that begins a schedule of them."""
     return n - max(1, n // _SHARE)
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """The tables of all lengths, inside RECOMPUTE runs or at the top level: `rows[n, e]` in the buffer of all, -1 where there are none; `waiting`, the cotangent beside them."""
+
+    rows: Ints
+    waiting: int
 
 
 class SparseTables:
@@ -118,10 +132,6 @@ class SparseTables:
         self.peaks = (peak, peak + self.activation)
         self.both = bool(self.candidates.kept_nodes[1:].any())
         self.lengths = list(range(1, self.size + 1)) if bound else lengths(self.size)
-        self.index = {n: k for k, n in enumerate([0, *self.lengths])}
-        #: `index` as an array, -1 where there are no tables
-        self._rows = np.full(self.size + 1, -1)
-        self._rows[[0, *self.lengths]] = np.arange(len(self.index))
         high = whole.bytes_bound() - whole.fixed_bytes
         self.span = 1 << (high + 1).bit_length()
         if self.span * (2 * len(self.lengths) + 2) >= 2**63:
@@ -140,28 +150,28 @@ class SparseTables:
         #: of the pieces in `_left` from either node: number, `held`, `floor`, row of shifts, `layers`, `keeps`, from which stretch length on they are used,
         #: and whether up to any
         self._costs = {e: np.zeros((8, 0), dtype=np.int64) for e in (False, True)}
-        self.inner, self.top = (
-            self._buffer(_DONE, _DONE),
-            self._buffer(*(ends or (self._turn(False), self._turn(True)))),
-        )
+        none = np.full((self.size + 1, 2), -1)
+        self.inner, self.top = Family(none, self.waiting), Family(none.copy(), 0)
+        #: the tables of both
+        self.tables = Buffer(self.grid, self.span, 4 * len(self.lengths) + 4)
+        turns = ends or (self._turn(False), self._turn(True))
+        for family, stairs in ((self.inner, (_DONE, _DONE)), (self.top, turns)):
+            for e in (0, 1):
+                family.rows[0, e] = self.tables.rows
+                self.tables.extend(1, np.zeros(stairs[e][0].size, dtype=np.int64), *stairs[e])
+        last = 0
         for n in self.lengths:
             self._add_atoms(n)
-            if self.nested and (n < self.size or self.inside):
-                self._merge(n, (False, True), self.waiting, self.inner)
+            # The top level is one length behind: merges are many and small, so they are done together.
+            nested = self.nested and (n < self.size or self.inside)
+            self._merge([(self.inner, n)] * nested + [(self.top, last)] * (last > 0))
+            if nested:
                 self._add_recompute(n)
-        for n in self.lengths:
-            # The part's own start may be any node that the layers before it lead to, but for the chain's start.
-            nodes = (bool(first), True) if n == self.size else (True, self.both)
-            self._merge(n, tuple(e for e in (False, True) if nodes[e]), 0, self.top)
+            last = n
+        self._merge([(self.top, self.size)])
 
     def _turn(self, e: bool) -> Stairs:
         return np.array([self.candidates.turn_bytes(e)]), np.zeros(1, dtype=np.int64)
-
-    def _buffer(self, *ends: Stairs) -> Buffer:
-        out = Buffer(self.grid, self.span, 2 * len(self.lengths) + 2)
-        for stairs in ends:
-            out.extend(1, np.zeros(1, dtype=np.int64), *stairs)
-        return out
 
     # -- pieces --------------------------------------------------------------------------------------------------
 
@@ -283,39 +293,50 @@ class SparseTables:
 
     # -- tables --------------------------------------------------------------------------------------------------
 
-    def _stairs(self, family: Buffer, n: int, e: bool) -> Stairs:
-        row = 2 * self.index[n] + e
-        part = slice(int(family.pointer[row, 0]), int(family.pointer[row, -1]))
-        return family.key[part] - family.base[row], family.time[part]
+    def _stairs(self, family: Family, n: int, e: bool) -> Stairs:
+        return stairs_at(self.tables, int(family.rows[n, int(e)]))
 
-    def _choices(self, n: int, e: bool, k: int, family: Buffer) -> Pairs:
+    def _choices(self, n: int, e: bool, family: Family) -> Pairs:
         """The pieces that a stretch of `n` layers may begin with, and the rows of what is left."""
         # A RECOMPUTE run may end the part, but neither the chain nor the RECOMPUTE run it stands in.
         longest = n if family is self.top and self.inside else n - 1 if self.bound else longest_within(n)
         number, held, floor, moved, layers, keeps, least, most = self._costs[e]
-        rest = self._rows[np.maximum(n - layers, 0)]
+        rest = family.rows[np.maximum(n - layers, 0), keeps]
         which = np.flatnonzero(
             (layers <= n) & (rest >= 0) & (least <= n) & (layers <= np.where(most, n, longest))
         )
-        return Pairs(
-            number[which], 2 * rest[which] + keeps[which], held[which], floor[which] + k, moved[which]
-        )
+        return Pairs(number[which], rest[which], held[which], floor[which] + family.waiting, moved[which])
 
-    def _merge(self, n: int, nodes: tuple[bool, ...], k: int, family: Buffer) -> None:
-        """Adds the tables of `n` layers from `nodes` to a family, whose next rows they are; of others empty ones."""
+    def _nodes(self, n: int, family: Family) -> tuple[bool, ...]:
+        """The nodes that a stretch of `n` layers may begin with."""
+        if family is self.inner:
+            return False, True
+        # The part's own start may be any node that the layers before it lead to, but for the chain's start.
+        may = (bool(self.first), True) if n == self.size else (True, self.both)
+        return tuple(e for e in (False, True) if may[e])
+
+    def _merge(self, asked: list[tuple[Family, int]]) -> None:
+        """Makes the tables of `n` layers of each family asked for; from nodes that there are not, empty ones."""
         self._make_ready()
-        choices = [self._choices(n, e, k, family) for e in nodes]
-        of = np.repeat(np.array(nodes, dtype=np.int64), [pairs.left.size for pairs in choices])
-        many = n >= 4 or (family is self.top and self.inside)
-        share = _TOP if self.bound and family is self.top else 1.0
-        slack, loss = (share * self.thin * 2 / 3, share * self.thin / 3) if many else (0.0, 0.0)
-        found = envelopes(
-            of, joined(choices), NO_POINTS, self._left, family, self.shifts,
-            slack=slack, optimistic=self.bound,
-        )  # fmt: skip
-        if loss and found[0].size:
-            found = thinned_all(*found, loss, optimistic=self.bound)
-        family.extend(2, *found)
+        apart: dict[tuple[float, float], list[tuple[Family, int]]] = {}
+        for family, n in asked:
+            many = n >= 4 or (family is self.top and self.inside)
+            share = (_TOP if self.bound and family is self.top else 1.0) * many
+            apart.setdefault((share * self.thin * 2 / 3, share * self.thin / 3), []).append((family, n))
+        for (slack, loss), some in apart.items():
+            first, choices, of = self.tables.rows, [], []
+            for k, (family, n) in enumerate(some):
+                family.rows[n] = first + 2 * k, first + 2 * k + 1
+                for e in self._nodes(n, family):
+                    choices.append(self._choices(n, e, family))
+                    of.append(np.full(choices[-1].left.size, 2 * k + e))
+            found = envelopes(
+                np.concatenate(of), joined(choices), NO_POINTS, self._left, self.tables, self.shifts,
+                slack=slack, optimistic=self.bound,
+            )  # fmt: skip
+            if loss and found[0].size:
+                found = thinned_all(*found, loss, optimistic=self.bound)
+            self.tables.extend(2 * len(some), *found)
 
     # -- reading -------------------------------------------------------------------------------------------------
 
@@ -329,20 +350,20 @@ class SparseTables:
 
     def read(self, e: bool, budget: int) -> tuple[tuple[Run, ...], bool, int]:
         """As `runs`, of a part of a chain from the node with `e`; with `e` at its end and the budget left there."""
-        return self.rest(self.first, self.first + self.size, e, budget, self.top, 0)
+        return self.rest(self.first, self.first + self.size, e, budget, self.top)
 
     def rest(
-        self, at: int, stop: int, e: bool, budget: int, family: Buffer, k: int
+        self, at: int, stop: int, e: bool, budget: int, family: Family
     ) -> tuple[tuple[Run, ...], bool, int]:
-        """As `read`, from one position of the chain to another, inside RECOMPUTE runs (`family`, and `k` waiting) or not."""
+        """As `read`, from one position of the chain to another, inside RECOMPUTE runs or not (`family`)."""
         out: list[Run] = []
         while at < stop:
             need, times = self._stairs(family, stop - at, e)
             step = int(need.searchsorted(budget, side="right")) - 1
             budget, time = int(need[step]), int(times[step])
-            pairs = self._choices(stop - at, e, k, family)
+            pairs = self._choices(stop - at, e, family)
             # The point's own piece needs all of its budget; one that needs less may take as long, where merging overlooked it.
-            needs, times = pairs.values(self._left, family, np.full(pairs.left.size, budget))
+            needs, times = pairs.values(self._left, self.tables, np.full(pairs.left.size, budget))
             number = int(pairs.left[np.flatnonzero((needs == budget) & (times == time))[0]])
             piece = self.pieces[number]
             self._spell(at, e, number, budget, out)
@@ -371,5 +392,5 @@ class SparseTables:
             )
         else:
             stop = at + piece.layers
-            inner = self.rest(at, stop, e, budget, self.inner, self.waiting)[0]
+            inner = self.rest(at, stop, e, budget, self.inner)[0]
             out.append(Run(kind=RunKind.RECOMPUTE, start=at, stop=stop, inner=inner))
