@@ -25,7 +25,7 @@ def forward(
 ) -> tuple[PyTree, res.Residuals]:
     """`y` and what `rule` keeps: F sweep of STORE, MOONWALK and INVERT runs."""
     y, kept = rule.forward(layer, x)
-    return y, res.split(kept, layer, x, y, res.constants(_kept, rule, layer, x))
+    return y, res.split(kept, layer, x, y, res.origins(_kept, rule, layer, x))
 
 
 def _kept(rule: Any, layer: PyTree, x: PyTree) -> PyTree:

@@ -1,7 +1,7 @@
 """Splits what a rule keeps into what is new memory and what is there already, and packs it.
 
 A rule's residuals are a pytree. Each array leaf is one of: a parameter of the layer, its input or its output (the same
-object: found by identity at trace time, so nothing is guessed), one number throughout whatever the arguments (`jax.vjp` of `jax.nn.relu` keeps zeros
+object: found by identity at trace time, so nothing is guessed; or a parameter or the input in another shape), one number throughout whatever the arguments (`jax.vjp` of `jax.nn.relu` keeps zeros
 as large as the activation), or new. Only new leaves are held; booleans among them are packed, eight to a
 byte (XLA stores a bool as a byte). The rest is looked up or made again when the residuals are restored.
 """
@@ -26,7 +26,8 @@ PyTree = Any
 
 @dataclass(frozen=True)
 class _Spec:
-    """Where each leaf comes from: `("own", i)`, `("bits", i, shape)`, `("all", number, shape, dtype)`, `("layer" | "input" | "output", i)`; and the treedef."""
+    """Where each leaf comes from: `("own", i)`, `("bits", i, shape)`, `("all", number, shape, dtype)`, `("layer" | "input" | "output", i)`, a fourth
+    with a shape where it is another one; and the treedef."""
 
     sources: tuple[tuple[Any, ...], ...]
     treedef: Any
@@ -51,10 +52,10 @@ class Residuals:
         return any(s[0] == "output" for s in self.spec.sources)
 
 
-def split(residuals: PyTree, layer: PyTree, x: PyTree, y: PyTree, numbers: Sequence[Any] = ()) -> Residuals:
+def split(residuals: PyTree, layer: PyTree, x: PyTree, y: PyTree, origins: Sequence[Any] = ()) -> Residuals:
     """Keeps of `residuals` what is new beside `layer`, `x` and `y`.
 
-    `numbers`, if there are any: what `constants` says of each leaf. A leaf that appears twice is kept once. Call it where `residuals` was made: identity does not survive a `jit` boundary.
+    `origins`, if there are any: what `origins` says of each leaf. A leaf that appears twice is kept once. Call it where `residuals` was made: identity does not survive a `jit` boundary.
     """
     known: dict[int, tuple[Any, ...]] = {}
     for where, tree in (("output", y), ("input", x), ("layer", layer)):  # later wins: x is y is an input
@@ -62,11 +63,13 @@ def split(residuals: PyTree, layer: PyTree, x: PyTree, y: PyTree, numbers: Seque
     leaves, treedef = jax.tree.flatten(residuals)
     own: list[Any] = []
     sources = []
-    for leaf, number in zip(leaves, numbers or [None] * len(leaves), strict=True):
+    for leaf, origin in zip(leaves, origins or [None] * len(leaves), strict=True):
         source = known.get(id(leaf))
         if source is None:
-            if number is not None:
-                source = ("all", number, jnp.shape(leaf), jnp.result_type(leaf))
+            if isinstance(origin, Reshaped) and id(origin.leaf) in known:
+                source = (*known[id(origin.leaf)], jnp.shape(leaf))
+            elif origin is not None and not isinstance(origin, Reshaped):
+                source = ("all", origin, jnp.shape(leaf), jnp.result_type(leaf))
             elif jnp.result_type(leaf) == jnp.bool_ and math.prod(jnp.shape(leaf)) > 1:
                 source = ("bits", len(own), jnp.shape(leaf))
                 own.append(jnp.packbits(leaf))
@@ -92,7 +95,8 @@ def restore(held: Residuals, layer: PyTree, x: PyTree, y: PyTree) -> PyTree:
             bits = jnp.unpackbits(held.own[index], count=count)
             leaves.append(bits.reshape(shape[0]).astype(jnp.bool_))
         else:
-            leaves.append(pools[kind][index])
+            leaf = pools[kind][index]
+            leaves.append(leaf.reshape(shape[0]) if shape else leaf)
     return jax.tree.unflatten(held.spec.treedef, leaves)
 
 
@@ -101,8 +105,16 @@ def new_bytes(held: Residuals) -> int:
     return trees.nbytes(held.own)
 
 
-def constants(function: Callable[..., Any], *args: PyTree) -> tuple[Any, ...]:
-    """For each leaf of what `function(*args)` returns: the number that all its elements are whatever the arrays in `args`, or None.
+@dataclass(frozen=True)
+class Reshaped:
+    """The elements of an argument's `leaf` in their order, in another shape."""
+
+    leaf: Any
+
+
+def origins(function: Callable[..., Any], *args: PyTree) -> tuple[Any, ...]:
+    """For each leaf of what `function(*args)` returns: the number that all its elements are whatever the arrays in `args`, or the leaf of `args` that it is in another
+    shape (`Reshaped`), or None.
 
     Nothing at all, `()`, where an argument has a part that cannot be hashed. **Cost:** one more trace of `function`, once for each structure of `args`.
     """
@@ -112,16 +124,17 @@ def constants(function: Callable[..., Any], *args: PyTree) -> tuple[Any, ...]:
     )
     try:
         # Types tell 1 from 1.0 and True among the leaves that are no arrays; with `jax_enable_x64` numbers are of other precision.
-        return _constants(function, treedef, kinds, (*map(type, leaves), jnp.result_type(float)))
+        found = _origins(function, treedef, kinds, (*map(type, leaves), jnp.result_type(float)))
     except TypeError:
         return ()
+    return tuple(Reshaped(leaves[one.leaf]) if isinstance(one, Reshaped) else one for one in found)
 
 
 @functools.lru_cache(maxsize=512)
-def _constants(
+def _origins(
     function: Callable[..., Any], treedef: Any, kinds: tuple[Any, ...], more: tuple[Any, ...]
 ) -> tuple[Any, ...]:
-    """`constants`, remembered; `more`, what else tells calls apart."""
+    """`origins`, remembered, leaves by their numbers; `more`, what else tells calls apart."""
     where = [i for i, kind in enumerate(kinds) if isinstance(kind, jax.ShapeDtypeStruct)]
 
     def call(arrays: list[Any]) -> list[Any]:
@@ -131,25 +144,38 @@ def _constants(
         return jax.tree.leaves(function(*jax.tree.unflatten(treedef, given)))
 
     found = jax.make_jaxpr(call)([kinds[i] for i in where])
-    return tuple(_number(found.jaxpr, var) for var in found.jaxpr.outvars)
+    arguments = {var: Reshaped(i) for var, i in zip(found.jaxpr.invars, where)}
+    return tuple(_origin(found.jaxpr, var, arguments.get) for var in found.jaxpr.outvars)
 
 
-def _number(jaxpr: Jaxpr, var: Any) -> Any:
-    """What all elements of a variable are, if that is written in the program."""
+#: primitives that leave the elements in their order
+_SHAPES = ("copy", "reshape", "squeeze", "expand_dims", "broadcast_in_dim")
+
+
+def _origin(jaxpr: Jaxpr, var: Any, arguments: Callable[[Any], Any]) -> Any:
+    """What a variable is, if that is written in the program: a number throughout, or an argument in another shape; `arguments`: what the program's own are."""
     if isinstance(var, Literal):
         return np.asarray(var.val).item() if np.ndim(var.val) == 0 else None
+    if var in jaxpr.invars:
+        return arguments(var)
     for eqn in jaxpr.eqns:
         if var not in eqn.outvars:
             continue
-        if eqn.primitive.name in ("broadcast_in_dim", "copy", "reshape"):
-            return _number(jaxpr, eqn.invars[0])
-        if eqn.primitive.name == "convert_element_type":
-            number = _number(jaxpr, eqn.invars[0])
-            return None if number is None else np.asarray(number, eqn.params["new_dtype"]).item()
+        name = eqn.primitive.name
+        if name in (*_SHAPES, "convert_element_type"):
+            found = _origin(jaxpr, eqn.invars[0], arguments)
+            if isinstance(found, Reshaped):
+                before: Any = eqn.invars[0].aval
+                alike = name in _SHAPES and before.size == var.aval.size
+                return found if alike and eqn.params.get("dimensions") is None else None
+            if name in _SHAPES or found is None:
+                return found
+            return np.asarray(found, eqn.params["new_dtype"]).item()
         inner = eqn.params.get("jaxpr")
-        if eqn.primitive.name in ("jit", "pjit") and isinstance(inner, ClosedJaxpr):
-            out = inner.jaxpr.outvars[eqn.outvars.index(var)]
-            if out in inner.jaxpr.invars:
-                return _number(jaxpr, eqn.invars[inner.jaxpr.invars.index(out)])
-            return _number(inner.jaxpr, out)
+        if name in ("jit", "pjit") and isinstance(inner, ClosedJaxpr):
+
+            def given(one: Any, within: Jaxpr = inner.jaxpr, eqn: Any = eqn) -> Any:
+                return _origin(jaxpr, eqn.invars[within.invars.index(one)], arguments)
+
+            return _origin(inner.jaxpr, inner.jaxpr.outvars[eqn.outvars.index(var)], given)
     return None

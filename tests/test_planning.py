@@ -117,6 +117,17 @@ def test_input_residuals_alone_are_counted() -> None:
     assert residuals.new_bytes(held) == 0
 
 
+@layer
+class Own:
+    """A layer that flattens its input, and whose gain has one axis."""
+
+    scale: Any
+    weight: Any
+
+    def __call__(self, x: Any) -> Any:
+        return jnp.sin(x.reshape(-1, 8) @ self.weight).reshape(4, 6, 3)[:, None] * self.scale
+
+
 def clipped(x: Any) -> Any:
     return jnp.where(x > 0, jnp.minimum(x, 1.0), 0)
 
@@ -151,9 +162,38 @@ def test_numbers_told_from_arrays() -> None:
             jnp.arange(3),
         ]
 
-    assert residuals.constants(make, 0.5, zeros) == (None, 2.0, None, 0.5, 1.0, None)
-    assert residuals.constants(make, 1, zeros)[3] == 1
-    assert residuals.constants(make, bytearray(b"0"), zeros) == ()  # neither an array nor hashable
+    same, *others = residuals.origins(make, 0.5, zeros)
+    assert same.leaf is zeros
+    assert others == [2.0, None, 0.5, 1.0, None]
+    assert residuals.origins(make, 1, zeros)[3] == 1
+    assert residuals.origins(make, bytearray(b"0"), zeros) == ()  # neither an array nor hashable
+
+
+def test_an_input_in_another_shape_is_not_kept_anew() -> None:
+    """As dense layers of more than two axes have it, and the gain of a normalisation."""
+    x = jax.random.normal(jax.random.key(0), (4, 6, 8))
+
+    made = (
+        Dense.init(jax.random.key(2), 8, 8),
+        layers.Sequential((layers.Flatten(2), Dense.init(jax.random.key(3), 48, 5))),
+        Own(jnp.arange(3.0), jax.random.normal(jax.random.key(1), (8, 3))),
+    )
+    for one in made:
+        rule = rules.VjpStore()
+        y, pull = jax.vjp(lambda layer, x: layer(x), one, x)
+        got, held = operations.forward(one, x, rule=rule)
+        assert jnp.array_equal(got, y)
+        assert held.keeps_input
+        assert not any(leaf.size in (x.size, 3) for leaf in held.own)
+        grads, ct = operations.store_backward(one, held, x, None, jnp.ones_like(y), rule=rule)
+        want, want_ct = pull(jnp.ones_like(y))
+        assert jnp.allclose(ct, want_ct, rtol=1e-5)
+        assert all(map(jnp.allclose, grads, jax.tree.leaves(want)))
+    # Neither a transposed input nor one of other numbers is the input in another shape.
+    turned = residuals.origins(
+        lambda x: [x.T, jnp.reshape(x, (2, -1)) + 0, jax.lax.reshape(x, (192,), (2, 1, 0))], x
+    )
+    assert turned == (None, None, None)
 
 
 @pytest.mark.parametrize("seed", range(15))
