@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mwplan.solvers.pareto import INF, Ints
+from mwplan.solvers.pareto import INF, Ints, lexicographic
 from mwplan.solvers.splits import LEVELS, MARGIN, Buffer, Pairs, Shifts
 
 #: points of many staircases, one after the other: of which, need, time
@@ -246,7 +246,7 @@ def grouped_all(
 ) -> tuple[Ints, Ints, Ints, Ints, Ints, Ints]:
     """`mwplan.solvers.splits.grouped` of many: for each group, which of `of` it is from, `F` and `H`; then all their staircases, as group, need, time."""
     forward = np.where(forward + waiting <= back, 0, forward)
-    order = np.lexsort((held, forward, of))
+    order = lexicographic((of, forward, held))
     of, forward, back, held, time = (x[order] for x in (of, forward, back, held, time))
     new = (of[1:] != of[:-1]) | (forward[1:] != forward[:-1]) | (held[1:] != held[:-1])
     new = np.append(True, new)[: of.size]

@@ -24,7 +24,7 @@ from mwplan.schedule import Run, RunKind, Status, Strategy
 from mwplan.solvers.brute_force import every_cost, every_plan
 from mwplan.solvers.frontier import Frontier, Tables, solve_frontier
 from mwplan.solvers.integer_program import solve, solve_least_bytes
-from mwplan.solvers.pareto import nondominated
+from mwplan.solvers.pareto import lexicographic, nondominated
 from mwplan.solvers.relaxed import lower_bound
 from mwplan.solvers.runs import fastest_ns
 from tests.chains import random_profile
@@ -507,6 +507,15 @@ def test_nondominated_points_are_those_that_nothing_beats(
 
     for k, (point, group) in enumerate(zip(points, groups)):
         assert beaten(point, group, [x for x in kept if x != k]) == (k not in kept)
+
+
+@pytest.mark.parametrize("highs", [(3, 4, 5), (3, 2**40, 4, 3), (2**60, 2, 3), (2, 3, 2**61)])
+def test_the_order_is_lexicographic(highs: tuple[int, ...]) -> None:
+    """Whether all columns fit one integer or not; equal rows stay in order."""
+    rng = np.random.default_rng(0)
+    columns = [rng.integers(0, min(high, 4), 400) * (high // min(high, 4)) for high in highs]
+    assert (lexicographic(columns) == np.lexsort(columns[::-1])).all()
+    assert lexicographic([x[:0] for x in columns]).size == 0
 
 
 def test_thinned_invert_runs_lose_little_and_are_few() -> None:
