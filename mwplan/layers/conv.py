@@ -23,7 +23,7 @@ from mwplan.layers.base import layer, static
 from mwplan.layers.bilinear import bilinear
 from mwplan.layers.circular import Circular, convolve
 from mwplan.layers.geometry import Geometry, Padding, geometry
-from mwplan.layers.linear import cast, times
+from mwplan.layers.linear import cast
 from mwplan.rules import InvertRule, Unavailable, VijpRule
 
 
@@ -68,17 +68,11 @@ class _Conv:
         return self._convolve(padded, ((0, 0),) * self.dims)
 
     def _convolve(self, x: Array, pads: Sequence[tuple[int, int]]) -> Array:
-        kernel, weight = self.weight.shape[0], cast(self.weight, x.dtype)
-        single = math.prod(weight.shape[: self.dims]) == self.groups == 1 and not any(map(any, pads))
-        if single and not trees.explicitly_sharded((x, weight)):
-            # XLA:CPU (jaxlib 0.10.2) takes four times as long for the weight's gradient of a convolution with one tap as for that of a product.
-            if set(self.stride) != {1}:
-                x = x[(slice(None), *(slice(None, None, s) for s in self.stride))]
-            return times(x, weight.reshape(weight.shape[-2:]))
+        kernel = self.weight.shape[0]
         # XLA:CPU (jaxlib 0.10.2) is up to ten times slower without any padding: a row of zeros is added, and its output cut off.
         slow = not any(map(any, pads)) and kernel > 1 and self.dims == 2 and jax.default_backend() == "cpu"
         pads = ((0, 1), *pads[1:]) if slow else pads
-        y = convolve(x, weight, pads, self.stride, self.dilation, self.groups)
+        y = convolve(x, cast(self.weight, x.dtype), pads, self.stride, self.dilation, self.groups)
         return y[:, : (x.shape[1] - self.dilation[0] * (kernel - 1) - 1) // self.stride[0] + 1] if slow else y
 
     def _without_copy(self, g: Geometry) -> bool:
