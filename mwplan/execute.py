@@ -221,7 +221,8 @@ def apply(schedule: Schedule, chain: Chain, x: PyTree, *, arrangement: int = 0) 
     **Arguments:** `schedule` from `mw.plan`; `chain`, with the layers and parameter shapes that the schedule was made for;
     `x`, a pytree of arrays; `arrangement`, as in `value_and_grad`.
     **Returns:** the chain's output. Its gradient's error is that of the schedule; measure it with `mw.value_and_grad`.
-    **Raises:** `ScheduleMismatchError`; `SecondDerivativeError` when differentiated twice.
+    **Raises:** `ScheduleMismatchError`; `SecondDerivativeError` when differentiated twice. **Warns:** `InputGrownWarning` when differentiated at an input of more bytes than
+    planned for.
     """
     check_match(schedule, chain)
     warn_if_undone(x, chain)

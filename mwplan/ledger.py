@@ -284,10 +284,10 @@ class _Ledger:
             before, error = error, math.hypot(o.growth * error if error else 0.0, o.local_error)
             if error:  # a sensitivity of infinity times an error of 0 is no error
                 kinked += o.kink * error
-                gradient = linear + math.prod([o.gradient_sensitivity * error] * 2)
-                linear += math.prod([o.sensitivity * error] * 2)
-                found = [worst, (error * error, 0.0), (gradient, kinked), (linear, kinked)]
-                worst = max(found, key=sum)
+                # Products, as a power of a float raises where it is too large.
+                gradient, passed = o.gradient_sensitivity * error, o.sensitivity * error
+                gradient, linear = linear + gradient * gradient, linear + passed * passed
+                worst = max(worst, (error * error, 0.0), (gradient, kinked), (linear, kinked), key=sum)
         # The report compares x_start, or x_{start+1} where the former is kept by the run to the left.
         compared = before if known and run.stop > run.start + 1 else error
         if 0 < compared < math.inf:

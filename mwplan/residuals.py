@@ -26,8 +26,8 @@ PyTree = Any
 
 @dataclass(frozen=True)
 class _Spec:
-    """Where each leaf comes from: `("own", i)`, `("bits", i, shape)`, `("all", number, shape, dtype)`, `("layer" | "input" | "output", i)`, a fourth
-    with a shape where it is another one; and the treedef."""
+    """Where each leaf comes from: `("own", i)`, `("bits", i, shape)`, `("all", number, shape, dtype)`, `("layer" | "input" | "output", i)`, or
+    `("layer" | "input", i, shape)` where the leaf there has another shape; and the treedef."""
 
     sources: tuple[tuple[Any, ...], ...]
     treedef: Any

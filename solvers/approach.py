@@ -56,7 +56,7 @@ class Approach:
         self.left = Buffer(body.grid, body.span, 256, sided=True, waiting=self.waiting)
         self.nodes = [(s, e) for s in range(self.size - 1, -1, -1) for e in before.kept_states(s)]
         self.pieces: dict[Node, list[_Piece]] = {node: [] for node in self.nodes}
-        #: rows of the suffixes in the body's own buffers, inside RECOMPUTE runs and at the top, by how many of its layers follow
+        #: rows of the suffixes in the body's own buffer, inside RECOMPUTE runs and at the top, by how many of its layers follow
         self.inner: dict[tuple[int, bool, int], int] = {}
         self.top: dict[tuple[int, bool, int], int] = {}
         for s, e in self.nodes:
@@ -135,7 +135,7 @@ class Approach:
         return pieces, Pairs(left, right, held, floor, body.shifts.rows(held))
 
     def _merge(self, s: int, e: bool, n: int, family: Family, rows: dict[tuple[int, bool, int], int]) -> None:
-        """Adds the table of one suffix to a buffer of the body's, and its row to `rows`."""
+        """Adds the table of one suffix to those of the body, and its row to `rows`."""
         pieces, pairs = self._choices(s, e, n, family)
         tables = self.body.tables
         rows[s, e, n] = tables.rows
