@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mwplan.solvers.parallel import each
 from mwplan.solvers.pareto import INF, Ints, lexicographic
 from mwplan.solvers.splits import LEVELS, MARGIN, Buffer, Pairs, Shifts
 
@@ -21,8 +22,8 @@ Points = tuple[Ints, Ints, Ints]
 NO_POINTS: Points = (np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
 Samples = NDArray[np.float32]
 _INF = np.float32(np.inf)
-#: about so many groups are bounded at once: their bounds should stay in a processor's cache
-_GROUPS = 4_000
+#: about so many groups are bounded at once: enough that threads seldom wait for one another, few enough for a processor's cache
+_GROUPS = 16_000
 
 
 @dataclass(slots=True)
@@ -63,15 +64,28 @@ def envelopes(
     stretch, as they are returned; `slack`, the factor of time that may be lost at each, but for the least need and, but
     for ties within float32, the least time; `optimistic`: then no point is a schedule, but no schedule is faster than the staircase.
     """
-    points = Pieces([known[0]], [known[1]], [known[2]])
     cuts = np.append(np.flatnonzero(np.diff(of, prepend=-1)), of.size).tolist()
+    chunks = []
     begin = 0
     for here, after in itertools.pairwise([*cuts, 2 * of.size + _GROUPS]):
         if here > begin and after - begin > _GROUPS:
-            some = slice(begin, here)
-            _Cells(of[some], pairs.take(some), known, left, right, shifts, slack).add_to(points, optimistic)
+            chunks.append(slice(begin, here))
             begin = here
-    return staircases(*points.joined(), right.span)
+    if not chunks:
+        return staircases(*known, right.span)
+    # What is known of stretches without groups goes with those before.
+    ends = known[0].searchsorted(of[[chunk.start for chunk in chunks[1:]]]).tolist()
+    parts = [slice(*x) for x in itertools.pairwise([0, *ends, known[0].size])]
+
+    def envelope(which: tuple[slice, slice]) -> Points:
+        some, part = which
+        mine = known[0][part], known[1][part], known[2][part]
+        points = Pieces([mine[0]], [mine[1]], [mine[2]])
+        _Cells(of[some], pairs.take(some), mine, left, right, shifts, slack).add_to(points, optimistic)
+        return staircases(*points.joined(), right.span)
+
+    of_, need, time = zip(*each(envelope, list(zip(chunks, parts))))
+    return np.concatenate(of_), np.concatenate(need), np.concatenate(time)
 
 
 @dataclass(slots=True)

@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from mwplan.errors import ArgumentError
 from mwplan.profiles import InvertOption, MoonwalkOption, Profile
 from mwplan.schedule import Choice, Run, RunKind, Strategy, check_allowed, walk
+from mwplan.solvers.parallel import each, processors
 from mwplan.solvers.pareto import Bools, Floats, Ints, nondominated
 
 ALL_STRATEGIES = frozenset(Strategy)
@@ -66,7 +67,8 @@ class Atoms:
 class _Labels:
     """Moonwalk labels from some nodes to one position, in order of `node`; each goes on from label `code // n` of the position before by option `code % n` of `n`.
 
-    `back` is for the label going on; what it is where the run ends here, `_grow` says apart.
+    `back` is for the label going on; what it is where the run ends here, `_grow` says apart. `pattern` numbers the strategies from the node on, if
+    `by_strategy`, and is 0 if not.
     """
 
     node: Ints
@@ -226,7 +228,6 @@ class Candidates:
         check_max_error(max_error)
         self.profile = profile
         self.loss, self.optimistic, self.by_strategy = loss, optimistic, by_strategy
-        self._patterns: dict[tuple[int, bool], int] = {}
         self.max_error = float(max_error)
         self.allowed = check_allowed(allowed)
         #: what each layer may use, index 0 being layer 1
@@ -271,8 +272,11 @@ class Candidates:
     def prepare(self, nodes: Iterable[tuple[int, bool]]) -> None:
         """Makes the runs from these nodes, many nodes at a time: that is faster than one by one."""
         new = sorted({*nodes} - self._atoms.keys())
-        for low in range(0, len(new), _TOGETHER):
-            self._make_atoms(new[low : low + _TOGETHER])
+        parts = -(-len(new) // _TOGETHER)
+        if 2 * len(new) > _TOGETHER:
+            parts = max(parts, processors())
+        # Runs from early nodes are many: each part has some.
+        each(self._make_atoms, [new[k::parts] for k in range(parts)])
 
     def run(self, start: int, kept: bool, row: int) -> Run:
         """Row `row` of `atoms(start, kept)` as a `Run`."""
@@ -438,13 +442,6 @@ class Candidates:
                 groups=groups[number],
             )
 
-    def _pattern(self, before: Ints, fragment: Ints) -> Ints:
-        """Numbers for the strategies from a run's start on, one more layer appended: 0 for all unless `by_strategy`."""
-        if not self.by_strategy:
-            return before
-        pairs = zip(before.tolist(), (fragment > 0).tolist())
-        return np.array([self._patterns.setdefault(x, len(self._patterns) + 1) for x in pairs])
-
     @property
     def has_moonwalk(self) -> bool:
         """Whether any layer has an option for moonwalk runs that may be used."""
@@ -512,14 +509,14 @@ class Candidates:
         held = held + residual + np.where(first, 0, (old.keeps[parent] | x.keeps_input[o]) * a[at])
         own = np.maximum(held + out + (d[stop] + d[at]) + x.reverse[o], rebuild + x.rebuild[o])
         own = np.maximum(own + x.own_fragment[o], old.back[parent] + fragment)
-        keeps, pattern = x.keeps_output[o], self._pattern(old.pattern[parent], fragment)
+        keeps, pattern = x.keeps_output[o], old.pattern[parent]
         compared, time = self._compared(time)
         last = np.maximum(own, advance + x.last[o])
         # What the next layer sees of a label is whether its output is kept.
         apart = 2 * node + keeps
         if self.by_strategy:
-            found = np.unique(pattern, return_inverse=True)[1]
-            apart = apart * (int(found.max()) + 1) + found
+            pattern = np.unique(2 * pattern + (fragment > 0), return_inverse=True)[1]
+            apart = apart * (int(pattern.max()) + 1) + pattern
         index = nondominated([compared, held, last, forward], apart)
         columns = (node, stop, keeps, forward, last, held + out, time, _MOONWALK, code, pattern)
         pieces.append([x[index] if isinstance(x, np.ndarray) else np.full(index.size, x) for x in columns])
