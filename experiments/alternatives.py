@@ -509,7 +509,11 @@ class Bench:
         kept = [one for one in found if one is not None]
         schedules = [one.way.schedule for one in kept if one.way.schedule is not None]
         ways = [applied(problem, one) for one in problem.by_hand]
-        ways += [applied(problem, one, mw.UNTIED) for one in (*schedules, *problem.by_hand)]
+        ways += [
+            applied(problem, one, way)
+            for way in (mw.UNTIED, mw.LOOSE)
+            for one in (*schedules, *problem.by_hand)
+        ]
         if problem.most_loops == math.inf and any(
             isinstance(part, mw.Stack) for part in problem.stacked.parts
         ):
@@ -521,7 +525,7 @@ class Bench:
 
     def tune_plans(self) -> None:
         """Takes for each `plan` the fastest, in a trial of its own whose samples are not kept, of what was planned for its budget or less: by all
-        strategies, without vijps, by recomputation alone, by hand, tied, untied and stacked. As `mw.fit(tune=...)` of the chain and of `mw.stack` of it."""
+        strategies, without vijps, by recomputation alone, by hand, tied, untied, loose and stacked. As `mw.fit(tune=...)` of the chain and of `mw.stack` of it."""
         every = list(dict.fromkeys(one for several in self.plans.values() for one in several))
         interleave(every, self.tune, TRIAL)
         for at, several in self.plans.items():
@@ -596,7 +600,8 @@ class Bench:
                 }
                 if one.way.schedule is not None:
                     out |= _of_schedule(one.way.schedule)
-                    out["untied"] = one.way.key[:2] == (one.way.schedule.runs, mw.UNTIED)
+                    for name, way in (("untied", mw.UNTIED), ("loose", mw.LOOSE)):
+                        out[name] = one.way.key[:2] == (one.way.schedule.runs, way)
                     out["stacked"] = one.way.chain is self.problem.stacked
             made.append(out)
         return made

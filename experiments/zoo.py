@@ -305,8 +305,8 @@ def revnet(config: Config, keys: Keys) -> list[Any]:
         conv = _small(ml.Conv2D.he(next(keys), half, half), 0.3)
         return ml.Sequential((ml.RMSNorm.init(None, half), ml.Smooth("gelu"), conv))
 
-    layers += [ml.Coupling(branch(), branch()) for _ in range(config.depth)]
-    return layers + _head(config, keys, config.width)
+    couplings = [ml.Coupling(branch(), branch()) for _ in range(config.depth)]
+    return [*layers, ml.Split(), *couplings, ml.Concatenate(), *_head(config, keys, config.width)]
 
 
 def resnet(config: Config, keys: Keys) -> list[Any]:
@@ -348,9 +348,10 @@ def revvit(config: Config, keys: Keys, patch: int = 2) -> list[Any]:
         ml.Dense.init(next(keys), patch**2, config.width),
         Position(0.02 * jax.random.normal(next(keys), (side**2, config.width))),
     ]
+    layers.append(ml.Split())
     for _ in range(config.depth):
         layers.append(ml.Coupling(_attention(keys, half, 0.3, False), _feed_forward(keys, half, 0.3)))
-    return layers + _head(config, keys, config.width)
+    return [*layers, ml.Concatenate(), *_head(config, keys, config.width)]
 
 
 def gpt(config: Config, keys: Keys) -> list[Any]:

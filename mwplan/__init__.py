@@ -14,7 +14,7 @@ from mwplan.errors import (
     SecondDerivativeError,
 )
 from mwplan.estimating import estimate
-from mwplan.execute import UNTIED, InputGrownWarning, Report, apply, value_and_grad
+from mwplan.execute import LOOSE, UNTIED, InputGrownWarning, Report, apply, value_and_grad
 from mwplan.fitting import Fitted, fit
 from mwplan.ledger import replay
 from mwplan.measure import profile
@@ -51,6 +51,7 @@ __all__ = [  # noqa: RUF022 (plainly sorted, as the test compares it)
     "Status",
     "Strategy",
     "Timeline",
+    "LOOSE",
     "UNTIED",
     "adapters",
     "apply",

@@ -17,7 +17,7 @@ from mwplan import sharding, trees
 from mwplan.chain import Chain, Stack, boundaries, check_chain, fingerprint
 from mwplan.compiling import warn_if_undone
 from mwplan.errors import ArgumentError, ScheduleMismatchError, SecondDerivativeError
-from mwplan.interpret import Arranged, Gradients, Interpreter, Performer, View, alone, compiled
+from mwplan.interpret import Arranged, Gradients, Interpreter, Performer, View, alone, compiled, loose
 from mwplan.schedule import RunKind, Schedule, allow_nesting, nesting, reporting_runs
 from mwplan.sizes import show_bytes
 
@@ -243,7 +243,8 @@ def value_and_grad(
     **Arguments:** `loss(y, *args)`, a scalar (with `has_aux`, a pair of it and anything); `schedule`; `wrt_input`: also the
     gradient with respect to the input; `arrangement`: above 0, as many other programs for the same step, which differ in the holes that XLA's allocator
     leaves between buffers (`mw.fit` tries some; without effect where a parameter is larger than 64 KiB); `mw.UNTIED`: no barriers around operations, so
-    that XLA fuses across layers. That is often a few per cent faster, but the peak is no longer the planned one: compile and measure it.
+    that XLA fuses across layers; `mw.LOOSE`: none around residuals, so that XLA may compute them again from what is there anyway. Both are often a few per cent faster, but the
+    peak is no longer the planned one (loose, it is mostly lower): compile and measure it.
     **Returns:** `f(chain, x, *args) -> ((value, report), grads)`, where `value` is what `loss` returned, `grads` is a chain (with None
     for leaves that are not parameters), or a pair `(chain, x)` of gradients. `report` is a `Report`; within `jax.shard_map`, each run's worst of
     all devices.
@@ -278,6 +279,8 @@ def value_and_grad(
 
 #: The arrangement without barriers around operations: those around recomputed stretches and reconstructions stay.
 UNTIED = -1
+#: The arrangement with barriers around activations and cotangents, but not around residuals.
+LOOSE = -2
 #: The largest parameter, in bytes, that detours are made around: they must be larger, and cost time.
 LARGEST_ARRANGED = 1 << 16
 
@@ -288,8 +291,8 @@ def can_be_arranged(chain: Chain) -> bool:
 
 
 def _performer(chain: Chain, arrangement: int) -> Performer:
-    if arrangement == UNTIED:
-        return alone
+    if arrangement in (UNTIED, LOOSE):
+        return alone if arrangement == UNTIED else loose
     if not arrangement or not can_be_arranged(chain):
         return compiled
     return Arranged(arrangement, max(leaf.size for leaf in trees.parameters(chain)) + 257)

@@ -98,11 +98,11 @@ def fit(
     **Arguments:** `loss(y, *args)`, as `mw.value_and_grad`, with `has_aux` and `wrt_input`; `chain`, `x`; `budget`, bytes of the whole step or a text
     such as "2GiB"; `profile` (measured if None); `max_error`, `allowed`, as `mw.plan`; `thin`, `regular`, as `mw.plan`; `max_attempts`, compilations of each plan; `tune`, rounds in
     which plans of fewer strategies (no vijps; recomputation alone), for less memory (a half, a quarter), what one would do by hand (plain backpropagation, inversion
-    or moonwalk runs wherever they are possible) and each of these untied (`mw.UNTIED`) are timed in turn with the predicted fastest, those that fit, and the fastest kept: a profile's
+    or moonwalk runs wherever they are possible) and each of these untied and loose (`mw.UNTIED`, `mw.LOOSE`) are timed in turn with the predicted fastest, those that fit, and the fastest kept: a profile's
     times are estimates of operations on their own; 0, the predicted fastest is taken; `say`, told of each.
     **Returns:** a `Fitted`.
     **Raises:** `InfeasibleError` where no schedule fits, or none of those compiled; as `mw.plan` and `mw.value_and_grad`, what concerns the loss before anything is measured.
-    **Cost:** a profile, a plan, and one compilation of the step or a few; with `tune` up to ten times that, and some steps.
+    **Cost:** a profile, a plan, and one compilation of the step or a few; with `tune` up to fifteen times that, and some steps.
     """
     if max_attempts < 1:
         raise ArgumentError(f"`max_attempts={max_attempts}` must be at least 1")
@@ -136,7 +136,8 @@ def fit(
     known = {one.schedule.runs for one in found}
     by_hand = planning.familiar(profile, max_error=max_error, allowed=chosen)
     tries = [(one, 0) for one in by_hand if one.runs not in known]
-    tries += [(one, execute.UNTIED) for one in [*(one.schedule for one in found), *(one for one, _ in tries)]]
+    schedules = [*(one.schedule for one in found), *(one for one, _ in tries)]
+    tries += [(one, way) for way in (execute.UNTIED, execute.LOOSE) for one in schedules]
     made = [compiler(schedule, arrangement, budget_bytes) for schedule, arrangement in tries]
     found += [one for one in made if one.temporary_bytes <= budget_bytes - profile.fixed_bytes]
     if not found:

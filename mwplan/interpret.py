@@ -47,6 +47,11 @@ def compiled(sweep: str, layer: int, depth: int, operation: Callable[..., Any], 
     return trees.tie(operation(*trees.tie(args)))
 
 
+def loose(sweep: str, layer: int, depth: int, operation: Callable[..., Any], *args: Any) -> Any:
+    """As `compiled`, but residuals are not tied: XLA may compute them where they are used, from what is there anyway, instead of keeping them."""
+    return trees.tie(operation(*trees.tie(args, Residuals)), Residuals)
+
+
 @dataclass(frozen=True)
 class Arranged:
     """As `compiled`, but some operations begin with a detour: one of their small parameters, padded, is negated an even number of times.
@@ -83,6 +88,11 @@ class Arranged:
 def looped(sweep: str, layer: int, depth: int, operation: Callable[..., Any], *args: Any) -> Any:
     """The performer of a compiled step inside a loop."""
     return compiled(sweep, layer, depth, canonical(operation), *args)
+
+
+def looped_loose(sweep: str, layer: int, depth: int, operation: Callable[..., Any], *args: Any) -> Any:
+    """As `loose`, where `looped` is needed."""
+    return loose(sweep, layer, depth, canonical(operation), *args)
 
 
 def alone(sweep: str, layer: int, depth: int, operation: Callable[..., Any], *args: Any) -> Any:
@@ -342,9 +352,10 @@ class Interpreter:
         """An interpreter of one repetition; `buffers`, the stack's gradients so far; `single`, whether each of its layers is one operation."""
         perform = compiled if isinstance(self.perform, Arranged) else self.perform
         if jax.default_backend() == "cpu":
-            perform = {compiled: looped, alone: looped_alone}.get(perform, perform)
+            perform = {compiled: looped, alone: looped_alone, loose: looped_loose}.get(perform, perform)
         if single and many.span == 1:
-            perform = {compiled: alone, looped: looped_alone}.get(perform, perform)
+            bare = {compiled: alone, looped: looped_alone, loose: alone, looped_loose: looped_alone}
+            perform = bare.get(perform, perform)
         return Interpreter(
             self.view.window(many.start, many.span, repetition),
             self.structs[many.start : many.start + many.span + 1],

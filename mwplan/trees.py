@@ -26,9 +26,9 @@ def is_key(leaf: Any) -> bool:
     return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
-def tie(tree: Any) -> Any:
-    """The same arrays, none of which exists for XLA before all of them do."""
-    leaves, treedef = jax.tree.flatten(tree)
+def tie(tree: Any, free: type | tuple[type, ...] = ()) -> Any:
+    """The same arrays, none of which exists for XLA before all of them do; but for those in nodes of the types `free`."""
+    leaves, treedef = jax.tree.flatten(tree, is_leaf=lambda node: isinstance(node, free))
     index = [i for i, leaf in enumerate(leaves) if is_array(leaf) and leaf.dtype != jax.dtypes.float0]
     if index:
         for i, leaf in zip(index, jax.lax.optimization_barrier([leaves[i] for i in index])):
@@ -87,13 +87,13 @@ def cast_like(tree: Any, like: Any) -> Any:
     )
 
 
-def transpose(linear: Callable[[Any], Any], x: jax.ShapeDtypeStruct, ct: Any) -> Any:
-    """`ct` through the transpose of `linear`, a function of an array like `x`.
+def transpose(linear: Callable[[Any], Any], x: Any, ct: Any) -> Any:
+    """`ct` through the transpose of `linear`, a function of arrays like the `jax.ShapeDtypeStruct`s of the pytree `x`.
 
-    Within `jax.shard_map` that array varies from device to device as `ct` does: otherwise the transpose would sum over the devices.
+    Within `jax.shard_map` such an array varies from device to device as `ct` does: otherwise the transpose would sum over the devices.
     """
     axes = varying_axes(ct)
-    like = jax.eval_shape(lambda: vary(jnp.zeros(x.shape, x.dtype), axes))
+    like = jax.eval_shape(lambda: jax.tree.map(lambda one: vary(jnp.zeros(one.shape, one.dtype), axes), x))
     return jax.linear_transpose(linear, like)(ct)[0]
 
 

@@ -171,6 +171,12 @@ ROWS = {
         (8,),
         ("subtract",),
     ),
+    "sequential-pairs": Row(
+        lambda: ml.Sequential((ml.Split(), ml.Coupling(branch(1, 4), branch(2, 4)), ml.Concatenate())),
+        (8,),
+        ("parts",),
+    ),
+    "sequential-thirds": Row(lambda: ml.Sequential((ml.Split(3), ml.Concatenate())), (4, 6), ("parts",)),
     "residual": Row(lambda: ml.Residual(branch(1, 4, 0.03)), (4,), ("fixed_16", "fixed_32", "whole_input")),
     "sequential": Row(
         lambda: ml.Sequential(
@@ -482,3 +488,31 @@ def test_inverses_in_full_precision(name: str) -> None:
         if isinstance(rule, rules.InvertRule):
             for eqn in products(jax.make_jaxpr(rule.inverse)(layer, *rule.forward(layer, x)).jaxpr):
                 assert "HIGHEST" in str(eqn.params["precision"]), eqn
+
+
+def test_couplings_of_parts_that_differ() -> None:
+    """A pair need not be of equal halves; pairs stay pairs, and everything is as `jax.vjp` has it."""
+    to, back = ml.Dense.he(K(1), 6, 4), ml.Dense.he(K(2), 4, 6)
+    layer = ml.Coupling(ml.Sequential((ml.ReLU(), to)), ml.Sequential((ml.Smooth("tanh"), back)))
+    with jax.enable_x64(True):
+        layer = wide(layer)
+        x, ct_out = (
+            (jnp.asarray(noise(k, (3, 4)), float), jnp.asarray(noise(k + 1, (3, 6)), float)) for k in (2, 4)
+        )
+        y, vjp = jax.vjp(lambda net, x: net(x), layer, x)
+        grads, ct_in = vjp(ct_out)
+        for rule in rules.vijp_rules(layer, x):
+            assert isinstance(rule, rules.VijpRule)
+            got, fragment = rule.reverse(layer, rule.forward(layer, x)[1], ct_out)
+            rebuilt = rule.rebuild(layer, x, got, fragment)
+            for one, other in zip(
+                jax.tree.leaves((got, rebuilt)), jax.tree.leaves((ct_in, ct_out)), strict=True
+            ):
+                np.testing.assert_allclose(one, other, atol=1e-12)
+        for inverse in rules.invert_rules(layer, x):
+            assert isinstance(inverse, rules.InvertRule)
+            found = inverse.backward(layer, y, inverse.forward(layer, x)[1], ct_out)
+            want = (x, trees.parameters(grads), ct_in)
+            for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
+                np.testing.assert_allclose(one, other, atol=1e-12)
+    assert jax.tree.structure(y) == jax.tree.structure(x)

@@ -9,11 +9,12 @@ from mwplan.layers.norm import LayerNorm, RMSNorm
 from mwplan.layers.orthogonal import OrthogonalConv, OrthogonalDense
 from mwplan.layers.paraunitary import ParaunitaryConv
 from mwplan.layers.pooling import AveragePool, MaxPool
-from mwplan.layers.shapes import Flatten, PadChannels, Permute, Reshape, SpaceToDepth
+from mwplan.layers.shapes import Concatenate, Flatten, PadChannels, Permute, Reshape, SpaceToDepth, Split
 from mwplan.layers.smooth import Smooth
 
 __all__ = [
     "AveragePool",
+    "Concatenate",
     "Conv1D",
     "Conv2D",
     "Coupling",
@@ -36,6 +37,7 @@ __all__ = [
     "Sequential",
     "Smooth",
     "SpaceToDepth",
+    "Split",
     "layer",
     "refresh",
     "static",

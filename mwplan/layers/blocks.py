@@ -26,12 +26,26 @@ from mwplan.rules import (
 )
 from mwplan.trees import widen
 
+Halves = Array | tuple[Array, Array]
 
-def _halves(x: Array, who: str) -> tuple[Array, Array]:
+
+def _halves(x: Halves) -> tuple[Array, Array]:
+    """The two parts that a coupling acts on."""
+    if isinstance(x, tuple):
+        if len(x) != 2:
+            raise ArgumentError(f"`x` has {len(x)} parts: Coupling takes an array or a pair of arrays")
+        return x
     if x.ndim < 1 or x.shape[-1] % 2:
-        raise ArgumentError(f"`x.shape={x.shape}`: {who} needs an even number of channels on the last axis")
+        raise ArgumentError(
+            f"`x.shape={x.shape}`: Coupling needs an even number of channels on the last axis"
+        )
     half = x.shape[-1] // 2
     return x[..., :half], x[..., half:]
+
+
+def _as(x: Halves, first: Array, second: Array) -> Any:
+    """The parts as `x` has them."""
+    return (first, second) if isinstance(x, tuple) else jnp.concatenate([first, second], -1)
 
 
 @full_precision
@@ -43,16 +57,20 @@ def _vjp(branch: Any, x: Array) -> tuple[Array, Any]:
 
 @layer
 class Coupling:
-    """`y1 = x1 + f(x2)`, `y2 = x2 + g(y1)` over the halves of the last axis, for any layers `f` and `g` that keep the shape."""
+    """`y1 = x1 + f(x2)`, `y2 = x2 + g(y1)`, for any layers `f`, whose output is shaped like `x1`, and `g`, whose output is shaped like `x2`.
+
+    `x`: the pair `(x1, x2)`, and then the output is one too, or an array of which they are the halves, by its last axis. Pairs are cheaper: nothing is
+    copied between one coupling and the next (`mwplan.layers.Split` makes pairs, `Concatenate` ends them).
+    """
 
     f: Any
     g: Any
 
-    def __call__(self, x: Float[Array, "*shape channels"]) -> Float[Array, "*shape channels"]:
+    def __call__(self, x: Halves) -> Any:
         """Applies the block."""
-        x1, x2 = _halves(x, "Coupling")
+        x1, x2 = _halves(x)
         y1 = x1 + self.f(x2)
-        return jnp.concatenate([y1, x2 + self.g(y1)], -1)
+        return _as(x, y1, x2 + self.g(y1))
 
     def vijp_rules(self, x: Any) -> Sequence[VijpRule | Unavailable]:
         """Subtraction, from the input or from the branches' own residuals."""
@@ -85,8 +103,8 @@ class Subtract(VijpRule):
         """The output and the input."""
         return layer(x), x
 
-    def _branches(self, layer: Coupling, x: Array) -> tuple[Any, Any]:
-        x1, x2 = _halves(widen(x), "Coupling")
+    def _branches(self, layer: Coupling, x: Halves) -> tuple[Any, Any]:
+        x1, x2 = _halves(widen(x))
         moved, f_vjp = _vjp(layer.f, x2)
         _, g_vjp = _vjp(layer.g, x1 + moved)
         return f_vjp, g_vjp
@@ -95,18 +113,18 @@ class Subtract(VijpRule):
         """`ct_in`."""
         return self._pull(self._branches(layer, residuals), ct_out), ()
 
-    def _pull(self, branches: tuple[Any, Any], ct_out: Array) -> Array:
+    def _pull(self, branches: tuple[Any, Any], ct_out: Halves) -> Any:
         f_vjp, g_vjp = branches
-        ct1, ct2 = _halves(widen(ct_out), "Coupling")
+        ct1, ct2 = _halves(widen(ct_out))
         ct1 = ct1 + g_vjp(ct2)[0]
-        return jnp.concatenate([ct1, ct2 + f_vjp(ct1)[0]], -1)
+        return _as(ct_out, ct1, ct2 + f_vjp(ct1)[0])
 
     def rebuild(self, layer: Coupling, x: Any, ct_in: Any, fragment: Any) -> Any:
         """`ct_out`."""
         f_vjp, g_vjp = self._branches(layer, x)
-        ct1, ct2 = _halves(ct_in, "Coupling")
+        ct1, ct2 = _halves(ct_in)
         ct2 = ct2 - f_vjp(ct1)[0]
-        return jnp.concatenate([ct1 - g_vjp(ct2)[0], ct2], -1)
+        return _as(ct_in, ct1 - g_vjp(ct2)[0], ct2)
 
 
 @dataclass(frozen=True)
@@ -135,21 +153,21 @@ class CouplingInverse(InvertRule):
 
     def inverse(self, layer: Coupling, y: Any, kept: Any) -> Any:
         """`x`."""
-        y1, y2 = _halves(y, "Coupling")
+        y1, y2 = _halves(y)
         x2 = y2 - layer.g(y1)
-        return jnp.concatenate([y1 - layer.f(x2), x2], -1)
+        return _as(y, y1 - layer.f(x2), x2)
 
     def backward(self, layer: Coupling, y: Any, kept: Any, ct_out: Any) -> tuple[Any, list[Any], Any]:
         """What is subtracted is what is differentiated: no branch runs twice."""
-        (y1, y2), (ct1, ct2) = _halves(y, "Coupling"), _halves(ct_out, "Coupling")
+        (y1, y2), (ct1, ct2) = _halves(y), _halves(ct_out)
         f_bits, g_bits = kept or (None, None)
         moved, g_vjp = _value_and_vjp(layer.g, y1, g_bits)
         g_grads, ct = g_vjp(ct2)
         x2, ct1, g_grads = trees.tie((y2 - moved, ct1 + ct, g_grads))
         moved, f_vjp = _value_and_vjp(layer.f, x2, f_bits)
         f_grads, ct = f_vjp(ct1)
-        x = jnp.concatenate([y1 - moved, x2], -1)
-        return x, [*f_grads, *g_grads], jnp.concatenate([ct1, ct2 + ct], -1)
+        x = _as(y, y1 - moved, x2)
+        return x, [*f_grads, *g_grads], _as(ct_out, ct1, ct2 + ct)
 
 
 @dataclass(frozen=True)
@@ -165,12 +183,12 @@ class CouplingBits(CouplingInverse):
 
     def forward(self, layer: Coupling, x: Any) -> tuple[Any, Any]:
         """The output, and the booleans of the vjps of `f` and `g`."""
-        x1, x2 = _halves(x, "Coupling")
+        x1, x2 = _halves(x)
         moved, f_vjp = rules.value_and_vjp(layer.f, x2)
         y1 = x1 + moved
         moved, g_vjp = rules.value_and_vjp(layer.g, y1)
         kept = tuple(list(filter(_is_boolean, jax.tree.leaves(vjp))) for vjp in (f_vjp, g_vjp))
-        return jnp.concatenate([y1, x2 + moved], -1), kept
+        return _as(x, y1, x2 + moved), kept
 
 
 @functools.lru_cache(maxsize=512)

@@ -58,10 +58,10 @@ def times(
     return (x.reshape(-1, x.shape[-1]) @ matrix).reshape(*x.shape[:-1], matrix.shape[1])
 
 
-def transpose(layer: LinearLayer, x: InputShape, ct_out: Array) -> Array:
-    """`ct_in = ct_out J^T` of a linear layer, in working precision. Cost: one input vjp."""
-    wide = trees.widen(layer)
-    return trees.transpose(wide.linear, x.wide(), trees.widen(ct_out))
+def transpose(layer: LinearLayer, x: Any, ct_out: Any) -> Any:
+    """`ct_in = ct_out J^T` of a linear layer, in working precision; `x`: an `InputShape`, or a pytree of them. Cost: one input vjp."""
+    wide = jax.tree.map(InputShape.wide, x, is_leaf=lambda one: isinstance(one, InputShape))
+    return trees.transpose(trees.widen(layer).linear, wide, trees.widen(ct_out))
 
 
 def cast(a: Array, dtype: Any) -> Array:
@@ -79,7 +79,7 @@ class LinearRule(VijpRule):
 
     def forward(self, layer: Any, x: Any) -> tuple[Any, Any]:
         """The layer's output; nothing is kept but the input's shape."""
-        return layer(x), InputShape.of(x)
+        return layer(x), jax.tree.map(InputShape.of, x)
 
     def reverse(self, layer: Any, residuals: Any, ct_out: Any) -> tuple[Any, Any]:
         """The transposed map."""

@@ -1,4 +1,4 @@
-"""Layers that move numbers and change none: flatten, reshape, permute, space to depth, channel padding.
+"""Layers that move numbers and change none: flatten, reshape, permute, split, concatenate, space to depth, channel padding.
 
 All act on trailing axes and accept any leading ones. Their transposes are their inverses, so the vijp is the layer itself applied
 to the cotangent: exact, no residuals, growth 1.
@@ -6,6 +6,7 @@ to the cotangent: exact, no residuals, growth 1.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,12 +25,12 @@ from mwplan.rules import InvertRule, Unavailable, VijpRule
 class _Moves:
     """What layers that only move numbers share: `linear` and `undo`."""
 
-    def linear(self, x: Array) -> Array:
+    def linear(self, x: Any) -> Any:
         """The layer itself."""
         raise NotImplementedError
 
-    def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*moved"]:
-        """Applies the layer."""
+    def __call__(self, x: Any) -> Any:
+        """Applies the layer, to an array or, if it is `Concatenate`, to a tuple of them."""
         return self.linear(x)
 
     def vijp_rules(self, x: Any) -> Sequence[VijpRule | Unavailable]:
@@ -54,7 +55,7 @@ class Move(LinearRule):
 
 @dataclass(frozen=True)
 class MoveBack(InvertRule):
-    """The transpose of a permutation is its inverse. `shape`: of one input; only its trailing axes matter."""
+    """The transpose of a permutation is its inverse. `shape`: of one input, of which only trailing axes matter; of `Concatenate`, its parts' sizes."""
 
     shape: tuple[int, ...]
     name: str = "move"
@@ -123,6 +124,44 @@ def _permute(x: Array, order: tuple[int, ...]) -> Array:
     if lead < 0 or sorted(order) != list(range(len(order))):
         raise ArgumentError(f"`order={order}` must be a permutation of at most {x.ndim} axes")
     return x.transpose(*range(lead), *(lead + a for a in order))
+
+
+@layer
+class Split(_Moves):
+    """The last axis in `parts` equal parts: a tuple of arrays, as `Coupling` takes them."""
+
+    parts: int = static(default=2)
+
+    def linear(self, x: Array) -> tuple[Array, ...]:
+        """The layer itself."""
+        if x.ndim < 1 or self.parts < 1 or x.shape[-1] % self.parts:
+            raise ArgumentError(
+                f"`x.shape={x.shape}`: Split({self.parts}) needs a multiple of {self.parts} channels on the last axis"
+            )
+        return tuple(jnp.split(x, self.parts, -1))
+
+    def undo(self, y: Any, shape: tuple[int, ...]) -> Array:
+        """The inverse."""
+        return jnp.concatenate(y, -1)
+
+
+@layer
+class Concatenate(_Moves):
+    """The arrays of a tuple, one after the other along the last axis."""
+
+    def linear(self, x: tuple[Array, ...]) -> Array:
+        """The layer itself."""
+        if not isinstance(x, tuple | list) or not x:
+            raise ArgumentError(f"`x` must be a tuple of arrays for Concatenate, got {type(x).__name__}")
+        return jnp.concatenate(x, -1)
+
+    def invert_rules(self, x: Any) -> Sequence[InvertRule | Unavailable]:
+        """Splitting."""
+        return [MoveBack(tuple(one.shape[-1] for one in x))]
+
+    def undo(self, y: Array, shape: tuple[int, ...]) -> Any:
+        """The inverse, for parts of the sizes `shape`."""
+        return tuple(jnp.split(y, list(itertools.accumulate(shape))[:-1], -1))
 
 
 @layer
