@@ -7,6 +7,8 @@ cells is evaluated, sorted and thinned for all stretches of a length together.
 from __future__ import annotations
 
 import itertools
+import math
+import threading
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +25,7 @@ NO_POINTS: Points = (np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64), n
 Samples = NDArray[np.float32]
 _INF = np.float32(np.inf)
 #: about so many groups are bounded at once: enough that threads seldom wait for one another, few enough for a processor's cache
-_GROUPS = 16_000
+_GROUPS = 8_000
 
 
 @dataclass(slots=True)
@@ -86,6 +88,24 @@ def envelopes(
 
     of_, need, time = zip(*each(envelope, list(zip(chunks, parts))))
     return np.concatenate(of_), np.concatenate(need), np.concatenate(time)
+
+
+class _Scratch(threading.local):
+    """Arrays of one thread that are used again and again: the system takes longer to hand out fresh memory than is worked on it."""
+
+    def __init__(self) -> None:
+        self._arrays: dict[tuple[str, int], NDArray[Any]] = {}
+
+    def array(self, name: str, number: int, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
+        """An array of that shape, with whatever numbers; the next of this name and number has the same memory."""
+        size = math.prod(shape)
+        found = self._arrays.get((name, number))
+        if found is None or found.size < size:
+            found = self._arrays[name, number] = np.empty(size, dtype)
+        return found[:size].reshape(shape)
+
+
+_scratch = _Scratch()
 
 
 @dataclass(slots=True)
@@ -159,10 +179,17 @@ class _Cells:
         pairs, samples, width = self.pairs, self.right.samples, LEVELS[number]
         sheet, shift = self.left.sheets[number], self.shifts.sheets[number]
         _, count, wide = sheet.shape
-        ratio = wide // 2
-        bounds = sheet.reshape(-1, wide).take(pairs.left[group] * count + parent, axis=0)
-        columns = shift.reshape(-1, wide).take(pairs.moved[group] * count + parent, axis=0)
-        bounds += samples.ravel().take(columns + (pairs.right[group] * samples.shape[1])[:, None])
+        ratio, size = wide // 2, (group.size, wide)
+        # All indices are in range; asked to clip them, `take` writes to its place at once.
+        bounds = _scratch.array("bounds", number, size, np.float32)
+        sheet.reshape(-1, wide).take(pairs.left[group] * count + parent, axis=0, out=bounds, mode="clip")
+        columns = _scratch.array("columns", 0, size, shift.dtype)
+        shift.reshape(-1, wide).take(pairs.moved[group] * count + parent, axis=0, out=columns, mode="clip")
+        index = _scratch.array("index", 0, size, np.intp)
+        np.add(columns, (pairs.right[group] * samples.shape[1])[:, None], out=index)
+        suffix = _scratch.array("suffix", 0, size, np.float32)
+        samples.ravel().take(index, out=suffix, mode="clip")
+        bounds += suffix
         lower, upper = bounds[:, :ratio], bounds[:, ratio:]
 
         stretch = self.of[group]
@@ -178,7 +205,9 @@ class _Cells:
             self.limit[where] = np.minimum(self.limit[where], best)
             np.minimum.accumulate(self.limit, axis=1, out=self.limit)
         known = self.limit[stretch[:, None], last - (width - 1)] * self.factor
-        alive = lower < known.take(part, axis=0)
+        own = _scratch.array("known", 0, lower.shape, np.float32)
+        known.take(part, axis=0, out=own, mode="clip")
+        alive = np.less(lower, own, out=_scratch.array("alive", number, lower.shape, np.bool_))
         return _Level(group, parent, lower, upper, best, cuts, part, stretch, last, alive)
 
     def add_to(self, points: Pieces, optimistic: bool) -> None:

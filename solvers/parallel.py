@@ -5,7 +5,9 @@ Threads suffice: nearly all of the time is in numpy's loops, which run without t
 
 from __future__ import annotations
 
+import functools
 import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -14,6 +16,7 @@ _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 #: more threads would wait for the interpreter's lock
 _MOST = 8
+_NAME = "mwplan-solver"
 
 
 def processors() -> int:
@@ -22,11 +25,19 @@ def processors() -> int:
     return len(allowed(0)) if allowed else os.cpu_count() or 1
 
 
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix=_NAME)
+
+
+if hasattr(os, "register_at_fork"):
+    # A forked process has none of the threads.
+    os.register_at_fork(after_in_child=_pool.cache_clear)
+
+
 def each(function: Callable[[_Item], _Result], items: Sequence[_Item]) -> list[_Result]:
     """`function` of each item, in their order; on as many threads as there are processors for. The first error is raised."""
-    threads = min(len(items), processors(), _MOST)
-    if threads < 2:
+    threads = min(processors(), _MOST)
+    if min(threads, len(items)) < 2 or threading.current_thread().name.startswith(_NAME):
         return [function(item) for item in items]
-    # A pool for each call costs a fraction of a millisecond, and none is left to a process that forks.
-    with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(function, items))
+    return list(_pool(threads).map(function, items))

@@ -151,7 +151,7 @@ class Buffer:
                 np.copyto(samples[:, :n], _INF, where=self.grid < floor[:, None])
                 np.copyto(samples[:, n + 1 : -1], _INF, where=self.grid < (floor + self.waiting)[:, None])
             for sheet, columns in zip(self.sheets, self.columns):
-                sheet[first : first + rows] = samples.take(columns, axis=1)
+                samples.take(columns, axis=1, out=sheet[first : first + rows], mode="clip")
         self.size, self.rows = end, first + rows
         return at
 
