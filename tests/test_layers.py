@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import mwplan as mw
 from mwplan import layers as ml
 from mwplan import residuals, rules, trees
 
@@ -516,3 +517,18 @@ def test_couplings_of_parts_that_differ() -> None:
             for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
                 np.testing.assert_allclose(one, other, atol=1e-12)
     assert jax.tree.structure(y) == jax.tree.structure(x)
+
+
+def test_products_over_several_axes_add_their_bias_in_place() -> None:
+    """A convolution with one tap and a dense layer over several axes: nothing but the output, and as `jax.lax` has it."""
+    x = noise(0, (64, 16, 16, 8))
+    weight, bias = noise(1, (1, 1, 8, 8)), noise(2, (8,))
+    want = (
+        jax.lax.conv_general_dilated(x, weight, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        + bias
+    )
+    for layer in (ml.Conv2D(weight, bias), ml.Dense(weight[0, 0], bias)):
+        compiled = mw.jit(lambda x, layer=layer: layer(x)).lower(x).compile()
+        np.testing.assert_allclose(compiled(x), want, atol=1e-5)
+        if jax.default_backend() == "cpu":
+            assert compiled.memory_analysis().temp_size_in_bytes < x.nbytes / 100

@@ -83,16 +83,18 @@ class Dense:
 
     def linear(self, x: Float[Array, "*batch inner"]) -> Float[Array, "*batch outer"]:
         """The layer without its bias."""
+        return self._times(x, None)
+
+    def __call__(self, x: Float[Array, "*batch inner"]) -> Float[Array, "*batch outer"]:
+        """Applies the layer."""
+        return self._times(x, self.bias)
+
+    def _times(self, x: Array, bias: Array | None) -> Array:
         if x.ndim < 1 or x.shape[-1] != self.weight.shape[0]:
             raise ArgumentError(
                 f"`x.shape={x.shape}`: this Dense layer takes {self.weight.shape[0]} features on the last axis"
             )
-        return times(x, self.weight)
-
-    def __call__(self, x: Float[Array, "*batch inner"]) -> Float[Array, "*batch outer"]:
-        """Applies the layer."""
-        y = self.linear(x)
-        return y if self.bias is None else y + self.bias
+        return times(x, self.weight, bias)
 
     def vijp_rules(self, x: Any) -> Sequence[VijpRule | Unavailable]:
         """Exact for `outer <= inner`, with the null-space fragment otherwise; cokernel fragments where there is a basis."""

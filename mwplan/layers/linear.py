@@ -48,14 +48,21 @@ class InputShape:
 
 
 def times(
-    x: Inexact[Array, "*batch inner"], matrix: Inexact[Array, "inner outer"]
+    x: Inexact[Array, "*batch inner"],
+    matrix: Inexact[Array, "inner outer"],
+    bias: Inexact[Array, " outer"] | None = None,
 ) -> Inexact[Array, "*batch outer"]:
-    """`x @ matrix`, as a product of two matrices.
+    """`x @ matrix + bias`, as a product of two matrices.
 
     With more axes than two XLA:CPU computes the gradient of `matrix` from a transposed copy of the cotangent: one activation more at the
     step's peak.
     """
-    return (x.reshape(-1, x.shape[-1]) @ matrix).reshape(*x.shape[:-1], matrix.shape[1])
+    y = x.reshape(-1, x.shape[-1]) @ matrix
+    if bias is not None:
+        y = y + bias
+        # As part of the addition the new shape would keep XLA from adding in place: another activation more.
+        y = y if x.ndim == 2 else trees.tie(y)
+    return y.reshape(*x.shape[:-1], matrix.shape[1])
 
 
 def transpose(layer: LinearLayer, x: Any, ct_out: Any) -> Any:

@@ -83,16 +83,18 @@ class OrthogonalDense:
 
     def linear(self, x: Float[Array, "*batch inner"]) -> Float[Array, "*batch outer"]:
         """The layer without its bias."""
+        return self._times(x, None)
+
+    def __call__(self, x: Float[Array, "*batch inner"]) -> Float[Array, "*batch outer"]:
+        """Applies the layer."""
+        return self._times(x, self.bias)
+
+    def _times(self, x: Array, bias: Array | None) -> Array:
         if x.ndim < 1 or x.shape[-1] != self.inner:
             raise ArgumentError(
                 f"`x.shape={x.shape}`: this OrthogonalDense takes {self.inner} features on the last axis"
             )
-        return times(x, self.matrix()[: self.inner, : self.outer].astype(x.dtype))
-
-    def __call__(self, x: Float[Array, "*batch inner"]) -> Float[Array, "*batch outer"]:
-        """Applies the layer."""
-        y = self.linear(x)
-        return y if self.bias is None else y + self.bias
+        return times(x, self.matrix()[: self.inner, : self.outer].astype(x.dtype), bias)
 
     def vijp_rules(self, x: Any) -> Sequence[VijpRule | Unavailable]:
         """The jvp; with the rest of the rows as fragment where `outer > inner`."""

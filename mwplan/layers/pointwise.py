@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from mwplan import trees
 from mwplan.layers.geometry import Geometry
-from mwplan.layers.linear import LinearRule, Refined, left_inverse, no_examples, rank_problem
+from mwplan.layers.linear import LinearRule, Refined, left_inverse, no_examples, rank_problem, times
 from mwplan.rules import Unavailable, VijpRule
 
 
@@ -103,7 +103,11 @@ class Pointwise(LinearRule):
                 )
             parts.append(part.reshape(*part.shape[:-1], groups, -1))
         rows = jnp.concatenate(parts, -1)
-        ct_out = jnp.einsum("...gi,goi->...go", rows, left_inverse(self.matrix(layer, g)))
+        inverse = left_inverse(self.matrix(layer, g))
+        if groups > 1 or trees.explicitly_sharded(rows):
+            ct_out = jnp.einsum("...gi,goi->...go", rows, inverse)
+        else:
+            ct_out = times(rows[..., 0, :], inverse[0].T)
         return ct_out.reshape(*lead, *g.out, -1)
 
 
