@@ -69,7 +69,7 @@ LOSS = 1.0
 #: Programs whose step takes so many times the median of all, and a second or more, are timed once, in the warm-up.
 SLOW = 6
 #: Seconds after which the trial that chooses among plans ends.
-TRIAL = 60.0
+TRIAL = 120.0
 
 
 class NotApplicableError(MwplanError):
