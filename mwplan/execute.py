@@ -291,8 +291,10 @@ def can_be_arranged(chain: Chain) -> bool:
 
 
 def _performer(chain: Chain, arrangement: int) -> Performer:
-    if arrangement in (UNTIED, LOOSE):
-        return alone if arrangement == UNTIED else loose
+    if arrangement == UNTIED:
+        return alone
+    if arrangement == LOOSE:
+        return loose
     if not arrangement or not can_be_arranged(chain):
         return compiled
     return Arranged(arrangement, max(leaf.size for leaf in trees.parameters(chain)) + 257)

@@ -26,10 +26,10 @@ from mwplan.rules import (
 )
 from mwplan.trees import widen
 
-Halves = Array | tuple[Array, Array]
+_Halves = Array | tuple[Array, Array]
 
 
-def _halves(x: Halves) -> tuple[Array, Array]:
+def _halves(x: _Halves) -> tuple[Array, Array]:
     """The two parts that a coupling acts on."""
     if isinstance(x, tuple):
         if len(x) != 2:
@@ -43,7 +43,7 @@ def _halves(x: Halves) -> tuple[Array, Array]:
     return x[..., :half], x[..., half:]
 
 
-def _as(x: Halves, first: Array, second: Array) -> Any:
+def _as(x: _Halves, first: Array, second: Array) -> Any:
     """The parts as `x` has them."""
     return (first, second) if isinstance(x, tuple) else jnp.concatenate([first, second], -1)
 
@@ -66,7 +66,7 @@ class Coupling:
     f: Any
     g: Any
 
-    def __call__(self, x: Halves) -> Any:
+    def __call__(self, x: _Halves) -> Any:
         """Applies the block."""
         x1, x2 = _halves(x)
         y1 = x1 + self.f(x2)
@@ -103,7 +103,7 @@ class Subtract(VijpRule):
         """The output and the input."""
         return layer(x), x
 
-    def _branches(self, layer: Coupling, x: Halves) -> tuple[Any, Any]:
+    def _branches(self, layer: Coupling, x: _Halves) -> tuple[Any, Any]:
         x1, x2 = _halves(widen(x))
         moved, f_vjp = _vjp(layer.f, x2)
         _, g_vjp = _vjp(layer.g, x1 + moved)
@@ -113,7 +113,7 @@ class Subtract(VijpRule):
         """`ct_in`."""
         return self._pull(self._branches(layer, residuals), ct_out), ()
 
-    def _pull(self, branches: tuple[Any, Any], ct_out: Halves) -> Any:
+    def _pull(self, branches: tuple[Any, Any], ct_out: _Halves) -> Any:
         f_vjp, g_vjp = branches
         ct1, ct2 = _halves(widen(ct_out))
         ct1 = ct1 + g_vjp(ct2)[0]

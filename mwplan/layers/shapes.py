@@ -151,7 +151,7 @@ class Concatenate(_Moves):
 
     def linear(self, x: tuple[Array, ...]) -> Array:
         """The layer itself."""
-        if not isinstance(x, tuple | list) or not x:
+        if not isinstance(x, tuple) or not x:
             raise ArgumentError(f"`x` must be a tuple of arrays for Concatenate, got {type(x).__name__}")
         return jnp.concatenate(x, -1)
 
