@@ -17,7 +17,17 @@ from mwplan import sharding, trees
 from mwplan.chain import Chain, Stack, boundaries, check_chain, fingerprint
 from mwplan.compiling import warn_if_undone
 from mwplan.errors import ArgumentError, ScheduleMismatchError, SecondDerivativeError
-from mwplan.interpret import Arranged, Gradients, Interpreter, Performer, View, alone, compiled, loose
+from mwplan.interpret import (
+    Arranged,
+    Detours,
+    Gradients,
+    Interpreter,
+    Performer,
+    View,
+    alone,
+    compiled,
+    loose,
+)
 from mwplan.schedule import RunKind, Schedule, allow_nesting, nesting, reporting_runs
 from mwplan.sizes import show_bytes
 
@@ -212,7 +222,7 @@ def check_match(schedule: Schedule, chain: Chain) -> None:
         )
 
 
-def apply(schedule: Schedule, chain: Chain, x: PyTree, *, arrangement: int = 0) -> PyTree:
+def apply(schedule: Schedule, chain: Chain, x: PyTree, *, arrangement: Arrangement = 0) -> PyTree:
     """`chain(x)`, to be differentiated by `schedule`.
 
     An ordinary JAX function of `chain` and `x`: `jax.grad`, `jit`, `vmap`, `shard_map` and `optax` work on it as on the plain chain. Jit
@@ -236,13 +246,13 @@ def value_and_grad(
     *,
     has_aux: bool = False,
     wrt_input: bool = False,
-    arrangement: int = 0,
+    arrangement: Arrangement = 0,
 ) -> Callable[..., tuple[tuple[Any, Report], Any]]:
     """A function that returns `(loss, report), grads`, like `jax.value_and_grad` with the runs' error report.
 
     **Arguments:** `loss(y, *args)`, a scalar (with `has_aux`, a pair of it and anything); `schedule`; `wrt_input`: also the
-    gradient with respect to the input; `arrangement`: above 0, as many other programs for the same step, which differ in the holes that XLA's allocator
-    leaves between buffers (`mw.fit` tries some; without effect where a parameter is larger than 64 KiB); `mw.UNTIED`: no barriers around operations, so
+    gradient with respect to the input; `arrangement`: `fitted.arrangement` of `mw.fit`, another program for the same step, which differs in the holes that XLA's allocator
+    leaves between buffers (without effect where a parameter is larger than 64 KiB); `mw.UNTIED`: no barriers around operations, so
     that XLA fuses across layers; `mw.LOOSE`: none around residuals, so that XLA may compute them again from what is there anyway. Both are often a few per cent faster, but the
     peak is no longer the planned one (loose, it is mostly lower): compile and measure it.
     **Returns:** `f(chain, x, *args) -> ((value, report), grads)`, where `value` is what `loss` returned, `grads` is a chain (with None
@@ -277,6 +287,8 @@ def value_and_grad(
     return step
 
 
+#: How the program of a step is written: 0, as planned; `UNTIED`; `LOOSE`; with detours.
+Arrangement = int | Detours
 #: The arrangement without barriers around operations: those around recomputed stretches and reconstructions stay.
 UNTIED = -1
 #: The arrangement with barriers around activations and cotangents, but not around residuals.
@@ -290,13 +302,17 @@ def can_be_arranged(chain: Chain) -> bool:
     return max(map(trees.nbytes, trees.parameters(chain)), default=LARGEST_ARRANGED) < LARGEST_ARRANGED
 
 
-def _performer(chain: Chain, arrangement: int) -> Performer:
+def _performer(chain: Chain, arrangement: Arrangement) -> Performer:
     if arrangement == UNTIED:
         return alone
     if arrangement == LOOSE:
         return loose
-    if not arrangement or not can_be_arranged(chain):
+    if arrangement == 0 or not can_be_arranged(chain):
         return compiled
+    if not isinstance(arrangement, Detours):
+        raise ArgumentError(
+            f"`arrangement={arrangement!r}` must be 0, `mw.UNTIED`, `mw.LOOSE` or what `mw.fit` found (`fitted.arrangement`)"
+        )
     return Arranged(arrangement, max(leaf.size for leaf in trees.parameters(chain)) + 257)
 
 

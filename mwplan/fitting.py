@@ -13,17 +13,18 @@ from typing import Any
 
 import jax
 
-from mwplan import execute, measure, planning
+from mwplan import execute, heap, measure, planning
 from mwplan.chain import Chain, boundaries, check_chain
 from mwplan.compiling import jit, temporaries
 from mwplan.errors import ArgumentError, InfeasibleError
+from mwplan.execute import Arrangement
+from mwplan.interpret import EVEN
 from mwplan.profiles import Profile
 from mwplan.schedule import Choice, Schedule, Strategy, check_allowed
 from mwplan.sizes import parse_bytes, show_bytes, show_ns
 
 PyTree = Any
-ARRANGEMENTS = 5  # of one schedule, beside the plain one
-SOON = 1  # of these, what is tried before another schedule: in 22 random chains no later one closed a hole that the first had left
+DETOURS = 2  # programs of one schedule whose detours are made for its heap
 LESS = (0.5, 0.25)  # shares of the room for temporaries whose plans are timed when tuning
 
 
@@ -31,7 +32,7 @@ LESS = (0.5, 0.25)  # shares of the room for temporaries whose plans are timed w
 class Attempt:
     """One program that was compiled: predicted and measured temporaries, and seconds of compilation; `arrangement`, as in `mw.value_and_grad`."""
 
-    arrangement: int = 0
+    arrangement: Arrangement = 0
     predicted_bytes: int
     measured_bytes: int
     compile_seconds: float
@@ -53,7 +54,7 @@ class Fitted:
     attempts: tuple[Attempt, ...]
 
     @property
-    def arrangement(self) -> int:
+    def arrangement(self) -> Arrangement:
         """That of the step, for `mw.value_and_grad` where it is to be part of a larger program."""
         return self.attempts[-1].arrangement
 
@@ -92,8 +93,8 @@ def fit(
     """The fastest schedule whose *compiled* step fits the budget.
 
     A schedule's peak is what is alive at once. The compiler's allocator may need more, where buffers of different lifetimes leave holes
-    between them, and not all of these are foreseen; then another arrangement of the same step is compiled, then leaner schedules, and last further
-    arrangements, until one fits.
+    between them, and not all of these are foreseen; then the same step is compiled with detours that close them (`mwplan.heap`; not where a parameter is larger than 64 KiB), and if that
+    does not help either, leaner schedules, until one fits.
 
     **Arguments:** `loss(y, *args)`, as `mw.value_and_grad`, with `has_aux` and `wrt_input`; `chain`, `x`; `budget`, bytes of the whole step or a text
     such as "2GiB"; `profile` (measured if None); `max_error`, `allowed`, as `mw.plan`; `thin`, `regular`, as `mw.plan`; `max_attempts`, compilations of each plan; `tune`, rounds in
@@ -181,16 +182,33 @@ class _Compiler:
     profile: Profile
 
     def __call__(
-        self, schedule: Schedule, arrangement: int, budget_bytes: int, before: Sequence[Attempt] = ()
+        self, schedule: Schedule, arrangement: Arrangement, budget_bytes: int, before: Sequence[Attempt] = ()
     ) -> Fitted:
         """The step, whether it fits or not; its attempts are those `before` and its own."""
         start = time.perf_counter()
-        step = jit(self.gradient(schedule, arrangement=arrangement)).lower(*self.args).compile()
+        step = self._lowered(schedule, arrangement).compile()
+        return self._fitted(step, schedule, arrangement, budget_bytes, before, time.perf_counter() - start)
+
+    def even(
+        self, schedule: Schedule, budget_bytes: int, before: Sequence[Attempt]
+    ) -> tuple[Fitted, heap.Heap | None]:
+        """As a call, with the detours `EVEN`; and the program's heap."""
+        start = time.perf_counter()
+        step, found = heap.compiled(self._lowered(schedule, EVEN))
+        return self._fitted(step, schedule, EVEN, budget_bytes, before, time.perf_counter() - start), found
+
+    def _lowered(self, schedule: Schedule, arrangement: Arrangement) -> Any:
+        return jit(self.gradient(schedule, arrangement=arrangement)).lower(*self.args)
+
+    def _fitted(
+        self, step: Any, schedule: Schedule, arrangement: Arrangement, budget_bytes: int,
+        before: Sequence[Attempt], seconds: float,
+    ) -> Fitted:  # fmt: skip
         attempt = Attempt(
             arrangement=arrangement,
             predicted_bytes=schedule.peak_bytes,
             measured_bytes=temporaries(step),
-            compile_seconds=time.perf_counter() - start,
+            compile_seconds=seconds,
         )
         return Fitted(
             step=step,
@@ -213,25 +231,28 @@ def _fit(
     fixed_bytes = compiler.profile.fixed_bytes
     room = budget_bytes - fixed_bytes
     attempts: list[Attempt] = []
-    last = ARRANGEMENTS if execute.can_be_arranged(compiler.args[0]) else 0
 
-    def candidates() -> Iterator[tuple[Schedule, int]]:
-        """Every schedule as it is and in the first arrangement; then the other arrangements, of what came closest first."""
-        tried: list[Schedule] = []
+    def tried() -> Iterator[Fitted]:
+        """Every schedule as it is, with the same detour everywhere, and with those that leave no holes by its heap."""
         for schedule in schedules(attempts=attempts):
-            tried.append(schedule)
-            yield from ((schedule, arrangement) for arrangement in range(1 + min(SOON, last)))
-        tried.sort(key=lambda schedule: _best_bytes(attempts, schedule))
-        yield from itertools.product(tried, range(1 + SOON, 1 + last))
+            yield compiler(schedule, 0, budget_bytes, attempts)
+            if not execute.can_be_arranged(compiler.args[0]):
+                continue
+            even, found = compiler.even(schedule, budget_bytes, attempts)
+            yield even
+            rest = 0 if found is None else max(0, even.temporary_bytes - found.needs(EVEN))
+            for seed in range(DETOURS):
+                if found is None or (detours := found.arranged(room - rest, seed)) is None:
+                    break
+                yield compiler(schedule, detours, budget_bytes, attempts)
 
-    for schedule, arrangement in itertools.islice(candidates(), max_attempts):
-        made = compiler(schedule, arrangement, budget_bytes, attempts)
+    for made in itertools.islice(tried(), max_attempts):
         needs = made.temporary_bytes
         if needs <= room:
             return made
         attempts.append(made.attempts[-1])
         say(
-            f"a schedule of {show_bytes(schedule.peak_bytes)} needs {show_bytes(needs)} compiled, "
+            f"a schedule of {show_bytes(made.schedule.peak_bytes)} needs {show_bytes(needs)} compiled, "
             f"{show_bytes(needs - room)} above the budget: trying another arrangement, or a leaner one"
         )
     least = min(attempt.measured_bytes for attempt in attempts) + fixed_bytes

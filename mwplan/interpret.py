@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import random
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
@@ -53,35 +52,62 @@ def loose(sweep: str, layer: int, depth: int, operation: Callable[..., Any], *ar
 
 
 @dataclass(frozen=True)
-class Arranged:
-    """As `compiled`, but some operations begin with a detour: one of their small parameters, padded, is negated an even number of times.
+class Detours:
+    """An arrangement: operations that begin with a detour, one of their small parameters, padded, negated an even number of times.
 
     What it is for: XLA places the longest-lived of equally large buffers first, where life is counted in allocations, and so leaves holes
-    that depend on how many small buffers come and go beside the large ones. A detour adds some: the program is the same, the holes are others. Nothing
-    of an operation starts before its detour is over, or what it has already written would live the longer for it.
+    that depend on how many small buffers come and go beside the large ones. A detour adds some: the program is the same, the holes are others.
 
-    `number`: of the arrangement. The first makes the same detour in every operation that has a small parameter, so that lives come closer to being
-    counted in operations (measured: it closes most holes); in others the detours' lengths are random.
+    `lengths`, of operations by `name`, even numbers; `others`, of all others that have a small parameter. With the same for all, lives come closer to being
+    counted in operations (measured: it closes most holes).
+    """
+
+    SCOPE: ClassVar[str] = "detour"
+
+    lengths: tuple[tuple[str, int], ...] = ()
+    others: int = 0
+
+    @functools.cached_property
+    def _lengths(self) -> dict[str, int]:
+        return dict(self.lengths)
+
+    def length(self, name: str) -> int:
+        """That of the operation `name`."""
+        return self._lengths.get(name, self.others)
+
+
+#: The same detour in every operation.
+EVEN = Detours(others=10)
+
+
+@dataclass(frozen=True)
+class Arranged:
+    """As `compiled`, with detours. Nothing of an operation starts before its detour is over, or what it has already written would live the longer for it.
 
     `size`: elements of a padded parameter, more than any output has, or the
     detour would be made in an output that is not written yet, and count for nothing.
     """
 
-    number: int
+    detours: Detours
     size: int
 
     def __call__(self, sweep: str, layer: int, depth: int, operation: Callable[..., Any], *args: Any) -> Any:
         """As `compiled`."""
         leaves, treedef = jax.tree.flatten(trees.tie(args))
-        small = [(leaf.size, i) for i, leaf in enumerate(leaves) if trees.is_inexact(leaf)]
-        size, at = min(small, default=(self.size, 0))
-        length = random.Random(f"{self.number} {sweep} {layer} {depth}").choice((0, 2, 4, 8, 16))
-        times = 10 if self.number == 1 else length
-        if 0 < size < self.size and times:
-            padded = jnp.pad(leaves[at].reshape(-1), (0, self.size - size))
-            for _ in range(times):
-                padded = trees.tie(-padded)
-            leaves[at] = padded[:size].reshape(leaves[at].shape)
+        # The largest: a backward pass needs a weight, and not always a bias.
+        small = [
+            (leaf.size, i)
+            for i, leaf in enumerate(leaves)
+            if trees.is_inexact(leaf) and leaf.size < self.size
+        ]
+        size, at = max(small, default=(0, 0))
+        name = f"{sweep} {layer} {depth}"
+        if size and (times := self.detours.length(name)):
+            with jax.named_scope(f"{Detours.SCOPE}:{name}"):
+                padded = jnp.pad(leaves[at].reshape(-1), (0, self.size - size))
+                for _ in range(times):
+                    padded = trees.tie(-padded)
+                leaves[at] = padded[:size].reshape(leaves[at].shape)
         return trees.tie(operation(*jax.tree.unflatten(treedef, trees.tie(leaves))))
 
 

@@ -46,9 +46,16 @@ class Packing:
     offsets: tuple[int, ...]
 
 
-def pack(buffers: Sequence[Buffer]) -> Packing:
-    """Places `buffers` as XLA does. Cost: quadratic in their number (a thousand take some 30 ms)."""
-    by_size = sorted(range(len(buffers)), key=lambda i: (-buffers[i].size_bytes, -_life(buffers[i]), i))
+def pack(buffers: Sequence[Buffer], firsts: Sequence[int] | None = None) -> Packing:
+    """Places `buffers` as XLA does. Cost: quadratic in their number (a thousand take some 30 ms).
+
+    `firsts`: when the first of the arrays that a buffer holds, one written in the place of another, ends: the order by size counts its life alone. By default a buffer
+    holds one.
+    """
+    ends = [buffer.stop for buffer in buffers] if firsts is None else firsts
+    by_size = sorted(
+        range(len(buffers)), key=lambda i: (-buffers[i].size_bytes, buffers[i].start - ends[i], i)
+    )
     by_life = sorted(range(len(buffers)), key=lambda i: (-_life(buffers[i]), -buffers[i].size_bytes, i))
     return min((_placed(buffers, order) for order in (by_size, by_life)), key=lambda p: p.total_bytes)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from typing import Any
 
 import jax
@@ -11,7 +10,9 @@ import jax.numpy as jnp
 import pytest
 
 import mwplan as mw
-from mwplan import fitting, planning
+from mwplan import fitting, heap, planning
+from mwplan.heap import Heap
+from mwplan.interpret import EVEN, Detours
 from mwplan.layers import Dense
 from mwplan.packing import Buffer, Workspace
 from mwplan.schedule import Run, RunKind, Schedule, Solution
@@ -64,7 +65,8 @@ def test_arrangements_are_other_programs_for_the_same_step(profile: mw.Profile) 
     assert frontier.least_bytes is not None
     schedule = frontier.at(frontier.least_bytes)
     steps = [
-        mw.jit(mw.value_and_grad(mean_square, schedule, arrangement=i)).lower(chain, x) for i in range(3)
+        mw.jit(mw.value_and_grad(mean_square, schedule, arrangement=way)).lower(chain, x)
+        for way in (0, EVEN, Detours((("forward 1 0", 2), ("backward 1 0", 4))))
     ]
     assert len({step.as_text() for step in steps}) == 3
     wanted, *others = (step.compile()(chain, x) for step in steps)
@@ -73,10 +75,14 @@ def test_arrangements_are_other_programs_for_the_same_step(profile: mw.Profile) 
     wide = mw.Chain([Dense.init(jax.random.key(0), 128, 128)])
     plan = Schedule(runs=(Run(kind=RunKind.STORE, start=0, stop=1, options=("vjp",)),))
     texts = {
-        mw.jit(mw.value_and_grad(mean_square, plan, arrangement=i)).lower(wide, jnp.ones((4, 128))).as_text()
-        for i in range(2)
+        mw.jit(mw.value_and_grad(mean_square, plan, arrangement=way))
+        .lower(wide, jnp.ones((4, 128)))
+        .as_text()
+        for way in (0, EVEN)
     }
     assert len(texts) == 1
+    with pytest.raises(mw.ArgumentError, match="`arrangement=1` must be 0"):
+        mw.apply(schedule, chain, x, arrangement=1)
 
 
 @pytest.mark.parametrize(("way", "share"), [(mw.UNTIED, 0.8), (mw.LOOSE, 0.9)])
@@ -98,56 +104,26 @@ def test_an_untied_step_has_the_same_gradient_and_still_recomputes(way: int, sha
         assert relative_error(mw.jit(applied)(net), grads) < 1e-6
 
 
-def test_an_arrangement_is_tried_before_a_leaner_schedule(
-    profile: mw.Profile, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("failures", [1, 2, 3])
+def test_detours_are_tried_before_a_leaner_schedule(
+    profile: mw.Profile, monkeypatch: pytest.MonkeyPatch, failures: int
 ) -> None:
+    """First the same everywhere, then those that its heap asks for."""
     chain, x = network(), jnp.ones((512, 32))
     real, asked = fitting.temporaries, []
+    found = [Detours((("forward 1 0", 2),)), Detours((("forward 1 0", 4),))]
 
-    def once_above(compiled: object) -> int:
+    def at_first_above(compiled: object) -> int:
         asked.append(real(compiled))
-        return 1 << 40 if len(asked) == 1 else asked[-1]
+        return 1 << 40 if len(asked) <= failures else asked[-1]
 
-    monkeypatch.setattr(fitting, "temporaries", once_above)
+    monkeypatch.setattr(fitting, "temporaries", at_first_above)
+    monkeypatch.setattr(heap, "compiled", lambda lowered: (lowered.compile(), Heap((), (), ())))
+    monkeypatch.setattr(Heap, "arranged", lambda heap, room, seed: found[seed])
     total = mw.frontier(profile).points[-1][0] + 3 * x.nbytes
-    first, second = mw.fit(mean_square, chain, x, budget=total, profile=profile).attempts
-    assert (first.arrangement, second.arrangement) == (0, 1)
-    assert first.predicted_bytes == second.predicted_bytes
-
-
-def test_other_schedules_come_before_further_arrangements(
-    profile: mw.Profile, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where nothing fits: each schedule plainly and in the first arrangement, then the rest, beginning with the schedule that came closest."""
-    chain, x = network(), jnp.ones((512, 32))
-    count = itertools.count()
-    monkeypatch.setattr(fitting, "temporaries", lambda compiled: (1 << 40) - next(count))  # ever closer
-    monkeypatch.setattr(fitting, "ARRANGEMENTS", 3)
-    made: list[tuple[int, int]] = []
-    real = fitting.execute.value_and_grad
-
-    def noted(loss: Any, schedule: mw.Schedule, **options: Any) -> Any:
-        made.append((schedule.peak_bytes, options["arrangement"]))
-        return real(loss, schedule, **options)
-
-    monkeypatch.setattr(fitting.execute, "value_and_grad", noted)
-    monkeypatch.setattr(fitting, "jit", lambda step: _Uncompiled())
-    budget = mw.frontier(profile).points[-1][0]
-    with pytest.raises(mw.InfeasibleError, match="that were compiled none does"):
-        mw.fit(mean_square, chain, x, budget=budget, profile=profile, max_attempts=1000)
-    peaks = list(dict.fromkeys(peak for peak, _ in made))
-    assert len(peaks) > 2
-    soon = [(peak, i) for peak in peaks for i in (0, 1)]
-    assert made == soon + [(peak, i) for peak in reversed(peaks) for i in (2, 3)]
-
-
-class _Uncompiled:
-    """A step that nobody compiles."""
-
-    def lower(self, *args: Any) -> _Uncompiled:
-        return self
-
-    compile = lower
+    attempts = mw.fit(mean_square, chain, x, budget=total, profile=profile).attempts
+    assert [one.arrangement for one in attempts] == [0, EVEN, *found][: failures + 1]
+    assert len({one.predicted_bytes for one in attempts}) == 1
 
 
 def test_leaner_schedules_are_tried_until_one_fits(
@@ -161,7 +137,7 @@ def test_leaner_schedules_are_tried_until_one_fits(
         return 1 << 40 if len(asked) < 3 else asked[-1]
 
     monkeypatch.setattr(fitting, "temporaries", pessimist)
-    monkeypatch.setattr(fitting, "ARRANGEMENTS", 0)
+    monkeypatch.setattr(fitting.execute, "can_be_arranged", lambda chain: False)
     told: list[str] = []
     total = mw.frontier(profile).points[-1][0] + 3 * x.nbytes
     found = mw.fit(mean_square, chain, x, budget=total, profile=profile, say=told.append)

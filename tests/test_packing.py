@@ -48,6 +48,13 @@ def test_a_hole() -> None:
     assert pack([Buffer(192, 0, 1), Buffer(64, 1, 5), Buffer(128, 3, 6)]) == Packing(256, (0, 192, 0))
 
 
+def test_the_order_by_size_counts_the_life_of_the_first_array() -> None:
+    """The longest-lived buffer comes last if its first array is short, into what gap there is."""
+    some = [Buffer(64, 0, 9), Buffer(64, 4, 7), Buffer(64, 1, 2)]
+    assert pack(some) == Packing(128, (0, 64, 64))
+    assert pack(some, [1, 7, 2]) == Packing(128, (64, 0, 0))
+
+
 @pytest.mark.parametrize("seed", range(10))
 def test_the_ledgers_buffers_are_what_is_alive(seed: int) -> None:
     """At every point of a frontier; with workspaces in parts, never more."""

@@ -1,0 +1,177 @@
+"""What XLA's allocator does with a compiled program, and what it would do with others that differ in their detours (`mwplan.interpret.Detours`).
+
+The compiler's own reports say when each buffer comes and goes. Of equally large ones the allocator places the longest-lived first, where life is counted in
+allocations and releases: longer and shorter detours make other lives of the same buffers, and with some of them there are fewer holes. With which, is found by packing
+the buffers anew (`mwplan.packing`): milliseconds each, where a compilation takes seconds.
+"""
+
+from __future__ import annotations
+
+import collections
+import random
+import re
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mwplan.compiling import options_of
+from mwplan.interpret import EVEN, Detours
+from mwplan.packing import Buffer, pack
+
+#: Buffers of a smaller share of the largest are left out: they find a place between the others.
+_SMALL = 1 / 500
+_LENGTHS = (0, 2, 4, 8, 16, 32)
+_TRIES = 300
+
+
+@dataclass(frozen=True)
+class Heap:
+    """The large temporary buffers of a compiled program with the detours `EVEN`.
+
+    `buffers`, without those of detours, and when the first array in each ends (`packing.pack`); their moments count `events`, allocations and releases: of each the operation
+    whose detour it belongs to, None for most.
+    """
+
+    buffers: tuple[Buffer, ...]
+    firsts: tuple[int, ...]
+    events: tuple[str | None, ...]
+
+    def needs(self, detours: Detours) -> int:
+        """Bytes of the program with these detours instead, holes included. Cost: that of `packing.pack`."""
+        weights = [EVEN.others if owner is None else detours.length(owner) for owner in self.events]
+        clock = np.cumsum(weights).tolist()
+        moved = [Buffer(one.size_bytes, clock[one.start], clock[one.stop]) for one in self.buffers]
+        return pack(moved, [clock[at] for at in self.firsts]).total_bytes
+
+    @property
+    def alive(self) -> int:
+        """Bytes alive at once: the program needs no less with any detours."""
+        change = np.zeros(len(self.events) + 1, np.int64)
+        for one in self.buffers:
+            change[one.start] += one.size_bytes
+            change[one.stop] -= one.size_bytes
+        return int(change.cumsum().max())
+
+    def arranged(self, room: int, seed: int = 0) -> Detours | None:
+        """Detours with which the program needs at most `room` bytes; None where none of 300 do (a second or two), half of them made at random, half of the best so far."""
+        alive, rng = self.alive, random.Random(seed)
+        names = sorted({owner for owner in self.events if owner is not None})
+        if alive > room or not names:
+            return None
+        best, least = dict.fromkeys(names, EVEN.others), self.needs(EVEN)
+        for at in range(_TRIES):
+            kept = best if at % 2 else {}
+            changed = rng.sample(names, rng.randint(1, min(3, len(names)))) if kept else names
+            lengths = kept | {name: rng.choice(_LENGTHS) for name in changed}
+            needs = self.needs(Detours(tuple(lengths.items())))
+            if needs <= least:
+                best, least = lengths, needs
+            if least <= min(room, alive + alive // 1000):
+                break
+        return Detours(tuple(best.items())) if least <= room else None
+
+
+def compiled(lowered: Any) -> tuple[Any, Heap | None]:
+    """`lowered`, a step with the detours `EVEN`, compiled with `mw.compiler_options()`, and its heap, where the compiler reports on it (XLA:CPU does)."""
+    with tempfile.TemporaryDirectory() as folder:
+        program = lowered.compile({**options_of(), "xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        reports = {
+            path.name.partition("cpu_after_optimizations")[2]: path.read_text()
+            for path in Path(folder).glob("*.cpu_after_optimizations*.txt")
+        }
+    try:
+        return program, read(reports[".txt"], reports["-live-range.txt"], reports["-buffer-assignment.txt"])
+    except KeyError:
+        return program, None
+
+
+def read(program: str, lives: str, places: str) -> Heap | None:
+    """The heap, from the reports on the optimized program, on live ranges and on the assignment of buffers; None where they look otherwise than those of XLA at the end of 2025."""
+    temporary = re.search(
+        r"^allocation \d+: size \d+, preallocated-temp:\n((?: value:.*\n)+)", places, re.MULTILINE
+    )
+    ranges = re.findall(
+        r"^ *(\S+?)(?:\{.*\})?:(\d+)-(\d+)$", lives.partition("BufferLiveRange:")[2], re.MULTILINE
+    )
+    if temporary is None or not ranges:
+        return None
+    scopes = re.findall(
+        rf'^ *(?:ROOT )?%?(\S+) = .*op_name="[^"]*\b{Detours.SCOPE}:([^/")]*)', program, re.MULTILINE
+    )
+    owners = dict(scopes)
+    alive = {name: (int(start), int(stop)) for name, start, stop in ranges}
+    values = re.findall(
+        r"value: <(\d+) (\S+?)(?:\{.*\})?(?: \(phi\))? @\d+> \(size=(\d+),offset=(\d+)\)", temporary[1]
+    )
+    return _replayed(
+        _Value(*alive[name], int(number), int(size), int(offset), owners.get(name))
+        for number, name, size, offset in values
+        if name in alive
+    )
+
+
+@dataclass(order=True, frozen=True)
+class _Value:
+    """An array of the program: the instructions that write it and that last read it, its number, size and place, and whose detour it is part of."""
+
+    start: int
+    stop: int
+    number: int
+    size: int
+    offset: int
+    owner: str | None
+
+
+@dataclass
+class _Life:
+    """A buffer, of one array after another: when it comes, when the first array in it ends, when it goes."""
+
+    start: int
+    first: int = -1
+    stop: int = -1
+
+
+def _replayed(values: Iterable[_Value]) -> Heap:
+    """The allocator's events, one instruction after another: what it writes comes, in the place of what it is the last to read where XLA put it there; then the rest of that goes."""
+    comes: dict[int, list[_Value]] = collections.defaultdict(list)
+    goes: dict[int, list[_Value]] = collections.defaultdict(list)
+    for value in sorted(values, key=lambda value: (value.start, value.stop, value.number)):
+        comes[value.start].append(value)
+        goes[value.stop].append(value)
+    events: list[str | None] = []
+    buffers: dict[_Value, _Life] = {}  # by first array
+    first: dict[_Value, _Value] = {}
+
+    def event(value: _Value) -> int:
+        events.append(value.owner)
+        return len(events) - 1
+
+    for at in sorted({*comes, *goes}):
+        for value in comes[at]:
+            places = (value.offset, value.size)
+            read = (one for one in goes[at] if (one.offset, one.size) == places and one.start < at)
+            old = next(read, None)
+            if old is None:
+                first[value] = value
+                buffers[value] = _Life(event(value))
+                continue
+            goes[at].remove(old)
+            first[value] = first[old]
+            life, now = buffers[first[old]], event(old)
+            life.first = now if life.first < 0 else life.first
+            event(value)
+        for value in goes[at]:
+            buffers[first[value]].stop = event(value)
+    least = _SMALL * max((value.size for value in buffers), default=0)
+    large = [
+        (value.size, life) for value, life in buffers.items() if value.size >= least and value.owner is None
+    ]
+    return Heap(
+        tuple(Buffer(size, life.start, life.stop) for size, life in large),
+        tuple(life.stop if life.first < 0 else life.first for _, life in large),
+        tuple(events),
+    )

@@ -1,0 +1,141 @@
+"""What XLA:CPU's allocator is said to do with a step, against what it does."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import mwplan as mw
+from mwplan import heap
+from mwplan.heap import Heap
+from mwplan.interpret import EVEN, Detours
+from mwplan.layers import Conv2D, Dense, MaxMin, ReLU, RMSNorm
+from mwplan.packing import Buffer
+from mwplan.schedule import Run, RunKind
+from tests.helpers import relative_error
+
+pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu", reason="XLA:CPU's reports")
+
+
+def loss(y: Any) -> Any:
+    """Its gradient needs no memory beside the output and the cotangent."""
+    return jnp.mean(y**2 * jnp.linspace(0.5, 1.5, y.shape[-1]))
+
+
+def store(start: int, option: str) -> Run:
+    return Run(kind=RunKind.STORE, start=start, stop=start + 1, options=(option,))
+
+
+def network() -> tuple[mw.Chain, Any, mw.Schedule]:
+    """A plan with four activations alive at most, for which XLA takes five."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    layers = [
+        Conv2D.init(keys[0], 16, 16, 3),
+        MaxMin(),
+        Conv2D.init(keys[1], 16, 16, 1),
+        Conv2D.init(keys[2], 16, 64, 2, stride=2, padding="VALID"),
+        Dense.init(keys[3], 64, 64),
+        RMSNorm.init(None, 64),
+        MaxMin(),
+        ReLU(),
+        ReLU(),
+    ]
+    inner = tuple(store(at, "vjp") for at in range(3))
+    runs = (
+        Run(kind=RunKind.RECOMPUTE, start=0, stop=3, inner=inner),
+        store(3, "vjp"),
+        Run(kind=RunKind.INVERT, start=4, stop=5, options=("solve",)),
+        store(5, "input"),
+        store(6, "bits"),
+        store(7, "vjp"),
+        store(8, "vjp"),
+    )
+    return mw.Chain(layers), jax.random.normal(jax.random.key(1), (16, 32, 32, 16)), mw.Schedule(runs=runs)
+
+
+@functools.cache
+def lowered(arrangement: Any) -> Any:
+    chain, x, schedule = network()
+    return mw.jit(mw.value_and_grad(loss, schedule, arrangement=arrangement)).lower(chain, x)
+
+
+@functools.cache
+def even() -> tuple[Any, Heap]:
+    program, found = heap.compiled(lowered(EVEN))
+    assert found is not None
+    return program, found
+
+
+def test_the_heap_is_the_programs() -> None:
+    """To a thousandth: what is smaller than that, and tables of pointers, is left out."""
+    program, found = even()
+    assert found.alive <= found.needs(EVEN) <= mw.temporaries(program) <= 1.001 * found.needs(EVEN)
+    owners = {owner for owner in found.events if owner}
+    assert {"forward 1 0", "forward 1 1", "backward 4 0"} <= owners
+    assert "forward 2 0" not in owners  # MaxMin has no parameter
+
+
+def test_detours_close_the_hole() -> None:
+    """The program asked for needs what is alive, no more; with others the gradient is the same to the last bit."""
+    chain, x, _ = network()
+    plain, (program, found) = lowered(0).compile(), even()
+    activation = x.nbytes
+    assert min(map(mw.temporaries, (plain, program))) > found.alive + 0.9 * activation
+    detours = found.arranged(found.alive + activation // 100)
+    assert detours is not None
+    arranged = lowered(detours).compile()
+    assert found.alive <= mw.temporaries(arranged) < found.alive + activation // 50
+    (_, wanted), (_, got) = plain(chain, x), arranged(chain, x)
+    assert all(jnp.array_equal(a, b) for a, b in zip(jax.tree.leaves(wanted), jax.tree.leaves(got)))
+    assert relative_error(got, jax.grad(lambda c: loss(c(x)))(chain)) < 1e-4
+
+
+def test_no_detours_fit_into_less_than_is_alive() -> None:
+    _, found = even()
+    assert found.arranged(found.alive - 1) is None
+    assert Heap((Buffer(64, 0, 1),), (1,), (None, None)).arranged(64) is None  # nothing to lengthen
+
+
+def test_a_detour_lengthens_what_lives_beside_it() -> None:
+    """Of two equal buffers the longer-lived is placed first; three that follow one another in two places, if it is the right one."""
+    buffers = (Buffer(64, 0, 2), Buffer(64, 1, 5), Buffer(64, 4, 7), Buffer(64, 6, 8))
+    events = (None, None, None, "a", None, None, None, None, None)
+    found = Heap(buffers, tuple(one.stop for one in buffers), events)
+    assert found.alive == 128
+    assert found.needs(Detours((("a", 0),))) == found.needs(Detours((("a", 100),))) == 128
+
+
+def test_reports_of_another_form_are_not_read() -> None:
+    assert heap.read("", "", "") is None
+    assert heap.read("", "BufferLiveRange:\n    a{}:1-2", "allocation 0: size 3, thread-local:") is None
+
+
+def test_reports_are_read() -> None:
+    """`b` is written in the place of `a`, which it reads last; `c` is part of a detour; `d` comes once `b` is gone."""
+    program = """
+  %a = f32[256]{0} fusion(%p), metadata={op_name="jit(step)/jvp(add)"}
+  ROOT %c = f32[16]{0} negate(%p), metadata={op_name="jit(step)/transpose(jvp(detour:backward 1 0))/neg"}
+"""
+    lives = "  InstructionSequence:\n    0:a\n  BufferLiveRange:\n    a{}:0-1\n    b{}:1-3\n    c{}:2-3\n    d{1}:4-5\n"
+    places = "\n".join(
+        [
+            "allocation 0: size 4, parameter 0, shape |f32[]| at ShapeIndex {}:",
+            " value: <1 p @0> (size=4,offset=0): f32[]",
+            "allocation 3: size 2112, preallocated-temp:",
+            " value: <2 a @0> (size=1024,offset=0): f32[256]{0}",
+            " value: <3 b @0> (size=1024,offset=0): f32[256]{0}",
+            " value: <4 c @0> (size=64,offset=1024): f32[16]{0}",
+            " value: <5 d{1} @0> (size=2048,offset=0): f32[512]{0}",
+            "",
+        ]
+    )
+    found = heap.read(program, lives, places)
+    assert found == Heap(
+        buffers=(Buffer(1024, 0, 4), Buffer(2048, 6, 7)),
+        firsts=(1, 7),
+        events=(None, None, None, "backward 1 0", None, "backward 1 0", None, None),
+    )
