@@ -116,9 +116,13 @@ def origins(function: Callable[..., Any], *args: PyTree) -> tuple[Any, ...]:
     """For each leaf of what `function(*args)` returns: the number that all its elements are whatever the arrays in `args`, or the leaf of `args` that it is in another
     shape (`Reshaped`), or None.
 
-    Nothing at all, `()`, where an argument has a part that cannot be hashed. **Cost:** one more trace of `function`, once for each structure of `args`.
+    Nothing at all, `()`, where an argument has a part that cannot be hashed, or the same array twice: what is returned is then of another structure, which JAX makes without the
+    duplicates. **Cost:** one more trace of `function`, once for each structure of `args`.
     """
     leaves, treedef = jax.tree.flatten(args)
+    arrays = [id(leaf) for leaf in leaves if trees.is_array(leaf)]
+    if len({*arrays}) < len(arrays):
+        return ()
     kinds = tuple(
         jax.ShapeDtypeStruct(jnp.shape(leaf), leaf.dtype) if trees.is_array(leaf) else leaf for leaf in leaves
     )

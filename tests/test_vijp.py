@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import mwplan as mw
 from mwplan import layers as ml
 from mwplan import rules
 from mwplan.errors import ArgumentError, NotSubmersiveError
@@ -264,6 +265,24 @@ def test_explain() -> None:
     assert "no vijp rule" in str(explain(jnp.sin, jnp.ones(3)))
     assert explain(jax.nn.relu, jnp.ones(3)).layer == "relu"
     assert "halo" in str(explain(ml.Conv1D.init(K(0), 2, 2), jnp.ones((4, 2))))
+
+
+def test_layers_that_hold_an_array_twice() -> None:
+    """Both branches of a coupling are one object: explained, and differentiated without `jit`, where JAX sees that they are."""
+    branch = ml.Sequential((ml.Dense.init(K(0), 4, 4), ml.MaxMin()))
+    tied, x = ml.Coupling(branch, branch), noise(0, (3, 8))
+    assert {w.strategy for w in explain(tied, x).ways if w.available} >= {
+        "STORE",
+        "VIJP",
+        "FRAGMENT",
+        "INVERT",
+    }
+    whole = mw.Run(kind=mw.RunKind.MOONWALK, start=0, stop=1, options=("whole",))
+    schedule = mw.Schedule(runs=(whole,))
+    wanted = jax.grad(lambda layer: jnp.sum(layer(x) ** 2))(tied)
+    got = jax.grad(lambda layer: jnp.sum(mw.apply(schedule, mw.Chain([layer]), x) ** 2))(tied)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
 
 
 def test_basis_has_no_gradient() -> None:
