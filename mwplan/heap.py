@@ -92,7 +92,9 @@ def compiled(lowered: Any) -> tuple[Any, Heap | None]:
 def read(program: str, lives: str, places: str) -> Heap | None:
     """The heap, from the reports on the optimized program, on live ranges and on the assignment of buffers; None where they look otherwise than those of XLA at the end of 2025."""
     temporary = re.search(
-        r"^allocation \d+: size \d+, preallocated-temp:\n((?: value:.*\n)+)", places, re.MULTILINE
+        r"^allocation \d+: size \d+,(?: page \d+,)? preallocated-temp:\n((?: value:.*\n)+)",
+        places,
+        re.MULTILINE,
     )
     ranges = re.findall(
         r"^ *(\S+?)(?:\{.*\})?:(\d+)-(\d+)$", lives.partition("BufferLiveRange:")[2], re.MULTILINE
