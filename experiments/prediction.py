@@ -9,6 +9,7 @@ traced step against the ledger's. Beside them, on the same chains, what the mach
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 import time
@@ -22,6 +23,7 @@ import jax.numpy as jnp
 import optax
 import seaborn as sns
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter, LogLocator, NullFormatter
 from rich.table import Table
 
 import mwplan as mw
@@ -280,6 +282,10 @@ def draw(found: list[dict[str, Any]]) -> Figure:
         low, high = ax.get_xlim()
         ax.plot([low, high], [low, high], color="#444444", lw=0.8)
         ax.set(xlabel=f"predicted ({unit})", ylabel="measured", xscale="log", yscale="log")
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(math.inf, math.inf)))
+            axis.set_minor_formatter(NullFormatter())
     memory.legend(fontsize=7)
     return figure
 
