@@ -19,7 +19,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from mwplan.compiling import options_of
 from mwplan.interpret import EVEN, Detours
 from mwplan.packing import Buffer, pack
 
@@ -77,11 +76,11 @@ class Heap:
 
 
 def compiled(lowered: Any) -> tuple[Any, Heap | None]:
-    """`lowered`, a step with the detours `EVEN`, compiled with `mw.compiler_options()`, and its heap; on CPUs alone: elsewhere the reports have not been held against programs."""
+    """`lowered`, a step of `mw.jit` with the detours `EVEN`, compiled, and its heap; on CPUs alone: elsewhere the reports have not been held against programs."""
     if jax.default_backend() != "cpu":
         return lowered.compile(), None
     with tempfile.TemporaryDirectory() as folder:
-        program = lowered.compile({**options_of(), "xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        program = lowered.compile({"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
         reports = {
             path.name.partition("cpu_after_optimizations")[2]: path.read_text()
             for path in Path(folder).glob("*.cpu_after_optimizations*.txt")

@@ -101,12 +101,16 @@ def test_no_detours_fit_into_less_than_is_alive() -> None:
 
 
 def test_a_detour_lengthens_what_lives_beside_it() -> None:
-    """Of two equal buffers the longer-lived is placed first; three that follow one another in two places, if it is the right one."""
-    buffers = (Buffer(64, 0, 2), Buffer(64, 1, 5), Buffer(64, 4, 7), Buffer(64, 6, 8))
-    events = (None, None, None, "a", None, None, None, None, None)
-    found = Heap(buffers, tuple(one.stop for one in buffers), events)
+    """Never more than two at once: if the last but one outlives the others it is placed first, and in a row of five the parity is wrong for two places."""
+    lives = ((0, 2), (1, 4), (3, 6), (5, 8), (7, 10), (11, 12))
+    events = tuple("a" if at == 9 else None for at in range(13))
+    found = Heap(tuple(Buffer(64, *life) for life in lives), tuple(stop for _, stop in lives), events)
+    needs = {length: found.needs(Detours((("a", length),))) for length in (0, 100)}
     assert found.alive == 128
-    assert found.needs(Detours((("a", 0),))) == found.needs(Detours((("a", 100),))) == 128
+    assert needs == {0: 128, 100: 192}
+    detours = found.arranged(128)
+    assert detours is not None
+    assert found.needs(detours) == 128
 
 
 def test_reports_of_another_form_are_not_read() -> None:
