@@ -532,3 +532,39 @@ def test_products_over_several_axes_add_their_bias_in_place() -> None:
         np.testing.assert_allclose(compiled(x), want, atol=1e-5)
         if jax.default_backend() == "cpu":
             assert compiled.memory_analysis().temp_size_in_bytes < x.nbytes / 100
+
+
+def _size_of_kept(f: Callable[[Any], Any], x: Any) -> int:
+    """How many arrays as large as `x` a backward pass of `f` keeps besides `x` and the output."""
+    y, pull = jax.eval_shape(lambda x: jax.vjp(f, x), x)
+    return sum(leaf.size for leaf in jax.tree.leaves(pull)) // x.size
+
+
+@pytest.mark.parametrize("kind", ["gelu", "gelu_tanh", "silu", "softplus"])
+def test_smooth_activations_keep_one_array_and_are_those_of_jax(kind: str) -> None:
+    """Within a module too, where no rule of their own is asked; and differentiable again, forwards too."""
+    own = ml.Smooth(kind)
+    theirs = {
+        "gelu": partial(jax.nn.gelu, approximate=False), "gelu_tanh": partial(jax.nn.gelu, approximate=True)
+    }.get(kind) or getattr(jax.nn, kind)  # fmt: skip
+    x = 4 * noise(0, (64, 32))
+    assert _size_of_kept(own, x) == 1 < _size_of_kept(theirs, x)
+    for order in (lambda f: f, jax.grad, lambda f: jax.grad(jax.grad(f)), lambda f: jax.jacfwd(jax.grad(f))):
+        got, want = (jax.vmap(order(f))(x.ravel()) for f in (own, theirs))
+        np.testing.assert_allclose(got, want, atol=2e-6, rtol=1e-5)
+    half = x.astype(jnp.bfloat16)
+    want = theirs(half.astype(jnp.float32))
+    assert own(half).dtype == jnp.bfloat16
+    np.testing.assert_allclose(own(half).astype(jnp.float32), want, atol=0.03, rtol=0.02)
+
+
+def test_a_gelu_between_products_writes_three_arrays() -> None:
+    """Input, output and cotangent: what the function and its derivative have in common is made twice, not kept."""
+    keys = jax.random.split(K(0), 2)
+    block = ml.Sequential((ml.Dense.init(keys[0], 16, 64), ml.Smooth("gelu"), ml.Dense.init(keys[1], 64, 16)))
+    x = noise(0, (512, 16))
+
+    def pull(block: Any, x: Any, ct: Any) -> Any:
+        return jax.vjp(lambda block, x: block(x), block, x)[1](ct)
+
+    assert mw.temporaries(mw.jit(pull).lower(block, x, x).compile()) < 3.2 * 512 * 64 * 4
