@@ -133,6 +133,8 @@ class _Inliner:
             consts = inputs[start : start + lengths.solve]
             return self.call(jaxprs.solve, [*consts, *inputs[sum(lengths) :]])
         if name in _CALLS:
+            if eqn.params.get("differentiated") and eqn.params.get("prevent_cse"):
+                inputs = self.barrier(inputs)
             return self.call(eqn.params[_CALLS[name]], inputs)
         try:
             key = (name, tuple(map(id, inputs)), tuple(sorted(eqn.params.items())))
@@ -146,6 +148,12 @@ class _Inliner:
             self.known[key] = outputs
         self.nodes.append(Node(name, eqn.params, tuple(inputs), outputs))
         return outputs
+
+    def barrier(self, inputs: Sequence[Value]) -> list[Value]:
+        """The same arrays, from which everything is computed anew."""
+        outputs = tuple(Value(v.shape, v.dtype, v.nbytes, v.constant) for v in inputs)
+        self.nodes.append(Node("optimization_barrier", {}, tuple(inputs), outputs))
+        return list(outputs)
 
     def call(self, jaxpr: Any, inputs: Sequence[Value]) -> list[Value]:
         """The same of a called jaxpr."""

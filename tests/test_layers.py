@@ -535,9 +535,15 @@ def test_products_over_several_axes_add_their_bias_in_place() -> None:
 
 
 def _size_of_kept(f: Callable[[Any], Any], x: Any) -> int:
-    """How many arrays as large as `x` a backward pass of `f` keeps besides `x` and the output."""
+    """How many arrays as large as `x` a backward pass of `f` keeps."""
     y, pull = jax.eval_shape(lambda x: jax.vjp(f, x), x)
     return sum(leaf.size for leaf in jax.tree.leaves(pull)) // x.size
+
+
+@pytest.mark.parametrize("norm", [ml.LayerNorm, ml.RMSNorm])
+def test_norms_keep_their_input_alone(norm: Any) -> None:
+    """And what is as small as the scale."""
+    assert _size_of_kept(lambda x: norm.init(None, 32)(x), noise(0, (64, 32))) == 1
 
 
 @pytest.mark.parametrize("kind", ["gelu", "gelu_tanh", "silu", "softplus"])
@@ -549,9 +555,12 @@ def test_smooth_activations_keep_one_array_and_are_those_of_jax(kind: str) -> No
     }.get(kind) or getattr(jax.nn, kind)  # fmt: skip
     x = 4 * noise(0, (64, 32))
     assert _size_of_kept(own, x) == 1 < _size_of_kept(theirs, x)
-    for order in (lambda f: f, jax.grad, lambda f: jax.grad(jax.grad(f)), lambda f: jax.jacfwd(jax.grad(f))):
-        got, want = (jax.vmap(order(f))(x.ravel()) for f in (own, theirs))
-        np.testing.assert_allclose(got, want, atol=2e-6, rtol=1e-5)
+    np.testing.assert_allclose(own(x), theirs(x), atol=1e-6, rtol=1e-6)
+    with jax.enable_x64(True):
+        wide = jnp.asarray(x, jnp.float64).ravel()
+        for order in (jax.grad, lambda f: jax.grad(jax.grad(f)), lambda f: jax.jacfwd(jax.grad(f))):
+            got, want = (jax.vmap(order(f))(wide) for f in (own, theirs))
+            np.testing.assert_allclose(got, want, atol=1e-12)
     half = x.astype(jnp.bfloat16)
     want = theirs(half.astype(jnp.float32))
     assert own(half).dtype == jnp.bfloat16

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, TypeVar, dataclass_transform
+from collections.abc import Callable
+from typing import Any, TypeVar, cast, dataclass_transform
 
 import jax
 
 T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def static(**kwargs: Any) -> Any:
@@ -19,3 +21,11 @@ def static(**kwargs: Any) -> Any:
 def layer(cls: type[T]) -> type[T]:
     """Makes `cls` a frozen dataclass and registers it as a pytree: `static()` fields are structure, all others leaves."""
     return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
+
+
+def lean(function: F) -> F:
+    """`function`, of which backpropagation keeps the inputs alone, wherever it stands: for what is cheap beside the arrays that JAX would keep.
+
+    XLA:CPU also writes out what a value and its derivative have in common (of a gelu between two products three arrays); apart from each other they share nothing.
+    """
+    return cast(F, jax.checkpoint(function))

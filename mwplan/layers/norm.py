@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from mwplan import trees
-from mwplan.layers.base import layer, static
+from mwplan.layers.base import layer, lean, static
 from mwplan.layers.linear import WholeOf
 from mwplan.rules import StoreRule, Unavailable, VijpRule
 from mwplan.trees import widen
@@ -82,6 +82,7 @@ class LayerNorm(_Norm):
         """Scale 1, offset 0; `key` is not used."""
         return LayerNorm(jnp.ones((channels,), dtype), jnp.zeros((channels,), dtype), eps)
 
+    @lean
     def __call__(self, x: Float[Array, "*batch channels"]) -> Float[Array, "*batch channels"]:
         """Applies the layer."""
         hat, _ = self.normalised(x)
@@ -100,6 +101,7 @@ class RMSNorm(_Norm):
         """Scale 1; `key` is not used."""
         return RMSNorm(jnp.ones((channels,), dtype), eps)
 
+    @lean
     def __call__(self, x: Float[Array, "*batch channels"]) -> Float[Array, "*batch channels"]:
         """Applies the layer."""
         hat, _ = self.normalised(x)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -14,24 +13,11 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from mwplan.errors import ArgumentError
-from mwplan.layers.base import layer, static
+from mwplan.layers.base import layer, lean, static
 from mwplan.layers.linear import WholeOf
 from mwplan.rules import InvertRule, StoreRule, Unavailable, VijpRule
 from mwplan.trees import widen
 
-
-
-def _slope(f: Callable[[Array], Array], x: Array) -> Array:
-    return jax.jvp(f, (x,), (jnp.ones_like(x),))[1]
-
-
-def _apart(f: Callable[[Array], Array], slope: Callable[[Array], Array] | None = None) -> Callable[[Array], Array]:
-    """`f` with its derivative (`slope`, by JAX if None) apart from it: that alone is kept for the backward pass instead of several arrays, and XLA:CPU does not write
-    out what both have in common."""
-    apart = jax.custom_jvp(f)
-    slope = slope or partial(_slope, f)
-    apart.defjvp(lambda x, dx: (f(*x), dx[0] * slope(lax.optimization_barrier(x[0]))))
-    return apart
 
 
 def _gelu(x: Array) -> Array:
@@ -40,12 +26,15 @@ def _gelu(x: Array) -> Array:
     return (0.5 * wide * (1 + lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
 
 
+_softplus = jax.custom_jvp(jax.nn.softplus)
+_softplus.defjvp(lambda x, dx: (_softplus(*x), dx[0] * jax.nn.sigmoid(x[0])))
+
 # Name: the function, and bounds below and above of its derivative (outward from the true extrema). JAX's tanh and sigmoid keep the output alone.
 _KINDS: dict[str, tuple[Callable[[Array], Array], float, float]] = {
-    "gelu": (_apart(_gelu), -0.13, 1.13),
-    "gelu_tanh": (_apart(lambda x: jax.nn.gelu(x, approximate=True)), -0.131, 1.131),
-    "silu": (_apart(jax.nn.silu), -0.1, 1.1),
-    "softplus": (_apart(jax.nn.softplus, jax.nn.sigmoid), 0.0, 1.0),
+    "gelu": (lean(_gelu), -0.13, 1.13),
+    "gelu_tanh": (lean(lambda x: jax.nn.gelu(x, approximate=True)), -0.131, 1.131),
+    "silu": (lean(jax.nn.silu), -0.1, 1.1),
+    "softplus": (lean(_softplus), 0.0, 1.0),
     "tanh": (jnp.tanh, 0.0, 1.0),
     "sigmoid": (jax.nn.sigmoid, 0.0, 0.25),
 }
@@ -76,7 +65,7 @@ class Smooth:
     def derivative(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         """The derivative at `x`, in float32 or wider."""
         x = widen(x)
-        return _slope(self.__call__, x)
+        return jax.jvp(self.__call__, (x,), (jnp.ones_like(x),))[1]
 
     @property
     def bounds(self) -> tuple[float, float]:
