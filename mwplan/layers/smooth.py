@@ -19,7 +19,6 @@ from mwplan.rules import InvertRule, StoreRule, Unavailable, VijpRule
 from mwplan.trees import widen
 
 
-
 def _gelu(x: Array) -> Array:
     """By `erf`: right to 1e-6 up to 12 in float32, in less time than by `erfc`, which is for the relative error of what is nearly 0."""
     wide = widen(x)
@@ -84,10 +83,10 @@ class Smooth:
         return [SmoothDivide(), WholeOf("whole_input", base=SmoothDivide())]
 
     def store_rules(self, x: Any) -> Sequence[StoreRule]:
-        """The input alone; or the output alone, where the derivative is a function of it."""
-        if self.slope == 0 and self.kind in ("tanh", "sigmoid"):
-            return [SmoothOutput(), SmoothInput()]
-        return [SmoothInput()]
+        """Of tanh and sigmoid the input alone; or the output alone, where the derivative is a function of it. The others are lean."""
+        if self.kind not in ("tanh", "sigmoid"):
+            return []
+        return [SmoothInput()] if self.slope else [SmoothOutput(), SmoothInput()]
 
     def invert_rules(self, x: Any) -> Sequence[InvertRule | Unavailable]:
         """Newton's method, where the derivative is bounded away from zero."""
