@@ -297,6 +297,9 @@ def _training_table(result: TrainResult) -> Table:
         size,
     )
     table.add_row("gradient, predicted", f"{result.predicted_step_seconds * 1e3:.1f} ms", "", "")
+    redone = result.recompute_step_seconds
+    text = "none fits" if redone is None else f"{redone * 1e3:.1f} ms"
+    table.add_row("recomputation alone, at best, predicted", text, "", "")
     row("step", result.planned_step_seconds, result.backprop_step_seconds, lambda s: f"{s * 1e3:.1f} ms")
     row(
         "compilation", result.planned_compile_seconds, result.backprop_compile_seconds, lambda s: f"{s:.1f} s"
@@ -315,13 +318,13 @@ def _training_table(result: TrainResult) -> Table:
 
 def _budget_note(result: TrainResult) -> str:
     """A line where the default budget is not the fifth that the help promises; otherwise nothing."""
-    from mwplan.training import BUDGET_FRACTION
+    from mwplan.training import BUDGET_FRACTION, LEAST_FACTOR
 
     fifth = int(BUDGET_FRACTION * result.backprop_temporary_bytes)
     if result.config.budget is not None or result.budget_bytes - result.fixed_bytes <= fifth:
         return ""
     return (
-        f"A fifth of backpropagation's temporaries ({show_bytes(fifth)}) is too little here: the budget is 1.25 times the least that any "
+        f"A fifth of backpropagation's temporaries ({show_bytes(fifth)}) is too little here: the budget is {LEAST_FACTOR} times the least that any "
         f"schedule needs, {show_bytes(result.budget_bytes)} with {show_bytes(result.fixed_bytes)} of parameters, gradients and input.\n"
     )
 

@@ -198,6 +198,7 @@ def test_layers_without_a_vijp() -> None:
         (lambda: ml.SpaceToDepth((2, 2))(jnp.ones((3, 4, 1))), "multiples"),
         (lambda: ml.Coupling(ml.ReLU(), ml.ReLU())(jnp.ones((2, 3))), "even number"),
         (lambda: ml.Coupling(ml.ReLU(), ml.ReLU())((jnp.ones(2),) * 3), "3 parts"),
+        (lambda: ml.Coupling(ml.ReLU(), ml.ReLU())([jnp.ones(2)] * 2), "pair"),
         (lambda: ml.Split(4)(jnp.ones((2, 6))), "multiple of 4"),
         (lambda: ml.Concatenate()(jnp.ones((2, 6))), "tuple of arrays"),
         (lambda: ml.OrthogonalConv.init(K(0), 2, 2)(jnp.ones((2, 2, 2))), "smaller than the kernel"),

@@ -35,6 +35,10 @@ def _halves(x: _Halves) -> tuple[Array, Array]:
         if len(x) != 2:
             raise ArgumentError(f"`x` has {len(x)} parts: Coupling takes an array or a pair of arrays")
         return x
+    if not hasattr(x, "shape"):
+        raise ArgumentError(
+            f"`x` is a {type(x).__name__}: Coupling takes an array or a pair (a tuple) of arrays"
+        )
     if x.ndim < 1 or x.shape[-1] % 2:
         raise ArgumentError(
             f"`x.shape={x.shape}`: Coupling needs an even number of channels on the last axis"
