@@ -39,7 +39,6 @@ from jaxtyping import Array, Float, Int
 import mwplan as mw
 from mwplan import layers as ml
 from mwplan.errors import ArgumentError
-from mwplan.rules import StoreRule, VjpStore
 from mwplan.training import cross_entropy, digits
 
 CLASSES = 10
@@ -165,14 +164,6 @@ class Skip:
     def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         """Applies the block."""
         return x + self.branch(x)
-
-    def store_rules(self, x: Any) -> list[StoreRule]:
-        """Only matrix products; only the input."""
-        policies = jax.checkpoint_policies
-        return [
-            VjpStore("products", policies.dots_with_no_batch_dims_saveable),
-            VjpStore("nothing", policies.nothing_saveable),
-        ]
 
 
 @ml.layer

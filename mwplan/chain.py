@@ -52,7 +52,7 @@ class Partitioned:
         return self.whole()(x)
 
     def store_rules(self, x: PyTree) -> Sequence[Any]:
-        """None beside the generic one: rules would see this wrapper."""
+        """None beside the generic ones: rules would see this wrapper."""
         return ()
 
 

@@ -274,7 +274,7 @@ def measure_layer(bench: Pricing, one: PyTree, x: PyTree) -> Costs:
     y = plain.result
     plain = bench.in_place(plain, operations.plain_forward, one, x, dead=x)
     ct_out = bench.cotangent(y)
-    stores = [_StorePrograms(bench, rule, one, x, ct_out) for rule in rules.store_rules(one, x)]
+    stores = [_StorePrograms(bench, rule, one, x, ct_out) for rule in operations.store_rules(one, x)]
     sketched = bench.program(sketch.take, trees.widen(ct_out))  # as of what the last layer of a run rebuilds
     walks = [
         _MoonwalkPrograms(bench, rule, one, x, ct_out, sketched.workspace_bytes)

@@ -6,11 +6,15 @@ from forward to backward as `Residuals`, which hold what is new and look up the 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
+
 from mwplan import residuals as res
 from mwplan import rules, trees
+from mwplan.chain import as_layer
 
 PyTree = Any
 
@@ -30,6 +34,26 @@ def forward(
 
 def _kept(rule: Any, layer: PyTree, x: PyTree) -> PyTree:
     return rule.forward(layer, x)[1]
+
+
+def store_rules(layer: PyTree, x: PyTree) -> tuple[rules.StoreRule, ...]:
+    """`rules.store_rules`; of `rules.LEANER` those that save an activation or more: each has two programs to compile. **Cost:** a trace of each."""
+    offered = rules.store_rules(layer, x)
+    if not set(rules.LEANER) <= {*offered}:
+        return offered
+
+    def outcome(rule: rules.StoreRule) -> tuple[PyTree, int]:
+        y, held = jax.eval_shape(functools.partial(forward, rule=rule), as_layer(layer, 0), x)
+        return y, res.new_bytes(held)
+
+    sizes = {rule: outcome(rule)[1] for rule in rules.LEANER}
+    y, least = outcome(rules.VjpStore())
+    step, chosen = max(trees.nbytes(x), trees.nbytes(y)), []
+    for rule, size in {size: (rule, size) for rule, size in sizes.items()}.values():  # of equal ones the last
+        if size + step <= least:
+            chosen.append(rule)
+            least = size
+    return tuple(rule for rule in offered if rule not in rules.LEANER or rule in chosen)
 
 
 def store_backward(

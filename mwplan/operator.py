@@ -210,7 +210,7 @@ def explain(layer: Callable[[PyTree], PyTree], x: PyTree) -> Explanation:
     x = _structs(x)
     output = jax.eval_shape(layer, x)
     ways: list[Way] = []
-    for store in rules.store_rules(layer, x):
+    for store in operations.store_rules(layer, x):
         ways.append(_way("STORE", store, layer, x))
     ways.append(Way(strategy="RECOMPUTE", option="", residual_bytes=0, shares="input"))
     for one in rules.vijp_rules(layer, x):

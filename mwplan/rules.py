@@ -244,9 +244,19 @@ def _collect(layer: PyTree, x: PyTree, method: str) -> tuple[Any, ...]:
     return tuple(found)
 
 
+def products(primitive: Any, *args: Any, **params: Any) -> bool:
+    """A policy of `jax.checkpoint` that keeps convolutions and products of matrices, but not the products of attention."""
+    convolution = primitive.name in ("conv_general_dilated", "bilinear")
+    return convolution or jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *args, **params)
+
+
+#: Ways to keep less than `jax.vjp` does, whatever the layer.
+LEANER = (VjpStore("products", products), VjpStore("nothing", jax.checkpoint_policies.nothing_saveable))
+
+
 def store_rules(layer: PyTree, x: PyTree) -> tuple[StoreRule, ...]:
-    """All the ways to store `layer`'s residuals at input `x` (arrays or shapes): its own, and the generic one."""
-    return (*_collect(layer, x, "store_rules"), VjpStore())
+    """All the ways to store `layer`'s residuals at input `x` (arrays or shapes): its own, or `LEANER` where it has none, and whatever `jax.vjp` keeps."""
+    return (*(_collect(layer, x, "store_rules") or LEANER), VjpStore())
 
 
 def vijp_rules(layer: PyTree, x: PyTree) -> tuple[VijpRule | Unavailable, ...]:

@@ -15,7 +15,7 @@ import pytest
 
 import mwplan as mw
 from mwplan import layers as ml
-from mwplan import residuals, rules, trees
+from mwplan import operations, residuals, rules, trees
 
 K = jax.random.key
 
@@ -577,3 +577,28 @@ def test_a_gelu_between_products_writes_three_arrays() -> None:
         return jax.vjp(lambda block, x: block(x), block, x)[1](ct)
 
     assert mw.temporaries(mw.jit(pull).lower(block, x, x).compile()) < 3.2 * 512 * 64 * 4
+
+
+def test_what_any_layer_may_keep() -> None:
+    """Without rules of its own: products alone, and nothing, where that saves an activation."""
+    wide, narrow = noise(0, (16, 64)), noise(1, (64, 16))
+    x = noise(2, (32, 16))
+
+    def names(layer: Any) -> list[str]:
+        return [rule.name for rule in operations.store_rules(layer, trees.struct(x))]
+
+    block = jax.tree_util.Partial(
+        lambda wide, narrow, x: jnp.tanh(jax.nn.gelu(x @ wide)) @ narrow, wide, narrow
+    )
+    assert names(block) == ["products", "nothing", "vjp"]
+    assert names(jnp.sin) == ["nothing", "vjp"]  # by JAX, its cosine is kept
+    assert names(lambda x: x @ noise(3, (16, 16))) == ["vjp"]
+    assert names(ml.LayerNorm.init(None, 16)) == ["input", "vjp"]
+    kept = {
+        rule.name: residuals.new_bytes(jax.eval_shape(partial(operations.forward, rule=rule), block, x)[1])
+        for rule in operations.store_rules(block, x)
+    }
+    assert kept["nothing"] == 0
+    assert kept["products"] == 32 * 64 * 4 < kept["vjp"]
+    ways = {way.option for way in mw.explain(block, x).ways if way.strategy == "STORE"}
+    assert ways == {"products", "nothing", "vjp"}

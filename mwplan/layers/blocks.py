@@ -20,7 +20,6 @@ from mwplan.rules import (
     StoreRule,
     Unavailable,
     VijpRule,
-    VjpStore,
     WholeFragment,
     full_precision,
 )
@@ -343,12 +342,7 @@ class Sequential:
     def store_rules(self, x: Any) -> Sequence[StoreRule]:
         """Each part's leanest rule; only matrix products; only the input."""
         parts = tuple(rules.store_rules(one, at)[0] for one, at in self.with_inputs(x))
-        policies = jax.checkpoint_policies
-        return [
-            StoreParts(parts),
-            VjpStore("products", policies.dots_with_no_batch_dims_saveable),
-            VjpStore("nothing", policies.nothing_saveable),
-        ]
+        return [StoreParts(parts), *rules.LEANER]
 
     def invert_rules(self, x: Any) -> Sequence[InvertRule | Unavailable]:
         """The parts' inverses composed, where all have one."""
