@@ -250,6 +250,21 @@ def test_workspace_of_a_chain_of_products() -> None:
     assert needs(lambda x: (x @ x) @ (x @ x), dead=True) == 2 * size
 
 
+def test_what_is_recomputed_is_not_kept() -> None:
+    """A gelu between two products: its input, output and cotangent, as `mw.temporaries` of the compiled operation says too (test_layers); by JAX's own more."""
+    wide, narrow, x = ((64, 256), (256, 64), (512, 64))
+
+    def arrays(activation: Any) -> float:
+        def pull(x: Any, wide: Any, narrow: Any, ct: Any) -> Any:
+            return jax.vjp(lambda *args: activation(args[0] @ args[1]) @ args[2], x, wide, narrow)[1](ct)
+
+        shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (x, wide, narrow, x)]
+        program, _ = programs.trace(pull, *shapes)
+        return costs.workspace(program, costs.kernels(program)) / (4 * 512 * 256)
+
+    assert arrays(Smooth("gelu")) == 3 < arrays(functools.partial(jax.nn.gelu, approximate=False))
+
+
 # -- times
 
 
