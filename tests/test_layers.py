@@ -566,18 +566,6 @@ def test_smooth_activations_keep_one_array_and_are_those_of_jax(kind: str) -> No
     np.testing.assert_allclose(own(half).astype(jnp.float32), want, atol=0.03, rtol=0.02)
 
 
-def test_a_gelu_between_products_writes_three_arrays() -> None:
-    """Input, output and cotangent: what the function and its derivative have in common is made twice, not kept."""
-    keys = jax.random.split(K(0), 2)
-    block = ml.Sequential((ml.Dense.init(keys[0], 16, 64), ml.Smooth("gelu"), ml.Dense.init(keys[1], 64, 16)))
-    x = noise(0, (512, 16))
-
-    def pull(block: Any, x: Any, ct: Any) -> Any:
-        return jax.vjp(lambda block, x: block(x), block, x)[1](ct)
-
-    assert mw.temporaries(mw.jit(pull).lower(block, x, x).compile()) < 3.2 * 512 * 64 * 4
-
-
 def test_what_any_layer_may_keep() -> None:
     """Without rules of its own: products alone, and nothing, where that saves an activation."""
     wide, narrow = noise(0, (16, 64)), noise(1, (64, 16))
