@@ -1,13 +1,13 @@
 """What a layer can do in the sweeps: rules for storing, for moonwalk runs and for inversion.
 
-A *rule* is a small frozen object, named as an option of the profile and of the schedule. Any callable pytree has two
-without doing anything: `VjpStore`, whatever `jax.vjp` keeps, and `WholeFragment`, the input residuals that
+A *rule* is a small frozen object, named as an option of the profile and of the schedule. Any callable pytree has some
+without doing anything: `VjpStore`, whatever `jax.vjp` keeps, `LEANER` ones, and `WholeFragment`, the input residuals that
 `jax.vjp` with respect to the input keeps, with the whole cotangent as the fragment. A layer with more to offer
 (see `mwplan.layers`) says so by three optional methods, each of which gets the input's
 `jax.ShapeDtypeStruct` pytree and returns a sequence of rules:
 
 - `vijp_rules(x)`: `VijpRule`s, and an `Unavailable` with the reason for each that the shapes forbid;
-- `store_rules(x)`: leaner `StoreRule`s than the generic one;
+- `store_rules(x)`: leaner `StoreRule`s than whatever `jax.vjp` keeps, in place of `LEANER`;
 - `invert_rules(x)`: `InvertRule`s.
 
 Residuals are plain pytrees of arrays. A leaf that *is* a parameter, the layer's input or its output (the same object) is not

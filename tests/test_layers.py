@@ -589,3 +589,12 @@ def test_what_any_layer_may_keep() -> None:
     assert kept["products"] == 32 * 64 * 4 < kept["vjp"]
     ways = {way.option for way in mw.explain(block, x).ways if way.strategy == "STORE"}
     assert ways == {"products", "nothing", "vjp"}
+
+
+def test_parts_without_rules_keep_what_jax_keeps() -> None:
+    """A ReLU the signs of its input, packed, not the input."""
+    block = ml.Sequential((ml.Dense.init(K(0), 16, 16), jax.tree_util.Partial(jax.nn.relu)))
+    rule, x = rules.store_rules(block, trees.struct(noise(0, (32, 16))))[0], noise(0, (32, 16))
+    assert rule.name == "parts"
+    held = jax.eval_shape(partial(operations.forward, rule=rule), block, x)[1]
+    assert residuals.new_bytes(held) == x.size // 8

@@ -340,8 +340,9 @@ class Sequential:
         return found
 
     def store_rules(self, x: Any) -> Sequence[StoreRule]:
-        """Each part's leanest rule; only matrix products; only the input."""
-        parts = tuple(rules.store_rules(one, at)[0] for one, at in self.with_inputs(x))
+        """Each part's own leanest rule; only convolutions and products; only the input."""
+        offers = [rules.store_rules(one, at) for one, at in self.with_inputs(x)]
+        parts = tuple(next(rule for rule in offer if rule not in rules.LEANER) for offer in offers)
         return [StoreParts(parts), *rules.LEANER]
 
     def invert_rules(self, x: Any) -> Sequence[InvertRule | Unavailable]:
