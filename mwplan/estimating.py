@@ -42,8 +42,8 @@ def estimate(
 
     **Bytes.** Activations, residuals, fragments and the fixed part are counted as `mw.profile` counts them, and equal its figures. Workspaces and savings are
     the liveness of the program's kernels: XLA's schedule, fusion, padding and library scratch are not known. Seen on a CPU: equal in the median; too low by
-    about the layer's activations for convolutions' weight gradients, by up to two of them for attention, so that a transformer's plans passed their
-    budget by up to 30%. Leave a margin.
+    about the layer's activations for convolutions' weight gradients, by up to two of them for attention, so that plans passed
+    lean budgets by up to 28%. Leave a margin.
 
     **Times** are a roofline's (`mwplan.roofline`, `mwplan.costs`): arithmetic or traffic at the device's full rates, and a launch for each kernel. Not in the
     model: how far a kernel stays below those rates (small or oddly shaped products: often a half), caches, autotuned algorithms
