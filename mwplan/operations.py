@@ -37,7 +37,7 @@ def _kept(rule: Any, layer: PyTree, x: PyTree) -> PyTree:
 
 
 def store_rules(layer: PyTree, x: PyTree) -> tuple[rules.StoreRule, ...]:
-    """`rules.store_rules`; of `rules.LEANER` those that save an activation or more: each has two programs to compile. **Cost:** a trace of each."""
+    """`rules.store_rules`; of `rules.LEANER` those that save more than an activation: each has two programs to compile. **Cost:** a trace of each."""
     offered = rules.store_rules(layer, x)
     if not set(rules.LEANER) <= {*offered}:
         return offered
@@ -50,7 +50,7 @@ def store_rules(layer: PyTree, x: PyTree) -> tuple[rules.StoreRule, ...]:
     y, least = outcome(rules.VjpStore())
     step, chosen = max(trees.nbytes(x), trees.nbytes(y)), []
     for rule, size in {size: (rule, size) for rule, size in sizes.items()}.values():  # of equal ones the last
-        if size + step <= least:
+        if size + step < least:
             chosen.append(rule)
             least = size
     return tuple(rule for rule in offered if rule not in rules.LEANER or rule in chosen)

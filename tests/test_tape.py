@@ -66,7 +66,8 @@ def layer(kind: str, key: Any) -> Any:
     """One layer of the stack, of four features."""
     if kind == "dense":
         return (L.Sequential((L.Dense.he(key, 4, 4), L.LeakyReLU(0.5))),)
-    return (L.Sequential((L.LayerNorm.init(None, 4), L.Dense.he(key, 4, 4), L.LeakyReLU(0.5))),)
+    first = L.LayerNorm.init(None, 4) if kind == "norm" else L.Smooth("tanh")
+    return (L.Sequential((first, L.Dense.he(key, 4, 4), L.LeakyReLU(0.5))),)
 
 
 def network(kind: str, depth: int, *, stem: bool) -> tuple[mw.Chain, Any]:
@@ -90,7 +91,7 @@ def option(chain: mw.Chain, x: Any, *, keeps_input: bool) -> str:
 
 
 @pytest.mark.parametrize(
-    ("kind", "keeps", "stem"), [("dense", True, False), ("norm", True, True), ("norm", False, True)]
+    ("kind", "keeps", "stem"), [("dense", True, False), ("norm", True, True), ("tanh", False, True)]
 )
 def test_gradients_equal_those_of_backpropagation(
     kind: str, keeps: bool, stem: bool, monkeypatch: pytest.MonkeyPatch
