@@ -297,9 +297,6 @@ def _training_table(result: TrainResult) -> Table:
         size,
     )
     table.add_row("gradient, predicted", f"{result.predicted_step_seconds * 1e3:.1f} ms", "", "")
-    redone = result.recompute_step_seconds
-    text = "none fits" if redone is None else f"{redone * 1e3:.1f} ms"
-    table.add_row("recomputation alone, at best, predicted", text, "", "")
     row("step", result.planned_step_seconds, result.backprop_step_seconds, lambda s: f"{s * 1e3:.1f} ms")
     row(
         "compilation", result.planned_compile_seconds, result.backprop_compile_seconds, lambda s: f"{s:.1f} s"

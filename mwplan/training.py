@@ -18,14 +18,14 @@ from jaxtyping import Array, Float, Int
 from mwplan import planning, serial, side_by_side
 from mwplan.chain import Chain
 from mwplan.compiling import jit
-from mwplan.errors import ArgumentError, InfeasibleError, MwplanError
+from mwplan.errors import ArgumentError, MwplanError
 from mwplan.layers import Conv2D, Dense, Flatten, LeakyReLU, MaxMin, SpaceToDepth
 from mwplan.profiles import Profile
 from mwplan.schedule import Schedule, Strategy
 from mwplan.side_by_side import Progress, Task, shuffled
 from mwplan.sizes import parse_bytes
 
-SCHEMA = 2
+SCHEMA = 1
 #: Of backpropagation's temporaries: what the default budget leaves room for.
 BUDGET_FRACTION = 0.2
 #: and at least so many times the least bytes that any schedule needs
@@ -56,10 +56,7 @@ class TrainConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainResult:
-    """What one training run measured: bytes, seconds, errors, losses, accuracies. One entry a step in the lists.
-
-    `recompute_step_seconds`: what the best schedule of STORE and RECOMPUTE alone is predicted to take within the same budget; None where none fits.
-    """
+    """What one training run measured: bytes, seconds, errors, losses, accuracies. One entry a step in the lists."""
 
     config: TrainConfig
     device: str
@@ -72,7 +69,6 @@ class TrainResult:
     measured_temporary_bytes: int
     backprop_temporary_bytes: int
     predicted_step_seconds: float
-    recompute_step_seconds: float | None
     planned_step_seconds: float
     backprop_step_seconds: float
     planned_compile_seconds: float
@@ -201,7 +197,6 @@ def train(config: TrainConfig, progress: Progress, say: Callable[[str], None]) -
         measured_temporary_bytes=fitted.temporary_bytes,
         backprop_temporary_bytes=got.backprop_temporary_bytes,
         predicted_step_seconds=fitted.schedule.time_ns / 1e9,
-        recompute_step_seconds=_recomputed(fitted.profile, got.budget_bytes),
         planned_step_seconds=got.planned.median_seconds,
         backprop_step_seconds=got.plain.median_seconds,
         planned_compile_seconds=fitted.attempts[-1].compile_seconds,
@@ -217,15 +212,6 @@ def train(config: TrainConfig, progress: Progress, say: Callable[[str], None]) -
         discrepancies=got.discrepancies,
         replans=got.replans,
     )
-
-
-def _recomputed(profile: Profile, budget_bytes: int) -> float | None:
-    """Predicted seconds of the best recomputation within the budget."""
-    try:
-        alone = {Strategy.STORE, Strategy.RECOMPUTE}
-        return planning.frontier(profile, allowed=alone).at(budget_bytes).time_ns / 1e9
-    except InfeasibleError:
-        return None
 
 
 def write(result: TrainResult, folder: Path) -> tuple[Path, Path]:
