@@ -42,14 +42,15 @@ def store_rules(layer: PyTree, x: PyTree) -> tuple[rules.StoreRule, ...]:
     if not set(rules.LEANER) <= {*offered}:
         return offered
 
-    def outcome(rule: rules.StoreRule) -> tuple[PyTree, int]:
-        y, held = jax.eval_shape(functools.partial(forward, rule=rule), as_layer(layer, 0), x)
-        return y, res.new_bytes(held)
+    one = as_layer(layer, 0)
 
-    sizes = {rule: outcome(rule)[1] for rule in rules.LEANER}
-    y, least = outcome(rules.VjpStore())
-    step, chosen = max(trees.nbytes(x), trees.nbytes(y)), []
-    for rule, size in {size: (rule, size) for rule, size in sizes.items()}.values():  # of equal ones the last
+    def kept(rule: rules.StoreRule) -> int:
+        return res.new_bytes(jax.eval_shape(functools.partial(forward, rule=rule), one, x)[1])
+
+    step = max(trees.nbytes(x), trees.nbytes(jax.eval_shape(one, x)))
+    least, chosen = kept(rules.VjpStore()), []
+    by_size = {kept(rule): rule for rule in rules.LEANER}  # of equal ones the last
+    for size, rule in by_size.items():
         if size + step < least:
             chosen.append(rule)
             least = size

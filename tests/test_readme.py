@@ -16,16 +16,17 @@ def test_the_code_runs_and_prints_what_it_says(capsys: pytest.CaptureFixture[str
     blocks = re.findall(r"^```(\w*)\n(.*?)^```$", README.read_text(), re.DOTALL | re.MULTILINE)
     namespace: dict[str, object] = {"__name__": "readme"}
     ran = 0
-    for (kind, code), (_, shown) in zip(blocks, [*blocks[1:], ("", "")]):
+    for (kind, code), (after, shown) in zip(blocks, [*blocks[1:], ("python", "")]):
         if kind != "python":
             continue
         exec(compile(code, str(README), "exec"), namespace)
         ran += 1
-        printed = capsys.readouterr().out.splitlines()
+        printed = [line for line in capsys.readouterr().out.splitlines() if line.strip()]
+        assert bool(printed) == (after == "")  # what is printed is shown after it
         said = {line.split()[0] for line in shown.splitlines() if line.strip()}
         # The plan's letters may be others, and so may what a note on top of the plan says.
         new = [
             line for line in printed if line.split()[0] not in said | {"foreseen", "more"} and "|" not in line
         ]
-        assert not printed or not new, new
+        assert not new, new
     assert ran == 3
