@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +21,13 @@ from mwplan.errors import ArgumentError, InfeasibleError
 from mwplan.execute import Arrangement
 from mwplan.interpret import EVEN
 from mwplan.profiles import Profile
-from mwplan.schedule import Choice, Schedule, Strategy, check_allowed
+from mwplan.schedule import Choice, Run, Schedule, Status, Strategy, check_allowed
 from mwplan.sizes import parse_bytes, show_bytes, show_ns
 
 PyTree = Any
 DETOURS = 2  # programs of one schedule whose detours are made for its heap
+WORTHWHILE = 0.02  # the share of its time by which another plan must be faster to be compiled
+QUICKER = 6  # programs of each set of strategies that are compiled in search of such a plan
 LESS = (0.5, 0.25)  # shares of the room for temporaries whose plans are timed when tuning
 
 
@@ -94,7 +97,8 @@ def fit(
 
     A schedule's peak is what is alive at once. The compiler's allocator may need more, where buffers of different lifetimes leave holes
     between them, and not all of these are foreseen; then the same step is compiled with detours that close them (`mwplan.heap`; not where a parameter is larger than 64 KiB), and if that
-    does not help either, leaner schedules, until one fits.
+    does not help either, leaner schedules, until one fits. Where that costs time, or nothing fits, it also looks among plans of fewer strategies (`planning.NARROWER`), whose buffers
+    may lie closer.
 
     **Arguments:** `loss(y, *args)`, as `mw.value_and_grad`, with `has_aux` and `wrt_input`; `chain`, `x`; `budget`, bytes of the whole step or a text
     such as "2GiB"; `profile` (measured if None); `max_error`, `allowed`, as `mw.plan`; `thin`, `regular`, as `mw.plan`; `max_attempts`, compilations of each plan; `tune`, rounds in
@@ -116,15 +120,24 @@ def fit(
     compiler = _Compiler(
         functools.partial(execute.value_and_grad, loss, has_aux=has_aux, wrt_input=wrt_input), (chain, x, *args), profile
     )  # fmt: skip
+    plans = functools.cache(lambda allowed: _Plans.of(profile, max_error, allowed, thin, regular))
 
-    def fitted(allowed: frozenset[Strategy], room: int) -> Fitted:
-        schedules = functools.partial(
-            _leaner, profile, room, max_error=max_error, allowed=allowed, thin=thin, regular=regular
-        )
-        return _fit(compiler, schedules, room, budget, max_attempts, say)
+    def fitted(allowed: frozenset[Strategy], room: int, *others: frozenset[Strategy]) -> Fitted:
+        """The fastest of `allowed` that fits `room`. Where holes make it slow, or nothing fits, also what else would be faster: of `allowed`, and of the `others` among them."""
+        search, of_all = _Search(compiler, room, say), plans(allowed)
+        found = search.first(of_all.foreseen(room, search), max_attempts)
+        fastest = of_all.bare.at(room, regular=regular)
+        for some in filter(None, dict.fromkeys((allowed, *(allowed & other for other in others)))):
+            limit_ns = math.inf if found is None else (1 - WORTHWHILE) * found.schedule.time_ns
+            if limit_ns > fastest.time_ns:
+                quicker = plans(some).quicker(room, search, limit_ns)
+                found = search.first(quicker, min(max_attempts, QUICKER)) or found
+        if found is None:
+            raise search.failed(budget)
+        return search.told(found, fastest)
 
     if not tune:
-        return fitted(chosen, budget_bytes)
+        return fitted(chosen, budget_bytes, *planning.NARROWER)
     less = [profile.fixed_bytes + int(share * (budget_bytes - profile.fixed_bytes)) for share in LESS]
     asked = [(chosen & some, budget_bytes) for some in (planning.EVERY_STRATEGY, *planning.NARROWER)]
     found, failed = [], []
@@ -181,28 +194,24 @@ class _Compiler:
     args: tuple[Any, ...]
     profile: Profile
 
-    def __call__(
-        self, schedule: Schedule, arrangement: Arrangement, budget_bytes: int, before: Sequence[Attempt] = ()
-    ) -> Fitted:
-        """The step, whether it fits or not; its attempts are those `before` and its own."""
+    def __call__(self, schedule: Schedule, arrangement: Arrangement, budget_bytes: int) -> Fitted:
+        """The step, whether it fits or not; of attempts it has its own."""
         start = time.perf_counter()
         step = self._lowered(schedule, arrangement).compile()
-        return self._fitted(step, schedule, arrangement, budget_bytes, before, time.perf_counter() - start)
+        return self._fitted(step, schedule, arrangement, budget_bytes, time.perf_counter() - start)
 
-    def even(
-        self, schedule: Schedule, budget_bytes: int, before: Sequence[Attempt]
-    ) -> tuple[Fitted, heap.Heap | None]:
+    def even(self, schedule: Schedule, budget_bytes: int) -> tuple[Fitted, heap.Heap | None]:
         """As a call, with the detours `EVEN`; and the program's heap."""
         start = time.perf_counter()
         step, found = heap.compiled(self._lowered(schedule, EVEN))
-        return self._fitted(step, schedule, EVEN, budget_bytes, before, time.perf_counter() - start), found
+        return self._fitted(step, schedule, EVEN, budget_bytes, time.perf_counter() - start), found
 
     def _lowered(self, schedule: Schedule, arrangement: Arrangement) -> Any:
         return jit(self.gradient(schedule, arrangement=arrangement)).lower(*self.args)
 
     def _fitted(
         self, step: Any, schedule: Schedule, arrangement: Arrangement, budget_bytes: int,
-        before: Sequence[Attempt], seconds: float,
+        seconds: float,
     ) -> Fitted:  # fmt: skip
         attempt = Attempt(
             arrangement=arrangement,
@@ -215,92 +224,129 @@ class _Compiler:
             schedule=dataclasses.replace(schedule, budget_bytes=budget_bytes),
             profile=self.profile,
             temporary_bytes=attempt.measured_bytes,
-            attempts=(*before, attempt),
+            attempts=(attempt,),
         )
 
 
-def _fit(
-    compiler: _Compiler,
-    schedules: Callable[..., Iterator[Schedule]],
-    budget_bytes: int,
-    budget: int | str,
-    max_attempts: int,
-    say: Callable[[str], None],
-) -> Fitted:
-    """The first of `schedules(attempts=...)` whose step fits `budget_bytes` when compiled; `budget`, as it was asked for."""
-    fixed_bytes = compiler.profile.fixed_bytes
-    room = budget_bytes - fixed_bytes
-    attempts: list[Attempt] = []
+class _Search:
+    """Compiles schedules for one budget, one after another, and remembers what each needed."""
 
-    def tried() -> Iterator[Fitted]:
+    def __init__(self, compiler: _Compiler, budget_bytes: int, say: Callable[[str], None]):
+        self.compiler, self.budget_bytes, self.say = compiler, budget_bytes, say
+        self.room = budget_bytes - compiler.profile.fixed_bytes
+        self.attempts: list[Attempt] = []
+        self._least: dict[tuple[Run, ...], int] = {}
+
+    def knows(self, schedule: Schedule) -> bool:
+        """Whether it has been compiled."""
+        return schedule.runs in self._least
+
+    def leaner(self, schedule: Schedule) -> int:
+        """The total bytes for which to plan next: as much less than this one's as the best of its programs was above the budget."""
+        return schedule.total_bytes - max(1, self._least[schedule.runs] - self.room)
+
+    def first(self, schedules: Iterable[Schedule], most: int) -> Fitted | None:
+        """The first program that fits, of at most so many."""
+        for made in itertools.islice(self._programs(schedules), most):
+            needs, runs = made.temporary_bytes, made.schedule.runs
+            self.attempts.append(made.attempts[-1])
+            self._least[runs] = min(needs, self._least.get(runs, needs))
+            if needs <= self.room:
+                return made
+            self.say(
+                f"a schedule of {show_bytes(made.schedule.peak_bytes)} needs {show_bytes(needs)} compiled, "
+                f"{show_bytes(needs - self.room)} above the budget: trying another arrangement, or a leaner one"
+            )
+        return None
+
+    def _programs(self, schedules: Iterable[Schedule]) -> Iterator[Fitted]:
         """Every schedule as it is, with the same detour everywhere, and with those that leave no holes by its heap."""
-        for schedule in schedules(attempts=attempts):
-            yield compiler(schedule, 0, budget_bytes, attempts)
+        compiler, budget_bytes = self.compiler, self.budget_bytes
+        for schedule in schedules:
+            yield compiler(schedule, 0, budget_bytes)
             if not execute.can_be_arranged(compiler.args[0]):
                 continue
-            even, found = compiler.even(schedule, budget_bytes, attempts)
+            even, found = compiler.even(schedule, budget_bytes)
             yield even
             rest = 0 if found is None else max(0, even.temporary_bytes - found.needs(EVEN))
             for seed in range(DETOURS):
-                if found is None or (detours := found.arranged(room - rest, seed)) is None:
+                if found is None or (detours := found.arranged(self.room - rest, seed)) is None:
                     break
-                yield compiler(schedule, detours, budget_bytes, attempts)
+                yield compiler(schedule, detours, budget_bytes)
 
-    for made in itertools.islice(tried(), max_attempts):
-        needs = made.temporary_bytes
-        if needs <= room:
-            return made
-        attempts.append(made.attempts[-1])
-        say(
-            f"a schedule of {show_bytes(made.schedule.peak_bytes)} needs {show_bytes(needs)} compiled, "
-            f"{show_bytes(needs - room)} above the budget: trying another arrangement, or a leaner one"
+    def told(self, found: Fitted, fastest: Schedule) -> Fitted:
+        """`found`, with everything that was compiled, itself last, and with what is known of it among all schedules for the budget, of which `fastest` is the fastest."""
+        plan, (own,) = found.schedule, found.attempts
+        if plan.time_ns > fastest.time_ns:
+            saved = plan.time_ns - fastest.time_ns
+            above = self._least.get(fastest.runs, 0) - self.room
+            gain = f"a schedule faster by {show_ns(saved)} ({saved / plan.time_ns:.1%}) was compiled: for holes between buffers it needs {show_bytes(above)} more than the budget"
+            plan = dataclasses.replace(
+                plan, bound_ns=fastest.bound_ns, status=Status.FEASIBLE, next_gain=gain if above > 0 else plan.next_gain
+            )  # fmt: skip
+        others = (one for one in self.attempts if one is not own)
+        return dataclasses.replace(found, schedule=plan, attempts=(*others, own))
+
+    def failed(self, budget: int | str) -> InfeasibleError:
+        """That nothing fits; `budget`, as it was asked for."""
+        least = min(one.measured_bytes for one in self.attempts) + self.compiler.profile.fixed_bytes
+        return InfeasibleError(
+            f"`budget={budget!r}` ({self.budget_bytes:_} bytes): schedules fit by what is alive at once, but of the {len(self.attempts)} that were compiled none does: "
+            f"the allocator leaves holes between buffers. The leanest compiled needs {least:_} bytes ({show_bytes(least)}): raise the "
+            "budget to that",
+            budget_bytes=self.budget_bytes,
+            least_bytes=least,
         )
-    least = min(attempt.measured_bytes for attempt in attempts) + fixed_bytes
-    raise InfeasibleError(
-        f"`budget={budget!r}` ({budget_bytes:_} bytes): schedules fit by what is alive at once, but of the {len(attempts)} that were compiled none does: "
-        f"the allocator leaves holes between buffers. The leanest compiled needs {least:_} bytes ({show_bytes(least)}): raise the "
-        "budget to that",
-        budget_bytes=budget_bytes,
-        least_bytes=least,
-    )
 
 
-def _best_bytes(attempts: Sequence[Attempt], schedule: Schedule) -> int:
-    """The least that any compiled arrangement of `schedule` needed."""
-    return min(a.measured_bytes for a in attempts if a.predicted_bytes == schedule.peak_bytes)
+@dataclass(frozen=True)
+class _Plans:
+    """The schedules of some strategies; `bare`, without the holes that are foreseen, which are not always there."""
 
+    frontier: planning.Frontier
+    bare: planning.Frontier
+    regular: float
 
-def _leaner(
-    profile: Profile,
-    budget: int,
-    attempts: list[Attempt],
-    max_error: float,
-    allowed: frozenset[Strategy],
-    thin: float | None,
-    regular: float,
-) -> Iterator[Schedule]:
-    """The plan for the budget, foreseen holes or not; where holes are foreseen, that without; then plans for as much less as the best attempt at the last was above the budget;
-    then those between, the fastest first."""
-    thin = planning.default_thin(profile) if thin is None else thin
-    frontier = planning.frontier(profile, max_error=max_error, allowed=allowed, thin=thin)
-    room, target, seen = budget - profile.fixed_bytes, budget, set()
-    schedule = planning.plan(
-        profile, budget, max_error=max_error, allowed=allowed, regular=regular, frontier=frontier
-    )
-    bare = dataclasses.replace(frontier, profile=dataclasses.replace(profile, workspaces=()))
-    fastest = bare.at(budget, regular=regular)
-    if fastest.runs != schedule.runs:
-        # Not every hole that is foreseen is there.
-        seen.add(fastest.peak_bytes)
-        yield fastest
-    while True:
-        yield schedule
-        seen.add(schedule.peak_bytes)
-        target = min(target, schedule.total_bytes) - max(1, _best_bytes(attempts, schedule) - room)
-        if frontier.least_bytes is None or target < frontier.least_bytes:
-            break
-        schedule = frontier.at(target, regular=regular)
-    for total, _ in reversed(bare.points):
-        if total <= budget and (schedule := bare.at(total, regular=regular)).peak_bytes not in seen:
-            seen.add(schedule.peak_bytes)
+    @classmethod
+    def of(
+        cls,
+        profile: Profile,
+        max_error: float,
+        allowed: frozenset[Strategy],
+        thin: float | None,
+        regular: float,
+    ) -> _Plans:
+        thin = planning.default_thin(profile) if thin is None else thin
+        frontier = planning.frontier(profile, max_error=max_error, allowed=allowed, thin=thin)
+        bare = dataclasses.replace(frontier, profile=dataclasses.replace(profile, workspaces=()))
+        return cls(frontier, bare, regular)
+
+    def foreseen(self, budget: int, search: _Search) -> Iterator[Schedule]:
+        """The plan for the budget, foreseen holes or not; where holes are foreseen, that without; then leaner ones (`_Search.leaner`); then those between, the fastest first."""
+        frontier = self.frontier
+        schedule = planning.plan(
+            frontier.profile, budget, max_error=frontier.max_error, allowed=frontier.solved.allowed, regular=self.regular, frontier=frontier
+        )  # fmt: skip
+        fastest = self.bare.at(budget, regular=self.regular)
+        if fastest.runs != schedule.runs:
+            yield fastest
+        while True:
             yield schedule
+            target = search.leaner(schedule)
+            if frontier.least_bytes is None or target < frontier.least_bytes:
+                break
+            schedule = frontier.at(target, regular=self.regular)
+        for total, _ in reversed(self.bare.points):
+            if total <= budget and not search.knows(schedule := self.bare.at(total, regular=self.regular)):
+                yield schedule
+
+    def quicker(self, budget: int, search: _Search, limit_ns: float) -> Iterator[Schedule]:
+        """The fastest for the budget, then leaner ones (`_Search.leaner`), as long as they take less than `limit_ns`."""
+        least, target = self.bare.least_bytes, budget
+        while least is not None and target >= least:
+            schedule = self.bare.at(target, regular=self.regular)
+            if schedule.time_ns >= limit_ns:
+                break
+            if not search.knows(schedule):
+                yield schedule
+            target = search.leaner(schedule)

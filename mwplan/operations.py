@@ -41,13 +41,12 @@ def store_rules(layer: PyTree, x: PyTree) -> tuple[rules.StoreRule, ...]:
     offered = rules.store_rules(layer, x)
     if not set(rules.LEANER) <= {*offered}:
         return offered
-
     one = as_layer(layer, 0)
 
     def kept(rule: rules.StoreRule) -> int:
         return res.new_bytes(jax.eval_shape(functools.partial(forward, rule=rule), one, x)[1])
 
-    step = max(trees.nbytes(x), trees.nbytes(jax.eval_shape(one, x)))
+    step = max(trees.nbytes(x), trees.nbytes(jax.eval_shape(plain_forward, one, x)))
     least, chosen = kept(rules.VjpStore()), []
     by_size = {kept(rule): rule for rule in rules.LEANER}  # of equal ones the last
     for size, rule in by_size.items():

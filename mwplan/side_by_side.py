@@ -45,7 +45,8 @@ class Task:
 
     `chain`, where both start; `loss(chain(x), labels)`; `batch(step)`, that step's `(x, labels)`, of one shape for all; `optimizer`, of optax;
     `budget(profile, temporary_bytes)`, device bytes of the gradient step, from the profile and backpropagation's temporaries. Before each of the
-    `checks` (steps; `steps` is the end) both gradients are compared with float64, at the planned run's weights, on batch 0. `patience`: steps between two plans, at least.
+    `checks` (steps; `steps` is the end) both gradients are compared with float64, at the planned run's weights, on batch 0. `patience`: steps between two plans, at least. `tune`: rounds in which plans are
+    timed against each other, as `mw.fit`.
     """
 
     chain: Chain
@@ -59,6 +60,7 @@ class Task:
     checks: tuple[int, ...] = ()
     patience: int = 1
     repeats: int = 5
+    tune: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,7 +133,7 @@ def train(task: Task, progress: Progress = silent, say: Callable[[str], None] = 
     def fitted(net: Chain, profile: Profile, budget: int) -> fitting.Fitted:
         return fitting.fit(
             task.loss, net, x, labels,
-            budget=budget, profile=profile, max_error=task.max_error, allowed=task.allowed, say=say,
+            budget=budget, profile=profile, max_error=task.max_error, allowed=task.allowed, tune=task.tune, say=say,
         )  # fmt: skip
 
     profile = profiled(task.chain)

@@ -30,6 +30,8 @@ SCHEMA = 1
 BUDGET_FRACTION = 0.2
 #: and at least so many times the least bytes that any schedule needs
 LEAST_FACTOR = 1.25
+#: Rounds in which plans are timed against each other: several cores share the work of operations in ways that a profile of single ones does not show.
+TUNE = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,6 +184,7 @@ def train(config: TrainConfig, progress: Progress, say: Callable[[str], None]) -
         allowed=allowed,
         checks=(0, total),
         patience=steps_per_epoch,
+        tune=TUNE,
     )
     got = side_by_side.train(task, progress, say)
     fitted, first, last = got.fitted, got.checks[0], got.checks[-1]

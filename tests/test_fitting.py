@@ -15,7 +15,7 @@ from mwplan.heap import Heap
 from mwplan.interpret import EVEN, Detours
 from mwplan.layers import Dense
 from mwplan.packing import Buffer, Workspace
-from mwplan.schedule import Run, RunKind, Schedule, Solution
+from mwplan.schedule import Run, RunKind, Schedule, Solution, Strategy
 from tests.helpers import mean_square, relative_error, store_all, with_round_times
 
 
@@ -28,6 +28,20 @@ def network() -> mw.Chain:
 @pytest.fixture(scope="module")
 def profile() -> mw.Profile:
     return with_round_times(mw.profile(network(), jnp.ones((512, 32)), repeats=1))
+
+
+def bare(profile: mw.Profile, allowed: frozenset[Strategy] = planning.EVERY_STRATEGY) -> mw.Frontier:
+    """The frontier, no holes foreseen."""
+    return mw.frontier(dataclasses.replace(profile, workspaces=()), allowed=allowed)
+
+
+def inverting_is_free(profile: mw.Profile) -> mw.Profile:
+    """`profile`, with other times."""
+    layers = (
+        dataclasses.replace(one, invert=tuple(dataclasses.replace(o, backward_ns=1) for o in one.invert))
+        for one in profile.layers
+    )
+    return dataclasses.replace(profile, layers=tuple(layers))
 
 
 def test_the_compiled_step_keeps_the_budget(profile: mw.Profile) -> None:
@@ -175,6 +189,62 @@ def test_holes_that_are_only_foreseen_cost_nothing(
     assert len(found.attempts) == 1
 
 
+def test_a_quicker_plan_is_looked_for_where_holes_cost_time(
+    profile: mw.Profile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plan foresees holes in all but the leanest schedule; only the fastest has any, and small ones: the next on the frontier does. It is not called optimal."""
+    chain, x = network(), jnp.ones((512, 32))
+    frontier = mw.frontier(profile)
+    assert frontier.least_bytes is not None
+    budget = frontier.points[-1][0]
+    fastest, least = (bare(profile).at(total) for total in (budget, frontier.least_bytes))
+    real, asked = fitting.temporaries, []
+
+    def packed_bytes(self: planning.Frontier, solution: Solution) -> int:
+        hole = solution.peak_bytes != frontier.solved.least_bytes and self.profile.workspaces
+        return self.profile.table_bytes + solution.peak_bytes + (budget if hole else 0)
+
+    def at_first_above(compiled: object) -> int:
+        asked.append(real(compiled))
+        return budget - profile.fixed_bytes + 1 if len(asked) == 1 else asked[-1]
+
+    monkeypatch.setattr(planning.Frontier, "_packed_bytes", packed_bytes)
+    monkeypatch.setattr(planning, "LEANER", 1000)
+    monkeypatch.setattr(fitting, "temporaries", at_first_above)
+    monkeypatch.setattr(fitting.execute, "can_be_arranged", lambda chain: False)
+    workspace = Workspace(total_bytes=1, buffers=(Buffer(1, 0, 0),))
+    found = mw.fit(
+        mean_square, chain, x, budget=budget, profile=dataclasses.replace(profile, workspaces=(workspace,))
+    )
+    plan = found.schedule
+    assert fastest.time_ns < plan.time_ns < least.time_ns
+    assert [one.predicted_bytes for one in found.attempts[:2]] == [fastest.peak_bytes, least.peak_bytes]
+    assert found.attempts[-1].predicted_bytes == plan.peak_bytes
+    assert plan.bound_ns <= fastest.time_ns
+    assert plan.status is mw.Status.FEASIBLE
+    assert "was compiled: for holes between buffers it needs 1 B more" in str(plan)
+
+
+def test_fewer_strategies_may_fit_where_all_do_not(
+    profile: mw.Profile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chain, x = network(), jnp.ones((512, 32))
+    cheap = dataclasses.replace(inverting_is_free(profile), workspaces=())
+    every, fewer = mw.frontier(cheap), mw.frontier(cheap, allowed=planning.NARROWER[1])
+    budget = next(total for total, ns in fewer.points if every.at(total).time_ns < ns)
+    real, asked = fitting.temporaries, []
+
+    def at_first_above(compiled: object) -> int:
+        asked.append(real(compiled))
+        return 1 << 40 if len(asked) == 1 else asked[-1]
+
+    monkeypatch.setattr(fitting, "temporaries", at_first_above)
+    found = mw.fit(mean_square, chain, x, budget=budget, profile=cheap, max_attempts=1)
+    assert len(found.attempts) == 2
+    assert found.schedule.runs == fewer.at(budget).runs
+    assert found.schedule.status is mw.Status.FEASIBLE
+
+
 def test_budgets_that_nothing_fits(profile: mw.Profile) -> None:
     chain, x = network(), jnp.ones((512, 32))
     with pytest.raises(mw.InfeasibleError, match="leanest schedule needs"):
@@ -214,14 +284,7 @@ def test_tuning_times_the_plans_of_fewer_strategies(
 ) -> None:
     """Plans of fewer strategies are run beside that of all, and the one that is really the fastest is kept."""
     chain, x = network(), jax.random.normal(jax.random.key(0), (512, 32))
-    # A profile by which inverting costs nothing: the plan of all strategies inverts, and would be wrong to.
-    cheap = dataclasses.replace(
-        profile,
-        layers=tuple(
-            dataclasses.replace(one, invert=tuple(dataclasses.replace(o, backward_ns=1) for o in one.invert))
-            for one in profile.layers
-        ),
-    )
+    cheap = inverting_is_free(profile)  # the plan of all strategies inverts, and would be wrong to
     frontier = mw.frontier(cheap)
     assert frontier.least_bytes is not None
     budget = 2 * frontier.least_bytes
