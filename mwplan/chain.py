@@ -65,7 +65,7 @@ _ARRAY = _Array()
 
 
 def as_layer(candidate: Any, position: int) -> Any:
-    """`candidate` as a layer: itself, or wrapped so that all its leaves are arrays.
+    """`candidate` as a layer: itself, or wrapped so that all its leaves are arrays; JAX's own activations as the layers that they are (`mwplan.layers.standard`).
 
     Raises `ChainError` where it cannot be called.
     """
@@ -77,7 +77,10 @@ def as_layer(candidate: Any, position: int) -> Any:
     if all(trees.is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
         return candidate
     if jax.tree_util.treedef_is_leaf(treedef):
-        return Function(candidate)
+        from mwplan.layers.standard import STANDARD
+
+        known = isinstance(candidate, Hashable) and candidate in STANDARD
+        return STANDARD[candidate] if known else Function(candidate)
     rest = tuple(_ARRAY if trees.is_array(leaf) else leaf for leaf in leaves)
     try:
         hash(rest)
@@ -160,7 +163,7 @@ class Chain:
     """A sequence of layers, `x_l = layer_l(x_{l-1})`: a callable pytree like its layers.
 
     **Arguments:** `layers`, callables from one pytree to another; their inexact-array leaves are the parameters. Plain functions
-    are taken as they are. Layers that hold functions among their leaves (as Equinox modules may) are split into
+    are taken as they are, but JAX's own activations (`jax.nn.relu`, `jnp.tanh`, ...) as the layers of `mwplan.layers` that compute the same. Layers that hold functions among their leaves (as Equinox modules may) are split into
     arrays and structure, so that a chain can always be an argument of a `jax.jit`ted function. A `Stack` among them
     counts as all the layers that it repeats.
 

@@ -28,13 +28,18 @@ def mlp(depth: int = 3, width: int = 8, seed: int = 0) -> mw.Chain:
     return mw.Chain(layers)
 
 
+def tanh(x: Any) -> Any:
+    """A layer without rules: a chain knows `jnp.tanh` itself for what it is."""
+    return jnp.tanh(x)
+
+
 def small_cnn(seed: int = 0) -> mw.Chain:
     """A convolutional classifier with layers of every kind: widening, halo, order, strided, plain functions."""
     a, b, c, d = jax.random.split(jax.random.key(seed), 4)
     return mw.Chain(
         [
             Conv2D.init(a, 1, 4, 3),
-            jnp.tanh,
+            tanh,
             Conv2D.init(b, 4, 4, 3),
             MaxMin(),
             Conv2D.init(c, 4, 8, 2, stride=2, padding="VALID"),

@@ -16,13 +16,13 @@ from mwplan.interpret import EVEN, Detours
 from mwplan.layers import Dense
 from mwplan.packing import Buffer, Workspace
 from mwplan.schedule import Run, RunKind, Schedule, Solution, Strategy
-from tests.helpers import mean_square, relative_error, store_all, with_round_times
+from tests.helpers import mean_square, relative_error, store_all, tanh, with_round_times
 
 
 def network() -> mw.Chain:
-    """Products and tanh: activations of one size, and a frontier of many budgets."""
+    """products and sin: activations of one size, and a frontier of many budgets."""
     keys = jax.random.split(jax.random.key(0), 6)
-    return mw.Chain([layer for key in keys for layer in (Dense.init(key, 32, 32), jnp.tanh)])
+    return mw.Chain([layer for key in keys for layer in (Dense.init(key, 32, 32), tanh)])
 
 
 @pytest.fixture(scope="module")

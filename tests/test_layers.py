@@ -16,6 +16,7 @@ import pytest
 import mwplan as mw
 from mwplan import layers as ml
 from mwplan import operations, residuals, rules, trees
+from mwplan.layers.standard import STANDARD
 
 K = jax.random.key
 
@@ -599,3 +600,23 @@ def test_parts_without_rules_keep_what_jax_keeps() -> None:
     assert rule.name == "parts"
     held = jax.eval_shape(partial(operations.forward, rule=rule), block, x)[1]
     assert residuals.new_bytes(held) == x.size // 8
+
+
+@pytest.mark.parametrize("function", STANDARD, ids=lambda function: function.__name__)
+def test_known_activations_are_layers_with_rules(function: Any) -> None:
+    """A chain takes JAX's functions for what they are: the same values and derivatives, 0, large numbers and NaN included."""
+    x = jnp.array([-90.0, -2.0, -1e-3, 0.0, 0.7, 3.0, 90.0, jnp.nan])
+    (known,) = mw.Chain([function]).layers
+    assert known == STANDARD[function]
+    np.testing.assert_array_equal(known(x), function(x))
+    wanted, got = (jax.vjp(one, x)[1](jnp.ones(8))[0][:-1] for one in (function, known))
+    np.testing.assert_allclose(got, wanted, rtol=1e-6, atol=1e-7)
+    rule, *_ = rules.store_rules(known, x)
+    y, kept = rule.forward(known, x)
+    np.testing.assert_array_equal(y, function(x))
+    np.testing.assert_allclose(rule.backward(known, kept, jnp.ones(8))[1][:-1], wanted, rtol=1e-6, atol=1e-7)
+
+
+def test_other_functions_stay_functions() -> None:
+    halved = partial(jax.nn.gelu, approximate=False)
+    assert [type(one).__name__ for one in mw.Chain([jnp.sin, halved, jax.nn.relu6])] == ["Function"] * 3

@@ -18,7 +18,7 @@ from mwplan.bench import Bench
 from mwplan.layers import Conv2D, Dense, LeakyReLU, MaxMin, layer
 from mwplan.solvers.brute_force import every_cost
 from tests.chains import random_profile
-from tests.helpers import mean_square, relative_error, small_cnn, with_round_times
+from tests.helpers import mean_square, relative_error, small_cnn, tanh, with_round_times
 
 
 def conv_chain() -> mw.Chain:
@@ -27,7 +27,7 @@ def conv_chain() -> mw.Chain:
     made: list[Any] = [Conv2D.init(next(keys), 8, 16, 1), LeakyReLU(0.6)]
     for _ in range(3):
         made += [Conv2D.init(next(keys), 16, 16, 1), MaxMin()]
-    made += [Conv2D.init(next(keys), 16, 16, 3), jnp.tanh, Dense.init(next(keys), 16, 4)]
+    made += [Conv2D.init(next(keys), 16, 16, 3), tanh, Dense.init(next(keys), 16, 4)]
     return mw.Chain(made)
 
 

@@ -74,7 +74,7 @@ def test_stacking_keeps_the_function_and_the_fingerprint() -> None:
     assert fingerprint(chain) == fingerprint(plain)
     np.testing.assert_allclose(chain(x), plain(x), rtol=1e-5)
     assert jax.tree.all(jax.tree.map(jnp.array_equal, chain[9], plain[9]))
-    assert "6x(Dense tanh Dense LeakyReLU)" in repr(chain)
+    assert "6x(Dense Smooth Dense LeakyReLU)" in repr(chain)
 
 
 @settings(max_examples=16, deadline=None, derandomize=True, database=None)

@@ -128,8 +128,8 @@ def test_mirrors_vjp() -> None:
 def test_whole() -> None:
     """Any function has the whole fragment."""
     x, ct = noise(0, (3,)), noise(1, (3,))
-    _, vijp_fn = vijp(jnp.tanh, x, "whole")
-    np.testing.assert_array_equal(vijp_fn(jnp.zeros(3), fragment_of(jnp.tanh, x, ct, "whole")), ct)
+    _, vijp_fn = vijp(jnp.sin, x, "whole")
+    np.testing.assert_array_equal(vijp_fn(jnp.zeros(3), fragment_of(jnp.sin, x, ct, "whole")), ct)
 
 
 SINGULAR = np.diag([1.0, 2.0, 0.0, 1.0]).astype(np.float32)
@@ -171,7 +171,7 @@ def test_layers_without_a_vijp() -> None:
     with pytest.raises(NotSubmersiveError, match=r"slope=0\.0"):
         vijp(ml.LeakyReLU(0.0), x)
     with pytest.raises(NotSubmersiveError, match="no vijp rule"):
-        vijp(jnp.tanh, x)
+        vijp(jnp.sin, x)
     with pytest.raises(NotSubmersiveError, match="comes down to"):
         vijp(ml.Smooth("gelu"), x)
     with pytest.raises(NotSubmersiveError, match="do not determine 6 output"):
@@ -264,7 +264,7 @@ def test_explain() -> None:
         assert word in text
     assert "not available" in str(explain(ml.ReLU(), jnp.ones((8, 16))))
     assert "no vijp rule" in str(explain(jnp.sin, jnp.ones(3)))
-    assert explain(jax.nn.relu, jnp.ones(3)).layer == "relu"
+    assert explain(jnp.sin, jnp.ones(3)).layer == "sin"
     assert "halo" in str(explain(ml.Conv1D.init(K(0), 2, 2), jnp.ones((4, 2))))
 
 

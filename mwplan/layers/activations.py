@@ -115,7 +115,7 @@ class ReLU:
 
     def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         """Applies the activation."""
-        return jnp.where(x > 0, x, jnp.zeros((), x.dtype))
+        return jnp.where(x <= 0, jnp.zeros((), x.dtype), x)  # NaN stays NaN
 
     def vijp_rules(self, x: Any) -> Sequence[VijpRule | Unavailable]:
         """None: the whole cotangent only."""
