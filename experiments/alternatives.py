@@ -525,7 +525,7 @@ class Bench:
 
     def tune_plans(self) -> None:
         """Takes for each `plan` the fastest, in a trial of its own whose samples are not kept, of what was planned for its budget or less: by all
-        strategies, without vijps, by recomputation alone, by hand, tied, untied, loose and stacked. As `mw.fit(tune=...)` of the chain and of `mw.stack` of it."""
+        strategies, without vijps, without inverses, by recomputation alone, by hand, tied, untied, loose and stacked. As `mw.fit(tune=...)` of the chain and of `mw.stack` of it."""
         every = list(dict.fromkeys(one for several in self.plans.values() for one in several))
         interleave(every, self.tune, TRIAL)
         for at, several in self.plans.items():

@@ -102,7 +102,7 @@ def fit(
 
     **Arguments:** `loss(y, *args)`, as `mw.value_and_grad`, with `has_aux` and `wrt_input`; `chain`, `x`; `budget`, bytes of the whole step or a text
     such as "2GiB"; `profile` (measured if None); `max_error`, `allowed`, as `mw.plan`; `thin`, `regular`, as `mw.plan`; `max_attempts`, compilations of each plan; `tune`, rounds in
-    which plans of fewer strategies (no vijps; recomputation alone), for less memory (a half, a quarter), what one would do by hand (plain backpropagation, inversion
+    which plans of fewer strategies (no vijps; no inverses; recomputation alone), for less memory (a half, a quarter), what one would do by hand (plain backpropagation, inversion
     or moonwalk runs wherever they are possible) and each of these untied and loose (`mw.UNTIED`, `mw.LOOSE`) are timed in turn with the predicted fastest, those that fit, and the fastest kept: a profile's
     times are estimates of operations on their own; 0, the predicted fastest is taken; `say`, told of each.
     **Returns:** a `Fitted`.

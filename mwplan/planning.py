@@ -32,9 +32,10 @@ REGULAR = 0.01
 LEANER = 16
 #: what packing needs more by less than this share is no hole, but small buffers' alignment, which `Profile.table_bytes` has room for
 ALIGNED = 0.001
-#: Sets of strategies whose plans are worth timing beside that of all: a profile's times are estimates, and recomputation alone may turn out faster.
+#: Sets of strategies whose plans are worth a look beside that of all: a profile's times are estimates, recomputation alone may turn out faster, and other buffers lie closer or less so.
 NARROWER = (
     EVERY_STRATEGY - {Strategy.VIJP, Strategy.FRAGMENT},
+    EVERY_STRATEGY - {Strategy.INVERT},
     frozenset({Strategy.STORE, Strategy.RECOMPUTE}),
 )
 

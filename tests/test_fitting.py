@@ -230,7 +230,7 @@ def test_fewer_strategies_may_fit_where_all_do_not(
 ) -> None:
     chain, x = network(), jnp.ones((512, 32))
     cheap = dataclasses.replace(inverting_is_free(profile), workspaces=())
-    every, fewer = mw.frontier(cheap), mw.frontier(cheap, allowed=planning.NARROWER[1])
+    every, fewer = mw.frontier(cheap), mw.frontier(cheap, allowed=planning.NARROWER[-1])
     budget = next(total for total, ns in fewer.points if every.at(total).time_ns < ns)
     real, asked = fitting.temporaries, []
 
