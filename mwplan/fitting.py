@@ -122,15 +122,15 @@ def fit(
     )  # fmt: skip
     plans = functools.cache(lambda allowed: _Plans.of(profile, max_error, allowed, thin, regular))
 
-    def fitted(allowed: frozenset[Strategy], room: int, *others: frozenset[Strategy]) -> Fitted:
-        """The fastest of `allowed` that fits `room`. Where holes make it slow, or nothing fits, also what else would be faster: of `allowed`, and of the `others` among them."""
-        search, of_all = _Search(compiler, room, say), plans(allowed)
-        found = search.first(of_all.foreseen(room, search), max_attempts)
-        fastest = of_all.bare.at(room, regular=regular)
+    def fitted(allowed: frozenset[Strategy], total: int, *others: frozenset[Strategy]) -> Fitted:
+        """The fastest of `allowed` that fits `total` bytes. Where holes make it slow, or nothing fits, also what else would be faster: of `allowed`, and of the `others` among them."""
+        search, of_all = _Search(compiler, total, say), plans(allowed)
+        fastest = of_all.bare.at(total, regular=regular)
+        found = search.first(of_all.foreseen(total, fastest, search), max_attempts)
         for some in filter(None, dict.fromkeys((allowed, *(allowed & other for other in others)))):
             limit_ns = math.inf if found is None else (1 - WORTHWHILE) * found.schedule.time_ns
             if limit_ns > fastest.time_ns:
-                quicker = plans(some).quicker(room, search, limit_ns)
+                quicker = plans(some).quicker(total, search, limit_ns)
                 found = search.first(quicker, min(max_attempts, QUICKER)) or found
         if found is None:
             raise search.failed(budget)
@@ -321,13 +321,12 @@ class _Plans:
         bare = dataclasses.replace(frontier, profile=dataclasses.replace(profile, workspaces=()))
         return cls(frontier, bare, regular)
 
-    def foreseen(self, budget: int, search: _Search) -> Iterator[Schedule]:
-        """The plan for the budget, foreseen holes or not; where holes are foreseen, that without; then leaner ones (`_Search.leaner`); then those between, the fastest first."""
+    def foreseen(self, budget: int, fastest: Schedule, search: _Search) -> Iterator[Schedule]:
+        """The `fastest` for the budget, foreseen holes or not; where holes are foreseen, the plan without; then leaner ones (`_Search.leaner`); then those between, the fastest first."""
         frontier = self.frontier
         schedule = planning.plan(
             frontier.profile, budget, max_error=frontier.max_error, allowed=frontier.solved.allowed, regular=self.regular, frontier=frontier
         )  # fmt: skip
-        fastest = self.bare.at(budget, regular=self.regular)
         if fastest.runs != schedule.runs:
             yield fastest
         while True:
