@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import warnings
 from collections.abc import Callable
@@ -105,6 +106,7 @@ class _Saved:
     x: dict[int, PyTree]
     kept: list[Any]
     sketches: dict[int, Array]
+    one: Array | None  # `Arranged.one`
     claims: tuple[tuple[int, int], ...] = field(metadata={"static": True})
 
 
@@ -122,19 +124,22 @@ def _planned(
 
     def forward(chain: Chain, x: PyTree, probe: Array) -> tuple[PyTree, _Saved]:
         warn_if_grown(schedule, x)
-        interpreter = _interpreter(chain, x, check, perform)
+        now = _resumed(perform, None)
+        interpreter = _interpreter(chain, x, check, now)
         interpreter.claim(0, x)
         interpreter.claim(0)  # the input is an argument: it is there to the end
         kept = interpreter.forward(schedule.runs, 0)
         y = interpreter.x[len(chain)]
         interpreter.release(len(chain))
         claims = tuple(sorted(interpreter.claims.items()))
-        return y, _Saved(chain, interpreter.x, kept, interpreter.sketches, claims)
+        one = now.one if isinstance(now, Arranged) else None
+        return y, _Saved(chain, interpreter.x, kept, interpreter.sketches, one, claims)
 
     def backward(saved: _Saved, ct: PyTree) -> tuple[Chain, PyTree, Array]:
         saved, ct = _once((saved, ct))
         ct = trees.tie(ct)  # or XLA computes it from the output again for each of its users
-        interpreter = _interpreter(saved.chain, saved.x[0], check, perform)
+        now = _resumed(perform, saved.one)
+        interpreter = _interpreter(saved.chain, saved.x[0], check, now)
         interpreter.x, interpreter.claims = dict(saved.x), dict(saved.claims)
         interpreter.sketches = dict(saved.sketches)
         box = [ct]
@@ -145,6 +150,7 @@ def _planned(
         chain_ct = Chain.tree_unflatten(
             None, [_part_cotangent(part, g) for part, g in zip(saved.chain.parts, interpreter.grads.parts)]
         )
+        chain_ct = now.settled(chain_ct) if isinstance(now, Arranged) else chain_ct
         x_ct = jax.tree.map(_instantiate, saved.x[0], box[0])
         axes = trees.varying_axes((saved.chain, saved.x[0]))
         return trees.vary((chain_ct, x_ct, report), axes)
@@ -157,6 +163,11 @@ def _planned(
         return call(*trees.vary((chain, x, probe), trees.varying_axes((chain, x, probe))))
 
     return alike
+
+
+def _resumed(perform: Performer, one: Array | None) -> Performer:
+    """`perform`, with detours from `one` on."""
+    return dataclasses.replace(perform, one=one) if isinstance(perform, Arranged) else perform
 
 
 def _interpreter(chain: Chain, x: PyTree, check: bool, perform: Performer) -> Interpreter:
@@ -252,7 +263,7 @@ def value_and_grad(
 
     **Arguments:** `loss(y, *args)`, a scalar (with `has_aux`, a pair of it and anything); `schedule`; `wrt_input`: also the
     gradient with respect to the input; `arrangement`: `fitted.arrangement` of `mw.fit`, another program for the same step, which differs in the holes that XLA's allocator
-    leaves between buffers (without effect where a parameter is larger than 64 KiB); `mw.UNTIED`: no barriers around operations, so
+    leaves between buffers (without effect where a parameter is larger than 4 MiB); `mw.UNTIED`: no barriers around operations, so
     that XLA fuses across layers; `mw.LOOSE`: none around residuals, so that XLA may compute them again from what is there anyway. Both are often a few per cent faster, but the
     peak is no longer the planned one (loose, it is mostly lower): compile and measure it.
     **Returns:** `f(chain, x, *args) -> ((value, report), grads)`, where `value` is what `loss` returned, `grads` is a chain (with None
@@ -293,8 +304,8 @@ Arrangement = int | Detours
 UNTIED = -1
 #: The arrangement with barriers around activations and cotangents, but not around residuals.
 LOOSE = -2
-#: The largest parameter, in bytes, that detours are made around: they must be larger, and cost time.
-LARGEST_ARRANGED = 1 << 16
+#: The largest parameter, in bytes, with which detours are made: their arrays must be larger, and cost time.
+LARGEST_ARRANGED = 1 << 22
 
 
 def can_be_arranged(chain: Chain) -> bool:
@@ -313,7 +324,7 @@ def _performer(chain: Chain, arrangement: Arrangement) -> Performer:
         raise ArgumentError(
             f"`arrangement={arrangement!r}` must be 0, `mw.UNTIED`, `mw.LOOSE` or what `mw.fit` found (`fitted.arrangement`)"
         )
-    return Arranged(arrangement, max(leaf.size for leaf in trees.parameters(chain)) + 257)
+    return Arranged(arrangement, max(map(trees.nbytes, trees.parameters(chain))) // 4 + 257)
 
 
 def _only_parameters(tree: PyTree, grads: list[Any]) -> PyTree:

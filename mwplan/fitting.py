@@ -25,7 +25,6 @@ from mwplan.schedule import Choice, Run, Schedule, Status, Strategy, check_allow
 from mwplan.sizes import parse_bytes, show_bytes, show_ns
 
 PyTree = Any
-DETOURS = 2  # programs of one schedule whose detours are made for its heap
 WORTHWHILE = 0.02  # the share of its time by which another plan must be faster to be compiled
 QUICKER = 6  # programs of each set of strategies that are compiled in search of such a plan
 LESS = (0.5, 0.25)  # shares of the room for temporaries whose plans are timed when tuning
@@ -96,7 +95,7 @@ def fit(
     """The fastest schedule whose *compiled* step fits the budget.
 
     A schedule's peak is what is alive at once. The compiler's allocator may need more, where buffers of different lifetimes leave holes
-    between them, and not all of these are foreseen; then the same step is compiled with detours that close them (`mwplan.heap`; not where a parameter is larger than 64 KiB), and if that
+    between them, and not all of these are foreseen; then the same step is compiled with detours that close them (`mwplan.heap`; not where a parameter is larger than 4 MiB), and if that
     does not help either, leaner schedules, until one fits. Where that costs time, or nothing fits, it also looks among plans of fewer strategies (`planning.NARROWER`), whose buffers
     may lie closer.
 
@@ -247,11 +246,11 @@ class _Search:
 
     def first(self, schedules: Iterable[Schedule], most: int) -> Fitted | None:
         """The first program that fits, of at most so many."""
-        for made in itertools.islice(self._programs(schedules), most):
+        for made, last in itertools.islice(self._programs(schedules), most):
             needs, runs = made.temporary_bytes, made.schedule.runs
             self.attempts.append(made.attempts[-1])
             self._least[runs] = min(needs, self._least.get(runs, needs))
-            if needs <= self.room:
+            if needs <= self.room and last:
                 return made
             self.say(
                 f"a schedule of {show_bytes(made.schedule.peak_bytes)} needs {show_bytes(needs)} compiled, "
@@ -259,20 +258,24 @@ class _Search:
             )
         return None
 
-    def _programs(self, schedules: Iterable[Schedule]) -> Iterator[Fitted]:
-        """Every schedule as it is, with the same detour everywhere, and with those that leave no holes by its heap."""
+    def _programs(self, schedules: Iterable[Schedule]) -> Iterator[tuple[Fitted, bool]]:
+        """Every schedule as it is; with the same detour everywhere, to read its heap; and with the few by which that heap has no holes. With each whether to keep it if it fits: of
+        two programs that do, the one of fewer detours takes less time."""
         compiler, budget_bytes = self.compiler, self.budget_bytes
         for schedule in schedules:
-            yield compiler(schedule, 0, budget_bytes)
+            yield compiler(schedule, 0, budget_bytes), True
             if not execute.can_be_arranged(compiler.args[0]):
                 continue
             even, found = compiler.even(schedule, budget_bytes)
-            yield even
             rest = 0 if found is None else max(0, even.temporary_bytes - found.needs(EVEN))
-            for seed in range(DETOURS):
-                if found is None or (detours := found.arranged(self.room - rest, seed)) is None:
-                    break
-                yield compiler(schedule, detours, budget_bytes)
+            few = None if found is None else found.arranged(self.room - rest)
+            yield even, few is None
+            if found is None or few is None:
+                continue
+            yield compiler(schedule, few, budget_bytes), True
+            more = found.arranged(self.room - rest, EVEN.others)
+            if more is not None:
+                yield compiler(schedule, more, budget_bytes), True
 
     def told(self, found: Fitted, fastest: Schedule) -> Fitted:
         """`found`, with everything that was compiled, itself last, and with what is known of it among all schedules for the budget, of which `fastest` is the fastest."""

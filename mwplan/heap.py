@@ -24,6 +24,7 @@ from mwplan.packing import Buffer, pack
 
 #: Buffers of a smaller share of the largest are left out: they find a place between the others.
 _SMALL = 1 / 500
+_ONE = 4  # bytes of what a detour ends with, however long it is
 _LENGTHS = (0, 2, 4, 8, 16, 32)
 _TRIES = 300
 
@@ -32,47 +33,67 @@ _TRIES = 300
 class Heap:
     """The large temporary buffers of a compiled program with the detours `EVEN`.
 
-    `buffers`, without those of detours, and when the first array in each ends (`packing.pack`); their moments count `events`, allocations and releases: of each the operation
-    whose detour it belongs to, None for most.
+    `buffers`, and when the first array in each ends (`packing.pack`); their moments count `events`, allocations and releases. `owners`, of buffers and of
+    events: of each the operation whose detour it belongs to, None for most.
     """
 
     buffers: tuple[Buffer, ...]
     firsts: tuple[int, ...]
+    owners: tuple[str | None, ...]
     events: tuple[str | None, ...]
 
     def needs(self, detours: Detours) -> int:
         """Bytes of the program with these detours instead, holes included. Cost: that of `packing.pack`."""
         weights = [EVEN.others if owner is None else detours.length(owner) for owner in self.events]
         clock = np.cumsum(weights).tolist()
-        moved = [Buffer(one.size_bytes, clock[one.start], clock[one.stop]) for one in self.buffers]
-        return pack(moved, [clock[at] for at in self.firsts]).total_bytes
+        there = [
+            (Buffer(one.size_bytes, clock[one.start], clock[one.stop]), clock[first])
+            for one, first, owner in zip(self.buffers, self.firsts, self.owners)
+            if owner is None or detours.length(owner)
+        ]
+        return pack([one for one, _ in there], [first for _, first in there]).total_bytes
 
     @property
     def alive(self) -> int:
         """Bytes alive at once: the program needs no less with any detours."""
         change = np.zeros(len(self.events) + 1, np.int64)
-        for one in self.buffers:
-            change[one.start] += one.size_bytes
-            change[one.stop] -= one.size_bytes
+        for one, owner in zip(self.buffers, self.owners):
+            if owner is None:
+                change[one.start] += one.size_bytes
+                change[one.stop] -= one.size_bytes
         return int(change.cumsum().max())
 
-    def arranged(self, room: int, seed: int = 0) -> Detours | None:
-        """Detours with which the program needs at most `room` bytes; None where none of 300 do (a second or two), half of them made at random, half of the best so far."""
-        alive, rng = self.alive, random.Random(seed)
-        names = sorted({owner for owner in self.events if owner is not None})
-        if alive > room or not names:
+    def arranged(self, room: int, shortest: int = 0) -> Detours | None:
+        """Detours with which the program needs at most `room` bytes, few and short ones; None where none are found: a second or two.
+
+        `shortest`, of any: with none at all in an operation it may be compiled otherwise in a small part, and differ from the program that this heap is of.
+        """
+        names, rng = sorted({owner for owner in self.events if owner is not None}), random.Random(0)
+        if self.alive > room or not names:
             return None
-        best, least = dict.fromkeys(names, EVEN.others), self.needs(EVEN)
+        choices = [length for length in _LENGTHS if length >= shortest]
+        best = dict.fromkeys(names, choices[0])
+        least = self._with(best)
         for at in range(_TRIES):
+            if least <= room:
+                break
             kept = best if at % 2 else {}
             changed = rng.sample(names, rng.randint(1, min(3, len(names)))) if kept else names
-            lengths = kept | {name: rng.choice(_LENGTHS) for name in changed}
-            needs = self.needs(Detours(tuple(lengths.items())))
+            lengths = kept | {name: rng.choice(choices) for name in changed}
+            needs = self._with(lengths)
             if needs <= least:
                 best, least = lengths, needs
-            if least <= min(room, alive + alive // 1000):
-                break
-        return Detours(tuple(best.items())) if least <= room else None
+        if least > room:
+            return None
+        for name in names:  # each costs time
+            for length in (length for length in choices if length < best[name]):
+                if self._with(best | {name: length}) <= room:
+                    best[name] = length
+                    break
+        return Detours(tuple(best.items()))
+
+    def _with(self, lengths: dict[str, int]) -> int:
+        return self.needs(Detours(tuple(lengths.items())))
 
 
 def compiled(lowered: Any) -> tuple[Any, Heap | None]:
@@ -108,12 +129,14 @@ def read(program: str, lives: str, places: str) -> Heap | None:
     )
     owners = dict(scopes)
     alive = {name: (int(start), int(stop)) for name, start, stop in ranges}
+    # Not those of tuples, a few pointers each: they are no part of the arrangement, and no events of it.
     values = re.findall(
-        r"value: <(\d+) (\S+?)(?:\{.*\})?(?: \(phi\))? @\d+> \(size=(\d+),offset=(\d+)\)", temporary[1]
+        r"value: <(\d+) (\S+?)(?:\{.*\})?(?: \(phi\))? @\d+> \(size=(\d+),offset=(\d+)\): [^(]",
+        temporary[1],
     )
     return _replayed(
-        _Value(*alive[name], int(number), int(size), int(offset), owners.get(name))
-        for number, name, size, offset in values
+        _Value(*alive[name], int(number), size, int(offset), owners.get(name) if size > _ONE else None)
+        for number, name, size, offset in ((number, name, int(size), at) for number, name, size, at in values)
         if name in alive
     )
 
@@ -171,11 +194,10 @@ def _replayed(values: Iterable[_Value]) -> Heap:
         for value in goes[at]:
             buffers[first[value]].stop = event(value)
     least = _SMALL * max((value.size for value in buffers), default=0)
-    large = [
-        (value.size, life) for value, life in buffers.items() if value.size >= least and value.owner is None
-    ]
+    large = [(value, life) for value, life in buffers.items() if value.size >= least]
     return Heap(
-        tuple(Buffer(size, life.start, life.stop) for size, life in large),
+        tuple(Buffer(value.size, life.start, life.stop) for value, life in large),
         tuple(life.stop if life.first < 0 else life.first for _, life in large),
+        tuple(value.owner for value, _ in large),
         tuple(events),
     )

@@ -53,13 +53,12 @@ def loose(sweep: str, layer: int, depth: int, operation: Callable[..., Any], *ar
 
 @dataclass(frozen=True)
 class Detours:
-    """An arrangement: operations that begin with a detour, one of their small parameters, padded, negated an even number of times.
+    """An arrangement: operations that begin with a detour, an array of ones, negated an even number of times.
 
     What it is for: XLA places the longest-lived of equally large buffers first, where life is counted in allocations, and so leaves holes
     that depend on how many small buffers come and go beside the large ones. A detour adds some: the program is the same, the holes are others.
 
-    `lengths`, of operations by `name`, even numbers; `others`, of all others that have a small parameter. With the same for all, lives come closer to being
-    counted in operations (measured: it closes most holes).
+    `lengths`, of operations by `name`, even numbers; `others`, of all others.
     """
 
     SCOPE: ClassVar[str] = "detour"
@@ -76,39 +75,43 @@ class Detours:
         return self._lengths.get(name, self.others)
 
 
-#: The same detour in every operation.
-EVEN = Detours(others=10)
+#: The shortest detour in every operation.
+EVEN = Detours(others=2)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Arranged:
     """As `compiled`, with detours. Nothing of an operation starts before its detour is over, or what it has already written would live the longer for it.
 
-    `size`: elements of a padded parameter, more than any output has, or the
-    detour would be made in an output that is not written yet, and count for nothing.
+    `size`: of a detour's arrays, more than any output has, or they would be made in an output that is not written yet, and count for nothing.
+    `one`: the number 1, from the last detour, which XLA does not know: each begins with it, and `settled` uses it, or XLA would leave them out. None before the first.
     """
 
     detours: Detours
     size: int
+    one: Array | None = None
 
     def __call__(self, sweep: str, layer: int, depth: int, operation: Callable[..., Any], *args: Any) -> Any:
         """As `compiled`."""
-        leaves, treedef = jax.tree.flatten(trees.tie(args))
-        # The largest: a backward pass needs a weight, and not always a bias.
-        small = [
-            (leaf.size, i)
-            for i, leaf in enumerate(leaves)
-            if trees.is_inexact(leaf) and leaf.size < self.size
-        ]
-        size, at = max(small, default=(0, 0))
         name = f"{sweep} {layer} {depth}"
-        if size and (times := self.detours.length(name)):
+        if times := self.detours.length(name):
+            one = jnp.ones((), jnp.float32) if self.one is None else self.one
             with jax.named_scope(f"{Detours.SCOPE}:{name}"):
-                padded = jnp.pad(leaves[at].reshape(-1), (0, self.size - size))
+                args, one = trees.tie((args, one))
+                ones = jnp.broadcast_to(one, (self.size,))
                 for _ in range(times):
-                    padded = trees.tie(-padded)
-                leaves[at] = padded[:size].reshape(leaves[at].shape)
-        return trees.tie(operation(*jax.tree.unflatten(treedef, trees.tie(leaves))))
+                    ones = trees.tie(-ones)
+                args, self.one = trees.tie((args, ones[0]))
+        return compiled(sweep, layer, depth, operation, *args)
+
+    def settled(self, grads: PyTree) -> PyTree:
+        """The same gradients, the smallest of them times `one`."""
+        leaves, treedef = jax.tree.flatten(grads)
+        sizes = [(leaf.size, i) for i, leaf in enumerate(leaves) if trees.is_inexact(leaf) and leaf.size]
+        if self.one is not None and sizes:
+            _, at = min(sizes)
+            leaves[at] = leaves[at] * self.one.astype(leaves[at].dtype)
+        return jax.tree.unflatten(treedef, leaves)
 
 
 def looped(sweep: str, layer: int, depth: int, operation: Callable[..., Any], *args: Any) -> Any:

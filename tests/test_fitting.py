@@ -73,7 +73,7 @@ def test_the_least_budget_is_kept_to_the_byte(profile: mw.Profile) -> None:
 
 
 def test_arrangements_are_other_programs_for_the_same_step(profile: mw.Profile) -> None:
-    """Other holes, the same numbers to the last bit; where a parameter is too large for detours, the plain program."""
+    """Other holes, the same numbers to the last bit, in loops too; where a parameter is too large for detours, the plain program."""
     chain, x = network(), jax.random.normal(jax.random.key(0), (512, 32))
     frontier = mw.frontier(profile)
     assert frontier.least_bytes is not None
@@ -86,11 +86,11 @@ def test_arrangements_are_other_programs_for_the_same_step(profile: mw.Profile) 
     wanted, *others = (step.compile()(chain, x) for step in steps)
     for other in others:
         assert all(jnp.array_equal(a, b) for a, b in zip(jax.tree.leaves(wanted), jax.tree.leaves(other)))
-    wide = mw.Chain([Dense.init(jax.random.key(0), 128, 128)])
+    wide = mw.Chain([Dense.init(jax.random.key(0), 1024, 1024)])
     plan = Schedule(runs=(Run(kind=RunKind.STORE, start=0, stop=1, options=("vjp",)),))
     texts = {
         mw.jit(mw.value_and_grad(mean_square, plan, arrangement=way))
-        .lower(wide, jnp.ones((4, 128)))
+        .lower(wide, jnp.ones((4, 1024)))
         .as_text()
         for way in (0, EVEN)
     }
@@ -118,11 +118,11 @@ def test_an_untied_step_has_the_same_gradient_and_still_recomputes(way: int, sha
         assert relative_error(mw.jit(applied)(net), grads) < 1e-6
 
 
-@pytest.mark.parametrize("failures", [1, 2, 3])
+@pytest.mark.parametrize("failures", [1, 3])
 def test_detours_are_tried_before_a_leaner_schedule(
     profile: mw.Profile, monkeypatch: pytest.MonkeyPatch, failures: int
 ) -> None:
-    """First the same everywhere, then those that its heap asks for."""
+    """First the same everywhere, to read its heap, then those that it asks for: few, and if that fails more."""
     chain, x = network(), jnp.ones((512, 32))
     real, asked = fitting.temporaries, []
     found = [Detours((("forward 1 0", 2),)), Detours((("forward 1 0", 4),))]
@@ -132,11 +132,11 @@ def test_detours_are_tried_before_a_leaner_schedule(
         return 1 << 40 if len(asked) <= failures else asked[-1]
 
     monkeypatch.setattr(fitting, "temporaries", at_first_above)
-    monkeypatch.setattr(heap, "compiled", lambda lowered: (lowered.compile(), Heap((), (), ())))
-    monkeypatch.setattr(Heap, "arranged", lambda heap, room, seed: found[seed])
+    monkeypatch.setattr(heap, "compiled", lambda lowered: (lowered.compile(), Heap((), (), (), ())))
+    monkeypatch.setattr(Heap, "arranged", lambda heap, room, shortest=0: found[shortest > 0])
     total = mw.frontier(profile).points[-1][0] + 3 * x.nbytes
     attempts = mw.fit(mean_square, chain, x, budget=total, profile=profile).attempts
-    assert [one.arrangement for one in attempts] == [0, EVEN, *found][: failures + 1]
+    assert [one.arrangement for one in attempts] == [0, EVEN, *found][: max(3, failures + 1)]
     assert len({one.predicted_bytes for one in attempts}) == 1
 
 
