@@ -268,13 +268,25 @@ class Costs:
         )
 
 
+def _store_rules(one: PyTree, x: PyTree) -> list[rules.StoreRule]:
+    """Those whose costs are worth knowing: not what `jax.vjp` keeps, where another keeps the same."""
+    every = operations.store_rules(one, x)
+
+    def kept(rule: rules.StoreRule) -> tuple[int, bool, bool]:
+        held = jax.eval_shape(functools.partial(operations.forward, rule=rule), one, x)[1]
+        return new_bytes(held), held.keeps_input, held.keeps_output
+
+    others = {kept(rule) for rule in every if rule != rules.VjpStore()}
+    return [rule for rule in every if rule != rules.VjpStore() or kept(rule) not in others]
+
+
 def measure_layer(bench: Pricing, one: PyTree, x: PyTree) -> Costs:
     """What all options of one layer cost at its input: measured, or whatever else `bench` does."""
     plain = bench.program(operations.plain_forward, one, x)
     y = plain.result
     plain = bench.in_place(plain, operations.plain_forward, one, x, dead=x)
     ct_out = bench.cotangent(y)
-    stores = [_StorePrograms(bench, rule, one, x, ct_out) for rule in operations.store_rules(one, x)]
+    stores = [_StorePrograms(bench, rule, one, x, ct_out) for rule in _store_rules(one, x)]
     sketched = bench.program(sketch.take, trees.widen(ct_out))  # as of what the last layer of a run rebuilds
     walks = [
         _MoonwalkPrograms(bench, rule, one, x, ct_out, sketched.workspace_bytes)

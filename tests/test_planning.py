@@ -16,6 +16,7 @@ import mwplan as mw
 from mwplan import layers, measure, operations, residuals, rules
 from mwplan.bench import Bench
 from mwplan.layers import Conv2D, Dense, LeakyReLU, MaxMin, layer
+from mwplan.schedule import Run, RunKind
 from mwplan.solvers.brute_force import every_cost
 from tests.chains import random_profile
 from tests.helpers import mean_square, relative_error, small_cnn, tanh, with_round_times
@@ -90,6 +91,48 @@ def test_profiles_are_measured_once_for_equal_layers() -> None:
     assert profile.layers[2].store == profile.layers[4].store
     assert profile.layers[2].moonwalk == profile.layers[4].moonwalk
     assert mw.Profile.from_json(profile.to_json()) == profile
+
+
+@pytest.mark.parametrize("activation", [layers.ReLU(), LeakyReLU(0.5)])
+def test_an_output_that_is_kept_anyway_costs_nothing(activation: Any) -> None:
+    """A dense layer keeps its input, which tells the signs of the activation before it: no bits, in a composite neither."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    dense = [Dense.init(key, 64, 64) for key in keys]
+    chain = mw.Chain([dense[0], activation, dense[1], activation, dense[2]])
+    x = jax.random.normal(jax.random.key(1), (4096, 64))
+    profile = mw.profile(chain, x, repeats=1)
+    kept = {one.name: (one.residual_bytes, one.keeps_output) for one in profile.layers[1].store}
+    assert kept == {"bits": (x.size // 8, False), "output": (0, True)}
+
+    def loss(y: Any) -> Any:
+        """Its gradient needs no memory of its own."""
+        return jnp.mean(y**2 * jnp.linspace(0.5, 1.5, 64))
+
+    def temporaries(option: str) -> tuple[int, int]:
+        runs = tuple(
+            Run(kind=RunKind.STORE, start=at, stop=at + 1, options=(option if at % 2 else "vjp",))
+            for at in range(5)
+        )
+        step = mw.jit(mw.value_and_grad(loss, mw.Schedule(runs=runs))).lower(chain, x).compile()
+        plain = jax.grad(lambda chain: loss(chain(x)))(chain)
+        assert relative_error(step(chain, x)[1], plain) < 1e-5
+        return mw.temporaries(step), mw.replay(profile, runs).peak_bytes
+
+    bits, output = temporaries("bits"), temporaries("output")
+    assert output[0] == pytest.approx(output[1], rel=0.01)
+    assert output[0] <= bits[0] - x.size // 8
+
+    block = layers.Sequential((dense[0], activation, dense[1]))
+    (one,) = mw.profile(mw.Chain([block]), x, repeats=1).layers
+    sizes = {option.name: option.residual_bytes for option in one.store}
+    assert sizes["parts"] == x.nbytes + x.size // 8
+    assert sizes["parts.output"] == x.nbytes
+
+
+def test_what_keeps_the_same_is_measured_once() -> None:
+    """A norm's own rule and `jax.vjp` both keep its input."""
+    (norm,) = mw.profile(mw.Chain([layers.RMSNorm.init(None, 16)]), jnp.ones((512, 16)), repeats=1).layers
+    assert [option.name for option in norm.store] == ["input"]
 
 
 def test_a_composite_is_inverted_at_its_parts_cost() -> None:

@@ -39,8 +39,8 @@ class LeakyReLU:
         return [LeakyDivide()]
 
     def store_rules(self, x: Any) -> Sequence[StoreRule]:
-        """One bit an element."""
-        return [LeakyBits()]
+        """One bit an element; for positive slopes also the output, which the next layer often keeps anyway."""
+        return [LeakyBits(), LeakyOutput()] if self.slope > 0 else [LeakyBits()]
 
     def invert_rules(self, x: Any) -> Sequence[InvertRule | Unavailable]:
         """Division, for positive slopes."""
@@ -67,6 +67,22 @@ class LeakyBits(StoreRule):
     def backward(self, layer: LeakyReLU, residuals: Any, ct_out: Any) -> tuple[list[Any], Any]:
         """No parameters; the cotangent times the derivative."""
         return [], jnp.where(residuals, ct_out, ct_out * layer.slope)
+
+
+@dataclass(frozen=True)
+class LeakyOutput(LeakyBits):
+    """Keeps the output, whose sign is the input's: no packing of bits, and no memory where the output is kept anyway."""
+
+    name: str = "output"
+
+    def forward(self, layer: LeakyReLU, x: Any) -> tuple[Any, Any]:
+        """The activation, twice."""
+        y = layer(x)
+        return y, y
+
+    def backward(self, layer: LeakyReLU, residuals: Any, ct_out: Any) -> tuple[list[Any], Any]:
+        """No parameters; the cotangent times the derivative."""
+        return super().backward(layer, residuals > 0, ct_out)
 
 
 @dataclass(frozen=True)
@@ -127,8 +143,8 @@ class ReLU:
         ]
 
     def store_rules(self, x: Any) -> Sequence[StoreRule]:
-        """One bit an element."""
-        return [ReLUBits()]
+        """One bit an element, or the output, which the next layer often keeps anyway."""
+        return [ReLUBits(), ReLUOutput()]
 
 
 @dataclass(frozen=True)
@@ -144,6 +160,22 @@ class ReLUBits(StoreRule):
     def backward(self, layer: ReLU, residuals: Any, ct_out: Any) -> tuple[list[Any], Any]:
         """No parameters; the cotangent where the input was positive."""
         return [], jnp.where(residuals, ct_out, jnp.zeros((), ct_out.dtype))
+
+
+@dataclass(frozen=True)
+class ReLUOutput(ReLUBits):
+    """Keeps the output, positive where the input was: no packing of bits, and no memory where the output is kept anyway."""
+
+    name: str = "output"
+
+    def forward(self, layer: ReLU, x: Any) -> tuple[Any, Any]:
+        """The activation, twice."""
+        y = layer(x)
+        return y, y
+
+    def backward(self, layer: ReLU, residuals: Any, ct_out: Any) -> tuple[list[Any], Any]:
+        """No parameters; the cotangent where the input was positive."""
+        return super().backward(layer, residuals > 0, ct_out)
 
 
 @dataclass(frozen=True)

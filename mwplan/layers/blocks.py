@@ -340,10 +340,15 @@ class Sequential:
         return found
 
     def store_rules(self, x: Any) -> Sequence[StoreRule]:
-        """Each part's own leanest rule; only convolutions and products; only the input."""
+        """Each part's own first rule; those by their output where there are any; only convolutions and products; only the input."""
         offers = [rules.store_rules(one, at) for one, at in self.with_inputs(x)]
-        parts = tuple(next(rule for rule in offer if rule not in rules.LEANER) for offer in offers)
-        return [StoreParts(parts), *rules.LEANER]
+        first = tuple(next(rule for rule in offer if rule not in rules.LEANER) for offer in offers)
+        output = tuple(
+            next((rule for rule in offer if rule.name == "output"), rule)
+            for offer, rule in zip(offers, first)
+        )
+        shared = [StoreParts(output, "parts.output")] if output != first else []
+        return [StoreParts(first), *shared, *rules.LEANER]
 
     def invert_rules(self, x: Any) -> Sequence[InvertRule | Unavailable]:
         """The parts' inverses composed, where all have one."""
@@ -413,7 +418,7 @@ class Parts(VijpRule):
 
 @dataclass(frozen=True)
 class StoreParts(StoreRule):
-    """Each part stored by its own leanest rule."""
+    """Each part stored by a rule of its own."""
 
     parts: tuple[StoreRule, ...]
     name: str = "parts"
