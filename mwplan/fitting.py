@@ -19,7 +19,6 @@ from mwplan.chain import Chain, boundaries, check_chain
 from mwplan.compiling import jit, temporaries
 from mwplan.errors import ArgumentError, InfeasibleError
 from mwplan.execute import Arrangement
-from mwplan.interpret import EVEN
 from mwplan.profiles import Profile
 from mwplan.schedule import Choice, Run, Schedule, Status, Strategy, check_allowed
 from mwplan.sizes import parse_bytes, show_bytes, show_ns
@@ -196,22 +195,18 @@ class _Compiler:
     def __call__(self, schedule: Schedule, arrangement: Arrangement, budget_bytes: int) -> Fitted:
         """The step, whether it fits or not; of attempts it has its own."""
         start = time.perf_counter()
-        step = self._lowered(schedule, arrangement).compile()
-        return self._fitted(step, schedule, arrangement, budget_bytes, time.perf_counter() - start)
+        step = self.lowered(schedule, arrangement).compile()
+        return self.fitted(step, schedule, arrangement, budget_bytes, time.perf_counter() - start)
 
-    def even(self, schedule: Schedule, budget_bytes: int) -> tuple[Fitted, heap.Heap | None]:
-        """As a call, with the detours `EVEN`; and the program's heap."""
-        start = time.perf_counter()
-        step, found = heap.compiled(self._lowered(schedule, EVEN))
-        return self._fitted(step, schedule, EVEN, budget_bytes, time.perf_counter() - start), found
-
-    def _lowered(self, schedule: Schedule, arrangement: Arrangement) -> Any:
+    def lowered(self, schedule: Schedule, arrangement: Arrangement) -> Any:
+        """The step, to be compiled."""
         return jit(self.gradient(schedule, arrangement=arrangement)).lower(*self.args)
 
-    def _fitted(
+    def fitted(
         self, step: Any, schedule: Schedule, arrangement: Arrangement, budget_bytes: int,
         seconds: float,
     ) -> Fitted:  # fmt: skip
+        """What was compiled in so many seconds."""
         attempt = Attempt(
             arrangement=arrangement,
             predicted_bytes=schedule.peak_bytes,
@@ -259,23 +254,18 @@ class _Search:
         return None
 
     def _programs(self, schedules: Iterable[Schedule]) -> Iterator[tuple[Fitted, bool]]:
-        """Every schedule as it is; with the same detour everywhere, to read its heap; and with the few by which that heap has no holes. With each whether to keep it if it fits: of
-        two programs that do, the one of fewer detours takes less time."""
+        """Every schedule as it is, and with detours (`heap.arrangements`); with each whether to keep it if it fits."""
         compiler, budget_bytes = self.compiler, self.budget_bytes
         for schedule in schedules:
             yield compiler(schedule, 0, budget_bytes), True
             if not execute.can_be_arranged(compiler.args[0]):
                 continue
-            even, found = compiler.even(schedule, budget_bytes)
-            rest = 0 if found is None else max(0, even.temporary_bytes - found.needs(EVEN))
-            few = None if found is None else found.arranged(self.room - rest)
-            yield even, few is None
-            if found is None or few is None:
-                continue
-            yield compiler(schedule, few, budget_bytes), True
-            more = found.arranged(self.room - rest, EVEN.others)
-            if more is not None:
-                yield compiler(schedule, more, budget_bytes), True
+            start = time.perf_counter()
+            for way, step, last in heap.arrangements(
+                functools.partial(compiler.lowered, schedule), self.room
+            ):
+                yield compiler.fitted(step, schedule, way, budget_bytes, time.perf_counter() - start), last
+                start = time.perf_counter()
 
     def told(self, found: Fitted, fastest: Schedule) -> Fitted:
         """`found`, with everything that was compiled, itself last, and with what is known of it among all schedules for the budget, of which `fastest` is the fastest."""

@@ -11,7 +11,7 @@ import collections
 import random
 import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from mwplan.compiling import temporaries
 from mwplan.interpret import EVEN, Detours
 from mwplan.packing import Buffer, pack
 
@@ -110,6 +111,21 @@ def compiled(lowered: Any) -> tuple[Any, Heap | None]:
         return program, read(reports[".txt"], reports["-live-range.txt"], reports["-buffer-assignment.txt"])
     except KeyError:
         return program, None
+
+
+def arrangements(lower: Callable[[Detours], Any], room: int) -> Iterator[tuple[Detours, Any, bool]]:
+    """Programs of one step with detours, `lower(detours)` compiled, one after another: with the same everywhere, to read its heap; with the few by which that heap takes at most `room`
+    bytes; and with some more. With each whether to keep it if it fits: of two that do, the one of fewer detours takes less time."""
+    even, found = compiled(lower(EVEN))
+    rest = 0 if found is None else max(0, temporaries(even) - found.needs(EVEN))
+    few = None if found is None else found.arranged(room - rest)
+    yield EVEN, even, few is None
+    if found is None or few is None:
+        return
+    yield few, lower(few).compile(), True
+    more = found.arranged(room - rest, EVEN.others)
+    if more is not None:
+        yield more, lower(more).compile(), True
 
 
 def read(program: str, lives: str, places: str) -> Heap | None:

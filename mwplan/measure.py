@@ -268,16 +268,18 @@ class Costs:
         )
 
 
-def _store_rules(one: PyTree, x: PyTree) -> list[rules.StoreRule]:
-    """Those whose costs are worth knowing: not what `jax.vjp` keeps, where another keeps the same."""
-    every = operations.store_rules(one, x)
+def _without_lesser(options: list[StoreOption]) -> list[StoreOption]:
+    """Without the last, what `jax.vjp` keeps, where another option keeps the same and needs less beside it: which of two such programs is the faster, times do not tell."""
+    *others, last = options
 
-    def kept(rule: rules.StoreRule) -> tuple[int, bool, bool]:
-        held = jax.eval_shape(functools.partial(operations.forward, rule=rule), one, x)[1]
-        return new_bytes(held), held.keeps_input, held.keeps_output
+    def kept(option: StoreOption) -> tuple[int, bool, bool]:
+        return option.residual_bytes, option.keeps_input, option.keeps_output
 
-    others = {kept(rule) for rule in every if rule != rules.VjpStore()}
-    return [rule for rule in every if rule != rules.VjpStore() or kept(rule) not in others]
+    spared = any(
+        kept(one) == kept(last) and one.backward_workspace_bytes < last.backward_workspace_bytes
+        for one in others
+    )
+    return others if spared else options
 
 
 def measure_layer(bench: Pricing, one: PyTree, x: PyTree) -> Costs:
@@ -286,7 +288,7 @@ def measure_layer(bench: Pricing, one: PyTree, x: PyTree) -> Costs:
     y = plain.result
     plain = bench.in_place(plain, operations.plain_forward, one, x, dead=x)
     ct_out = bench.cotangent(y)
-    stores = [_StorePrograms(bench, rule, one, x, ct_out) for rule in _store_rules(one, x)]
+    stores = [_StorePrograms(bench, rule, one, x, ct_out) for rule in operations.store_rules(one, x)]
     sketched = bench.program(sketch.take, trees.widen(ct_out))  # as of what the last layer of a run rebuilds
     walks = [
         _MoonwalkPrograms(bench, rule, one, x, ct_out, sketched.workspace_bytes)
@@ -304,7 +306,7 @@ def measure_layer(bench: Pricing, one: PyTree, x: PyTree) -> Costs:
     costs.parameter_bytes = trees.nbytes(trees.parameters(one))
     tied = [[programs.table_bytes for programs in kind] for kind in (stores, walks, inverses)]
     costs.table_bytes = max(map(max, filter(None, tied))) + 2 * _table_bytes((one, x), y, (x, ct_out))
-    costs.store = [programs.option() for programs in stores]
+    costs.store = _without_lesser([programs.option() for programs in stores])
     costs.moonwalk = [(programs.rule, programs.option()) for programs in walks]
     costs.invert = [(programs.rule, programs.option()) for programs in inverses]
     return costs

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import mwplan as mw
 from experiments import alternatives, deep, fragments, precision, reading, sweep, training, zoo
 from mwplan.errors import ArgumentError
+from mwplan.interpret import Detours
 from mwplan.schedule import Schedule
 from tests.helpers import relative_error, segments
 
@@ -101,6 +103,24 @@ def test_alternatives_gradients() -> None:
     assert len(record["yardstick"]) == 2
     assert reading.fastest(reading.fitting(record, ("plan",), 2**40)) is not None
     json.dumps(record)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="XLA:CPU's reports")
+def test_schedules_are_arranged_to_fit() -> None:
+    """As `mw.fit` would: the same step with detours, if it fits with any, and no way that is no schedule of ours."""
+    config = zoo.Config(model="mlp", depth=4, width=16, batch=256, resolution=8)
+    problem = alternatives.Problem(*zoo.build(config), repeats=1)
+    bench = alternatives.Bench(problem, try_settings=False)
+    schedule = mw.frontier(problem.profile).at(1 << 40)
+    plain = bench.compile(alternatives.applied(problem, schedule))
+    total = problem.fixed_bytes + plain.temporary_bytes
+    arranged = bench._arranged(plain.way, total + 1024)
+    assert arranged is not None
+    assert isinstance(arranged.way.key[1], Detours)
+    assert arranged.temporary_bytes <= plain.temporary_bytes + 1024
+    assert all(map(jnp.array_equal, *map(jax.tree.leaves, (arranged.run(), plain.run()))))
+    assert bench._arranged(plain.way, problem.fixed_bytes + plain.temporary_bytes // 4) is None
+    assert bench._arranged(alternatives.backprop(problem, None), total) is None
 
 
 def test_what_does_not_apply_says_why() -> None:
