@@ -245,12 +245,13 @@ class _Search:
             needs, runs = made.temporary_bytes, made.schedule.runs
             self.attempts.append(made.attempts[-1])
             self._least[runs] = min(needs, self._least.get(runs, needs))
-            if needs <= self.room and last:
+            if needs > self.room:
+                self.say(
+                    f"a schedule of {show_bytes(made.schedule.peak_bytes)} needs {show_bytes(needs)} compiled, "
+                    f"{show_bytes(needs - self.room)} above the budget: trying another arrangement, or a leaner one"
+                )
+            elif last:
                 return made
-            self.say(
-                f"a schedule of {show_bytes(made.schedule.peak_bytes)} needs {show_bytes(needs)} compiled, "
-                f"{show_bytes(needs - self.room)} above the budget: trying another arrangement, or a leaner one"
-            )
         return None
 
     def _programs(self, schedules: Iterable[Schedule]) -> Iterator[tuple[Fitted, bool]]:

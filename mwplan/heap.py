@@ -27,7 +27,7 @@ from mwplan.packing import Buffer, pack
 _SMALL = 1 / 500
 _ONE = 4  # bytes of what a detour ends with, however long it is
 _LENGTHS = (0, 2, 4, 8, 16, 32)
-_TRIES = 300
+_TRIES, _FEW = 400, 4  # and how many lengths are changed in each
 
 
 @dataclass(frozen=True)
@@ -65,31 +65,30 @@ class Heap:
         return int(change.cumsum().max())
 
     def arranged(self, room: int, shortest: int = 0) -> Detours | None:
-        """Detours with which the program needs at most `room` bytes, few and short ones; None where none are found: a second or two.
+        """Detours with which the program needs at most `room` bytes, few and short ones; None where none are found, which takes a second or two.
 
         `shortest`, of any: with none at all in an operation it may be compiled otherwise in a small part, and differ from the program that this heap is of.
         """
         names, rng = sorted({owner for owner in self.events if owner is not None}), random.Random(0)
         if self.alive > room or not names:
             return None
-        choices = [length for length in _LENGTHS if length >= shortest]
-        best = dict.fromkeys(names, choices[0])
-        least = self._with(best)
+        none, *some = [length for length in _LENGTHS if length >= shortest]
+        bare = dict.fromkeys(names, none)
+        best, least = bare, self._with(bare)
         for at in range(_TRIES):
             if least <= room:
                 break
-            kept = best if at % 2 else {}
-            changed = rng.sample(names, rng.randint(1, min(3, len(names)))) if kept else names
-            lengths = kept | {name: rng.choice(choices) for name in changed}
+            few = rng.sample(names, min(len(names), rng.randint(1, _FEW)))
+            lengths = (best if at % 2 else bare) | {name: rng.choice([none, *some]) for name in few}
             needs = self._with(lengths)
             if needs <= least:
                 best, least = lengths, needs
         if least > room:
             return None
-        for name in names:  # each costs time
-            for length in (length for length in choices if length < best[name]):
+        for name in [name for name in names if best[name] > none]:  # each costs time
+            for length in (length for length in (none, *some) if length < best[name]):
                 if self._with(best | {name: length}) <= room:
-                    best[name] = length
+                    best = best | {name: length}
                     break
         return Detours(tuple(best.items()))
 
