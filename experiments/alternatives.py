@@ -58,6 +58,7 @@ POLICIES: dict[str, Callable[..., Any] | None] = {
     "vjp": None,
     "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "nothing": jax.checkpoint_policies.nothing_saveable,
+    "input": jax.checkpoint_policies.nothing_saveable,
 }
 
 
