@@ -114,10 +114,10 @@ def test_schedules_are_arranged_to_fit() -> None:
     schedule = mw.frontier(problem.profile).at(1 << 40)
     plain = bench.compile(alternatives.applied(problem, schedule))
     total = problem.fixed_bytes + plain.temporary_bytes
-    arranged = bench._arranged(plain.way, total + 1024)
+    arranged = bench._arranged(plain.way, total + (1 << 15))
     assert arranged is not None
     assert isinstance(arranged.way.key[1], Detours)
-    assert arranged.temporary_bytes <= plain.temporary_bytes + 1024
+    assert arranged.temporary_bytes <= plain.temporary_bytes + (1 << 15)
     assert all(map(jnp.array_equal, *map(jax.tree.leaves, (arranged.run(), plain.run()))))
     assert bench._arranged(plain.way, problem.fixed_bytes + plain.temporary_bytes // 4) is None
     assert bench._arranged(alternatives.backprop(problem, None), total) is None
