@@ -42,6 +42,7 @@ from mwplan import execute, fitting, heap, planning, tape, trees
 from mwplan.canonical import canonical
 from mwplan.compiling import temporaries
 from mwplan.errors import InfeasibleError, MwplanError
+from mwplan.execute import Arrangement
 from mwplan.interpret import Detours
 from mwplan.profiles import Profile
 from mwplan.schedule import Run, RunKind, Schedule, Solution, Strategy
@@ -289,7 +290,9 @@ def equinox(problem: Problem, budget: int | None) -> Way:
 # -- schedules ---------------------------------------------------------------------------------------------------------
 
 
-def applied(problem: Problem, schedule: Schedule, arrangement: int = 0, *, stacked: bool = False) -> Way:
+def applied(
+    problem: Problem, schedule: Schedule, arrangement: Arrangement = 0, *, stacked: bool = False
+) -> Way:
     """A schedule of the problem's profile, run by `mw.apply`; `stacked`: on the chain as `mw.stack` makes it, which long chains are anyway."""
     unrolled = problem.most_loops == math.inf and not stacked
     count = tape.loops(schedule.runs)
@@ -573,11 +576,10 @@ class Bench:
         schedule, args = way.schedule, (way.chain, self.problem.x, self.problem.labels)
         if schedule is None or way.key[:2] != (schedule.runs, 0) or not execute.can_be_arranged(way.chain):
             return None
-        room = budget - self.problem.fixed_bytes
+        room, stacked = budget - self.problem.fixed_bytes, not way.key[2]
 
         def with_(detours: Detours) -> Way:
-            network = functools.partial(mw.apply, schedule, arrangement=detours)
-            return Way(network, way.chain, schedule, (schedule.runs, detours, way.key[2]))
+            return applied(self.problem, schedule, detours, stacked=stacked)
 
         def lower(detours: Detours) -> Any:
             return mw.jit(with_(detours).step(self.problem.loss)).lower(*args)

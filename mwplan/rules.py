@@ -88,6 +88,18 @@ class StoreRule(abc.ABC):
         """Returns the cotangents of `trees.parameters(layer)`, in that order, and of the input."""
 
 
+@dataclass(frozen=True)
+class OutputStore(StoreRule):
+    """Keeps the layer's output, all that a `backward` of this kind needs: no memory where the next layer keeps it anyway."""
+
+    name: str = "output"
+
+    def forward(self, layer: PyTree, x: PyTree) -> tuple[PyTree, PyTree]:
+        """The output, twice."""
+        y = layer(x)
+        return y, y
+
+
 class VijpRule(abc.ABC):
     """A way to take a layer through a moonwalk run: F, R and M sweeps.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from mwplan.errors import ArgumentError
 from mwplan.layers import bits
 from mwplan.layers.base import layer, static
 from mwplan.layers.linear import InputShape, WholeOf
-from mwplan.rules import InvertRule, StoreRule, Unavailable, VijpRule
+from mwplan.rules import InvertRule, OutputStore, StoreRule, Unavailable, VijpRule
 from mwplan.trees import widen
 
 
@@ -40,7 +40,7 @@ class LeakyReLU:
 
     def store_rules(self, x: Any) -> Sequence[StoreRule]:
         """One bit an element; for positive slopes also the output, which the next layer often keeps anyway."""
-        return [LeakyBits(), LeakyOutput()] if self.slope > 0 else [LeakyBits()]
+        return [LeakyBits(), SignOfOutput(bits=LeakyBits())] if self.slope > 0 else [LeakyBits()]
 
     def invert_rules(self, x: Any) -> Sequence[InvertRule | Unavailable]:
         """Division, for positive slopes."""
@@ -70,19 +70,14 @@ class LeakyBits(StoreRule):
 
 
 @dataclass(frozen=True)
-class LeakyOutput(LeakyBits):
-    """Keeps the output, whose sign is the input's: no packing of bits, and no memory where the output is kept anyway."""
+class SignOfOutput(OutputStore):
+    """Keeps the output, whose sign is the input's: `bits`, of which a rule keeps one an element, need no packing."""
 
-    name: str = "output"
+    bits: StoreRule = field(kw_only=True)
 
-    def forward(self, layer: LeakyReLU, x: Any) -> tuple[Any, Any]:
-        """The activation, twice."""
-        y = layer(x)
-        return y, y
-
-    def backward(self, layer: LeakyReLU, residuals: Any, ct_out: Any) -> tuple[list[Any], Any]:
-        """No parameters; the cotangent times the derivative."""
-        return super().backward(layer, residuals > 0, ct_out)
+    def backward(self, layer: Any, residuals: Any, ct_out: Any) -> tuple[list[Any], Any]:
+        """As that of `bits`."""
+        return self.bits.backward(layer, residuals > 0, ct_out)
 
 
 @dataclass(frozen=True)
@@ -144,7 +139,7 @@ class ReLU:
 
     def store_rules(self, x: Any) -> Sequence[StoreRule]:
         """One bit an element, or the output, which the next layer often keeps anyway."""
-        return [ReLUBits(), ReLUOutput()]
+        return [ReLUBits(), SignOfOutput(bits=ReLUBits())]
 
 
 @dataclass(frozen=True)
@@ -160,22 +155,6 @@ class ReLUBits(StoreRule):
     def backward(self, layer: ReLU, residuals: Any, ct_out: Any) -> tuple[list[Any], Any]:
         """No parameters; the cotangent where the input was positive."""
         return [], jnp.where(residuals, ct_out, jnp.zeros((), ct_out.dtype))
-
-
-@dataclass(frozen=True)
-class ReLUOutput(ReLUBits):
-    """Keeps the output, positive where the input was: no packing of bits, and no memory where the output is kept anyway."""
-
-    name: str = "output"
-
-    def forward(self, layer: ReLU, x: Any) -> tuple[Any, Any]:
-        """The activation, twice."""
-        y = layer(x)
-        return y, y
-
-    def backward(self, layer: ReLU, residuals: Any, ct_out: Any) -> tuple[list[Any], Any]:
-        """No parameters; the cotangent where the input was positive."""
-        return super().backward(layer, residuals > 0, ct_out)
 
 
 @dataclass(frozen=True)

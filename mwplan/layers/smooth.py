@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from mwplan.errors import ArgumentError
 from mwplan.layers.base import layer, lean, static
 from mwplan.layers.linear import WholeOf
-from mwplan.rules import InvertRule, StoreRule, Unavailable, VijpRule
+from mwplan.rules import InvertRule, OutputStore, StoreRule, Unavailable, VijpRule
 from mwplan.trees import widen
 
 
@@ -116,15 +116,8 @@ class SmoothInput(StoreRule):
 
 
 @dataclass(frozen=True)
-class SmoothOutput(StoreRule):
+class SmoothOutput(OutputStore):
     """Keeps the output: `tanh' = 1 - y^2`, `sigmoid' = y (1 - y)`."""
-
-    name: str = "output"
-
-    def forward(self, layer: Smooth, x: Any) -> tuple[Any, Any]:
-        """The activation, twice."""
-        y = layer(x)
-        return y, y
 
     def backward(self, layer: Smooth, residuals: Any, ct_out: Any) -> tuple[list[Any], Any]:
         """No parameters; the cotangent times the derivative."""
