@@ -71,8 +71,10 @@ MOST_LOOPS = 150
 LOSS = 1.0
 #: Programs whose step takes so many times the median of all, and a second or more, are timed once, in the warm-up.
 SLOW = 6
-#: Seconds after which the trial that chooses among plans ends.
-TRIAL = 120.0
+#: Seconds after which each half of the trial that chooses among plans ends, and rounds of its first half, that of all plans.
+TRIAL, FIRST = 90.0, 3
+#: Programs at most so many times as slow as the fastest for the same budget tie with it: more rounds decide.
+TIE = 1.1
 
 
 class NotApplicableError(MwplanError):
@@ -522,9 +524,9 @@ class Bench:
         if problem.most_loops == math.inf and any(
             isinstance(part, mw.Stack) for part in problem.stacked.parts
         ):
-            for one in (*schedules, *problem.by_hand):
+            for one, way in itertools.product((*schedules, *problem.by_hand), (0, mw.UNTIED, mw.LOOSE)):
                 with contextlib.suppress(NotApplicableError):
-                    ways.append(applied(problem, one, stacked=True))
+                    ways.append(applied(problem, one, way, stacked=True))
         kept += [self.compile(way) for way in ways]
         return [one for one in dict.fromkeys(kept) if one.temporary_bytes + problem.fixed_bytes <= budget]
 
@@ -532,18 +534,32 @@ class Bench:
         """Takes for each `plan` the fastest, in a trial of its own whose samples are not kept, of what was planned for its budget or less: by all
         strategies, without vijps, without inverses, by recomputation alone, by hand, tied, untied, loose and stacked. As `mw.fit(tune=...)` of the chain and of `mw.stack` of it."""
         every = list(dict.fromkeys(one for several in self.plans.values() for one in several))
-        interleave(every, self.tune, TRIAL)
-        for at, several in self.plans.items():
-            row, _ = self.rows[at]
-            choice = [one for k, several in self.plans.items() for one in several if self.rows[k][0]["budget_bytes"] <= row["budget_bytes"]]  # fmt: skip
-            most = max((len(one.seconds) for one in choice), default=0)
-            choice = [one for one in choice if len(one.seconds) == most]  # the slow have one sample
+        interleave(every, FIRST, TRIAL)
+        within = {
+            at: [one for k, more in self.plans.items() if self._budget(k) <= self._budget(at) for one in more] for at in self.plans
+        }  # fmt: skip
+        interleave(ties(within.values()), self.tune, TRIAL, again=True)
+        for at, choice in within.items():
             if choice:
-                self.rows[at] = row, choice[fitting.quickest([one.seconds for one in choice])]
-                row["timed_plans"] = len(set(choice))
-                row.pop("reason", None)
+                tied = ties([choice])
+                self.rows[at] = self.rows[at][0], tied[fitting.quickest([one.seconds for one in tied])]
+                self.rows[at][0]["timed_plans"] = len(set(choice))
+                self.rows[at][0].pop("reason", None)
         for one in every:
             one.seconds = []
+
+    def _budget(self, at: int) -> Any:
+        """What row `at` was asked for."""
+        return self.rows[at][0]["budget_bytes"]
+
+    def settle(self, rounds: int, seconds: float) -> None:
+        """More rounds for what ties at a budget with the fastest that fits it."""
+        fixed, at_all = self.problem.fixed_bytes, self.run_at_all()
+        asked = {self._budget(k) for k in self.plans}
+        fits = ([one for one in at_all if one.temporary_bytes + fixed <= budget] for budget in sorted(asked))
+        tied = ties(fits)
+        if len(tied) > 1:
+            interleave(tied, rounds, seconds, again=True)
 
     def _fitted(self, row: dict[str, Any], method: Method, budget: int | None) -> Compiled | None:
         """The method's program that fits, or None; the row is told how it went."""
@@ -652,9 +668,12 @@ def _of_schedule(schedule: Schedule) -> dict[str, Any]:
     }
 
 
-def interleave(programs: Sequence[Compiled], rounds: int, seconds: float = math.inf) -> None:
+def interleave(
+    programs: Sequence[Compiled], rounds: int, seconds: float = math.inf, *, again: bool = False
+) -> None:
     """Runs the programs `rounds` times in turn, each round from another one on, after one warm-up; stops after `seconds`, but not before 3 rounds, or 2 where
-    one takes longer than that. Those slower than `SLOW` times the median of all are not run again after the warm-up, which is then their sample."""
+    one takes longer than that. Those slower than `SLOW` times the median of all are not run again after the warm-up, which is then their sample.
+    `again`: of programs that were run before, further rounds."""
 
     def timed(one: Compiled) -> tuple[float, Any]:
         begin = time.perf_counter()
@@ -662,16 +681,19 @@ def interleave(programs: Sequence[Compiled], rounds: int, seconds: float = math.
         return time.perf_counter() - begin, found
 
     start = time.perf_counter()
-    first, left = [], []
-    for one in programs:
-        taken, one.found = timed(one)
-        first.append(taken)
-    for one, taken in zip(programs, first):
-        if taken > max(1.0, SLOW * statistics.median(first)):
-            one.seconds.append(taken)
-        else:
-            left.append(one)
-            one.found = None
+    left = list(programs)
+    if not again:
+        first = []
+        for one in programs:
+            taken, one.found = timed(one)
+            first.append(taken)
+        slow = max(1.0, SLOW * statistics.median(first)) if first else 0.0
+        left = [one for one, taken in zip(programs, first) if taken <= slow]
+        for one, taken in zip(programs, first):
+            if taken > slow:
+                one.seconds.append(taken)
+            else:
+                one.found = None
     least = 3 if time.perf_counter() - start < seconds else 2
     for at in range(rounds):
         if at >= least and time.perf_counter() - start > seconds:
@@ -679,6 +701,22 @@ def interleave(programs: Sequence[Compiled], rounds: int, seconds: float = math.
         turn = at % max(1, len(left))
         for one in [*left[turn:], *left[:turn]]:
             one.seconds.append(timed(one)[0])
+
+
+def ties(groups: Iterable[Sequence[Compiled]]) -> list[Compiled]:
+    """Of each group of timed programs the fastest, and those that it does not beat by `TIE` and were run as often."""
+    found: list[Compiled] = []
+    for group in groups:
+        timed = [one for one in group if one.seconds]
+        if timed:
+            best = min(timed, key=lambda one: statistics.median(one.seconds))
+            limit = TIE * statistics.median(best.seconds)
+            found += [
+                one
+                for one in timed
+                if len(one.seconds) >= len(best.seconds) and statistics.median(one.seconds) <= limit
+            ]
+    return list(dict.fromkeys(found))
 
 
 def ratio(seconds: Sequence[float], base: Sequence[float]) -> float:
@@ -720,7 +758,8 @@ class Study:
 
     `methods`, each at every one of `budgets` (total bytes; a count spaces that many evenly by ratio, from the least feasible to what the
     fastest schedule or backpropagation needs); those without a budget once. `limits`: with such a count, the least budgets are added within which the plan, and
-    the best recomputation, are predicted to take at most so many times the time of storing every layer, fresh memory included. `rounds` of interleaved runs, fewer after `seconds`.
+    the best recomputation, are predicted to take at most so many times the time of storing every layer, fresh memory included. `rounds` of interleaved runs, fewer after `seconds`;
+    then `ties` rounds more of those that tie at a budget with the fastest, again fewer after `seconds`.
     `yardstick`: depth of a second network that backpropagation is timed on in the same rounds; 0 for none. `check`: gradients against float64.
     """
 
@@ -729,6 +768,7 @@ class Study:
     limits: tuple[float, ...] = ()
     rounds: int = 7
     seconds: float = 60.0
+    ties: int = 0
     yardstick: int = 0
     check: bool = True
     max_error: float = 1e-4
@@ -738,10 +778,11 @@ class Study:
 
 
 def point(config: zoo.Config, study: Study) -> dict[str, Any]:
-    """Both as plain values, for `sweep.run(points, alternatives.measure, ...)`; without `limits`, which are newer than some records, where there are none."""
+    """Both as plain values, for `sweep.run(points, alternatives.measure, ...)`; without `limits` and `ties`, which are newer than some records, where there are none."""
     plain = json.loads(json.dumps(dataclasses.asdict(study)))
-    if not study.limits:
-        del plain["limits"]
+    for name in ("limits", "ties"):
+        if not plain[name]:
+            del plain[name]
     return {"network": dataclasses.asdict(config), "study": plain}
 
 
@@ -779,6 +820,8 @@ def measure(point: dict[str, Any], unroll: int = zoo.UNROLL) -> dict[str, Any]:
     measures = [] if not study.yardstick else _yardstick(config, study, problem)
     if study.rounds:
         interleave([*programs, *measures], study.rounds, study.seconds)
+    if study.ties:
+        bench.settle(study.ties, study.seconds)
     if study.check:
         bench.check()
     step = max(1, len(points) // 300)

@@ -31,7 +31,7 @@ from mwplan.serial import write_atomically
 @dataclass(frozen=True)
 class Config:
     """Sizes: `resolution` of images, `length` of signals, `text` characters; `layers`: longest chain that is planned; `rounds`, `seconds`: of timing at
-    each point; `limit`: see the module."""
+    each point, `ties`: rounds more where programs tie (not for long chains, which run stacked); `limit`: see the module."""
 
     models: tuple[str, ...] = tuple(zoo.MODELS)
     depth: int = 16
@@ -44,6 +44,7 @@ class Config:
     text: int = 128
     rounds: int = 7
     seconds: float = 40.0
+    ties: int = 21
     max_error: float = 1e-4
     thin: float = 0.0
     limit: float = 1.7
@@ -67,7 +68,7 @@ def point(config: Config, model: str) -> sweep.Point:
     methods = tuple(m for m in alternatives.METHODS if group == 0 or m not in UNROLLED)
     study = alternatives.Study(
         methods=methods, budgets=config.budgets, limits=(0.75 * config.limit, config.limit) if group else (),
-        rounds=config.rounds, seconds=config.seconds,
+        rounds=config.rounds, seconds=config.seconds, ties=0 if group else config.ties,
         max_error=config.max_error, thin=config.thin, repeats=config.repeats,
     )  # fmt: skip
     return alternatives.point(network, study)
