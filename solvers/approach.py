@@ -53,7 +53,7 @@ class Approach:
         self.before, self.body = before, body
         self.size = before.size
         self.waiting = max(before.waiting, body.waiting)
-        self.left = Buffer(body.grid, body.span, 256, sided=True, waiting=self.waiting)
+        self.left = Buffer(body.grid, body.span, 256, sheeted=True)
         self.nodes = [(s, e) for s in range(self.size - 1, -1, -1) for e in before.kept_states(s)]
         self.pieces: dict[Node, list[_Piece]] = {node: [] for node in self.nodes}
         #: rows of the suffixes in the body's own buffer, inside RECOMPUTE runs and at the top, by how many of its layers follow

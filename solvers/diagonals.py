@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mwplan.solvers.parallel import each
-from mwplan.solvers.pareto import INF, Ints, lexicographic
+from mwplan.solvers.pareto import INF, Ints, begins, ends, lexicographic
 from mwplan.solvers.splits import LEVELS, MARGIN, Buffer, Pairs, Shifts
 
 #: points of many staircases, one after the other: of which, need, time
@@ -66,7 +66,7 @@ def envelopes(
     stretch, as they are returned; `slack`, the factor of time that may be lost at each, but for the least need and, but
     for ties within float32, the least time; `optimistic`: then no point is a schedule, but no schedule is faster than the staircase.
     """
-    cuts = np.append(np.flatnonzero(np.diff(of, prepend=-1)), of.size).tolist()
+    cuts = np.append(np.flatnonzero(begins(of)), of.size).tolist()
     chunks = []
     begin = 0
     for here, after in itertools.pairwise([*cuts, 2 * of.size + _GROUPS]):
@@ -110,15 +110,16 @@ _scratch = _Scratch()
 
 @dataclass(slots=True)
 class _Level:
-    """Groups in some intervals of cells each: those of one interval of the level before, `parent`, in a row. Those of one stretch and `parent` follow each other.
+    """Groups in some intervals of cells each: those of one interval of the level before, `parent`, in a row. Those of one stretch and `parent` follow each other: a part.
 
-    `lower` and `upper` bound each in the intervals and at their ends; `best`: the smallest upper bounds of a row, the first of each of which `cuts` holds and `part` numbers;
-    `stretch` and `last` are theirs: the stretch and the last cells of the intervals.
+    `lower` bounds each in the intervals. `cuts` holds the first of each part and `part` numbers them; `stretch` and `last` are theirs: the stretch and the last cells of the intervals.
+    `upper` bounds at the ends of intervals those that are the least by `lower` in one, `of` says which; `best`: the smallest of these of each part.
     """
 
     group: Ints
     parent: Ints
     lower: Samples
+    of: Ints
     upper: Samples
     best: Samples
     cuts: Ints
@@ -147,10 +148,10 @@ class _Cells:
     ) -> None:
         self.left, self.right, self.shifts, self.slack = left, right, shifts, slack
         self.pairs, budgets = pairs, right.grid
-        new = np.diff(of, prepend=-1) != 0
+        new = begins(of)
         #: names of the stretches, which are numbered from 0 here
         self.names, self.of = of[new], np.cumsum(new) - 1
-        count = left.columns[0].shape[1] // 2
+        count = left.columns[0].shape[1]
         self.limit: Samples = np.full((self.names.size, count * LEVELS[0] + 1), _INF, dtype=np.float32)
         cuts = known[0].searchsorted([self.names, self.names + 1]).T.tolist() if known[0].size else []
         for row, (begin, end) in zip(self.limit, cuts):
@@ -174,41 +175,60 @@ class _Cells:
         which -= column * size
         return level.group[which], level.parent[which] * ratio + column
 
-    def _level(self, number: int, group: Ints, parent: Ints) -> _Level:
-        """Bounds `group` in the intervals of level `number` that are within `parent`, counts on the upper bounds, and says which groups may matter then."""
-        pairs, samples, width = self.pairs, self.right.samples, LEVELS[number]
+    def _bounds(self, number: int, side: int, group: Ints, parent: Ints) -> Samples:
+        """Bounds of `group` in the intervals of level `number` within `parent`: from below (`side` 0), or at their ends from above (1). There until the next of the same kind."""
+        pairs, samples = self.pairs, self.right.samples
         sheet, shift = self.left.sheets[number], self.shifts.sheets[number]
-        _, count, wide = sheet.shape
-        ratio, size = wide // 2, (group.size, wide)
+        _, count, ratio = sheet.shape
+        size = (group.size, ratio)
         # All indices are in range; asked to clip them, `take` writes to its place at once.
-        bounds = _scratch.array("bounds", number, size, np.float32)
-        sheet.reshape(-1, wide).take(pairs.left[group] * count + parent, axis=0, out=bounds, mode="clip")
+        bounds = _scratch.array("bounds", 2 * number + side, size, np.float32)
+        sheet.reshape(-1, ratio).take(pairs.left[group] * count + parent, axis=0, out=bounds, mode="clip")
         columns = _scratch.array("columns", 0, size, shift.dtype)
-        shift.reshape(-1, wide).take(pairs.moved[group] * count + parent, axis=0, out=columns, mode="clip")
+        row = (pairs.moved[group] * count + parent) * 2 + side
+        shift.reshape(-1, ratio).take(row, axis=0, out=columns, mode="clip")
         index = _scratch.array("index", 0, size, np.intp)
         np.add(columns, (pairs.right[group] * samples.shape[1])[:, None], out=index)
         suffix = _scratch.array("suffix", 0, size, np.float32)
         samples.ravel().take(index, out=suffix, mode="clip")
         bounds += suffix
-        lower, upper = bounds[:, :ratio], bounds[:, ratio:]
+        if side:
+            np.copyto(bounds, _INF, where=self.shifts.ends[number][parent] < pairs.floor[group, None])
+        return bounds
+
+    def _level(self, number: int, group: Ints, parent: Ints) -> _Level:
+        """Bounds `group` in the intervals of level `number` that are within `parent`, counts on the upper bounds, and says which groups may matter then."""
+        width = LEVELS[number]
+        _, count, ratio = self.left.sheets[number].shape
+        lower = self._bounds(number, 0, group, parent)
 
         stretch = self.of[group]
         key = stretch * count + parent
-        new = np.append(True, key[1:] != key[:-1])[: key.size]
+        new = begins(key)
         cuts, part = np.flatnonzero(new), np.cumsum(new) - 1
         stretch = stretch[cuts]
         last = (parent[cuts, None] * ratio + np.arange(1, ratio + 1)) * width - 1
-        best = upper
+        own = _scratch.array("known", 0, lower.shape, np.float32)
+        alive = _scratch.array("alive", number, lower.shape, np.bool_)
+        best = np.full(last.shape, _INF, dtype=np.float32)
+        of, upper = part[:0], lower[:0]
         if key.size:
-            best = np.minimum.reduceat(upper, cuts, axis=0)
+            # Upper bounds of those that are the least from below are hardly worse than those of all.
+            least = np.minimum.reduceat(lower, cuts, axis=0) * np.float32(1 + MARGIN)
+            least.take(part, axis=0, out=own, mode="clip")
+            of = np.flatnonzero(np.less(lower, own, out=alive)) // ratio
+            of = of[begins(of)]
+        if of.size:
+            upper = self._bounds(number, 1, group[of], parent[of])
+            first = np.flatnonzero(begins(part[of]))
+            best[part[of[first]]] = np.minimum.reduceat(upper, first, axis=0)
             where = stretch[:, None], last + 1
             self.limit[where] = np.minimum(self.limit[where], best)
             np.minimum.accumulate(self.limit, axis=1, out=self.limit)
         known = self.limit[stretch[:, None], last - (width - 1)] * self.factor
-        own = _scratch.array("known", 0, lower.shape, np.float32)
         known.take(part, axis=0, out=own, mode="clip")
-        alive = np.less(lower, own, out=_scratch.array("alive", number, lower.shape, np.bool_))
-        return _Level(group, parent, lower, upper, best, cuts, part, stretch, last, alive)
+        np.less(lower, own, out=alive)
+        return _Level(group, parent, lower, of, upper, best, cuts, part, stretch, last, alive)
 
     def add_to(self, points: Pieces, optimistic: bool) -> None:
         """Adds the groups' points that make the envelopes, within what may be lost."""
@@ -233,8 +253,9 @@ class _Cells:
             if level is not self.levels[0]:
                 # Where an interval ends the one before it ends too.
                 useful[:, -1] = False
-            asked = np.where(useful, level.best, -1).take(level.part, axis=0)
+            asked = np.where(useful, level.best, -1).take(level.part[level.of], axis=0)
             entry, place = np.divmod(np.flatnonzero(level.upper == asked), asked.shape[1])
+            entry = level.of[entry]
             chosen.append(level.group[entry])
             cell.append(level.last[level.part[entry], place])
         first = self.levels[0]
@@ -280,7 +301,7 @@ def staircases(of: Ints, need: Ints, time: Ints, span: int) -> tuple[Ints, Ints,
     low = rank - of * high
     keep = np.append(True, low[1:] < np.minimum.accumulate(low)[:-1])
     of, need, time = of[keep], need[keep], time[keep]
-    last = np.append((of[1:] != of[:-1]) | (need[1:] != need[:-1]), True)
+    last = ends(of, need)
     return of[last], need[last], time[last]
 
 
@@ -291,8 +312,7 @@ def grouped_all(
     forward = np.where(forward + waiting <= back, 0, forward)
     order = lexicographic((of, forward, held))
     of, forward, back, held, time = (x[order] for x in (of, forward, back, held, time))
-    new = (of[1:] != of[:-1]) | (forward[1:] != forward[:-1]) | (held[1:] != held[:-1])
-    new = np.append(True, new)[: of.size]
+    new = begins(of, forward, held)
     group, first = np.cumsum(new) - 1, np.flatnonzero(new)
     return of[first], forward[first], held[first], *staircases(group, back, time, span)
 
@@ -301,13 +321,12 @@ def thinned_all(
     of: Ints, need: Ints, time: Ints, loss: float, *, optimistic: bool
 ) -> tuple[Ints, Ints, Ints]:
     """`mwplan.solvers.pareto.thinned` of each."""
-    begins = np.append(True, of[1:] != of[:-1])
-    ends = np.append(begins[1:], True)
-    least = time[ends][np.cumsum(begins) - 1]
+    new, last = begins(of), ends(of)
+    least = time[last][np.cumsum(new) - 1]
     group = np.floor(np.log(np.maximum(time, 1) / np.maximum(least, 1)) / np.log1p(loss))
-    first = begins | np.append(True, group[1:] != group[:-1]) | (least <= 0)
+    first = begins(of, group) | (least <= 0)
     if not optimistic:
-        keep = first | ends
+        keep = first | last
         return of[keep], need[keep], time[keep]
     index = np.flatnonzero(first)
     return of[index], need[index], time[np.append(index[1:], time.size) - 1]

@@ -31,7 +31,7 @@ from mwplan.profiles import Profile
 from mwplan.schedule import Choice, Run, RunKind, Solution, Status, Strategy, check_allowed
 from mwplan.solvers.approach import Approach
 from mwplan.solvers.diagonals import NO_POINTS, Pieces, Points, envelopes, grouped_all, thinned_all
-from mwplan.solvers.pareto import INF, Ints, staircase
+from mwplan.solvers.pareto import INF, Ints, begins, ends, staircase
 from mwplan.solvers.runs import (
     ALL_STRATEGIES,
     Candidates,
@@ -206,7 +206,7 @@ class Tables:
         none = np.zeros(0, dtype=np.int64)
         room = max(2 * self.size, min(self.size * (self.size + 3), _ROOM))
         right = Buffer(self.grid, self.span, room)
-        left = Buffer(self.grid, self.span, 2 * room, sided=True, waiting=self.waiting)
+        left = Buffer(self.grid, self.span, 2 * room, sheeted=True)
         # rows[r, e, s] of T[s, r, e]: 0 where s = r, 1 where there is no schedule; again[e, s, r] of the RECOMPUTE run, 0 where there is none.
         right.extend(2, np.zeros(1, dtype=np.int64), *_DONE)
         left.extend(1, none, none, none)
@@ -274,7 +274,7 @@ class Tables:
     ) -> None:
         """The STORE, MOONWALK and INVERT runs of less than `n` layers from the given nodes, those that are not known yet; without those that a RECOMPUTE run
         beats, of which `again` has the rows in `left`, if there are any."""
-        ends: list[tuple[int, ...]] = []
+        heads: list[tuple[int, ...]] = []
         columns: list[list[Ints]] = []
         for start, kept in news:
             node = nodes.get((start, kept))
@@ -288,7 +288,7 @@ class Tables:
             for at, keeps, high in atoms.groups[node.read :]:
                 if at - start >= n:
                     break
-                ends.append((start, kept, at, keeps, high - low, node.own, int(node.peaks[at - start - 1])))
+                heads.append((start, kept, at, keeps, high - low, node.own, int(node.peaks[at - start - 1])))
                 node.read += 1
                 low = high
             if low > first:
@@ -296,10 +296,10 @@ class Tables:
                 columns.append(
                     [x[part] for x in (atoms.forward_peak, atoms.backward_peak, atoms.held, atoms.time)]
                 )
-        if not ends:
+        if not heads:
             return
-        start_, kept_, at_, keeps_, sizes, own_, peak_ = np.array(ends, dtype=np.int64).T
-        of = np.repeat(np.arange(len(ends)), sizes)
+        start_, kept_, at_, keeps_, sizes, own_, peak_ = np.array(heads, dtype=np.int64).T
+        of = np.repeat(np.arange(len(heads)), sizes)
         f, b, held, time = (np.concatenate(x) for x in zip(*columns))
         if again is not None:
             rows = np.where((keeps_ == 0) & (at_ < self.size), again[kept_, start_, at_], 0)[of]
@@ -313,10 +313,10 @@ class Tables:
         lines = np.array(
             [first + np.arange(groups.size), at_[groups], keeps_[groups], floor, held, self.shifts.rows(held)]
         )
-        changes = np.append(True, (np.diff(start_) != 0) | (np.diff(kept_) != 0))
-        cuts = groups.searchsorted(np.append(np.flatnonzero(changes), len(ends))).tolist()
-        for k, low, high in zip(np.flatnonzero(changes).tolist(), cuts[:-1], cuts[1:]):
-            node = nodes[ends[k][0], bool(ends[k][1])]
+        first_ = np.flatnonzero(begins(start_, kept_))
+        cuts = groups.searchsorted(np.append(first_, len(heads))).tolist()
+        for k, low, high in zip(first_.tolist(), cuts[:-1], cuts[1:]):
+            node = nodes[heads[k][0], bool(heads[k][1])]
             node.groups = np.concatenate([node.groups, lines[:, low:high]], axis=1)
 
     def _own(self, start: int, kept: bool) -> int:
@@ -420,7 +420,7 @@ class Tables:
                 if self.cap is not None:
                     keep &= need <= self.cap
                 stop, need, time = stop[keep], need[keep], time[keep]
-                last = np.append((stop[1:] != stop[:-1]) | (need[1:] != need[:-1]), True)
+                last = ends(stop, need)
                 here[kept] = self._thinned_plain(start, stop[last], need[last], time[last])
                 stop, need, time = here[kept]
                 cuts = np.append(0, np.flatnonzero(stop[1:] != stop[:-1]) + 1).tolist()
@@ -433,14 +433,13 @@ class Tables:
         """`thinned` for all stops at once."""
         if not self.loss or not stop.size:
             return stop, need, time
-        begins = np.append(True, stop[1:] != stop[:-1])
-        ends = np.append(begins[1:], True)
-        least = time[ends][np.cumsum(begins) - 1]
+        last = ends(stop)
+        least = time[last][np.cumsum(begins(stop)) - 1]
         group = np.floor(np.log(time / np.maximum(least, 1)) / np.log1p(self.loss * _THIN))
-        first = begins | np.append(True, group[1:] != group[:-1])
+        first = begins(stop, group)
         short = (stop - start < _SHORT) | (least <= 0)
         if not self.optimistic:
-            keep = first | ends | short
+            keep = first | last | short
             return stop[keep], need[keep], time[keep]
         keep = first | short
         index = np.flatnonzero(keep)
@@ -526,7 +525,7 @@ class Tables:
                 to.append(int(rows[0, int(keeps), at]))
         sizes = [x[0].size for x in stairs]
         floor_, held_, to_ = (np.array(x, dtype=np.int64) for x in (floors, holds, to))
-        left = Buffer(self.grid, self.span, len(stairs), sided=True, waiting=self.waiting)
+        left = Buffer(self.grid, self.span, len(stairs), sheeted=True)
         need, time = (np.concatenate([_NOTHING[i], *(x[i] for x in stairs)]) for i in (0, 1))
         spent_ = np.repeat(np.array(spent, dtype=np.int64) + top.penalty_ns, sizes)
         left.extend(len(stairs), np.repeat(np.arange(len(stairs)), sizes), need, time + spent_, floor_)

@@ -47,9 +47,7 @@ def staircase(need: Ints, time: Ints) -> tuple[Ints, Ints]:
     np.less(time[1:], best[:-1], out=keep[1:])
     need, time = need[keep], time[keep]
     # Of equal needs the last kept is the fastest.
-    last = np.empty(need.size, dtype=np.bool_)
-    last[-1] = True
-    np.not_equal(need[1:], need[:-1], out=last[:-1])
+    last = ends(need)
     return need[last], time[last]
 
 
@@ -62,15 +60,28 @@ def thinned(need: Ints, time: Ints, loss: float, *, optimistic: bool) -> tuple[I
     if need.size < 3 or time[-1] <= 0:
         return need, time
     group = np.floor(np.log(time / float(time[-1])) / np.log1p(loss))
-    first = np.empty(need.size, dtype=np.bool_)
-    first[0] = True
-    np.not_equal(group[1:], group[:-1], out=first[1:])
-    index = np.flatnonzero(first)
+    index = np.flatnonzero(begins(group))
     if optimistic:
         return need[index], time[np.append(index[1:], need.size) - 1]
     if index[-1] != need.size - 1:
         index = np.append(index, need.size - 1)
     return need[index], time[index]
+
+
+def begins(*columns: NDArray[Any]) -> Bools:
+    """For each row whether it differs from the one before; the first does."""
+    new = np.ones(columns[0].size, dtype=np.bool_)
+    np.not_equal(columns[0][1:], columns[0][:-1], out=new[1:])
+    for column in columns[1:]:
+        new[1:] |= column[1:] != column[:-1]
+    return new
+
+
+def ends(*columns: NDArray[Any]) -> Bools:
+    """For each row whether it differs from the next; the last does."""
+    last = np.ones(columns[0].size, dtype=np.bool_)
+    last[:-1] = begins(*columns)[1:]
+    return last
 
 
 def value_at(need: Ints, time: Ints, budget: int) -> int:
@@ -179,23 +190,22 @@ def nondominated(
     elif (of[1:] < of[:-1]).any():
         order = np.argsort(of, kind="stable")
         of, table = of[order], table[:, order]
-    new = np.append(True, of[1:] != of[:-1])
-    begins = np.flatnonzero(new)
-    table -= np.repeat(np.minimum.reduceat(table, begins, axis=1), np.diff(begins, append=size), axis=1)
-    of = np.cumsum(new) - 1
+    new = begins(of)
+    first, of = np.flatnonzero(new), np.cumsum(new) - 1
+    table -= np.minimum.reduceat(table, first, axis=1)[:, of]
     # A coordinate on which all of each group agree decides nothing.
     table = table[table.any(axis=1)]
     if not len(table):
-        return order[begins]
+        return order[first]
     if len(table) > 3:
-        return order[_compared_all(table, begins, block)]
+        return order[_compared_all(table, first, block)]
     if size > _MANY and len(table) > 1:
         left = _plainly_good(table, of)
         order, of, table = order[left], of[left], table[:, left]
     sort = lexicographic((of, *table))
     order, of, table = order[sort], of[sort], table[:, sort]
     if len(table) == 1:
-        return order[np.append(True, np.diff(of) != 0)]
+        return order[begins(of)]
     # In lexicographic order a point is dominated only by earlier ones. Groups are told apart by their second coordinate: that of later ones is less.
     second, groups = table[1], int(of[-1]) + 1
     if (int(second.max()) + 1) * groups >= INF:
@@ -213,17 +223,17 @@ def _ordered(column: Floats) -> Ints:
     return np.where(bits > 0, bits - low + 1, 0)
 
 
-def _compared_all(table: Ints, begins: NDArray[np.intp], block: int) -> NDArray[np.intp]:
+def _compared_all(table: Ints, first: NDArray[np.intp], block: int) -> NDArray[np.intp]:
     """Indices of the points that no other of their group dominates, group by group. Small groups of about equal size are compared together."""
-    sizes = np.diff(begins, append=table.shape[1])
-    kept = [a + _compared(table[:, a : a + n], block) for a, n in zip(begins, sizes) if n > _TOGETHER]
+    sizes = np.diff(first, append=table.shape[1])
+    kept = [a + _compared(table[:, a : a + n], block) for a, n in zip(first, sizes) if n > _TOGETHER]
     width = 1
     while width <= _TOGETHER:
         some = np.flatnonzero((sizes <= width) & (sizes > width // 2))
         each = max(1, _PAIRS // width**2)
         for low in range(0, some.size, each):
             group = some[low : low + each]
-            at = begins[group, None] + np.minimum(np.arange(width), sizes[group, None] - 1)
+            at = first[group, None] + np.minimum(np.arange(width), sizes[group, None] - 1)
             there = np.arange(width) < sizes[group, None]
             worse, equal = (there[:, None, :] & there[:, :, None] for _ in range(2))
             for column in table:
@@ -235,7 +245,7 @@ def _compared_all(table: Ints, begins: NDArray[np.intp], block: int) -> NDArray[
             kept.append(at[there & ~worse.any(axis=2)])
         width *= 2
     found = np.concatenate(kept)
-    return found[np.argsort(np.searchsorted(begins, found, side="right"), kind="stable")]
+    return found[np.argsort(np.searchsorted(first, found, side="right"), kind="stable")]
 
 
 def _compared(table: Ints, block: int) -> NDArray[np.intp]:

@@ -33,7 +33,7 @@ from mwplan.errors import ArgumentError
 from mwplan.profiles import InvertOption, MoonwalkOption, Profile
 from mwplan.schedule import Choice, Run, RunKind, Strategy, check_allowed, walk
 from mwplan.solvers.parallel import each, processors
-from mwplan.solvers.pareto import Bools, Floats, Ints, nondominated
+from mwplan.solvers.pareto import Bools, Floats, Ints, begins, ends, nondominated
 
 ALL_STRATEGIES = frozenset(Strategy)
 _STORE, _MOONWALK, _INVERT = 0, 1, 2
@@ -401,27 +401,26 @@ class Candidates:
         pieces.append(list(np.array(stores, dtype=np.int64).reshape(-1, 10).T))
         columns = [np.concatenate(x).astype(np.int64) for x in zip(*pieces)]
         # Runs between the same two nodes compete.
-        ends = (columns[0] * (self.size + 1) + columns[1]) * 2 + columns[2]
-        order = np.argsort(ends, kind="stable")
-        ends, columns = ends[order], [x[order] for x in columns]
+        between = (columns[0] * (self.size + 1) + columns[1]) * 2 + columns[2]
+        order = np.argsort(between, kind="stable")
+        between, columns = between[order], [x[order] for x in columns]
         kind, pattern = columns[7], columns[9]
-        begins = np.flatnonzero(np.append(True, ends[1:] != ends[:-1])[: ends.size])
-        if begins.size:
+        new = begins(between)
+        if new.size:
             # Moonwalk runs alone have been compared already.
-            alone = np.minimum.reduceat(kind == _MOONWALK, begins)
-            alone = np.repeat(alone, np.diff(np.append(begins, ends.size)))
+            alone = np.minimum.reduceat(kind == _MOONWALK, np.flatnonzero(new))[np.cumsum(new) - 1]
             mixed = np.flatnonzero(~alone)
-            apart = ends[mixed]
+            apart = between[mixed]
             if self.by_strategy and mixed.size:
                 found = np.unique(3 * pattern[mixed] + kind[mixed], return_inverse=True)[1]
                 apart = apart * (int(found.max()) + 1) + found
             # F and B stay apart because K is added to one of them only.
             mixed = mixed[nondominated([x[mixed] for x in (columns[6], *columns[3:6])], apart)]
             good = np.concatenate([np.flatnonzero(alone), mixed])
-            good = good[np.argsort(ends[good], kind="stable")]
-            ends, columns = ends[good], [x[good] for x in columns]
+            good = good[np.argsort(between[good], kind="stable")]
+            between, columns = between[good], [x[good] for x in columns]
         of, stops, keeps_end, forward_, back_, held_, time_, kinds, handles, _ = columns
-        cuts = np.flatnonzero(np.append(ends[1:] != ends[:-1], True)[: ends.size])
+        cuts = np.flatnonzero(ends(between))
         first = of.searchsorted(np.arange(len(nodes) + 1))
         groups: list[list[tuple[int, bool, int]]] = [[] for _ in nodes]
         for number, stop, keeps, row in zip(

@@ -27,7 +27,7 @@ from mwplan.errors import ArgumentError
 from mwplan.profiles import Profile
 from mwplan.schedule import Run, RunKind, Strategy
 from mwplan.solvers.diagonals import NO_POINTS, envelopes, thinned_all
-from mwplan.solvers.pareto import Ints, nondominated, staircase, thinned
+from mwplan.solvers.pareto import Ints, begins, nondominated, thinned
 from mwplan.solvers.runs import Candidates
 from mwplan.solvers.splits import Buffer, Pairs, Shifts, grid, grouped, joined, with_tail
 from mwplan.solvers.uniform import repeated
@@ -145,7 +145,7 @@ class SparseTables:
         #: pieces, each in the row of its number of `_left` as soon as a merge asks for it, and the numbers of those from either node
         self.pieces: list[_Piece] = []
         self._from: dict[bool, list[int]] = {False: [], True: []}
-        self._left = Buffer(self.grid, self.span, 512, sided=True, waiting=self.waiting)
+        self._left = Buffer(self.grid, self.span, 512, sheeted=True)
         self.shifts = Shifts(self.grid)
         #: of the pieces in `_left` from either node: number, `held`, `floor`, row of shifts, `layers`, `keeps`, from which stretch length on they are used,
         #: and whether up to any
@@ -229,11 +229,14 @@ class SparseTables:
     @staticmethod
     def _sum(first: _Piece, second: _Piece) -> Stairs:
         """`first(b) + second(b - H)`."""
-        budget = np.unique(np.concatenate([first.stairs[0], second.stairs[0] + first.held]))
+        budget = np.sort(np.concatenate([first.stairs[0], second.stairs[0] + first.held]))
         one = first.stairs[0].searchsorted(budget, side="right") - 1
         two = second.stairs[0].searchsorted(budget - first.held, side="right") - 1
         ok = (one >= 0) & (two >= 0)
-        return staircase(budget[ok], first.stairs[1][one[ok]] + second.stairs[1][two[ok]])
+        budget, time = budget[ok], first.stairs[1][one[ok]] + second.stairs[1][two[ok]]
+        # Never slower with more.
+        faster = begins(time)
+        return budget[faster], time[faster]
 
     def _add_atoms(self, n: int) -> None:
         """STORE, MOONWALK and INVERT runs of `n` layers."""

@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mwplan.errors import ArgumentError
+from mwplan.solvers.parallel import each
 from mwplan.solvers.pareto import INF, Ints, staircase
 
 Stairs = tuple[Ints, Ints]
@@ -33,6 +34,10 @@ _Array = TypeVar("_Array", bound=NDArray[Any])
 MARGIN = 2e-6
 #: so many cells are bounded together, at first and where that leaves groups; each number divides the one before
 LEVELS = (16, 4, 1)
+#: points of a row that a buffer begins with room for
+_POINTS = 64
+#: rows that are sampled together: few enough for a processor's cache
+_ROWS = 64
 _INF = np.float32(np.inf)
 
 
@@ -53,17 +58,16 @@ def with_tail(budgets: Ints, least: int, high: int, ends: tuple[Stairs, Stairs])
     return np.union1d(budgets, grid(lowest // 2, lowest, high, budgets.size))
 
 
-def sheets(n: int) -> list[Index]:
-    """With a grid of `n` budgets: for each of `LEVELS` the columns of sided samples (`Buffer`) at the ends of its intervals, those within one interval of the level
-    before in a row: the bounds from below, then those from above. The last interval ends with cell `n`; column `2 n + 1` stands for what bounds nothing."""
+def sheets(n: int) -> list[tuple[Index, Index]]:
+    """With a grid of `n` budgets: for each of `LEVELS` the columns of samples (`Buffer`) that bound the intervals from below, those within one interval of the level before in
+    a row, and the numbers of the budgets at their ends, `n` where there is none. Behind cell `n` samples are infinite: column `n + 1`."""
     out = []
     before = -(-(n + 1) // LEVELS[0]) * LEVELS[0]
     for width, wider in zip(LEVELS, (before, *LEVELS)):
         begin = np.arange(0, before, width).reshape(-1, wider // width)
         last = begin + (width - 1)
-        lower = np.where(begin > n, 2 * n + 1, np.minimum(last, n))
-        upper = np.where(last >= n, 2 * n + 1, n + 1 + last)
-        out.append(np.concatenate([lower, upper], axis=1))
+        ends = np.minimum(last, n)
+        out.append((np.where(begin > n, n + 1, ends), ends))
     return out
 
 
@@ -78,8 +82,8 @@ class Buffer:
     """Staircases of many rows, one after another, each element keyed by `base[row] + need`; and their samples.
 
     Cell `q` is `(grid[q-1], grid[q]]`, the first one without beginning, the last, `n`, without end. `pointer[row, q]`: the first element of the row
-    beyond cell `q - 1`. If not `sided`, `samples[row]`: the times at the ends of the `n + 1` cells, then infinity. If `sided`, the samples are those, infinite below
-    `floor`, then the times at the `n` budgets, infinite below `floor + waiting`, the largest `K`, then infinity; `sheets[k][row]` has them in the order of `sheets`.
+    beyond cell `q - 1`. `samples[row]`: the times at the ends of the `n + 1` cells, infinite below `floor`, then infinity; if `sheeted`, `sheets[k][row]` has them in the order of
+    `sheets` instead.
     """
 
     __slots__ = (
@@ -94,20 +98,20 @@ class Buffer:
         "size",
         "span",
         "time",
-        "waiting",
     )
 
-    def __init__(self, budgets: Ints, span: int, rows: int, *, sided: bool = False, waiting: int = 0) -> None:
+    def __init__(self, budgets: Ints, span: int, rows: int, *, sheeted: bool = False) -> None:
         n = budgets.size
-        self.size, self.grid, self.span, self.waiting = 0, budgets, span, waiting
+        self.size, self.grid, self.span = 0, budgets, span
         #: rows that `extend` has filled
         self.rows = 0
-        self.key = np.empty(64, dtype=np.int64)
-        self.time = np.empty(64, dtype=np.int64)
+        # What is not touched takes no memory.
+        self.key = np.empty(_POINTS * rows, dtype=np.int64)
+        self.time = np.empty(_POINTS * rows, dtype=np.int64)
         self.base = np.zeros(rows, dtype=np.int64)
         self.pointer = np.zeros((rows, n + 2), dtype=np.int32)
-        self.samples: Samples = np.empty((0 if sided else rows, n + 2), dtype=np.float32)
-        self.columns = sheets(n) if sided else []
+        self.samples: Samples = np.empty((0 if sheeted else rows, n + 2), dtype=np.float32)
+        self.columns = [lower for lower, _ in sheets(n)] if sheeted else []
         self.sheets: list[Samples] = [np.empty((rows, *x.shape), dtype=np.float32) for x in self.columns]
 
     def extend(
@@ -134,38 +138,48 @@ class Buffer:
         if at is None:
             cell = of * (n + 1) + self.grid.searchsorted(need)
             at = np.cumsum(np.bincount(cell, minlength=rows * (n + 1))).reshape(rows, n + 1)
-        begin = np.append(0, at[:-1, n])
-        pointer = self.pointer[first : first + rows]
-        pointer[:, 0] = begin + size
-        np.add(at, size, out=pointer[:, 1:], casting="same_kind")
-        reached = np.full((rows, n + 1), _INF, dtype=np.float32)
-        if need.size:
-            np.copyto(reached, time.astype(np.float32).take(at - 1), where=at > begin[:, None])
-        if not self.sheets:
-            samples = self.samples[first : first + rows]
-            samples[:, : n + 1], samples[:, n + 1] = reached, _INF
-        else:
-            samples = np.empty((rows, 2 * n + 2), dtype=np.float32)
-            samples[:, : n + 1], samples[:, n + 1 : -1], samples[:, -1] = reached, reached[:, :n], _INF
+        begin, short = np.append(0, at[:-1, n]), time.astype(np.float32)
+
+        def fill(some: slice) -> None:
+            """Pointers and samples of some of the new rows."""
+            here = slice(first + some.start, first + some.stop)
+            pointer = self.pointer[here]
+            pointer[:, 0] = begin[some] + size
+            np.add(at[some], size, out=pointer[:, 1:], casting="same_kind")
+            samples = np.full((some.stop - some.start, n + 2), _INF, dtype=np.float32)
+            if need.size:
+                reached = short.take(at[some] - 1, mode="clip")
+                np.copyto(samples[:, : n + 1], reached, where=at[some] > begin[some, None])
             if floor is not None:
-                np.copyto(samples[:, :n], _INF, where=self.grid < floor[:, None])
-                np.copyto(samples[:, n + 1 : -1], _INF, where=self.grid < (floor + self.waiting)[:, None])
+                np.copyto(samples[:, :n], _INF, where=self.grid < floor[some, None])
+            if not self.sheets:
+                self.samples[here] = samples
             for sheet, columns in zip(self.sheets, self.columns):
-                samples.take(columns, axis=1, out=sheet[first : first + rows], mode="clip")
+                samples.take(columns, axis=1, out=sheet[here], mode="clip")
+
+        each(fill, [slice(low, min(low + _ROWS, rows)) for low in range(0, rows, _ROWS)])
         self.size, self.rows = end, first + rows
         return at
 
 
 class Shifts:
-    """Where the samples of suffixes stand when bytes are held to their left: `moves` of each number of held bytes, once, as rows of `sheets`, in the order of
-    the function `sheets`."""
+    """Where the samples of suffixes stand when bytes are held to their left: `moves` of each number of held bytes, once, as rows of `sheets`: `columns` of it, from the
+    function `sheets`, those that bound from below and those at budgets."""
 
-    __slots__ = ("budgets", "columns", "known", "sheets")
+    __slots__ = ("budgets", "columns", "ends", "high", "known", "low", "sheets")
 
     def __init__(self, budgets: Ints) -> None:
         self.budgets = budgets
         self.known: dict[int, int] = {}
-        self.columns = sheets(budgets.size)
+        n = budgets.size
+        #: the cells `(low, high]`
+        self.low, self.high = np.append(np.int64(-1), budgets), np.append(budgets, np.int64(2**62))
+        #: the budgets at the ends of the intervals of each level, in the order of `sheets`; -1 where there is none
+        self.ends = [np.append(budgets, -1)[ends] for _, ends in sheets(n)]
+        self.columns = [
+            np.concatenate([np.where(lower > n, 2 * n + 1, lower), n + 1 + ends], axis=1)
+            for lower, ends in sheets(n)
+        ]
         self.sheets = [np.empty((64, *x.shape), dtype=np.int16) for x in self.columns]
 
     def rows(self, held: Ints) -> Ints:
@@ -246,8 +260,7 @@ class Pairs:
     def steps(self, left: Buffer, right: Buffer, shifts: Shifts, cell: Ints) -> list[tuple[Ints, Ints, Ints]]:
         """All steps in one cell each: of which pair, need, time."""
         out = []
-        low = np.append(np.int64(-1), right.grid)[cell]
-        high = np.append(right.grid, np.int64(2**62))[cell]
+        low, high = shifts.low[cell], shifts.high[cell]
         begin, end = shifts.cells(self.moved, cell)
         # What budgets in the cell reach ends within these elements of the left part and of the suffix.
         mine = _pointer(left, self.left, cell), _pointer(left, self.left, cell + 1)
