@@ -511,6 +511,10 @@ class Bench:
         """The programs that `mw.fit(tune=...)` would choose among at a budget, that of all strategies first, of the chain as it is and, where its blocks repeat, stacked: but those
         for less of the budget, which are the plans of other rows."""
         problem = self.problem
+
+        def fits(one: Compiled) -> bool:
+            return one.temporary_bytes + problem.fixed_bytes <= budget
+
         fewer = [functools.partial(plan, allowed=some) for some in planning.NARROWER]
         found = [made, *(self._fitted({}, method, budget) for method in fewer)]
         kept = [one for one in found if one is not None]
@@ -524,11 +528,15 @@ class Bench:
         if problem.most_loops == math.inf and any(
             isinstance(part, mw.Stack) for part in problem.stacked.parts
         ):
-            for one, way in itertools.product((*schedules, *problem.by_hand), (0, mw.UNTIED, mw.LOOSE)):
+            for one, way in itertools.product((*schedules, *problem.by_hand), (0, mw.LOOSE)):
                 with contextlib.suppress(NotApplicableError):
                     ways.append(applied(problem, one, way, stacked=True))
-        kept += [self.compile(way) for way in ways]
-        return [one for one in dict.fromkeys(kept) if one.temporary_bytes + problem.fixed_bytes <= budget]
+        for some in ways:
+            made = self.compile(some)
+            kept.append(made)
+            if not fits(made) and not any(some.schedule is schedule for schedule in problem.by_hand):
+                del self.programs[some.key]  # a process can hold some hundred programs
+        return [one for one in dict.fromkeys(kept) if fits(one)]
 
     def tune_plans(self) -> None:
         """Takes for each `plan` the fastest, in a trial of its own whose samples are not kept, of what was planned for its budget or less: by all
