@@ -561,11 +561,14 @@ class Bench:
         return self.rows[at][0]["budget_bytes"]
 
     def settle(self, rounds: int, seconds: float) -> None:
-        """More rounds for what ties at a budget with the fastest that fits it."""
+        """More rounds for the plans, and for what ties at a budget with the fastest that fits it."""
         fixed, at_all = self.problem.fixed_bytes, self.run_at_all()
         asked = {self._budget(k) for k in self.plans}
         fits = ([one for one in at_all if one.temporary_bytes + fixed <= budget] for budget in sorted(asked))
-        tied = ties(fits)
+        plans = [self.rows[k][1] for k in self.plans]
+        tied = list(
+            dict.fromkeys([*ties(fits), *(one for one in plans if one is not None and one in at_all)])
+        )
         if len(tied) > 1:
             interleave(tied, rounds, seconds, again=True)
 

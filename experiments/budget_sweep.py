@@ -79,9 +79,12 @@ def compare(config: Config, one: Record) -> list[dict[str, Any]]:
     base = reading.fastest(reading.ran(one, PLAIN))
     rows = []
     for budget in sorted({row["budget_bytes"] for row in one["rows"] if row["budget_bytes"] is not None}):
-        rival = reading.fastest(reading.fitting(one, ALTERNATIVES, budget, config.max_error))
+        fits = reading.fitting(one, ALTERNATIVES, budget, config.max_error)
         plan = next(row for row in one["rows"] if row["method"] == "plan" and row["budget_bytes"] == budget)
         ran = "total_bytes" in plan
+        rival = reading.fastest(fits)
+        if ran and rival:  # some were run in more rounds than others: only those of both compare
+            rival = max((row for row in fits if row["seconds"]), key=lambda row: reading.relative(plan, row))
         rows.append(
             {
                 "model": one["point"]["network"]["model"],
