@@ -423,7 +423,7 @@ class Tables:
                 last = ends(stop, need)
                 here[kept] = self._thinned_plain(start, stop[last], need[last], time[last])
                 stop, need, time = here[kept]
-                cuts = np.append(0, np.flatnonzero(stop[1:] != stop[:-1]) + 1).tolist()
+                cuts = np.flatnonzero(begins(stop)).tolist()
                 for a, z in zip(cuts, [*cuts[1:], stop.size]):
                     if z > a:
                         stairs[start, int(stop[a]), kept] = need[a:z], time[a:z]

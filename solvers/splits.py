@@ -171,14 +171,14 @@ class Shifts:
     def __init__(self, budgets: Ints) -> None:
         self.budgets = budgets
         self.known: dict[int, int] = {}
-        n = budgets.size
+        n, columns = budgets.size, sheets(budgets.size)
         #: the cells `(low, high]`
         self.low, self.high = np.append(np.int64(-1), budgets), np.append(budgets, np.int64(2**62))
         #: the budgets at the ends of the intervals of each level, in the order of `sheets`; -1 where there is none
-        self.ends = [np.append(budgets, -1)[ends] for _, ends in sheets(n)]
+        self.ends = [np.append(budgets, -1)[ends] for _, ends in columns]
         self.columns = [
             np.concatenate([np.where(lower > n, 2 * n + 1, lower), n + 1 + ends], axis=1)
-            for lower, ends in sheets(n)
+            for lower, ends in columns
         ]
         self.sheets = [np.empty((64, *x.shape), dtype=np.int16) for x in self.columns]
 
