@@ -140,7 +140,7 @@ def tables(config: Config, rows: list[dict[str, Any]], limits: list[dict[str, An
 def draw(config: Config, one: Record) -> Figure:
     """Measured time against measured memory, each method a series, what is slower than `SLOWEST` left out; the frontier as predicted, in backpropagation's predicted time."""
     sns.set_theme(style="whitegrid", context="paper")
-    figure = Figure(figsize=(6.5, 4.5), layout="constrained")
+    figure = Figure(figsize=(8.5, 4.5), layout="constrained")
     ax = figure.subplots()
     base = reading.fastest(reading.ran(one, PLAIN))
     assert base is not None
@@ -165,7 +165,7 @@ def draw(config: Config, one: Record) -> Figure:
     network = one["point"]["network"]
     ax.set(xlabel="device memory of the step (MiB)", ylabel="time / backpropagation's")
     ax.set_title(f"{network['model']}, {network['depth']} blocks")
-    ax.legend(fontsize=7)
+    ax.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))  # where it hides no point
     return figure
 
 
