@@ -17,7 +17,7 @@ from experiments import alternatives, deep, fragments, precision, reading, sweep
 from mwplan.errors import ArgumentError
 from mwplan.interpret import Detours
 from mwplan.schedule import Schedule
-from tests.helpers import relative_error, segments
+from tests.helpers import relative_error, segments, with_round_times
 
 SMALL = {"depth": 2, "width": 8, "batch": 4, "resolution": 8}
 #: Sizes that a model needs to be more than these. The Cayley convolutions' solves need threads of their own: see zoo.py.
@@ -120,7 +120,7 @@ def test_schedules_are_arranged_to_fit() -> None:
     config = zoo.Config(model="mlp", depth=4, width=16, batch=256, resolution=8)
     problem = alternatives.Problem(*zoo.build(config), repeats=1)
     bench = alternatives.Bench(problem, try_settings=False)
-    schedule = mw.frontier(problem.profile).at(1 << 40)
+    schedule = mw.frontier(with_round_times(problem.profile)).at(1 << 40)
     plain = bench.compile(alternatives.applied(problem, schedule))
     total = problem.fixed_bytes + plain.temporary_bytes
     arranged = bench._arranged(plain.way, total + (1 << 15))
