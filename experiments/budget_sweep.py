@@ -61,6 +61,7 @@ def point(config: Config, model: str) -> sweep.Point:
     group = zoo.joined(config.depth, config.layers)
     # An example of the MLP is one row where those of the others are hundreds: with their sizes there would be nothing to plan.
     wider, more = (8, 64) if model == "mlp" else (1, 1)
+    slower = 3 if model == "revvit" else 1  # a round of its programs takes half a minute
     network = zoo.Config(
         model=model, depth=config.depth, width=wider * config.width, batch=more * config.batch, resolution=resolution,
         group=group, seed=config.seed,
@@ -68,7 +69,7 @@ def point(config: Config, model: str) -> sweep.Point:
     methods = tuple(m for m in alternatives.METHODS if group == 0 or m not in UNROLLED)
     study = alternatives.Study(
         methods=methods, budgets=config.budgets, limits=(0.75 * config.limit, config.limit) if group else (),
-        rounds=config.rounds, seconds=config.seconds, ties=0 if group else config.ties,
+        rounds=config.rounds, seconds=slower * config.seconds, ties=0 if group else config.ties,
         max_error=config.max_error, thin=config.thin, repeats=config.repeats,
     )  # fmt: skip
     return alternatives.point(network, study)

@@ -168,7 +168,11 @@ class Skip:
 
 @ml.layer
 class Attention:
-    """Multi-head attention over the axis before the last."""
+    """Multi-head attention over the axis before the last.
+
+    Written as products of matrices with the heads among the leading axes: XLA:CPU copies the scores of `jax.nn.dot_product_attention` into another
+    layout, once or twice by how the rest of a program is written, and writes its scale out as large as the scores.
+    """
 
     qkv: Any
     out: Any
@@ -177,9 +181,12 @@ class Attention:
 
     def __call__(self, x: Float[Array, "batch time width"]) -> Float[Array, "batch time width"]:
         """Applies the layer."""
-        q, k, v = jnp.split(self.qkv(x).reshape(*x.shape[:-1], self.heads, -1), 3, axis=-1)
-        y = jax.nn.dot_product_attention(q, k, v, is_causal=self.causal)
-        return self.out(y.reshape(x.shape))
+        q, k, v = jnp.split(self.qkv(x).reshape(*x.shape[:-1], self.heads, -1).swapaxes(-2, -3), 3, axis=-1)
+        scores = q * q.shape[-1] ** -0.5 @ k.mT
+        if self.causal:
+            scores = jnp.where(jnp.tril(jnp.ones(scores.shape[-2:], bool)), scores, -jnp.inf)
+        y = jax.nn.softmax(scores) @ v
+        return self.out(y.swapaxes(-2, -3).reshape(x.shape))
 
 
 @ml.layer

@@ -42,6 +42,18 @@ def test_zoo_gradients(model: str) -> None:
     assert relative_error(got, want) < 1e-3, runs
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_is_the_library_s(causal: bool) -> None:
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (3, 8, 16))
+    layer = zoo.Attention(
+        mw.layers.Dense.init(keys[1], 16, 48), mw.layers.Dense.init(keys[2], 16, 16), heads=2, causal=causal
+    )
+    q, k, v = jnp.split(layer.qkv(x).reshape(3, 8, 2, -1), 3, axis=-1)
+    want = layer.out(jax.nn.dot_product_attention(q, k, v, is_causal=causal).reshape(x.shape))
+    np.testing.assert_allclose(layer(x), want, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("model", zoo.MODELS)
 def test_zoo_plans(model: str) -> None:
