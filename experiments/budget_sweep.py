@@ -61,7 +61,7 @@ def point(config: Config, model: str) -> sweep.Point:
     group = zoo.joined(config.depth, config.layers)
     # An example of the MLP is one row where those of the others are hundreds: with their sizes there would be nothing to plan.
     wider, more = (8, 64) if model == "mlp" else (1, 1)
-    slower = 3 if model == "revvit" else 1  # a round of its programs takes half a minute
+    slower = 6 if model == "revvit" else 1  # a round of its programs takes half a minute
     network = zoo.Config(
         model=model, depth=config.depth, width=wider * config.width, batch=more * config.batch, resolution=resolution,
         group=group, seed=config.seed,
