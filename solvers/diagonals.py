@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mwplan.solvers.parallel import each
+from mwplan.solvers.parallel import each, parts
 from mwplan.solvers.pareto import INF, Ints, begins, ends, lexicographic
 from mwplan.solvers.splits import LEVELS, MARGIN, Buffer, Pairs, Shifts
 
@@ -24,8 +24,8 @@ Points = tuple[Ints, Ints, Ints]
 NO_POINTS: Points = (np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
 Samples = NDArray[np.float32]
 _INF = np.float32(np.inf)
-#: about so many groups are bounded at once: enough that threads seldom wait for one another, few enough for a processor's cache
-_GROUPS = 8_000
+#: about so many groups at most are bounded at once, few enough for a processor's cache, and so many at least
+_GROUPS, _FEW = 8_000, 1_000
 
 
 @dataclass(slots=True)
@@ -66,18 +66,16 @@ def envelopes(
     stretch, as they are returned; `slack`, the factor of time that may be lost at each, but for the least need and, but
     for ties within float32, the least time; `optimistic`: then no point is a schedule, but no schedule is faster than the staircase.
     """
-    cuts = np.append(np.flatnonzero(begins(of)), of.size).tolist()
-    chunks = []
-    begin = 0
-    for here, after in itertools.pairwise([*cuts, 2 * of.size + _GROUPS]):
-        if here > begin and after - begin > _GROUPS:
-            chunks.append(slice(begin, here))
-            begin = here
-    if not chunks:
+    if not of.size:
         return staircases(*known, right.span)
+    # Cut between stretches, each time at or before where parts of one size would begin.
+    number = parts(of.size, _GROUPS, _FEW)
+    first = np.flatnonzero(begins(of))
+    cuts = first[np.unique(first.searchsorted(np.arange(number) * of.size // number, side="right") - 1)]
+    chunks = [slice(*x) for x in itertools.pairwise([*cuts.tolist(), of.size])]
     # What is known of stretches without groups goes with those before.
-    ends = known[0].searchsorted(of[[chunk.start for chunk in chunks[1:]]]).tolist()
-    parts = [slice(*x) for x in itertools.pairwise([0, *ends, known[0].size])]
+    ends = known[0].searchsorted(of[cuts[1:]]).tolist()
+    beside = [slice(*x) for x in itertools.pairwise([0, *ends, known[0].size])]
 
     def envelope(which: tuple[slice, slice]) -> Points:
         some, part = which
@@ -86,7 +84,7 @@ def envelopes(
         _Cells(of[some], pairs.take(some), mine, left, right, shifts, slack).add_to(points, optimistic)
         return staircases(*points.joined(), right.span)
 
-    of_, need, time = zip(*each(envelope, list(zip(chunks, parts))))
+    of_, need, time = zip(*each(envelope, list(zip(chunks, beside))))
     return np.concatenate(of_), np.concatenate(need), np.concatenate(time)
 
 

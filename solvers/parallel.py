@@ -35,6 +35,13 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
+def parts(size: int, most: int, least: int) -> int:
+    """Into how many parts `each` should have work of `size`: of at most about `most`, and as many as let no processor wait, unless they would be of less than `least`."""
+    threads = min(processors(), _MOST)
+    count = -(-size // most)
+    return max(1, min(-(-count // threads) * threads, size // least))
+
+
 def each(function: Callable[[_Item], _Result], items: Sequence[_Item]) -> list[_Result]:
     """`function` of each item, in their order; on as many threads as there are processors for. The first error is raised."""
     threads = min(processors(), _MOST)

@@ -38,6 +38,7 @@ def test_the_frontier_is_the_same_on_any_number_of_threads(
     profile = chain(0, 40, submersive=True)
     found = []
     monkeypatch.setattr("mwplan.solvers.diagonals._GROUPS", 100)
+    monkeypatch.setattr("mwplan.solvers.diagonals._FEW", 10)
     for threads in (1, 2, 5):
         on(threads, monkeypatch)
         frontier = solve_frontier(profile, thin=thin)
