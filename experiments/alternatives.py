@@ -71,10 +71,10 @@ MOST_LOOPS = 150
 LOSS = 1.0
 #: Programs whose step takes so many times the median of all, and a second or more, are timed once, in the warm-up.
 SLOW = 6
-#: Seconds after which each half of the trial that chooses among plans ends, and rounds of its first half, that of all plans.
+#: Seconds after which each part of the trial that chooses among plans ends, and rounds of its first part, that of all plans.
 TRIAL, FIRST = 90.0, 3
-#: Programs at most so many times as slow as the fastest for the same budget tie with it: more rounds decide.
-TIE = 1.1
+#: Programs at most so many times as slow as the fastest for the same budget tie with it: more rounds decide. In the last part of the trial.
+TIE, CLOSE = 1.1, 1.05
 
 
 class NotApplicableError(MwplanError):
@@ -546,7 +546,8 @@ class Bench:
         within = {
             at: [one for k, more in self.plans.items() if self._budget(k) <= self._budget(at) for one in more] for at in self.plans
         }  # fmt: skip
-        interleave(ties(within.values()), self.tune, TRIAL, again=True)
+        for limit in (TIE, CLOSE):
+            interleave(ties(within.values(), limit), self.tune, TRIAL, again=True)
         for at, choice in within.items():
             if choice:
                 tied = ties([choice])
@@ -714,19 +715,13 @@ def interleave(
             one.seconds.append(timed(one)[0])
 
 
-def ties(groups: Iterable[Sequence[Compiled]]) -> list[Compiled]:
-    """Of each group of timed programs the fastest, and those that it does not beat by `TIE` and were run as often."""
+def ties(groups: Iterable[Sequence[Compiled]], limit: float = TIE) -> list[Compiled]:
+    """Of each group's programs, of those that were run most often, the fastest and those at most `limit` times as slow."""
     found: list[Compiled] = []
     for group in groups:
-        timed = [one for one in group if one.seconds]
-        if timed:
-            best = min(timed, key=lambda one: statistics.median(one.seconds))
-            limit = TIE * statistics.median(best.seconds)
-            found += [
-                one
-                for one in timed
-                if len(one.seconds) >= len(best.seconds) and statistics.median(one.seconds) <= limit
-            ]
+        most = max((len(one.seconds) for one in group), default=0)
+        medians = {one: statistics.median(one.seconds) for one in group if most and len(one.seconds) == most}
+        found += [one for one, median in medians.items() if median <= limit * min(medians.values())]
     return list(dict.fromkeys(found))
 
 
