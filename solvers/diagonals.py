@@ -25,7 +25,7 @@ NO_POINTS: Points = (np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64), n
 Samples = NDArray[np.float32]
 _INF = np.float32(np.inf)
 #: about so many groups at most are bounded at once, few enough for a processor's cache, and so many at least
-_GROUPS, _FEW = 8_000, 1_000
+_GROUPS, _FEW = 8_000, 4_000
 
 
 @dataclass(slots=True)
