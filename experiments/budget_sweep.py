@@ -163,6 +163,7 @@ def draw(config: Config, one: Record) -> Figure:
     ax.set_xscale("log")
     for formatter in (ax.xaxis.set_major_formatter, ax.xaxis.set_minor_formatter):
         formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
+    ax.tick_params(axis="x", which="both", pad=4)
     network = one["point"]["network"]
     ax.set(xlabel="device memory of the step (MiB)", ylabel="time / backpropagation's")
     ax.set_title(f"{network['model']}, {network['depth']} blocks")

@@ -128,7 +128,7 @@ def relu_branch(key: Any) -> Any:
 
 # Blocks, repeats, the shape of the input, and how far above the measured error the predicted one may be: far where kinks are rarely met.
 INVERTED = {
-    "leaky": (lambda k: [ml.Dense.init(k, 32, 32), ml.LeakyReLU(0.8)], 16, (16384, 32), 5),
+    "leaky": (lambda k: [ml.Dense.init(k, 32, 32), ml.LeakyReLU(0.8)], 16, (8192, 32), 5),
     "smooth": (lambda k: [ml.Dense.init(k, 64, 64), ml.Smooth("gelu", 0.5)], 8, (64, 64), 3),
     "he": (lambda k: [ml.Dense.he(k, 64, 64, slope=0.8)], 3, (64, 64), 3),
     "coupling": (lambda k: [ml.Coupling(small_branch(k), small_branch(k))], 8, (64, 64), 3),
