@@ -25,6 +25,10 @@ def processors() -> int:
     return len(allowed(0)) if allowed else os.cpu_count() or 1
 
 
+def _threads() -> int:
+    return min(processors(), _MOST)
+
+
 @functools.cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix=_NAME)
@@ -37,14 +41,13 @@ if hasattr(os, "register_at_fork"):
 
 def parts(size: int, most: int, least: int) -> int:
     """Into how many parts `each` should have work of `size`: of at most about `most`, and as many as let no processor wait, unless they would be of less than `least`."""
-    threads = min(processors(), _MOST)
-    count = -(-size // most)
+    count, threads = -(-size // most), _threads()
     return max(1, min(-(-count // threads) * threads, size // least))
 
 
 def each(function: Callable[[_Item], _Result], items: Sequence[_Item]) -> list[_Result]:
     """`function` of each item, in their order; on as many threads as there are processors for. The first error is raised."""
-    threads = min(processors(), _MOST)
+    threads = _threads()
     if min(threads, len(items)) < 2 or threading.current_thread().name.startswith(_NAME):
         return [function(item) for item in items]
     return list(_pool(threads).map(function, items))
