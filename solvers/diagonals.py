@@ -24,8 +24,8 @@ Points = tuple[Ints, Ints, Ints]
 NO_POINTS: Points = (np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
 Samples = NDArray[np.float32]
 _INF = np.float32(np.inf)
-#: about so many groups at most are bounded at once, few enough for a processor's cache, and so many at least
-_GROUPS, _FEW = 8_000, 4_000
+#: about so many groups at most are bounded at once, few enough for a processor's cache, and so many at least: where threads take turns often, they wait for each other
+_GROUPS, _FEW = 32_000, 4_000
 
 
 @dataclass(slots=True)
@@ -179,7 +179,7 @@ class _Cells:
         sheet, shift = self.left.sheets[number], self.shifts.sheets[number]
         _, count, ratio = sheet.shape
         size = (group.size, ratio)
-        # All indices are in range; asked to clip them, `take` writes to its place at once.
+        # All indices are in range; asked to clip or to wrap them, `take` writes to its place at once, and wraps single ones faster.
         bounds = _scratch.array("bounds", 2 * number + side, size, np.float32)
         sheet.reshape(-1, ratio).take(pairs.left[group] * count + parent, axis=0, out=bounds, mode="clip")
         columns = _scratch.array("columns", 0, size, shift.dtype)
@@ -188,7 +188,7 @@ class _Cells:
         index = _scratch.array("index", 0, size, np.intp)
         np.add(columns, (pairs.right[group] * samples.shape[1])[:, None], out=index)
         suffix = _scratch.array("suffix", 0, size, np.float32)
-        samples.ravel().take(index, out=suffix, mode="clip")
+        samples.ravel().take(index, out=suffix, mode="wrap")
         bounds += suffix
         if side:
             np.copyto(bounds, _INF, where=self.shifts.ends[number][parent] < pairs.floor[group, None])
