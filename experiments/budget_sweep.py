@@ -92,7 +92,7 @@ def compare(config: Config, one: Record) -> list[dict[str, Any]]:
                 "budget_bytes": budget,
                 "plan_bytes": plan["total_bytes"] if ran else None,
                 "predicted_bytes": plan["fixed_bytes"] + plan["predicted_temporary_bytes"] if ran else None,
-                "plan_over_backprop": reading.relative(plan, base) if ran and base else None,
+                "plan_over_backprop": reading.over(one, plan, base) if ran and base else None,
                 "predicted_seconds": plan.get("predicted_seconds"),
                 "seconds": reading.median(plan) if ran else None,
                 "best_alternative": rival["method"] if rival else None,
@@ -154,11 +154,11 @@ def draw(config: Config, one: Record) -> Figure:
         rows = sorted(reading.ran(one, names, config.max_error), key=lambda row: row["total_bytes"])
         if rows:
             ax.plot(
-                [row["total_bytes"] / 2**20 for row in rows], [reading.relative(row, base) for row in rows],
+                [row["total_bytes"] / 2**20 for row in rows], [reading.over(one, row, base) for row in rows],
                 marker=marker, color=color, label=label, ls="-" if label == "plan" else ":", lw=1,
                 zorder=3 if label == "plan" else 2,
             )  # fmt: skip
-    top = max(reading.relative(row, base) for row in reading.ran(one, alternatives.METHODS, config.max_error))
+    top = max(reading.over(one, row, base) for row in reading.ran(one, alternatives.METHODS, config.max_error))
     ax.set_ylim(0, min(1.2 * top, SLOWEST))
     ax.set_xscale("log")
     for formatter in (ax.xaxis.set_major_formatter, ax.xaxis.set_minor_formatter):

@@ -74,6 +74,17 @@ def relative(row: Row, base: Row) -> float:
     return ratio(row["seconds"], base["seconds"])
 
 
+def over(record: Record, row: Row, base: Row) -> float:
+    """As `relative`, where `row` may have run in more rounds than `base`: all of them count, by the mean of everything that ran in as many, which is over `base` in the rounds of
+    both what it is, and `row` over it in all of its rounds."""
+    rounds = len(row["seconds"])
+    if rounds <= len(base["seconds"]):
+        return relative(row, base)
+    peers = [other["seconds"] for other in record["rows"] if len(other.get("seconds") or ()) == rounds]
+    mean = [statistics.geometric_mean(times) for times in zip(*peers)]
+    return ratio(row["seconds"], mean) * ratio(mean, base["seconds"])
+
+
 def best_recomputation(record: Record, seconds: float) -> Row | None:
     """The leanest row that keeps or recomputes, and nothing else, within `seconds` a step."""
     return leanest(

@@ -127,6 +127,20 @@ def test_ties_are_the_fastest_and_what_it_hardly_beats() -> None:
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="XLA:CPU's reports")
+def test_further_rounds_count_against_a_base_that_did_not_run_in_them() -> None:
+    # Equal programs, twice as fast as the base; one was unlucky in the rounds of both, and all further rounds are slow.
+    def row(*seconds: float) -> dict[str, Any]:
+        return {"seconds": list(seconds), "program": None}
+
+    base = row(2.0, 2.0, 2.0)
+    lucky, unlucky = row(*[1.0] * 3, *[3.0] * 20), row(*[1.21] * 3, *[3.0] * 20)
+    record = {"rows": [base, lucky, unlucky, {"seconds": None}]}
+    for one in (lucky, unlucky):
+        assert reading.over(record, one, base) == pytest.approx(0.55)
+    assert reading.over(record, base, base) == 1.0
+    assert reading.relative(unlucky, base) == pytest.approx(0.605)
+
+
 def test_schedules_are_arranged_to_fit() -> None:
     """As `mw.fit` would: the same step with detours, if it fits with any, and no way that is no schedule of ours."""
     config = zoo.Config(model="mlp", depth=4, width=16, batch=256, resolution=8)
