@@ -158,7 +158,9 @@ def draw(config: Config, one: Record) -> Figure:
                 marker=marker, color=color, label=label, ls="-" if label == "plan" else ":", lw=1,
                 zorder=3 if label == "plan" else 2,
             )  # fmt: skip
-    top = max(reading.over(one, row, base) for row in reading.ran(one, alternatives.METHODS, config.max_error))
+    top = max(
+        reading.over(one, row, base) for row in reading.ran(one, alternatives.METHODS, config.max_error)
+    )
     ax.set_ylim(0, min(1.2 * top, SLOWEST))
     ax.set_xscale("log")
     for formatter in (ax.xaxis.set_major_formatter, ax.xaxis.set_minor_formatter):
