@@ -5,6 +5,7 @@ call goes on. The pool of the device's memory is capped before JAX starts, so th
 
 - **ladder**: each method at growing depths within a pool of `pool_gib`, until one runs out of memory. Methods that plan do so for `shares` of the pool, the next
   where one runs out. Of each step: the allocator's peak (`memory_stats()`; null where a backend has none) beside XLA's `memory_analysis()`, time, compilation;
+- **offload**: every layer's residuals in the host's memory, beside every layer stored: bytes in both memories, times, and what the copies got a second;
 - **budgets**: at fixed depth, methods interleaved in one process, errors against float64, as `experiments.budget_sweep`;
 - **precision**: as `experiments.precision`, at full float32 precision and at JAX's default, which on a GPU rounds the products' operands.
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import signal
@@ -39,8 +41,9 @@ from rich.table import Table
 import mwplan as mw
 from experiments import alternatives, budget_sweep, precision, reading, record, sweep, zoo
 from mwplan.plots import BACKPROP, LIMIT, PLAN, png
-from mwplan.schedule import Schedule
+from mwplan.schedule import SINGLE, Run, Schedule
 from mwplan.serial import write_atomically
+from mwplan.side_by_side import relative_error
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORTEST = 15.0  # seconds: with less left, no point is begun
@@ -113,9 +116,8 @@ def measure(point: sweep.Point) -> dict[str, Any]:
     matmul = point.get("matmul")
     try:
         with jax.default_matmul_precision(matmul) if matmul else contextlib.nullcontext():
-            found = {"plan": plan, "step": step, "budgets": budgets, "precision": errors}[point["kind"]](
-                point
-            )
+            kinds = {"plan": plan, "step": step, "offload": offload, "budgets": budgets, "precision": errors}
+            found = kinds[point["kind"]](point)
     except Exception as error:
         if not ran_out(error):
             raise
@@ -181,7 +183,29 @@ def step(point: sweep.Point) -> dict[str, Any]:
     return {"ran": False, "reason": reasons[-1], "reasons": reasons, "fixed_bytes": problem.fixed_bytes}
 
 
-def _run(point: sweep.Point, problem: alternatives.Problem, way: alternatives.Way) -> dict[str, Any]:
+def offload(point: sweep.Point) -> dict[str, Any]:
+    """Every layer stored, and every layer offloaded, by the same rule; how far apart the gradients are, relative."""
+    problem = _problem(point)
+    chain = mw.unstack(problem.chain)  # OFFLOAD runs are written out
+    found: dict[str, Any] = {"ran": True}
+    grads: list[Any] = []
+    for kind in SINGLE:
+        runs = tuple(Run(kind=kind, start=i, stop=i + 1, options=("vjp",)) for i in range(len(chain)))
+        way = alternatives.Way(functools.partial(mw.apply, Schedule(runs=runs)), chain, None, runs)
+        found[kind.value] = _run(point, problem, way, grads)
+    store, away = found["store"], found["offload"]
+    more = statistics.median(away["seconds"]) - statistics.median(store["seconds"])
+    gradients = [jax.tree.leaves(got) for _, got in grads]
+    return found | {
+        "link_bytes_per_s": 2 * away["host_bytes"] / more if more > 0 else None,
+        "gradient_difference": relative_error(*reversed(gradients))[0],
+    }
+
+
+def _run(
+    point: sweep.Point, problem: alternatives.Problem, way: alternatives.Way, keep: list[Any] | None = None
+) -> dict[str, Any]:
+    """Bytes and times of one step; what it returned goes into `keep`."""
     before = pool()["peak_bytes"]
     args = (way.chain, problem.x, problem.labels)
     start = time.perf_counter()
@@ -189,7 +213,10 @@ def _run(point: sweep.Point, problem: alternatives.Problem, way: alternatives.Wa
     seconds = time.perf_counter() - start
     compiled = pool()["peak_bytes"]
     temporary = mw.temporaries(executable)
-    jax.block_until_ready(executable(*args))
+    first = jax.block_until_ready(executable(*args))
+    if keep is not None:
+        keep.append(first)
+    del first
     samples = []
     for _ in range(point["rounds"]):
         start = time.perf_counter()
@@ -197,6 +224,7 @@ def _run(point: sweep.Point, problem: alternatives.Problem, way: alternatives.Wa
         samples.append(time.perf_counter() - start)
     made = {
         "temporary_bytes": temporary,
+        "host_bytes": executable.memory_analysis().host_temp_size_in_bytes,
         "fixed_bytes": problem.fixed_bytes,
         "total_bytes": problem.fixed_bytes + temporary,
         "allocator": {"before": before, "compiled": compiled, "ran": pool()["peak_bytes"]},
@@ -401,6 +429,13 @@ def swept(config: Config, models: Sequence[str]) -> Steps:
         }  # fmt: skip
 
 
+def offloaded(config: Config) -> Steps:
+    """One network with its residuals in the host's memory."""
+    model = config.others[0]
+    network = _sizes(config, model, config.yard)
+    yield {"kind": "offload", "model": model, "depth": config.yard, "network": network, **_common(config)}
+
+
 def precise(config: Config) -> Steps:
     """Errors against depth."""
     for matmul in ("highest", None):
@@ -416,6 +451,7 @@ def precise(config: Config) -> Steps:
 def order(config: Config) -> Iterator[Steps]:
     """Generators of points, one after the other."""
     yield _together([ladder(config, method) for method in config.methods])
+    yield offloaded(config)
     yield swept(config, config.others[:1])
     yield precise(config)
     yield swept(config, config.others[1:])
@@ -576,6 +612,23 @@ def deepest(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return made
 
 
+def offload_table(one: dict[str, Any]) -> Table:
+    """The two steps of an offload point."""
+    link = one["link_bytes_per_s"]
+    made = Table(
+        title=f"residuals of {one['point']['model']} in the host's memory: gradients {one['gradient_difference']:.1e} apart, copies at "
+        + ("no cost" if link is None else f"{link / 1e9:.1f} GB/s"),
+        box=rich.box.SIMPLE,
+    )
+    for name in ("step", "device temporaries (MiB)", "host (MiB)", "ms"):
+        made.add_column(name, justify="left" if name == "step" else "right")
+    for name in ("store", "offload"):
+        row = one[name]
+        sizes = [reading.mib(row[key]) for key in ("temporary_bytes", "host_bytes")]
+        made.add_row(name, *sizes, f"{1e3 * statistics.median(row['seconds']):.1f}")
+    return made
+
+
 def _compared(config: Config, one: dict[str, Any]) -> budget_sweep.Config:
     """How the rows of a record compare: errors up to backpropagation's own count, which rounded products may make larger than `max_error`."""
     own = [row["error"] for row in reading.ran(one, reading.PLAIN)]
@@ -603,6 +656,9 @@ def main(config: Config) -> None:
         if mine := [one for one in exact if one["matmul"] == matmul]:
             console.print(f"products at {matmul or 'default'} precision")
             console.print(precision.table(mine))
+    away = [one for one in found if one["point"]["kind"] == "offload"]
+    for one in away:
+        console.print(offload_table(one) if one["ran"] else one["reason"])
     data = {
         "provenance": found[0].get("provenance") if found else None,
         "config": sweep.plain(config),
@@ -611,6 +667,21 @@ def main(config: Config) -> None:
         "deepest": deepest(rows),
         "budgets": budget_rows,
         "limits": limits,
+        "offload": [
+            {
+                k: one.get(k)
+                for k in (
+                    "point",
+                    "ran",
+                    "reason",
+                    "store",
+                    "offload",
+                    "link_bytes_per_s",
+                    "gradient_difference",
+                )
+            }
+            for one in away
+        ],
         "precision": [
             {"matmul": one["matmul"], "kind": one["point"]["kind"], "depth": one["point"]["depth"], **row}
             for one in exact

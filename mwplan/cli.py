@@ -18,7 +18,7 @@ from rich.table import Table
 
 from mwplan.errors import ArgumentError, MwplanError
 from mwplan.schedule import Strategy
-from mwplan.sizes import show_bytes, show_ns
+from mwplan.sizes import parse_bytes, show_bytes, show_ns
 
 if TYPE_CHECKING:
     from mwplan.chain import Chain
@@ -155,6 +155,12 @@ def plan(
     device: OnDevice = None,
     max_error: MaxError = 1e-4,
     forbid: Forbid = None,
+    host_budget: Annotated[
+        str | None, typer.Option(help="bytes of the host's memory to send residuals to, as --budget")
+    ] = None,
+    link_rate: Annotated[
+        str, typer.Option(help="with --host-budget: what copies to the host and back get a second")
+    ] = "20GB",
     to: Annotated[Path | None, typer.Option(help="save the schedule as JSON")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -169,7 +175,14 @@ def plan(
         room = roofline.device_of(device).memory_bytes
     else:
         raise ArgumentError("`--budget` is missing: give it, or a `--device` whose memory it shall be")
-    schedule = planning.plan(_profile(network, device), room, max_error=max_error, allowed=_allowed(forbid))
+    found, rate = _profile(network, device), parse_bytes(link_rate, "--link-rate")
+    schedule = planning.plan(
+        found if host_budget is None else found.offloading(rate),
+        room,
+        max_error=max_error,
+        allowed=_allowed(forbid),
+        host_budget=host_budget,
+    )
     if to is not None:
         serial.write_atomically(to, schedule.to_json())
     print(schedule.to_json() if as_json else schedule)

@@ -349,6 +349,8 @@ class Interpreter:
         for run in runs:
             tag = self.view.tag(run.start + 1)
             within = self.view.places[run.stop - 1].part == self.view.places[run.start].part
+            # What a loop stacks is on the device.
+            within = within and run.kind is not RunKind.OFFLOAD
             keys.append((shifted(run, -run.start), tag) if within else run)
         out: list[Run | Repeat | Taped] = []
         for at, period, count in repeats(keys, LONGEST_BLOCK):
@@ -547,7 +549,12 @@ class Interpreter:
         for layer in range(run.start + 1, run.stop + 1):
             one = self.layer(layer)
             keeps_input = keeps_output = False
-            if run.kind is not RunKind.RECOMPUTE:
+            operation: Callable[..., Any]
+            if run.kind is RunKind.OFFLOAD:
+                operation = functools.partial(operations.offload_forward, rule=self.rule(run, layer))
+                y, away = self.perform("forward", layer, depth, operation, one, self.x[layer - 1])
+                kept.append(away)
+            elif run.kind is not RunKind.RECOMPUTE:
                 operation = functools.partial(operations.forward, rule=self.rule(run, layer))
                 y, held = self.perform("forward", layer, depth, operation, one, self.x[layer - 1])
                 kept.append(held)
@@ -598,6 +605,8 @@ class Interpreter:
                 self._recompute(run, box, depth)
             case RunKind.INVERT:
                 self._invert(run, held, box, depth)
+            case RunKind.OFFLOAD:
+                self._offload(run, held, box, depth)
 
     def store(self, run: Run, kept: list[Residuals], box: list[PyTree], depth: int) -> None:
         """Backward over a STORE run."""
@@ -614,6 +623,14 @@ class Interpreter:
             box.pop(),
         )
         self.release_shared(layer, held)
+        box.append(self.grads.found(self, layer, depth, grads, ct))
+
+    def _offload(self, run: Run, kept: list[Any], box: list[PyTree], depth: int) -> None:
+        layer = run.stop
+        operation = functools.partial(operations.offload_backward, rule=self.rule(run, layer))
+        grads, ct = self.perform(
+            "backward", layer, depth, operation, self.layer(layer), kept.pop(), box.pop()
+        )
         box.append(self.grads.found(self, layer, depth, grads, ct))
 
     def _moonwalk(self, run: Run, kept: list[Any], box: list[PyTree], depth: int) -> None:
@@ -794,6 +811,7 @@ class Interpreter:
         one, x = self.layer(layer), self.structs[layer - 1]
         find = {
             RunKind.STORE: rules.store_rules,
+            RunKind.OFFLOAD: rules.store_rules,
             RunKind.MOONWALK: rules.vijp_rules,
             RunKind.INVERT: rules.invert_rules,
         }[run.kind]

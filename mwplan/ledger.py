@@ -15,7 +15,7 @@ from typing import TypeVar
 from mwplan.errors import ScheduleMismatchError
 from mwplan.lifetimes import Lives, Name
 from mwplan.packing import Buffer
-from mwplan.profiles import InvertOption, MoonwalkOption, Profile, StoreOption
+from mwplan.profiles import InvertOption, MoonwalkOption, OffloadOption, Profile, StoreOption
 from mwplan.schedule import Run, RunKind, Strategy, allow_nesting, check_cover, nesting, reporting_runs
 
 
@@ -23,7 +23,7 @@ from mwplan.schedule import Run, RunKind, Strategy, allow_nesting, check_cover, 
 class Event:
     """One moment of the step: what is being done, to which layer, and the bytes alive while it is done.
 
-    `sweep`: "forward", "turn", "backward" (of STORE and INVERT runs), "reverse" (R), "rebuild" and "advance" (M, the vijp and what follows it). `depth`: how many
+    `sweep`: "forward", "turn", "backward" (of STORE, OFFLOAD and INVERT runs), "reverse" (R), "rebuild" and "advance" (M, the vijp and what follows it). `depth`: how many
     RECOMPUTE runs enclose it. `live_bytes` = arrays + `workspace_bytes` -
     `saving_bytes`.
     """
@@ -47,7 +47,7 @@ class Event:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replay:
-    """What a schedule costs: temporaries' peak and where it stands, time, error, and every event. `report_scales`: as in `Schedule`.
+    """What a schedule costs: temporaries' peak and where it stands, the most bytes in the host's memory, time, error, and every event. `report_scales`: as in `Schedule`.
 
     `time_ns`, of all events; `fresh_ns`, of getting the memory (`Profile.fresh_ns`).
     """
@@ -59,6 +59,7 @@ class Replay:
     binding: Event
     events: tuple[Event, ...]
     report_scales: tuple[tuple[float, float], ...] = ()
+    host_bytes: int = 0
 
 
 def replay(profile: Profile, runs: Sequence[Run]) -> Replay:
@@ -85,6 +86,7 @@ def replay(profile: Profile, runs: Sequence[Run]) -> Replay:
         ),
         binding=binding,
         events=tuple(book.events),
+        host_bytes=book.most_host,
     )
 
 
@@ -103,6 +105,8 @@ class _Ledger:
         self.live: dict[Name, int] = {} if diary is None else diary
         self.diary = diary
         self.claims: dict[int, int] = {}  # position -> how many want that activation
+        self.host: dict[tuple[int, int], int] = {}  # (layer, depth) -> what it has in the host's memory
+        self.most_host = 0
         self.events: list[Event] = []
         self.error = 0.0  # the largest of the MOONWALK runs'
         self.inverted = 0.0  # the INVERT runs' together
@@ -184,11 +188,17 @@ class _Ledger:
                 self.release(layer - 1)
             if layer == run.stop and run.kind is RunKind.INVERT:
                 self.claim(layer)
+            if run.kind is RunKind.OFFLOAD:
+                self.host[layer, depth] = self.offload(run).host_bytes
+                self.most_host = max(self.most_host, sum(self.host.values()))
 
     def _forward_cost(self, run: Run, layer: int) -> tuple[int, bool, bool, int, int]:
         if run.kind is RunKind.INVERT:
             back = self.invert(run, layer)
             return back.residual_bytes, False, False, back.forward_workspace_bytes, back.forward_ns
+        if run.kind is RunKind.OFFLOAD:
+            away = self.offload(run)
+            return 0, False, False, away.forward_workspace_bytes, away.forward_ns
         if run.kind in (RunKind.STORE, RunKind.MOONWALK):
             o = self.store(run) if run.kind is RunKind.STORE else self.moonwalk(run, layer)
             return o.residual_bytes, o.keeps_input, o.keeps_output, o.forward_workspace_bytes, o.forward_ns
@@ -206,6 +216,8 @@ class _Ledger:
                 self.stretch(run.inner, depth=depth + 1, outer=run)
             case RunKind.INVERT:
                 self._backward_invert(run, depth)
+            case RunKind.OFFLOAD:
+                self._backward_offload(run, depth)
 
     def _backward_store(self, run: Run, depth: int) -> None:
         o, layer, p = self.store(run), run.stop, self.profile
@@ -220,6 +232,14 @@ class _Ledger:
             self.release(layer)
         if o.keeps_input:
             self.release(layer - 1)
+
+    def _backward_offload(self, run: Run, depth: int) -> None:
+        o, layer, cotangents = self.offload(run), run.stop, self.profile.cotangent_bytes
+        self.live["ct", layer, depth] = cotangents[layer]
+        self.live["ct", layer - 1, depth] = cotangents[layer - 1]
+        self.event("backward", layer, depth, o.backward_workspace_bytes, o.backward_ns)
+        del self.live["ct", layer, depth], self.live["ct", layer - 1, depth]
+        del self.host[layer, depth]
 
     def _backward_moonwalk(self, run: Run, depth: int) -> None:
         p, layers = self.profile, range(run.start + 1, run.stop + 1)
@@ -312,8 +332,12 @@ class _Ledger:
         name = run.options[layer - run.start - 1]
         return _named(self.profile.layers[layer - 1].invert, name, layer, "invert")
 
+    def offload(self, run: Run) -> OffloadOption:
+        """The option of an OFFLOAD run."""
+        return _named(self.profile.layers[run.stop - 1].offload, run.options[0], run.stop, "offload")
 
-Option = TypeVar("Option", StoreOption, MoonwalkOption, InvertOption)
+
+Option = TypeVar("Option", StoreOption, MoonwalkOption, InvertOption, OffloadOption)
 
 
 def _named(options: tuple[Option, ...], name: str, layer: int, kind: str) -> Option:

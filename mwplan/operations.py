@@ -63,6 +63,29 @@ def store_backward(
     return rule.backward(layer, res.restore(held, layer, x, y), ct_out)
 
 
+def offload_forward(
+    layer: PyTree, x: PyTree, *, rule: rules.StoreRule
+) -> tuple[PyTree, tuple[res.Residuals, PyTree, PyTree]]:
+    """`y`, and in the host's memory what `rule` keeps, the layer's input and output where it keeps them: F sweep of OFFLOAD runs."""
+    y, held = forward(layer, x, rule=rule)
+    return y, _moved(
+        (held, x if held.keeps_input else None, y if held.keeps_output else None), jax.memory.Space.Host
+    )
+
+
+def offload_backward(
+    layer: PyTree, away: tuple[res.Residuals, PyTree, PyTree], ct_out: PyTree, *, rule: rules.StoreRule
+) -> tuple[list[Any], PyTree]:
+    """As `store_backward`, from the host's memory."""
+    held, x, y = _moved(away, jax.memory.Space.Device)
+    return store_backward(layer, held, x, y, ct_out, rule=rule)
+
+
+def _moved(tree: PyTree, space: Any) -> PyTree:
+    """The arrays, but for random keys, in another memory. On a CPU, whose memory is the host's, compiled programs copy nothing."""
+    return jax.tree.map(lambda leaf: leaf if trees.is_key(leaf) else jax.device_put(leaf, space), tree)
+
+
 def reverse(
     layer: PyTree, held: res.Residuals, x: PyTree, y: PyTree, ct_out: PyTree, *, rule: rules.VijpRule
 ) -> tuple[PyTree, PyTree]:
@@ -98,4 +121,9 @@ def invert_backward(
 
 
 #: Which of an operation's results are parameter gradients: outputs of the step, not temporaries.
-GRADIENTS: dict[Callable[..., Any], int] = {store_backward: 0, advance: 1, invert_backward: 1}
+GRADIENTS: dict[Callable[..., Any], int] = {
+    store_backward: 0,
+    offload_backward: 0,
+    advance: 1,
+    invert_backward: 1,
+}

@@ -51,6 +51,7 @@ def plan(
     max_error: float = 1e-4,
     allowed: Choice = EVERY_STRATEGY,
     pins: Mapping[int, Choice] | None = None,
+    host_budget: int | str | None = None,
     max_distinct_runs: int | None = None,
     time_limit_s: float = 30.0,
     seed: int = 0,
@@ -62,13 +63,14 @@ def plan(
 
     **Arguments:** `profile`; `budget`, device bytes of the whole step (parameters, input, gradients, temporaries), an integer or a text such
     as "2GiB"; `max_error`, the largest predicted relative error of any reconstructed cotangent; `allowed`, the
-    strategies to choose from, or their names ("store"); `pins`, a strategy, or a choice of some, forced on some layers (1 to L, from the input); `max_distinct_runs`, a limit on
+    strategies to choose from, or their names ("store"); `pins`, a strategy, or a choice of some, forced on some layers (1 to L, from the input); `host_budget`, bytes of the host's memory for residuals, where
+    the profile has a way to send them there (`Profile.offloading`); `max_distinct_runs`, a limit on
     different runs (compile time); `time_limit_s` and `seed`, of the integer program; `thin`, as in `frontier`, None for `default_thin`;
     `regular`, as in `Frontier.at`; `frontier`, what `mw.frontier` returned for the same profile, `max_error` and `allowed`, where it is there already.
     **Returns:** a `Schedule` that the ledger has replayed; `status` says whether it is proved optimal, else `gap` how far it may be from it.
     **Raises:** `InfeasibleError` with the least feasible budget and what binds there; `ArgumentError`.
     **Cost:** the frontier of the chain, and the proof on top (seconds at 100 layers). Chains of 160 layers or more with long stretches of identical ones
-    (`solve_frontier`) have no proof but that of `mwplan.solvers.relaxed` (a few seconds more, and loose at lean budgets), and with `pins` or `max_distinct_runs` are as slow as any (minutes from 300 layers on).
+    (`solve_frontier`) have no proof but that of `mwplan.solvers.relaxed` (a few seconds more, and loose at lean budgets), and with `pins`, `host_budget` or `max_distinct_runs` are as slow as any (minutes from 300 layers on).
     """
     from mwplan.solvers import integer_program
 
@@ -77,15 +79,23 @@ def plan(
         profile, max_error=max_error, allowed=chosen, thin=default_thin(profile) if thin is None else thin
     )
     room = budget_bytes - solved.always_bytes
-    if solved.solved.least_bytes is None or room < solved.solved.least_bytes:
+    host_bytes = 0 if host_budget is None else parse_bytes(host_budget, "host_budget")
+    if host_bytes and not any(layer.offload for layer in profile.layers):
+        raise ArgumentError(
+            f"`host_budget={host_budget!r}`, but no layer of `profile` can send its residuals to the host: plan with "
+            "`profile.offloading(bytes_per_s)`, the rate of the link"
+        )
+    least = solved.solved.least_bytes
+    if room < 1 or (not host_bytes and (least is None or room < least)):
         raise solved.infeasible(budget_bytes, budget)
-    free = not pins and max_distinct_runs is None
+    free = not pins and not host_bytes and max_distinct_runs is None
     solution = integer_program.solve(
         profile,
         solved.enough(room) if free else room,
         max_error=max_error,
         allowed=chosen,
         pins=dict(pins or {}),
+        host_bytes=host_bytes,
         max_distinct_runs=max_distinct_runs,
         time_limit_s=time_limit_s,
         seed=seed,
@@ -304,11 +314,12 @@ class Frontier:
             input_bytes=self.profile.activation_bytes[0],
             peak_bytes=checked.peak_bytes + self.profile.table_bytes,
             packed_bytes=self._packed_bytes(solution),
+            host_bytes=checked.host_bytes,
             time_ns=time,
             bound_ns=bound,
             error=checked.error,
             max_error=self.max_error,
-            least_bytes=self.least_bytes,
+            least_bytes=None if checked.host_bytes else self.least_bytes,
             binding=f"{checked.binding}: {show_bytes(checked.binding.live_bytes)} alive",
             next_gain=self._next_gain(checked.peak_bytes, time),
             report_scales=checked.report_scales,
@@ -324,7 +335,8 @@ class Frontier:
         room = solution.peak_bytes if budget_bytes is None else budget_bytes - self.always_bytes
         if not fresh_ns(room):
             return solution.bound_ns
-        least = fresh_ns(self.solved.least_bytes or 0)
+        away = any(layer.offload for layer in self.profile.layers)  # which the frontier does not know
+        least = 0 if away else fresh_ns(self.solved.least_bytes or 0)
         if not free:
             return solution.bound_ns + least
         if self.solved.thin and solution.solver.startswith(

@@ -73,6 +73,25 @@ class StoreOption:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class OffloadOption:
+    """One way to store a layer's residuals in the host's memory (strategy OFFLOAD).
+
+    What the STORE option of the same name keeps, the layer's input or output included where it keeps them, is copied to the host in the forward sweep and
+    back before it is used: `host_bytes`. Times and workspaces include the copies; on the device nothing is kept.
+    """
+
+    name: str
+    host_bytes: int
+    forward_ns: int
+    backward_ns: int
+    forward_workspace_bytes: int = 0
+    backward_workspace_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        _check_counts(self, f"OffloadOption({self.name})")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MoonwalkOption:
     """One way to take a layer through a moonwalk run: strategy VIJP if it keeps no fragment, else FRAGMENT.
 
@@ -153,6 +172,7 @@ class LayerProfile:
     store: tuple[StoreOption, ...]
     moonwalk: tuple[MoonwalkOption, ...] = ()
     invert: tuple[InvertOption, ...] = ()
+    offload: tuple[OffloadOption, ...] = ()
 
     def __post_init__(self) -> None:
         _check_counts(self, f"LayerProfile({self.name})")
@@ -160,7 +180,7 @@ class LayerProfile:
             raise ArgumentError(
                 f"`LayerProfile({self.name}).store` is empty: every layer can at least be stored"
             )
-        for kind in ("store", "moonwalk", "invert"):
+        for kind in ("store", "moonwalk", "invert", "offload"):
             names = [o.name for o in getattr(self, kind)]
             if len(set(names)) != len(names):
                 raise ArgumentError(f"`LayerProfile({self.name}).{kind}` repeats an option's name: {names}")
@@ -271,6 +291,29 @@ class Profile:
             workspaces=(),  # those with a gradient among them have not been seen
         )
 
+    def offloading(self, bytes_per_s: float, *, least_bytes: int = 1 << 20) -> Profile:
+        """The same chain where residuals may be kept in the host's memory: an `OffloadOption` for each STORE option that keeps `least_bytes` or more.
+
+        **Arguments:** `bytes_per_s`, what a copy between device and host gets, either way. Of a PCIe link about two thirds of the published rate (4.0 with 16 lanes: 2e10,
+        5.0: 4e10). Copies are taken to follow the operations; where a device makes them beside these, it is faster than planned.
+        **Raises:** `ArgumentError`.
+        """
+        number = not isinstance(bytes_per_s, bool) and isinstance(bytes_per_s, (int, float))
+        if not number or not 0 < bytes_per_s < math.inf:
+            raise ArgumentError(
+                f"`bytes_per_s={bytes_per_s!r}` must be a number above 0, of a link to the host: 2e10"
+            )
+        known: dict[tuple[int, int, int], LayerProfile] = {}
+        layers = []
+        for layer, before, after in zip(self.layers, self.activation_bytes, self.activation_bytes[1:]):
+            key = id(layer), before, after
+            if key not in known:
+                options = (_offloaded(o, before, after, bytes_per_s) for o in layer.store)
+                some = tuple(o for o in options if o.host_bytes >= max(1, least_bytes))
+                known[key] = dataclasses.replace(layer, offload=some)
+            layers.append(known[key])
+        return dataclasses.replace(self, layers=tuple(layers))
+
     def to_json(self) -> str:
         """This profile as JSON with a schema number."""
         return serial.dump(self, kind="profile", schema=SCHEMA)
@@ -298,10 +341,29 @@ def _consuming(layer: LayerProfile) -> LayerProfile:
         store=tuple(more(o, "backward_workspace_bytes") for o in layer.store),
         moonwalk=tuple(more(o, "advance_workspace_bytes", "last_workspace_bytes") for o in layer.moonwalk),
         invert=tuple(more(o, "backward_workspace_bytes") for o in layer.invert),
+        offload=tuple(more(o, "backward_workspace_bytes") for o in layer.offload),
     )
 
 
-def _options(layer: LayerProfile) -> Iterator[StoreOption | MoonwalkOption | InvertOption]:
+def _offloaded(option: StoreOption, before: int, after: int, bytes_per_s: float) -> OffloadOption:
+    """A STORE option by way of the host; `before`, `after`: bytes of the layer's input and output."""
+    kept = option.residual_bytes + option.keeps_input * before + option.keeps_output * after
+    copy_ns = math.ceil(1e9 * kept / bytes_per_s)
+    return OffloadOption(
+        name=option.name,
+        host_bytes=kept,
+        forward_ns=option.forward_ns + copy_ns,
+        backward_ns=option.backward_ns + copy_ns,
+        # On their way residuals are on the device; what came back is nobody else's, and makes room for what is written.
+        forward_workspace_bytes=option.forward_workspace_bytes + option.residual_bytes,
+        backward_workspace_bytes=max(
+            0, option.backward_workspace_bytes + kept - option.backward_saving_bytes
+        ),
+    )
+
+
+def _options(layer: LayerProfile) -> Iterator[StoreOption | MoonwalkOption | InvertOption | OffloadOption]:
     yield from layer.store
     yield from layer.moonwalk
     yield from layer.invert
+    yield from layer.offload

@@ -27,6 +27,7 @@ class Strategy(enum.Enum):
     FRAGMENT = "fragment"
     VIJP = "vijp"
     INVERT = "invert"
+    OFFLOAD = "offload"
 
 
 #: one strategy or several, by themselves or by name
@@ -67,6 +68,11 @@ class RunKind(enum.Enum):
     MOONWALK = "moonwalk"
     RECOMPUTE = "recompute"
     INVERT = "invert"
+    OFFLOAD = "offload"
+
+
+#: of one layer each
+SINGLE = (RunKind.STORE, RunKind.OFFLOAD)
 
 
 class Status(enum.Enum):
@@ -86,7 +92,7 @@ class Status(enum.Enum):
 class Run:
     """The layers `start+1 .. stop`, handled together.
 
-    `options`: for STORE the one option's name; for MOONWALK and INVERT one name a layer, from the input on; for
+    `options`: for STORE and OFFLOAD the one option's name; for MOONWALK and INVERT one name a layer, from the input on; for
     RECOMPUTE empty. `inner`: for RECOMPUTE the runs that cover `(start, stop]` when it is re-executed, else empty.
     """
 
@@ -105,8 +111,8 @@ class Run:
                 raise ArgumentError("a RECOMPUTE run has inner runs and no options of its own")
             check_cover(self.inner, self.start, self.stop)
         else:
-            want = 1 if self.kind is RunKind.STORE else size
-            if self.inner or len(self.options) != want or (self.kind is RunKind.STORE and size != 1):
+            want = 1 if self.kind in SINGLE else size
+            if self.inner or len(self.options) != want or (self.kind in SINGLE and size != 1):
                 raise ArgumentError(
                     f"a {self.kind.name} run over ({self.start}, {self.stop}] needs one option a layer and no inner runs, "
                     f"got options={self.options}"
@@ -192,7 +198,7 @@ class Schedule:
     `peak_bytes`: predicted temporaries, what is alive at once and `Profile.table_bytes`; `packed_bytes`: the same with the holes that the
     allocator is foreseen to leave (`mwplan.packing`: an estimate, at least `peak_bytes`), 0 where the profile says too little of workspaces, or the chain is long; `fixed_bytes`: parameters, input and gradients; `input_bytes`: the input alone, 0 if unknown; `budget_bytes`: the total asked for.
     `time_ns`: predicted, without the loss. `error`: predicted relative error of cotangents and gradients, `max_error` the tolerance.
-    `least_bytes`: the least feasible total. `binding`: the event at which the peak stands. `next_gain`: what a little more memory would buy, in words.
+    `host_bytes`: predicted bytes in the host's memory, at most. `least_bytes`: the least feasible total. `binding`: the event at which the peak stands. `next_gain`: what a little more memory would buy, in words.
     `fingerprint`: that of the profile; `apply` refuses another chain. `strategies`: of each layer, outermost, for people.
     `report_scales`: for each of `reporting_runs`, `(a, b)`: where what the run-time report compares is wrong by `d`, its gradients are predicted to be
     wrong by `hypot(a d, sqrt(b d))`, the second part from kinks; empty for `(1, 0)` throughout.
@@ -207,6 +213,7 @@ class Schedule:
     input_bytes: int = 0
     peak_bytes: int = 0
     packed_bytes: int = 0
+    host_bytes: int = 0
     time_ns: int = 0
     bound_ns: int = 0
     error: float = 0.0
@@ -261,6 +268,7 @@ _LETTERS = {
     Strategy.FRAGMENT: "F",
     Strategy.VIJP: "V",
     Strategy.INVERT: "I",
+    Strategy.OFFLOAD: "O",
 }
 
 
@@ -270,7 +278,7 @@ def strip(schedule: Schedule) -> str:
     letters = ["?" if s is None else _LETTERS[s] for s in strategies]
     out = ""
     for before, run in zip((None, *schedule.runs), schedule.runs):
-        stored = before is not None and before.kind is RunKind.STORE and run.kind is RunKind.STORE
+        stored = before is not None and before.kind in SINGLE and run.kind in SINGLE
         out += ("" if before is None or stored else "|") + "".join(letters[run.start : run.stop])
     return out
 
@@ -293,6 +301,7 @@ def describe(schedule: Schedule) -> str:
         f" = {show_bytes(schedule.fixed_bytes)} fixed + {show_bytes(schedule.peak_bytes)} temporaries"
         + ("" if schedule.budget_bytes is None else f"; budget {show_bytes(schedule.budget_bytes)}"),
         *_holes(schedule),
+        *([f"host memory      {show_bytes(schedule.host_bytes)}"] if schedule.host_bytes else []),
         f"predicted time   {show_ns(schedule.time_ns)}",
         f"predicted error  {schedule.error:.1e} relative (tolerance {schedule.max_error:.0e})",
     ]

@@ -23,7 +23,7 @@ from mwplan.schedule import Run, RunKind, allow_nesting, nesting, walk
 #: about how many loops a tape compiles to
 LOOPS = 9
 #: and a run that is not recomputed
-SWEEPS = {RunKind.STORE: 2, RunKind.MOONWALK: 3, RunKind.INVERT: 2}
+SWEEPS = {RunKind.STORE: 2, RunKind.OFFLOAD: 2, RunKind.MOONWALK: 3, RunKind.INVERT: 2}
 #: fewer equal runs in a row than this are compiled one by one
 WRITTEN_OUT = 4
 #: how full the stack must be when the forward sweep ends

@@ -168,10 +168,19 @@ class _Watch:
         skip = {
             leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves((self.gradients.parts, new_gradients))
         }
-        buffers = {array.unsafe_buffer_pointer(): array.nbytes for array in jax.live_arrays()}
+        buffers = {
+            array.unsafe_buffer_pointer(): array.nbytes for array in jax.live_arrays() if not _away(array)
+        }
         for known in skip | self.before.keys():
             buffers.pop(known, None)
         self.events.append((sweep, layer, depth, sum(buffers.values()), workspace, taken))
+
+
+def _away(array: jax.Array) -> bool:
+    """Whether it is in the host's memory, on a device that has its own."""
+    device: Any = next(iter(array.sharding.device_set))
+    kind = array.sharding.memory_kind
+    return kind is not None and kind.endswith("host") and kind != device.default_memory().kind
 
 
 def _passed_through(operation: Callable[..., Any], args: tuple[Any, ...]) -> dict[int, int]:

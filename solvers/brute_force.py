@@ -22,24 +22,34 @@ Cost = tuple[int, int]
 
 
 def every_plan(
-    profile: Profile, *, max_error: float = 1e-4, allowed: frozenset[Strategy] = EVERY
+    profile: Profile, *, max_error: float = 1e-4, allowed: frozenset[Strategy] = EVERY, host: bool = False
 ) -> Iterator[tuple[Run, ...]]:
-    """All plans of the space, nested to any depth. Their number grows like a power of the chain's length: up to 3 or 4 layers."""
-    yield from _plans(profile, 0, len(profile), max_error, allowed, whole=True)
+    """All plans of the space, nested to any depth; with `host` those that offload too, outside RECOMPUTE runs. Their number grows like a power of the chain's length: up to 3 or 4 layers."""
+    yield from _plans(profile, 0, len(profile), max_error, allowed, whole=True, host=host)
 
 
 def _plans(
-    p: Profile, start: int, stop: int, max_error: float, allowed: frozenset[Strategy], *, whole: bool
+    p: Profile,
+    start: int,
+    stop: int,
+    max_error: float,
+    allowed: frozenset[Strategy],
+    *,
+    whole: bool,
+    host: bool = False,
 ) -> Iterator[tuple[Run, ...]]:
     if start == stop:
         yield ()
         return
     for at in range(start + 1, stop + 1):
         firsts = list(_plain_runs(p, start, at, max_error, allowed))
+        if host and at == start + 1 and Strategy.OFFLOAD in allowed:
+            away = [(o.name,) for o in p.layers[start].offload]
+            firsts += [Run(kind=RunKind.OFFLOAD, start=start, stop=at, options=names) for names in away]
         if Strategy.RECOMPUTE in allowed and (whole or (start, at) != (start, stop)):
             for inner in _plans(p, start, at, max_error, allowed, whole=False):
                 firsts.append(Run(kind=RunKind.RECOMPUTE, start=start, stop=at, inner=inner))
-        for rest in _plans(p, at, stop, max_error, allowed, whole=True):
+        for rest in _plans(p, at, stop, max_error, allowed, whole=True, host=host):
             for first in firsts:
                 yield (first, *rest)
 

@@ -8,16 +8,17 @@ bytes `H_c`, time `t_c`:
                 sum_{c ends before i} H_c z_c + sum_{c covers i} P_c z_c <= M                for each layer i: all its events
                 sum H_c z_c + sum_{c into (L, e)} turn_e z_c <= M                            the turn
                 z_c <= y_k for c in class k,  sum y_k <= D                                   at most D distinct runs, if asked
+                sum G_c z_c <= host memory                                                   OFFLOAD runs, all of which are away at the turn
 
 Exactly one run covers layer `i`, so no big-M is needed: for the run that covers `i` the row reads `H(left of it) + P_c <= M`.
-A RECOMPUTE run stands once for each point of the Pareto set of its inner schedules.
+A RECOMPUTE run stands once for each point of the Pareto set of its inner schedules, which offload nothing: what they keep is there for a moment, and the device has room for it then.
 
 **Bound filtering.** Let `V[n](b)` be the frontier's staircase at node `n`: no suffix from `n` within `b` bytes is faster. Labels
 `(held, time)` of prefixes grow from the left; a label or a run whose `time + t_c + V[n'](M - held - H_c)` exceeds a threshold `theta` is dropped.
 Every schedule of time at most `theta` survives whole, so an optimum found at or below `theta` is the optimum, and a threshold with no
 solution proves `theta + 1` a lower bound: thresholds grow until one holds or time is up. Without side conditions the first one holds.
-Before them there is a schedule already: the staircases' own, which under pins is the fastest, or, where distinct runs are limited, that of staircases with a
-penalty on each run that makes runs few.
+Before them there is a schedule already: the staircases' own, which under pins is the fastest, or, where distinct runs or the host's memory are limited, that of staircases with a
+penalty on each run that makes runs few, or on each byte that makes them offload less.
 The filter is ours; side conditions narrow the runs (`pins`, `forbid`) before `V` is computed, so that the bounds stay tight.
 
 `solve_least_bytes` exchanges objective and limit: minimise `M` subject to `sum t_c z_c <= T`.
@@ -27,7 +28,7 @@ from __future__ import annotations
 
 import dataclasses
 import time as clock
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,7 +39,7 @@ from mwplan.profiles import Profile
 from mwplan.schedule import Choice, Run, RunKind, Solution, Status, Strategy, as_strategies, check_allowed
 from mwplan.solvers.frontier import Frontier, Tables, Top, solve_frontier
 from mwplan.solvers.pareto import INF, Ints, staircase, value_at
-from mwplan.solvers.runs import ALL_STRATEGIES, Candidates, error_of
+from mwplan.solvers.runs import ALL_STRATEGIES, Candidates, error_of, fastest_ns
 
 _SLACKS = (0.0, 0.001, 0.01, 0.03, 0.1, 0.3, 1.0, 4.0)
 _INT64 = 2**63 - 1
@@ -53,6 +54,7 @@ def solve(
     allowed: Choice = ALL_STRATEGIES,
     pins: Mapping[int, Choice] | None = None,
     forbid: Mapping[int, Choice] | None = None,
+    host_bytes: int = 0,
     max_distinct_runs: int | None = None,
     max_recompute_depth: int | None = None,
     time_limit_s: float = 30.0,
@@ -64,7 +66,8 @@ def solve(
     """The fastest schedule within a budget, with proof.
 
     **Arguments:** `budget_bytes`, of temporaries; `pins` and `forbid`, for layers 1 to L the strategy or strategies they must or must not have
-    in the outermost runs (a layer inside a RECOMPUTE run is RECOMPUTE, as in `mwplan.ledger.strategies`); `max_distinct_runs`, a limit
+    in the outermost runs (a layer inside a RECOMPUTE run is RECOMPUTE, as in `mwplan.ledger.strategies`); `host_bytes`, of the host's memory that OFFLOAD runs
+    may use (`Profile.offloading` gives layers such runs; outermost ones alone); `max_distinct_runs`, a limit
     on different outermost runs: runs are the same when they do the same to equal layers and enter them alike; `max_recompute_depth`, as in
     `solve_frontier`; `time_limit_s`, of the integer program after the frontier and the staircases under the side conditions; `slack`, how far above the
     frontier's optimum (relative) runs are still given to the integer program; `frontier`, of the same profile and options, if known.
@@ -80,6 +83,7 @@ def solve(
         allowed,
         pins,
         forbid,
+        host_bytes,
         max_distinct_runs,
         max_recompute_depth,
         time_limit_s,
@@ -100,6 +104,7 @@ def solve_least_bytes(
     allowed: Choice = ALL_STRATEGIES,
     pins: Mapping[int, Choice] | None = None,
     forbid: Mapping[int, Choice] | None = None,
+    host_bytes: int = 0,
     max_distinct_runs: int | None = None,
     max_recompute_depth: int | None = None,
     time_limit_s: float = 30.0,
@@ -119,6 +124,7 @@ def solve_least_bytes(
         allowed,
         pins,
         forbid,
+        host_bytes,
         max_distinct_runs,
         max_recompute_depth,
         time_limit_s,
@@ -136,6 +142,8 @@ class _Problem:
     frontier: Frontier
     #: None where the frontier has no tables of single stretches (long stretches of identical layers) and there are no side conditions: it is the answer
     top: Top | None
+    #: of OFFLOAD runs; 0 where there are none
+    host_bytes: int
     max_distinct_runs: int | None
     time_limit_s: float
     seed: int
@@ -153,6 +161,11 @@ class _Problem:
         return self.staircases.candidates
 
     @property
+    def limited(self) -> bool:
+        """Whether there is a side condition that the staircases do not know."""
+        return self.max_distinct_runs is not None or self.host_bytes > 0
+
+    @property
     def tables(self) -> Tables:
         """The inner schedules of RECOMPUTE runs."""
         assert isinstance(self.frontier.tables, Tables)
@@ -166,6 +179,7 @@ class _Problem:
         allowed: Choice,
         pins: Mapping[int, Choice] | None,
         forbid: Mapping[int, Choice] | None,
+        host_bytes: int,
         max_distinct_runs: int | None,
         max_recompute_depth: int | None,
         time_limit_s: float,
@@ -183,6 +197,7 @@ class _Problem:
             or not time_limit_s > 0
         ):
             raise ArgumentError(f"`time_limit_s={time_limit_s!r}` must be a number of seconds above 0")
+        _check_number("host_bytes", host_bytes, 0)
         _check_number("workers", workers, 1)
         _check_number("seed", seed, 0)
         if seed >= 2**31:
@@ -198,28 +213,70 @@ class _Problem:
                 "`frontier` was made from another profile, `max_error` or `allowed`: leave it out"
             )
         tables = frontier.tables
-        if not isinstance(tables, Tables) and (narrowed or max_distinct_runs is not None):
+        if Strategy.OFFLOAD not in allowed or not any(layer.offload for layer in profile.layers):
+            host_bytes = 0
+        conditions = bool(narrowed) or max_distinct_runs is not None or host_bytes > 0
+        if not isinstance(tables, Tables) and conditions:
             # Side conditions tell layers apart.
             thin = frontier.thin
             every = Candidates(profile, max_error=max_error, allowed=allowed, loss=thin)
             tables = Tables(every, max_recompute_depth, loss=thin / 4)
             frontier = Frontier(profile, tables, max_error=max_error, allowed=allowed, thin=thin)
         if not isinstance(tables, Tables):
-            return cls(frontier, None, None, time_limit_s, seed, workers)
+            return cls(frontier, None, 0, None, time_limit_s, seed, workers)
         if max_recompute_depth is not None and tables.depth not in (0, max_recompute_depth):
             raise ArgumentError("`frontier` was made with another `max_recompute_depth`: leave it out")
         candidates, top = tables.candidates, frontier.top
-        if narrowed:
+        if narrowed or host_bytes:
             candidates = Candidates(
                 profile,
                 max_error=max_error,
                 allowed=allowed,
                 per_layer=narrowed,
                 by_strategy=max_distinct_runs is not None,
+                host=host_bytes > 0,
             )
-        if narrowed or max_distinct_runs is not None:
+        if conditions:
             top = tables.solve_top(candidates, closing=True)
-        return cls(frontier, top, max_distinct_runs, time_limit_s, seed, workers)
+        return cls(frontier, top, host_bytes, max_distinct_runs, time_limit_s, seed, workers)
+
+    def host_of(self, run: Run) -> int:
+        """Bytes that an outermost run has in the host's memory."""
+        if run.kind is not RunKind.OFFLOAD:
+            return 0
+        options = self.candidates.profile.layers[run.start].offload
+        return next(o.host_bytes for o in options if o.name == run.options[0])
+
+    def at_host_price(self, price: int) -> Candidates:
+        """The candidates with `price` ns a MiB of the host's memory on top of times; `INF`: without OFFLOAD runs."""
+        c = self.candidates
+        profile = c.profile
+        if price < INF:
+            priced = {
+                id(layer): dataclasses.replace(
+                    layer,
+                    offload=tuple(
+                        dataclasses.replace(o, forward_ns=o.forward_ns + host_price_ns(o.host_bytes, price)) for o in layer.offload
+                    ),
+                )
+                for layer in profile.layers
+            }  # fmt: skip
+            profile = dataclasses.replace(
+                profile, layers=tuple(priced[id(layer)] for layer in profile.layers)
+            )
+        return Candidates(
+            profile,
+            max_error=c.max_error,
+            allowed=c.allowed,
+            per_layer={at + 1: chosen for at, chosen in enumerate(c.layer_allowed)},
+            by_strategy=c.by_strategy,
+            host=price < INF,
+        )
+
+
+def host_price_ns(host_bytes: int, price: int) -> int:
+    """What so many bytes cost at `price` ns a MiB."""
+    return host_bytes * price >> 20
 
 
 def _check_number(name: str, value: Any, least: int) -> None:
@@ -255,6 +312,7 @@ class _Columns:
     peak: list[int] = field(default_factory=list)
     held: list[int] = field(default_factory=list)
     time: list[int] = field(default_factory=list)
+    host: list[int] = field(default_factory=list)
     #: row of the node's atoms, or -1 - need of the inner schedule of a RECOMPUTE run
     handle: list[int] = field(default_factory=list)
 
@@ -276,6 +334,7 @@ class _Node:
                 np.maximum(atoms.forward_peak, atoms.backward_peak),
                 atoms.held,
                 atoms.time,
+                atoms.host,
                 np.arange(len(atoms)),
             )
         ]
@@ -290,12 +349,12 @@ class _Node:
                 n = need_.size
                 forward = int(c.forward_sum[stop] - c.forward_sum[start])
                 zero = np.zeros(n, dtype=np.int64)
-                parts.append((zero + stop, zero, need_, zero + own, time_ + forward, -1 - need_))
-        self.stop, self.keeps, self.peak, self.held, self.time, self.handle = (
+                parts.append((zero + stop, zero, need_, zero + own, time_ + forward, zero, -1 - need_))
+        self.stop, self.keeps, self.peak, self.held, self.time, self.host, self.handle = (
             np.concatenate(x) for x in zip(*parts)
         )
         order = np.argsort(2 * self.stop + self.keeps, kind="stable")
-        for name in ("stop", "keeps", "peak", "held", "time", "handle"):
+        for name in ("stop", "keeps", "peak", "held", "time", "host", "handle"):
             setattr(self, name, getattr(self, name)[order])
         node_id = 2 * self.stop + self.keeps
         cuts = np.flatnonzero(np.diff(node_id)) + 1
@@ -356,6 +415,7 @@ def _filter(
                 out.peak.append(int(node.peak[a]))
                 out.held.append(int(node.held[a]))
                 out.time.append(int(node.time[a]))
+                out.host.append(int(node.host[a]))
                 out.handle.append(int(node.handle[a]))
     return out
 
@@ -400,10 +460,11 @@ def _keeps_end(problem: _Problem, run: Run) -> bool:
 
 
 def _incumbent(problem: _Problem, budget: int, deadline: float) -> Solution | None:
-    """A schedule within `budget` and the limit on distinct runs, if one is found: the staircases' own, or those under penalties on each outermost run, the
-    smaller the better, found by halving their logarithms until half of the time is gone."""
+    """A schedule within `budget`, the limit on distinct runs and the host's memory, if one is found: the staircases' own, or those under penalties, the
+    smaller the better, found by halving their logarithms until half of the time is gone. Penalties on each outermost run, which then offloads nothing, where distinct runs are limited; else on each byte of the host's."""
     tables, top = problem.tables, problem.staircases
     limit, size = problem.max_distinct_runs, problem.candidates.size
+    half = (clock.monotonic() + deadline) / 2
 
     def read(top: Top) -> Solution | None:
         need, time = top.nodes[0, True]
@@ -411,6 +472,8 @@ def _incumbent(problem: _Problem, budget: int, deadline: float) -> Solution | No
         if step < 0:
             return None
         runs = tables.runs(top, int(need[step]))
+        if sum(map(problem.host_of, runs)) > problem.host_bytes:
+            return None
         if limit is not None:
             nodes = [True, *(_keeps_end(problem, run) for run in runs)]
             if len({_signature(problem, run, kept) for run, kept in zip(runs, nodes)}) > limit:
@@ -419,14 +482,19 @@ def _incumbent(problem: _Problem, budget: int, deadline: float) -> Solution | No
         return Solution(status=Status.FEASIBLE, runs=runs, time_ns=spent, peak_bytes=int(need[step]))
 
     best = read(top)
-    if best is not None or limit is None:
+    if best is not None or not problem.limited:
         return best
-    half = (clock.monotonic() + deadline) / 2
+    if problem.host_bytes:
+        best = read(top := tables.solve_top(problem.at_host_price(INF), closing=True))
+        if limit is None:
+            return _cheapest(problem, read, best, value_at(*problem.staircases.nodes[0, True], budget), half)
+        if best is not None:
+            return best
     high = min(value_at(*top.nodes[0, True], budget), 2**61 // (size + 1))
     low = max(1, high >> 16)
     penalty = high
     while penalty > low and clock.monotonic() < half:
-        found = read(tables.solve_top(problem.candidates, closing=True, penalty_ns=penalty))
+        found = read(tables.solve_top(top.candidates, closing=True, penalty_ns=penalty))
         if found is None and penalty == high:
             break
         low, high = (penalty, high) if found is None else (low, penalty)
@@ -438,6 +506,34 @@ def _incumbent(problem: _Problem, budget: int, deadline: float) -> Solution | No
     return best
 
 
+def _cheapest(
+    problem: _Problem,
+    read: Callable[[Top], Solution | None],
+    best: Solution | None,
+    quickest_ns: int,
+    until: float,
+) -> Solution | None:
+    """The fastest of `best` and schedules under prices on the host's memory, so high that they keep within it; `quickest_ns`: with as much of it as one likes."""
+    high = 1 + 2 * max(quickest_ns, 0 if best is None else best.time_ns) * 2**20 // problem.host_bytes
+    every = sum(o.host_bytes for layer in problem.candidates.profile.layers for o in layer.offload)
+    high = min(high, 2**58 // (every + 1) << 20)
+    low = max(1, high >> 20)
+    price = int((low * high) ** 0.5)
+    while low < price < high and clock.monotonic() < until:
+        candidates = problem.at_host_price(price)
+        found = read(problem.tables.solve_top(candidates, closing=True))
+        low, high = (price, high) if found is None else (low, price)
+        if found is not None:
+            paid = sum(host_price_ns(problem.host_of(run), price) for run in found.runs or ())
+            found = dataclasses.replace(found, time_ns=found.time_ns - paid)
+            if best is None or found.time_ns < best.time_ns:
+                best = found
+        if high < low + low // 8:
+            break
+        price = int((low * high) ** 0.5)
+    return best
+
+
 def _search(problem: _Problem, budget: int | None, limit_ns: int | None, slack: float) -> Solution:
     """Grows the threshold until the program's optimum lies at or below it; one of `budget`, `limit_ns` is given."""
     began = clock.monotonic()
@@ -445,8 +541,9 @@ def _search(problem: _Problem, budget: int | None, limit_ns: int | None, slack: 
     if problem.top is None:
         return _by_frontier(problem.frontier, budget, limit_ns)
     need, time = problem.staircases.nodes[0, True]
-    unlimited = problem.max_distinct_runs is None
-    least = int(need[0]) if need.size else None
+    unlimited = not problem.limited
+    # What a limited memory of the host leaves is not known before.
+    least = int(need[0]) if need.size and not problem.host_bytes else None
     name = "integer_program"
     if budget is not None:
         base = value_at(need, time, budget)
@@ -504,7 +601,10 @@ def _search(problem: _Problem, budget: int | None, limit_ns: int | None, slack: 
         return Solution(
             status=Status.UNKNOWN, bound_ns=known, least_bytes=least, solver=name, stats=_pairs(stats)
         )
-    if problem.frontier.thin and budget is not None:
+    if problem.frontier.thin and problem.host_bytes:
+        # The frontier knows no OFFLOAD runs.
+        bound = 0 if budget is None else min(bound, fastest_ns(problem.candidates.profile))
+    elif problem.frontier.thin and budget is not None:
         # Thinned staircases are schedules, not bounds.
         bound = min(bound, problem.frontier.bound_ns(budget))
     elif problem.frontier.thin:
@@ -612,6 +712,12 @@ def _solve_columns(
             for k in members:
                 model.add_implication(z[k], y[-1])
         model.add(sum(y) <= problem.max_distinct_runs)
+    host = np.array(columns.host, dtype=np.int64)
+    if int(host.sum()) > problem.host_bytes:
+        share = max(1, int(np.gcd.reduce(host)))
+        away = np.flatnonzero(host)
+        used_ = cp_model.LinearExpr.weighted_sum([z[k] for k in away], (host[away] // share).tolist())
+        model.add(used_ <= problem.host_bytes // share)
     model.minimize(cap if least_bytes else total)
     for k in _hint(problem, columns, budget):
         model.add_hint(z[k], 1)

@@ -6,7 +6,7 @@ waiting cotangent `K`; backward peak `B`; held bytes `H`; time `t`; and `e'`. Pr
 
     need = max(F + K, B, H + need_rest),   time = t + time_rest.
 
-`Candidates` lists the STORE, MOONWALK and INVERT runs from a node, dominated ones left out; RECOMPUTE runs need the table of
+`Candidates` lists the STORE, MOONWALK and INVERT runs from a node, and OFFLOAD runs where there is memory on the host, dominated ones left out; RECOMPUTE runs need the table of
 inner schedules, which `mwplan.solvers.frontier` builds, and only their forward part is here.
 
 **Moonwalk runs** (ours). From `(s, e)` labels grow to the right, one option a layer. A label is `(t, h, b, F, err)`: time, held
@@ -36,16 +36,16 @@ from mwplan.solvers.parallel import each, processors
 from mwplan.solvers.pareto import Bools, Floats, Ints, begins, ends, nondominated
 
 ALL_STRATEGIES = frozenset(Strategy)
-_STORE, _MOONWALK, _INVERT = 0, 1, 2
+_STORE, _MOONWALK, _INVERT, _OFFLOAD = 0, 1, 2, 3
 #: nodes whose runs are made together
 _TOGETHER = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Atoms:
-    """The STORE, MOONWALK and INVERT runs from one node, one row each, sorted by `stop`.
+    """The STORE, MOONWALK, INVERT and OFFLOAD runs from one node, one row each, sorted by `stop`.
 
-    `forward_peak` is without `K`. `kind` and `handle` say how `Candidates.run` spells the run out.
+    `forward_peak` is without `K`. `host`: bytes in the host's memory. `kind` and `handle` say how `Candidates.run` spells the run out.
     """
 
     stop: Ints
@@ -54,6 +54,7 @@ class Atoms:
     backward_peak: Ints
     held: Ints
     time: Ints
+    host: Ints
     kind: NDArray[np.int8]
     handle: Ints
     #: `(stop, keeps_end, end row)` of each stretch of rows that lead to one node
@@ -196,6 +197,7 @@ def fastest_ns(profile: Profile) -> int:
         ways = [o.forward_ns + o.backward_ns for o in layer.store]
         ways += [o.forward_ns + o.reverse_ns + o.rebuild_ns for o in layer.moonwalk]
         ways += [o.forward_ns + o.backward_ns for o in layer.invert]
+        ways += [o.forward_ns + o.backward_ns for o in layer.offload]
         total += min(ways)
     return total
 
@@ -206,8 +208,8 @@ class Candidates:
     **Arguments:** `max_error`, the largest error that any run may predict; `allowed`, the strategies that may be used, at any depth; `per_layer`,
     a narrower choice for some layers (1 to L); `loss`, if not 0: labels of moonwalk and invert runs whose times differ by less than that factor count as equally
     fast, so that fewer survive, at a loss of at most `(1 + loss)` for each layer of a run; `optimistic`: their times are then rounded down, for a bound; `by_strategy`: runs are left out only for runs of the
-    same strategies layer by layer (there are many of those), because a side condition may single out some layers and count different runs; `of`: how
-    many layers the chain has of which `profile` is a part.
+    same strategies layer by layer (there are many of those), because a side condition may single out some layers and count different runs; `host`: whether there are OFFLOAD
+    runs, left out only for runs that need no more of the host's memory either; `of`: how many layers the chain has of which `profile` is a part.
     **Cost:** moonwalk labels are grown on first use, once for each distinct stretch of layers (equal layers at different depths
     share them); their number is that of the five-way trade-offs among the options, small when options are few or ordered.
     **Assumes** (checked by `Profile`): byte and time sums fit 63 bits.
@@ -223,10 +225,12 @@ class Candidates:
         loss: float = 0.0,
         optimistic: bool = False,
         by_strategy: bool = False,
+        host: bool = False,
         of: int | None = None,
     ) -> None:
         check_max_error(max_error)
         self.profile = profile
+        self.host = host
         self.loss, self.optimistic, self.by_strategy = loss, optimistic, by_strategy
         self.max_error = float(max_error)
         self.allowed = check_allowed(allowed)
@@ -285,6 +289,9 @@ class Candidates:
         if kind == _STORE:
             name = self.profile.layers[start].store[handle].name
             return Run(kind=RunKind.STORE, start=start, stop=stop, options=(name,))
+        if kind == _OFFLOAD:
+            name = self.profile.layers[start].offload[handle].name
+            return Run(kind=RunKind.OFFLOAD, start=start, stop=stop, options=(name,))
         names: list[str] = []
         if kind == _MOONWALK:
             for at in range(stop, start, -1):
@@ -330,6 +337,7 @@ class Candidates:
             time = best.forward_ns + best.backward_ns
             others = [o.forward_ns + o.reverse_ns + o.rebuild_ns for o in self._usable[at]]
             others += [o.forward_ns + o.backward_ns for o in self._usable_invert[at]]
+            others += [o.forward_ns + o.backward_ns for o in layer.offload]
             if any(t < time for t in others):
                 return None
             names = [o.name for o in layer.store]
@@ -383,28 +391,47 @@ class Candidates:
         back -= 0 if kept and o.keeps_input else o.backward_saving_bytes
         return forward, back, held, o.keeps_output
 
+    def _offload_cost(self, start: int, kept: bool, index: int) -> tuple[int, int]:
+        """Forward and backward peak of OFFLOAD option `index` of layer `start+1`."""
+        p, o = self.profile, self.profile.layers[start].offload[index]
+        own = 0 if kept else p.activation_bytes[start]
+        forward = own + p.activation_bytes[start + 1] + o.forward_workspace_bytes
+        return forward, p.cotangent_bytes[start + 1] + p.cotangent_bytes[start] + o.backward_workspace_bytes
+
     def _make_atoms(self, nodes: list[tuple[int, bool]]) -> None:
         """The runs from some nodes, which are in order."""
         # Pieces of columns: number of the node, stop, keeps_end, F, B, H, t, kind, handle, pattern.
         pieces = self._moonwalk_runs(nodes)
-        stores: list[tuple[int, ...]] = []
+        singles: list[tuple[int, ...]] = []
         for k, (start, kept) in enumerate(nodes):
             if Strategy.STORE in self.layer_allowed[start]:
                 for handle, o in enumerate(self.profile.layers[start].store):
                     f, b, h, keeps = self._store_cost(start, kept, handle)
                     time = o.forward_ns + o.backward_ns
-                    stores.append((k, start + 1, keeps, f, b, h, time, _STORE, handle, 0))
+                    singles.append((k, start + 1, keeps, f, b, h, time, _STORE, handle, 0))
+            if self.host and Strategy.OFFLOAD in self.layer_allowed[start]:
+                for handle, away in enumerate(self.profile.layers[start].offload):
+                    f, b = self._offload_cost(start, kept, handle)
+                    time = away.forward_ns + away.backward_ns
+                    singles.append((k, start + 1, False, f, b, 0, time, _OFFLOAD, handle, 0))
             if (start, kept) in self._inverts:
                 end, forward, back, held, spent, index = self._inverts[start, kept]
                 inverts = (k, end, True, forward, back, held + self.activation[end], spent, _INVERT, index, 0)
                 pieces.append([np.broadcast_to(x, index.size) for x in inverts])
-        pieces.append(list(np.array(stores, dtype=np.int64).reshape(-1, 10).T))
+        pieces.append(list(np.array(singles, dtype=np.int64).reshape(-1, 10).T))
         columns = [np.concatenate(x).astype(np.int64) for x in zip(*pieces)]
         # Runs between the same two nodes compete.
         between = (columns[0] * (self.size + 1) + columns[1]) * 2 + columns[2]
         order = np.argsort(between, kind="stable")
         between, columns = between[order], [x[order] for x in columns]
         kind, pattern = columns[7], columns[9]
+        host = np.zeros_like(kind)
+        away_ = np.flatnonzero(kind == _OFFLOAD)
+        host[away_] = [
+            self.profile.layers[stop - 1].offload[handle].host_bytes
+            for stop, handle in zip(columns[1][away_].tolist(), columns[8][away_].tolist())
+        ]
+        columns.append(host)
         new = begins(between)
         if new.size:
             # Moonwalk runs alone have been compared already.
@@ -412,14 +439,15 @@ class Candidates:
             mixed = np.flatnonzero(~alone)
             apart = between[mixed]
             if self.by_strategy and mixed.size:
-                found = np.unique(3 * pattern[mixed] + kind[mixed], return_inverse=True)[1]
+                found = np.unique(4 * pattern[mixed] + kind[mixed], return_inverse=True)[1]
                 apart = apart * (int(found.max()) + 1) + found
             # F and B stay apart because K is added to one of them only.
-            mixed = mixed[nondominated([x[mixed] for x in (columns[6], *columns[3:6])], apart)]
+            costs = (columns[6], *columns[3:6], *([host] if away_.size else []))
+            mixed = mixed[nondominated([x[mixed] for x in costs], apart)]
             good = np.concatenate([np.flatnonzero(alone), mixed])
             good = good[np.argsort(between[good], kind="stable")]
             between, columns = between[good], [x[good] for x in columns]
-        of, stops, keeps_end, forward_, back_, held_, time_, kinds, handles, _ = columns
+        of, stops, keeps_end, forward_, back_, held_, time_, kinds, handles, _, host_ = columns
         cuts = np.flatnonzero(ends(between))
         first = of.searchsorted(np.arange(len(nodes) + 1))
         groups: list[list[tuple[int, bool, int]]] = [[] for _ in nodes]
@@ -436,6 +464,7 @@ class Candidates:
                 backward_peak=back_[part],
                 held=held_[part],
                 time=time_[part],
+                host=host_[part],
                 kind=kinds[part].astype(np.int8),
                 handle=handles[part],
                 groups=groups[number],

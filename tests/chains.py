@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
-from mwplan.profiles import InvertOption, LayerProfile, MoonwalkOption, Profile, StoreOption
+from mwplan.profiles import InvertOption, LayerProfile, MoonwalkOption, OffloadOption, Profile, StoreOption
 
 
 def random_profile(
@@ -106,3 +107,23 @@ def random_profile(
         cotangent_bytes=cotangent,
         sweep_cotangent_bytes=sweep,
     )
+
+
+def with_host(rng: random.Random, profile: Profile, scale: int = 8) -> Profile:
+    """`profile` with up to two ways for each layer to store in the host's memory, most of them slower than on the device."""
+
+    def option(layer: LayerProfile, name: str) -> OffloadOption:
+        return OffloadOption(
+            name=name,
+            host_bytes=rng.randint(1, 2 * scale),
+            forward_ns=layer.forward_ns + rng.randint(0, scale),
+            backward_ns=layer.forward_ns + rng.randint(0, 3 * scale),
+            forward_workspace_bytes=rng.randint(0, scale),
+            backward_workspace_bytes=rng.randint(0, scale),
+        )
+
+    layers = [
+        dataclasses.replace(x, offload=tuple(option(x, f"h{k}") for k in range(rng.randint(0, 2))))
+        for x in profile.layers
+    ]
+    return dataclasses.replace(profile, layers=tuple(layers))

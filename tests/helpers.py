@@ -16,7 +16,7 @@ import mwplan as mw
 from mwplan import rules
 from mwplan.chain import boundaries
 from mwplan.layers import Conv2D, Dense, Flatten, LeakyReLU, MaxMin
-from mwplan.schedule import Run, RunKind
+from mwplan.schedule import SINGLE, Run, RunKind
 
 
 def mlp(depth: int = 3, width: int = 8, seed: int = 0) -> mw.Chain:
@@ -62,7 +62,7 @@ def random_runs(
         end = rng.randint(at + 1, stop)
         kind = rng.choice(list(RunKind))
         names: list[str] = []
-        if kind is RunKind.STORE:
+        if kind in SINGLE:
             end = at + 1
             names = [rng.choice([r.name for r in rules.store_rules(chain[at], structs[at])])]
         elif kind is RunKind.RECOMPUTE:

@@ -49,6 +49,22 @@ def test_plan_prints_and_saves(saved: Path, tmp_path: Path) -> None:
     assert (again.runs, again.time_ns, again.status) == (schedule.runs, schedule.time_ns, mw.Status.OPTIMAL)
 
 
+def wide() -> tuple[mw.Chain, Any]:
+    """Activations of 4 MiB."""
+    return mw.Chain([jnp.sin] * 6), jax.ShapeDtypeStruct((1 << 20,), jnp.float32)
+
+
+def test_plan_with_memory_on_the_host() -> None:
+    network = ("plan", "tests.test_cli:wide", "--device", "h100", "--json", "--budget")
+    lean = mw.Schedule.from_json(
+        run(*network, "20MiB", "--forbid", "recompute", "--host-budget", "1GiB", "--link-rate", "64GB").stdout
+    )
+    assert mw.Strategy.OFFLOAD in lean.strategies
+    assert 0 < lean.host_bytes < 1 << 30
+    generous = mw.Schedule.from_json(run(*network, "1GiB", "--host-budget", "1GiB").stdout)
+    assert mw.Strategy.OFFLOAD not in generous.strategies
+
+
 def test_frontier_prints_draws_and_speaks_json(saved: Path, tmp_path: Path) -> None:
     picture = tmp_path / "frontier.png"
     assert "predicted time" in run("frontier", str(saved), "--plot", str(picture)).output
@@ -82,6 +98,8 @@ def test_plans_for_a_device_that_is_not_here(tmp_path: Path) -> None:
         (["plan", "PROFILE", "--budget", "1MB", "--device", "h100"], "saved profile already"),
         (["plan", "tests.test_cli:network", "--device", "tpu"], "h100, a100, laptop"),
         (["plan", "PROFILE", "--budget", "2 bananas"], "2 bananas"),
+        (["plan", "PROFILE", "--budget", "1MB", "--host-budget", "1MB"], "profile.offloading"),
+        (["plan", "PROFILE", "--budget", "1MB", "--link-rate", "fast"], "--link-rate='fast'"),
         (["plan", "PROFILE", "--budget", "1 B"], "leanest schedule needs"),
         (["plan", "missing.json", "--budget", "1GB"], "does not exist"),
         (["explain", "no.such.module:net"], "cannot be imported"),

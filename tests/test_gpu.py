@@ -67,6 +67,17 @@ def test_a_planned_step_is_measured_beside_the_allocator() -> None:
     json.dumps(rows)
 
 
+def test_residuals_on_the_host_beside_stored_ones() -> None:
+    """The same gradients; bytes in the host's memory where the device has its own."""
+    (point,) = gpu.offloaded(gpu.Small(width=32, batch=256, resolution=8))
+    found = gpu.measure(json.loads(json.dumps(point)))
+    assert found["ran"]
+    assert found["gradient_difference"] < 1e-5
+    assert found["store"]["host_bytes"] == 0
+    assert (found["offload"]["host_bytes"] > 0) == (jax.default_backend() != "cpu")
+    QUIET.print(gpu.offload_table({"point": point, **found}))
+
+
 def test_running_out_of_memory_is_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(point: sweep.Point) -> dict[str, Any]:
         raise RuntimeError(point["text"])

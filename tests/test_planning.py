@@ -17,6 +17,7 @@ from mwplan import layers, measure, operations, residuals, rules
 from mwplan.bench import Bench
 from mwplan.layers import Conv2D, Dense, LeakyReLU, MaxMin, layer
 from mwplan.schedule import Run, RunKind
+from mwplan.sizes import parse_bytes
 from mwplan.solvers.brute_force import every_cost
 from tests.chains import random_profile
 from tests.helpers import mean_square, relative_error, small_cnn, tanh, with_round_times
@@ -66,6 +67,44 @@ def test_live_arrays_are_the_ledgers_at_every_event(fraction: float) -> None:
     want = jax.grad(lambda c: mean_square(c(x)))(chain)
     assert relative_error(timeline.gradients, want) < 1e-4
     timeline.plot()
+
+
+def test_residuals_in_the_host_s_memory() -> None:
+    """A CPU has no memory beside the host's, so that what is planned shows in the trace alone: device bytes as the ledger has them, the rest away."""
+    chain, x, profile = measured()
+    profile = profile.offloading(2e10, least_bytes=1 << 10)
+    frontier = mw.frontier(profile)
+    assert frontier.least_bytes is not None
+    away = 0
+    for host in ("64 KiB", "1GiB"):
+        plan = mw.plan(profile, frontier.least_bytes, host_budget=host)
+        assert plan.time_ns <= frontier.at(frontier.least_bytes).time_ns
+        assert plan.host_bytes <= parse_bytes(host)
+        assert mw.Schedule.from_json(plan.to_json()) == plan
+        away += plan.strategies.count(mw.Strategy.OFFLOAD)
+        assert ("host memory" in str(plan)) == (plan.host_bytes > 0)
+        timeline = mw.trace(plan, chain, x, mean_square, profile=profile)
+        assert [e.array_bytes for e in timeline.events] == [e.predicted_array_bytes for e in timeline.events]
+        want = jax.grad(lambda c: mean_square(c(x)))(chain)
+        step = mw.jit(mw.value_and_grad(mean_square, plan))
+        for got in (step(chain, x)[1], timeline.gradients):
+            assert relative_error(got, want) < 1e-4
+    assert away
+    assert mw.Profile.from_json(profile.to_json()) == profile
+    alone = mw.plan(profile, frontier.least_bytes, host_budget="1GiB", pins={1: "offload"})
+    assert alone.strategies[0] is mw.Strategy.OFFLOAD
+
+
+def test_host_memory_that_cannot_be_used_says_so() -> None:
+    _, _, profile = measured()
+    with pytest.raises(mw.ArgumentError, match=r"profile.offloading\(bytes_per_s\)"):
+        mw.plan(profile, "1GiB", host_budget="1GiB")
+    with pytest.raises(mw.ArgumentError, match="`bytes_per_s=0`"):
+        profile.offloading(0)
+    with pytest.raises(mw.ArgumentError, match="`host_budget='much'` is not a size"):
+        mw.plan(profile.offloading(2e10), "1GiB", host_budget="much")
+    with pytest.raises(mw.InfeasibleError, match="side conditions"):
+        mw.plan(profile.offloading(2e10, least_bytes=1), "1GiB", host_budget=1, pins={1: "offload"})
 
 
 def test_moonwalk_only_plans_run_and_fit() -> None:

@@ -27,7 +27,7 @@ from mwplan.solvers.integer_program import solve, solve_least_bytes
 from mwplan.solvers.pareto import lexicographic, nondominated
 from mwplan.solvers.relaxed import lower_bound
 from mwplan.solvers.runs import fastest_ns
-from tests.chains import random_profile
+from tests.chains import random_profile, with_host
 
 profiles = st.builds(
     lambda seed, size, scale: random_profile(random.Random(seed), size, scale=scale),
@@ -316,7 +316,9 @@ def test_side_conditions_equal_exhaustive_search(part: int) -> None:
     for k in range(15):
         profile = random_profile(rng, 3, scale=4)
         profile = repeated(profile) if k % 2 else profile
-        plans = [(runs, replay(profile, runs)) for runs in every_plan(profile)]
+        host = 0 if k % 3 else rng.randint(1, 12)
+        profile = with_host(rng, profile, scale=4) if host else profile
+        plans = [(runs, replay(profile, runs)) for runs in every_plan(profile, host=host > 0)]
         frontier = solve_frontier(profile)
         pins = {rng.randint(1, 3): rng.choice(list(Strategy))}
         forbid = {rng.randint(1, 3): rng.choice(list(Strategy))}
@@ -330,11 +332,12 @@ def test_side_conditions_equal_exhaustive_search(part: int) -> None:
                 continue
             if any(used[layer - 1] is s for layer, s in forbid.items()):
                 continue
-            if limit is None or distinct(profile, runs) <= limit:
+            if (limit is None or distinct(profile, runs) <= limit) and found.host_bytes <= host:
                 good.append((found.peak_bytes, found.time_ns))
         given_ = {
             "pins": pins,
             "forbid": forbid,
+            "host_bytes": host,
             "max_distinct_runs": limit,
             "frontier": frontier,
             "workers": 1,
@@ -349,9 +352,66 @@ def test_side_conditions_equal_exhaustive_search(part: int) -> None:
             found = replay(profile, solution.runs or ())
             assert (found.time_ns, found.peak_bytes) == (want, solution.peak_bytes)
             assert found.peak_bytes <= budget
+            assert found.host_bytes <= host
             lean = solve_least_bytes(profile, want, **given_)  # type: ignore[arg-type]
             assert lean.status is Status.OPTIMAL
             assert lean.peak_bytes == lean.least_bytes == min(need for need, time in good if time <= want)
+
+
+def test_the_host_s_memory_is_a_second_budget() -> None:
+    """Equal to exhaustive search, and more of it is never slower."""
+    rng = random.Random(9)
+    for _ in range(12):
+        profile = with_host(rng, random_profile(rng, rng.randint(1, 3)))
+        plans = [replay(profile, runs) for runs in every_plan(profile, host=True)]
+        frontier = solve_frontier(profile)
+        needs = sorted({found.peak_bytes for found in plans})
+        for budget in (needs[0], *rng.sample(needs, min(3, len(needs)))):
+            times = []
+            for host in (0, 4, 9, 20, 10**6):
+                fits = [x.time_ns for x in plans if x.peak_bytes <= budget and x.host_bytes <= host]
+                solution = solve(profile, budget, host_bytes=host, frontier=frontier, workers=1)
+                if not fits:
+                    assert (solution.status, solution.least_bytes) == (
+                        Status.INFEASIBLE,
+                        None if host else frontier.least_bytes,
+                    )
+                    continue
+                assert (solution.status, solution.time_ns, solution.bound_ns) == (
+                    Status.OPTIMAL,
+                    min(fits),
+                    min(fits),
+                )
+                assert replay(profile, solution.runs or ()).host_bytes <= host
+                times.append(solution.time_ns)
+            assert times == sorted(times, reverse=True)
+
+
+def test_offloading_by_hand_and_a_long_chain_with_a_tight_host() -> None:
+    profile = random_profile(random.Random(10), 40, moonwalks=0, inverts=0, scale=10**6)
+    away = profile.offloading(1e6, least_bytes=1)
+    for layer, before, after in zip(away.layers, away.activation_bytes, away.activation_bytes[1:]):
+        for o, store in zip(
+            layer.offload, [o for o in layer.store if o.residual_bytes + o.keeps_input + o.keeps_output]
+        ):
+            kept = store.residual_bytes + store.keeps_input * before + store.keeps_output * after
+            assert (o.name, o.host_bytes) == (store.name, kept)
+            assert o.forward_ns - store.forward_ns == o.backward_ns - store.backward_ns == 1000 * kept
+    assert solve_frontier(away).points == solve_frontier(profile).points
+    # Copies that cost next to nothing: the frontier's leanest budget in a fraction of its time.
+    profile = profile.offloading(1e15, least_bytes=1)
+    frontier = solve_frontier(profile)
+    assert frontier.least_bytes is not None
+    every = sum(max(o.host_bytes for o in layer.offload) for layer in profile.layers if layer.offload)
+    times = [frontier.at(frontier.least_bytes).time_ns]
+    for host in (every // 8, every // 2, every):
+        solution = solve(profile, frontier.least_bytes, host_bytes=host, frontier=frontier, time_limit_s=20.0)
+        found = replay(profile, solution.runs or ())
+        assert found.host_bytes <= host
+        assert (found.time_ns, found.peak_bytes) == (solution.time_ns, solution.peak_bytes)
+        assert solution.bound_ns <= solution.time_ns <= times[-1]
+        times.append(solution.time_ns)
+    assert times[-1] < times[1] < times[0]
 
 
 def test_least_bytes_is_the_frontier_the_other_way_round() -> None:
