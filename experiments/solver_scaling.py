@@ -50,6 +50,7 @@ class Config:
     identical: tuple[int, ...] = (100, 1_000, 10_000)
     deep: tuple[int, ...] = (512, 1_024)
     quality: tuple[int, ...] = (10, 20, 40, 60)
+    host: tuple[int, ...] = (60, 100)
     unrestricted: tuple[int, ...] = (2, 3)
     budgets: int = 10
     thin: float = 0.01
@@ -206,6 +207,23 @@ def proof(profile: Profile, count: int) -> dict[str, Any]:
     return {"rows": rows}
 
 
+def host(profile: Profile) -> dict[str, Any]:
+    """The least budget of all with memory on the host beside it, at 20 GB/s: shares of what all layers could send there."""
+    profile = profile.offloading(2e10)
+    frontier = solve_frontier(profile)
+    budget = frontier.points[0][0]
+    every = sum(max(o.host_bytes for o in layer.offload) for layer in profile.layers if layer.offload)
+    rows = []
+    for share in (32, 16, 8, 4):
+        call = partial(
+            integer_program.solve, profile, budget, host_bytes=every // share, frontier=frontier, time_limit_s=60.0
+        )  # fmt: skip
+        solution, seconds = timed(call)
+        row = {"share": 1 / share, "status": solution.status.value, "gap": solution.gap, **seconds}
+        rows.append({**row, "over_frontier": solution.time_ns / frontier.points[0][1]})
+    return {"rows": rows}
+
+
 def quality(profile: Profile, config: Config) -> dict[str, Any]:
     """Time over the optimum's, at ten budgets: rotor with slots, greedy, and recomputation alone at its best."""
     every, recompute = solve_frontier(profile), solve_frontier(profile, allowed=RECOMPUTATION)
@@ -277,6 +295,9 @@ def cases(config: Config) -> Iterator[tuple[str, dict[str, Any], Callable[[], di
         key = {"size": 100, "submersive": False, "seed": seed}
         yield "proof", key, partial(proof, profile, 5)
         yield "rotor", key, partial(rotor_alone, profile, config)
+        for size in config.host:
+            key = {"size": size, "submersive": False, "seed": seed}
+            yield "host", key, partial(host, chain(seed, size, submersive=False))
         for size in config.unrestricted:
             profile = chain(seed, size, submersive=True)
             key = {"size": size, "submersive": True, "seed": seed}
@@ -377,6 +398,14 @@ def summary(rows: list[dict[str, Any]]) -> list[tuple[str, int, str]]:
             wall = statistics.median(r["wall_s"] for r in each)
             proved = sum(r["status"] == "optimal" for r in each)
             out.append((f"{part}, {kind}", size, f"{wall:.2f} s median, {proved} of {len(each)} optimal"))
+        elif part == "host":
+            each = [r for m in members for r in m["rows"]]
+            for share in sorted({r["share"] for r in each}):
+                some = [r for r in each if r["share"] == share]
+                wall, over = (statistics.median(r[k] for r in some) for k in ("wall_s", "over_frontier"))
+                proved, gap = sum(r["status"] == "optimal" for r in some), max(r["gap"] for r in some)
+                found = f"{over:.2f} of the time, {wall:.2f} s median, {proved} of {len(some)} optimal (gap at most {gap:.1%})"
+                out.append((f"least budget, 1/{1 / share:.0f} of residuals on the host, {kind}", size, found))
         elif part == "unrestricted":
             each = [r for m in members for r in m["rows"]]
             gaps = [1 - r["operations"] / r["runs"] for r in each if r["status"] == "optimal"]
