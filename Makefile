@@ -16,8 +16,11 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet -e ".[dev]"
 	touch $@
 
+# Where `make demo` writes: the repository's own figures are those of `make demo OUT=results/demo`.
+OUT ?= build/demo
+
 demo: $(VENV)/.installed
-	$(BIN)/mwplan train --out results/demo
+	$(BIN)/mwplan train --out $(OUT)
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow"

@@ -73,6 +73,13 @@ def as_layer(candidate: Any, position: int) -> Any:
         raise ChainError(
             f"`layers[{position}]` is {candidate!r}, which is not callable: give a function or a pytree with `__call__`"
         )
+    flax = {
+        cls.__module__.split(".")[1] for cls in type(candidate).__mro__ if cls.__module__.startswith("flax.")
+    }
+    if flax & {"linen", "nnx"}:
+        raise ChainError(
+            f"`layers[{position}]` ({type(candidate).__name__}) is a Flax module: give `mwplan.adapters.flax.from_linen(module, variables)` or `from_nnx(module)`"
+        )
     leaves, treedef = jax.tree.flatten(candidate)
     if all(trees.is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
         return candidate
@@ -174,7 +181,9 @@ class Chain:
 
     parts: tuple[Any, ...]
 
-    def __init__(self, layers: Sequence[Any]) -> None:
+    def __init__(self, layers: Sequence[Any], *more: Any) -> None:
+        if more:
+            raise ChainError("`layers` are one argument: a list, `mw.Chain([first, second, ...])`")
         if isinstance(layers, Chain):
             layers = layers.parts
         if callable(layers) or not isinstance(layers, Sequence):
@@ -343,11 +352,17 @@ def one_block(part: Stack) -> tuple[Any, ...]:
 def _output(one: Any, x: PyTree, position: int) -> PyTree:
     try:
         # Shapes and dtypes alone: within `jax.shard_map` JAX's structs also say where arrays are.
-        return trees.struct(jax.eval_shape(lambda one, x: one(x), one, x))
+        y = trees.struct(jax.eval_shape(lambda one, x: one(x), one, x))
     except Exception as error:
         raise ChainError(
-            f"layer {position} ({layer_name(one)}) does not accept its input {_shapes(x)}: {error}"
+            f"layer {position} ({layer_name(one)}) does not accept its input {_shapes(x)} (of the whole batch: what takes one example needs "
+            f"`jax.vmap`, `eqx.filter_vmap`): {error}"
         ) from error
+    if not jax.tree.leaves(y):
+        raise ChainError(
+            f"layer {position} ({layer_name(one)}) returned no array, but {y!r}: is its `return` missing?"
+        )
+    return y
 
 
 def _shapes(struct: PyTree) -> PyTree:

@@ -226,6 +226,8 @@ def frontier(
 @app.command()
 def explain(network: Code) -> None:
     """Which strategies each layer has, at what price, and why not the others."""
+    import jax
+
     from mwplan.operator import explain as explain_layer
 
     if network.endswith(".json"):
@@ -233,12 +235,12 @@ def explain(network: Code) -> None:
     chain, x = _network(network)
     seen = set()
     for position, layer in enumerate(chain.layers, start=1):
-        text = str(explain_layer(layer, x))
-        if text not in seen:
+        explained = explain_layer(layer, x)
+        if str(explained) not in seen:
             out.print(f"layer {position}", style="bold")
-            out.print(text, markup=False, highlight=False)
-            seen.add(text)
-        x = layer(x)
+            out.print(explained)
+            seen.add(str(explained))
+        x = jax.eval_shape(lambda layer, x: layer(x), layer, x)
 
 
 @app.command()

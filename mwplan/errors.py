@@ -24,7 +24,7 @@ class NotSubmersiveError(MwplanError, ValueError):
 
 
 class SecondDerivativeError(MwplanError, NotImplementedError):
-    """A planned function was differentiated twice, or in forward mode."""
+    """A planned function was differentiated twice (in forward mode JAX itself refuses, with a `TypeError`)."""
 
 
 class FileFormatError(MwplanError, ValueError):

@@ -14,10 +14,10 @@ from typing import Any
 
 import jax
 
-from mwplan import execute, heap, measure, planning
-from mwplan.chain import Chain, boundaries, check_chain
+from mwplan import execute, heap, measure, planning, sharding, trees
+from mwplan.chain import Chain, boundaries, check_chain, fingerprint
 from mwplan.compiling import jit, temporaries
-from mwplan.errors import ArgumentError, InfeasibleError
+from mwplan.errors import ArgumentError, InfeasibleError, ScheduleMismatchError
 from mwplan.execute import Arrangement
 from mwplan.profiles import Profile
 from mwplan.schedule import Choice, Run, Schedule, Status, Strategy, check_allowed
@@ -104,7 +104,7 @@ def fit(
     or moonwalk runs wherever they are possible) and each of these untied and loose (`mw.UNTIED`, `mw.LOOSE`) are timed in turn with the predicted fastest, those that fit, and the fastest kept: a profile's
     times are estimates of operations on their own; 0, the predicted fastest is taken; `say`, told of each.
     **Returns:** a `Fitted`.
-    **Raises:** `InfeasibleError` where no schedule fits, or none of those compiled; as `mw.plan` and `mw.value_and_grad`, what concerns the loss before anything is measured.
+    **Raises:** `InfeasibleError` where no schedule fits, or none of those compiled; `ScheduleMismatchError` for a profile of another chain or input; as `mw.plan` and `mw.value_and_grad`, what concerns the loss before anything is measured.
     **Cost:** a profile, a plan, and one compilation of the step or a few; with `tune` up to fifteen times that, and some steps.
     """
     if max_attempts < 1:
@@ -114,6 +114,7 @@ def fit(
     budget_bytes, chosen = parse_bytes(budget), check_allowed(allowed)
     execute.check_losses_shape(loss, boundaries(check_chain(chain), x)[-1], args, has_aux)
     profile = measure.profile(chain, x) if profile is None else profile
+    _check_profile(profile, chain, x)
 
     compiler = _Compiler(
         functools.partial(execute.value_and_grad, loss, has_aux=has_aux, wrt_input=wrt_input), (chain, x, *args), profile
@@ -123,7 +124,7 @@ def fit(
     def fitted(allowed: frozenset[Strategy], total: int, *others: frozenset[Strategy]) -> Fitted:
         """The fastest of `allowed` that fits `total` bytes. Where holes make it slow, or nothing fits, also what else would be faster: of `allowed`, and of the `others` among them."""
         search, of_all = _Search(compiler, total, say), plans(allowed)
-        fastest = of_all.bare.at(total, regular=regular)
+        fastest = of_all.bare.at(budget if total == budget_bytes else total, regular=regular)
         found = search.first(of_all.foreseen(total, fastest, search), max_attempts)
         for some in filter(None, dict.fromkeys((allowed, *(allowed & other for other in others)))):
             limit_ns = math.inf if found is None else (1 - WORTHWHILE) * found.schedule.time_ns
@@ -155,6 +156,22 @@ def fit(
     if not found:
         raise failed[0]
     return _fastest(found, (chain, x, *args), tune, say) if len(found) > 1 else found[0]
+
+
+def _check_profile(profile: Profile, chain: Chain, x: PyTree) -> None:
+    """Raises `ScheduleMismatchError` where `profile` is of another chain or input. What lies on several devices is not looked at: the profile is of one of them."""
+    if not isinstance(profile, Profile):
+        raise ArgumentError(f"`profile` is a {type(profile).__name__}: make one with `mw.profile(chain, x)`")
+    got = fingerprint(chain)
+    if profile.fingerprint and profile.fingerprint != got:
+        raise ScheduleMismatchError(
+            f"`profile` is of another chain (fingerprint {profile.fingerprint}, this one has {got}): profile this one"
+        )
+    here, there = trees.nbytes(x), profile.activation_bytes[0]
+    if profile.fingerprint and here != there and not sharding.may_be_spread():
+        raise ScheduleMismatchError(
+            f"`profile` is of an input of {show_bytes(there)} and `x` has {show_bytes(here)}: profile `chain` at this input, `mw.profile(chain, x)`"
+        )
 
 
 def _fastest(found: list[Fitted], args: tuple[Any, ...], rounds: int, say: Callable[[str], None]) -> Fitted:

@@ -54,7 +54,10 @@ def profile(
     check_chain(chain)
     leaves = jax.tree.leaves((chain, x))
     if any(isinstance(leaf, (jax.core.Tracer, jax.ShapeDtypeStruct)) for leaf in leaves):
-        raise ArgumentError("`chain` and `x` must be concrete arrays: call `mw.profile` outside `jax.jit`")
+        raise ArgumentError(
+            "`chain` and `x` must be concrete arrays, to be measured: call `mw.profile` outside `jax.jit`; of shapes alone there is "
+            "`mw.estimate` (`--device` on the command line)"
+        )
     if repeats < 1:
         raise ArgumentError(f"`repeats={repeats}` must be at least 1")
     fixed = sum(map(sharding.local_bytes, (chain, trees.parameters(chain), x)))

@@ -21,16 +21,17 @@ import rich.table
 
 from mwplan import operations, rules, trees
 from mwplan import residuals as res
-from mwplan.chain import Function, layer_name
+from mwplan.chain import Chain, as_layer, layer_name
 from mwplan.errors import ArgumentError, NotSubmersiveError
 
 PyTree = Any
 
 
-def _name(layer: Any) -> str:
-    """As `layer_name`, of a plain function too."""
-    is_leaf = jax.tree_util.treedef_is_leaf(jax.tree.structure(layer))
-    return layer_name(Function(layer) if is_leaf else layer)
+def _one(layer: Any) -> Any:
+    """`layer` as it is in a chain. Raises `ArgumentError` for a chain."""
+    if isinstance(layer, Chain):
+        raise ArgumentError(f"`layer` is a chain of {len(layer)} layers: give one of them, `chain[0]`")
+    return as_layer(layer, 0)
 
 
 def _concrete(tree: PyTree) -> bool:
@@ -47,7 +48,7 @@ def _rule(layer: PyTree, x: PyTree, option: str | None) -> rules.VijpRule:
     """The rule named `option`; by default the first without a fragment, else the first with one that is not the whole."""
     offered = rules.vijp_rules(layer, x)
     usable = [rule for rule in offered if isinstance(rule, rules.VijpRule)]
-    name = _name(layer)
+    name = layer_name(layer)
     if option is None:
         own = [rule for rule in usable if not isinstance(rule, rules.WholeFragment)]
         if not own:
@@ -72,7 +73,7 @@ def _checked(rule: rules.VijpRule, layer: PyTree, x: PyTree) -> rules.VijpRule:
     problem = rule.check(layer, x) if _concrete(layer) else None
     if problem is not None:
         raise NotSubmersiveError(
-            f'`layer` ({_name(layer)}) cannot be inverted by option "{rule.name}": {problem}'
+            f'`layer` ({layer_name(layer)}) cannot be inverted by option "{rule.name}": {problem}'
         )
     return rule
 
@@ -106,6 +107,7 @@ def vijp(
     option and, from `vijp_fn`, for wrong shapes.
     **Source:** Krylov et al., arXiv:2402.14212.
     """
+    layer = _one(layer)
     rule = _rule(layer, x, option)
     if check:
         _checked(rule, layer, _structs(x))
@@ -131,6 +133,7 @@ def fragment_of(layer: PyTree, x: PyTree, ct_out: PyTree, option: str | None = N
 
     In float32 or wider. Raises as `vijp` does.
     """
+    layer = _one(layer)
     return _sweep(_rule(layer, x, option), layer, x, ct_out)[1]
 
 
@@ -204,11 +207,11 @@ class Explanation:
 def explain(layer: Callable[[PyTree], PyTree], x: PyTree) -> Explanation:
     """Which strategies `layer` has at input `x`, what each keeps, and why it has not the others.
 
-    **Arguments:** `layer`, any callable pytree; `x`, arrays or `jax.ShapeDtypeStruct`s. Preconditions on values (full rank, slopes,
+    **Arguments:** `layer`, any callable pytree, explained as it is in a chain; `x`, arrays or `jax.ShapeDtypeStruct`s. Preconditions on values (full rank, slopes,
     finite weights) are checked where the layer's arrays are concrete.
     """
-    x = _structs(x)
-    output = jax.eval_shape(layer, x)
+    layer, x = _one(layer), _structs(x)
+    output = jax.eval_shape(lambda layer, x: layer(x), layer, x)
     ways: list[Way] = []
     for store in operations.store_rules(layer, x):
         ways.append(_way("STORE", store, layer, x))
@@ -229,9 +232,9 @@ def explain(layer: Callable[[PyTree], PyTree], x: PyTree) -> Explanation:
             ways.append(dataclasses.replace(way, shares="output"))
     if not inversions:
         ways.append(
-            Way(strategy="INVERT", option="", reason=f"{_name(layer)} has no inverse for these shapes")
+            Way(strategy="INVERT", option="", reason=f"{layer_name(layer)} has no inverse for these shapes")
         )
-    return Explanation(layer=_name(layer), output_bytes=trees.nbytes(output), ways=tuple(ways))
+    return Explanation(layer=layer_name(layer), output_bytes=trees.nbytes(output), ways=tuple(ways))
 
 
 def _way(
@@ -242,13 +245,13 @@ def _way(
     reason: str | None = None,
 ) -> Way:
     """The bytes of one rule, from shapes alone."""
-    held = jax.eval_shape(lambda x: operations.forward(layer, x, rule=rule)[1], x)
+    held = jax.eval_shape(lambda layer, x: operations.forward(layer, x, rule=rule)[1], layer, x)
     shares = " and ".join(
         n for n, kept in (("input", held.keeps_input), ("output", held.keeps_output)) if kept
     )
     size = None
     if isinstance(rule, rules.VijpRule):
-        size = trees.nbytes(jax.eval_shape(lambda x: _sweep(rule, layer, x)[1], x))
+        size = trees.nbytes(jax.eval_shape(lambda layer, x: _sweep(rule, layer, x)[1], layer, x))
     return Way(
         strategy=strategy,
         option=rule.name,

@@ -287,11 +287,17 @@ class Frontier:
             f"`budget={budget!r}` is {'infeasible' if proved else 'too small'}: the leanest schedule "
             f"{'' if proved else 'found (the frontier is thinned, so a leaner one may exist) '}needs {least:_} bytes ({show_bytes(least)}, of which "
             f"{show_bytes(self.profile.fixed_bytes)} are parameters, input and gradients), in {binding}. "
-            f"Raise the budget to that, or lower the batch size",
+            f"Raise the budget to that, or lower the batch size{self._more_allowed()}",
             budget_bytes=budget_bytes,
             least_bytes=least,
             binding=binding,
         )
+
+    def _more_allowed(self) -> str:
+        """Advice where strategies were left out."""
+        left_out = EVERY_STRATEGY - {Strategy.OFFLOAD} - self.solved.allowed
+        names = ", ".join(strategy.value for strategy in Strategy if strategy in left_out)
+        return f", or allow more strategies ({names} left out)" if names else ""
 
     def schedule(self, solution: Solution, budget_bytes: int | None = None, *, free: bool = True) -> Schedule:
         """A solver's solution as a schedule, once the ledger agrees with it; `free`, of side conditions. Raises `SolverMismatchError`."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import operator
 import re
+from typing import SupportsIndex
 
 from mwplan.errors import ArgumentError
 
@@ -19,10 +21,10 @@ def parse_bytes(value: int | str, argument: str = "budget") -> int:
     to 2^63 - 1.
     """
     hint = 'give bytes as an integer, or a text such as "2GiB" or "500 MB"'
-    if isinstance(value, bool) or not isinstance(value, (int, str)):
+    if isinstance(value, bool) or not isinstance(value, (SupportsIndex, str)):
         raise ArgumentError(f"`{argument}={value!r}` is not a size: {hint}")
-    if isinstance(value, int):
-        size = value
+    if isinstance(value, SupportsIndex):
+        size = operator.index(value)
     else:
         match = re.fullmatch(r"\s*([+-]?[0-9][0-9_]*(?:\.[0-9]*)?|[+-]?\.[0-9]+)\s*([A-Za-z]*)\s*", value)
         if match is None or match[2].upper() not in _UNITS:

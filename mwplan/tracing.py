@@ -19,6 +19,7 @@ from mwplan.interpret import Gradients, Interpreter, View
 from mwplan.ledger import Event, replay
 from mwplan.profiles import Profile
 from mwplan.schedule import Schedule
+from mwplan.sizes import show_bytes, show_ns
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -66,6 +67,17 @@ class Timeline:
         """The most bytes alive at any event."""
         return max(event.live_bytes for event in self.events)
 
+    def __str__(self) -> str:
+        top = max(self.events, key=lambda event: event.live_bytes)
+        wrong = sum(e.predicted is not None and e.array_bytes != e.predicted_array_bytes for e in self.events)
+        known = sum(event.predicted is not None for event in self.events)
+        compared = f"; arrays as predicted at {known - wrong} of {known}" if known else ""
+        return (
+            f"timeline of {len(self.events)} operations in {show_ns(sum(event.time_ns for event in self.events))}{compared}\n"
+            f"  most alive: {show_bytes(top.live_bytes)}, at the {top.sweep} sweep of layer {top.layer}\n"
+            "  `timeline.events` has each operation, `timeline.plot()` draws them, `timeline.gradients` are the parameters'"
+        )
+
     def plot(self, ax: Axes | None = None) -> Axes:
         """Measured live bytes over the events, and the ledger's behind them; returns the axes."""
         from mwplan.plots import plot_timeline
@@ -83,7 +95,7 @@ def trace(
 ) -> Timeline:
     """Runs one gradient step of `loss(y, *args)` by `schedule`, every operation dispatched alone, and measures it.
 
-    **Arguments:** as `mw.value_and_grad`; `profile`, the one the schedule was made from, to set the ledger's events beside.
+    **Arguments:** `schedule`; `chain`, `x`; `loss(y, *args)`, a scalar; `args`; `profile`, the one the schedule was made from, to set the ledger's events beside.
     **Returns:** a `Timeline`. Its live bytes come from the arrays that exist on the device, on any backend.
     **Raises:** `ScheduleMismatchError`; `ArgumentError` where called under `jax.jit`.
     **Cost:** each distinct operation is compiled once, and run twice (the second run is timed).

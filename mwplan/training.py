@@ -112,7 +112,7 @@ def digits(seed: int = 0) -> Digits:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
     except ImportError as error:
-        raise MwplanError('the digits need scikit-learn: pip install "mwplan[example]"') from error
+        raise MwplanError('the digits need scikit-learn: pip install -e ".[example]"') from error
     x, y = load_digits(return_X_y=True)
     x = ((x - x.mean()) / x.std()).astype(np.float32).reshape(-1, 8, 8, 1)
     train_x, test_x, train_y, test_y = train_test_split(
@@ -158,7 +158,7 @@ def train(config: TrainConfig, progress: Progress, say: Callable[[str], None]) -
     try:
         import optax
     except ImportError as error:
-        raise MwplanError('training needs optax: pip install "mwplan[example]"') from error
+        raise MwplanError('training needs optax: pip install -e ".[example]"') from error
     data = digits(config.seed)
     if config.batch > len(data.train_x):
         raise ArgumentError(f"`batch={config.batch}` is more than the {len(data.train_x)} training images")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import mwplan as mw
@@ -77,10 +79,59 @@ def test_state_that_a_call_changes_is_dropped() -> None:
     assert not modules[0].mean.get_value().any()  # nothing reached the modules
     for module in modules:
         module(x)  # nor does this reach the layers
-    assert not jax.tree.leaves(norm.state["mean"])[0].any()
+    assert not norm.module().mean.get_value().any()
     assert jnp.array_equal(dropout(x), z)
     chain = mw.Chain([norm, dropout, jnp.tanh])
     profile = mw.profile(chain, x, repeats=1)
     (_, _), grads = mw.jit(mw.value_and_grad(mean_square, mw.plan(profile, "1MiB")))(chain, x)
     want = jax.grad(lambda c: mean_square(c(x)), allow_int=True)(chain)
     assert relative_error(grads, [g for g in jax.tree.leaves(want) if g.dtype != jax.dtypes.float0]) < 1e-5
+
+
+def test_what_is_no_parameter_is_not_trained() -> None:
+    """Running averages: no gradient, no weight decay, whatever the optimizer; keys: leaves that may change."""
+    import equinox as eqx
+    import optax
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from flax import linen, nnx
+
+        from mwplan.adapters.flax import from_linen, from_nnx
+
+        x = jax.random.normal(jax.random.key(0), (16, 8))
+        norm, dropout = linen.BatchNorm(use_running_average=True), linen.Dropout(0.5, deterministic=False)
+        variables = norm.init(jax.random.key(1), x)
+        variables = {**variables, "batch_stats": jax.tree.map(lambda a: a + 0.25, variables["batch_stats"])}
+        other = nnx.BatchNorm(8, use_running_average=True, rngs=nnx.Rngs(0))
+        net = mw.Chain(
+            [
+                from_linen(norm, variables),
+                from_linen(dropout, {}, rngs={"dropout": jax.random.key(2)}),
+                from_linen(dropout, {}, rngs={"dropout": jax.random.key(3)}),
+                from_nnx(other),
+            ]
+        )
+        np.testing.assert_array_equal(net[0](x), norm.apply(variables, x))
+        want = dropout.apply({}, x, rngs={"dropout": jax.random.key(2)})
+        np.testing.assert_array_equal(net[1](x), want)
+    assert len(jax.tree.leaves(eqx.filter(net, eqx.is_inexact_array))) == 4
+    schedule = mw.plan(mw.profile(net, x, repeats=1), "1MiB")
+    step = mw.jit(mw.value_and_grad(lambda y: jnp.mean(y**3), schedule))
+    (_, _), grads = step(net, x)
+    optimizer = optax.adamw(0.1, weight_decay=0.5)
+    weights = eqx.filter(net, eqx.is_inexact_array)
+    updates, _ = optimizer.update(grads, optimizer.init(weights), weights)
+    after = eqx.apply_updates(net, updates)
+    assert not np.array_equal(after[0].params["scale"], net[0].params["scale"])
+    for name, value in variables["batch_stats"].items():
+        np.testing.assert_array_equal(after[0].variables["batch_stats"][name], value)
+    assert not after[3].module().mean.get_value().any()
+    assert not np.array_equal(after[3].module().scale.get_value(), other.scale.get_value())
+    again = mw.Chain(
+        [net[0], dataclasses.replace(net[1], rngs={"dropout": jax.random.key(9)}), *net.layers[2:]]
+    )
+    step(again, x)
+    assert step._cache_size() == 1
+    with pytest.raises(mw.ArgumentError, match="keys go into `rngs`"):
+        from_linen(dropout, {}, mask=x)

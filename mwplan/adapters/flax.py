@@ -1,49 +1,118 @@
-"""Flax modules as layers: the parameters become leaves, the code structure. Needs the `flax` extra for `from_nnx`."""
+"""Flax modules as layers: the parameters become leaves, the code structure. Needs the `flax` extra for `from_nnx`.
+
+Variables that are no parameters (the running averages of a BatchNorm) are leaves too, but held as integers of the same bits: they have no gradient, and no optimizer
+touches them.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
+from mwplan import trees
+from mwplan.errors import ArgumentError
 from mwplan.layers.base import layer, static
 
 PyTree = Any
 
 
 @layer
-class Linen:
-    """A Flax Linen module with its variables; `y = module.apply(variables, x, **options)`.
+class Fixed:
+    """An array of floating-point numbers that is no parameter."""
 
-    Variables that `apply` would change (batch statistics) are read, not updated.
+    bits: Any
+    dtype: str = static()
+
+    @property
+    def value(self) -> Any:
+        """The numbers."""
+        return jax.lax.bitcast_convert_type(self.bits, self.dtype)
+
+
+def _fix(tree: PyTree) -> PyTree:
+    """`tree` without parameters."""
+
+    def one(leaf: Any) -> Any:
+        if not trees.is_inexact(leaf) or jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+            return leaf
+        bits = f"uint{8 * leaf.dtype.itemsize}"
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return Fixed(jax.ShapeDtypeStruct(leaf.shape, bits), leaf.dtype.name)
+        return Fixed(jax.lax.bitcast_convert_type(leaf, bits), leaf.dtype.name)
+
+    return jax.tree.map(one, tree)
+
+
+def _loose(tree: PyTree) -> PyTree:
+    """What `_fix` was given."""
+    return jax.tree.map(
+        lambda leaf: leaf.value if isinstance(leaf, Fixed) else leaf,
+        tree,
+        is_leaf=lambda leaf: isinstance(leaf, Fixed),
+    )
+
+
+@layer
+class Linen:
+    """A Flax Linen module with its variables; `y = module.apply(variables, x, rngs=rngs, **options)`.
+
+    Variables that `apply` would change (batch statistics) are read, not updated; those of the collection "params" alone are parameters.
     """
 
-    variables: PyTree
-    module: Any = static()
+    params: PyTree
+    others: PyTree
+    rngs: PyTree = None
+    module: Any = static(default=None)
     options: tuple[tuple[str, Any], ...] = static(default=())
+
+    @property
+    def variables(self) -> dict[str, PyTree]:
+        """All of them, as `module.init` returns them."""
+        return {"params": self.params} | _loose(self.others) if self.params else _loose(self.others)
 
     def __call__(self, x: PyTree) -> PyTree:
         """Applies the module."""
-        return self.module.apply(self.variables, x, **dict(self.options))
+        more = {} if self.rngs is None else {"rngs": self.rngs}
+        return self.module.apply(self.variables, x, **more, **dict(self.options))
 
 
-def from_linen(module: Any, variables: PyTree, **options: Any) -> Linen:
-    """`module` (hashable, as Linen modules are) with `variables`, as from `module.init(key, x)`; `options` go to every call."""
-    return Linen(variables, module, tuple(sorted(options.items())))
+def from_linen(module: Any, variables: PyTree, *, rngs: PyTree = None, **options: Any) -> Linen:
+    """`module` (hashable, as Linen modules are) with `variables`, as from `module.init(key, x)`.
+
+    **Arguments:** `rngs`, random keys by name, as `module.apply` takes them: leaves of the layer, so that other keys (`dataclasses.replace(layer, rngs=...)`) need no new plan and no new
+    compilation; `options` go to every call and are part of the structure: True, False, numbers, texts. **Raises:** `ArgumentError` for an array among them.
+    """
+    for name, value in options.items():
+        if any(map(trees.is_array, jax.tree.leaves(value))):
+            raise ArgumentError(
+                f"`{name}` holds arrays, and options are structure: keys go into `rngs`, other arrays into the activation"
+            )
+    others = {name: tree for name, tree in variables.items() if name != "params"}
+    return Linen(variables.get("params", {}), _fix(others), rngs, module, tuple(sorted(options.items())))
 
 
 @layer
 class NNX:
-    """A Flax NNX module taken apart; called, it is put together again, as a copy: what a call changes of its state goes with the copy."""
+    """A Flax NNX module taken apart; called, it is put together again, as a copy: what a call changes of its state goes with the copy.
 
-    state: PyTree
+    `params`: its state of `nnx.Param`; `others`: all other state, which is no parameter.
+    """
+
+    params: PyTree
+    others: PyTree
     graph: Any = static()
+
+    def module(self) -> Any:
+        """A copy of the module, with the parameters as they are."""
+        from flax import nnx
+
+        return nnx.merge(self.graph, _fresh(self.params), _loose(_fresh(self.others)))
 
     def __call__(self, x: PyTree) -> PyTree:
         """Applies the module."""
-        from flax import nnx
-
-        return nnx.merge(self.graph, _fresh(self.state))(x)
+        return self.module()(x)
 
 
 def from_nnx(module: Any) -> NNX:
@@ -54,8 +123,8 @@ def from_nnx(module: Any) -> NNX:
     """
     from flax import nnx
 
-    graph, state = nnx.split(module)
-    return NNX(_fresh(state), graph)
+    graph, params, others = nnx.split(module, nnx.Param, ...)  # type: ignore[misc]
+    return NNX(_fresh(params), _fix(_fresh(others)), graph)
 
 
 def _fresh(state: PyTree) -> PyTree:
