@@ -223,7 +223,9 @@ class Chain:
     def __iter__(self) -> Iterator[Any]:
         return iter(self.layers)
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return Chain(self.layers[index])
         if not -len(self) <= index < len(self):
             raise IndexError(f"layer {index} of a chain of {len(self)}")
         index %= len(self)
@@ -273,10 +275,17 @@ def stack(chain: Chain, x: PyTree, *, longest_block: int = 8) -> Chain:
         block = layers[start : start + period * count]
         if count > 1 and str(structs[start]) == str(structs[start + period]):
             rows = [tuple(block[k * period : (k + 1) * period]) for k in range(count)]
-            parts.append(Stack(jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows), count))
+            parts.append(Stack(jax.tree.map(_stacked, *rows), count))
         else:
             parts += block
     return Chain(parts)
+
+
+def _stacked(*leaves: Any) -> Any:
+    """Arrays, or shapes, with a new leading axis."""
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
+        return jax.ShapeDtypeStruct((len(leaves), *leaves[0].shape), leaves[0].dtype)
+    return jnp.stack(leaves)
 
 
 def unstack(chain: Chain) -> Chain:
@@ -372,9 +381,16 @@ def _shapes(struct: PyTree) -> PyTree:
 def layer_signature(one: Any) -> str:
     """A text that two layers share exactly if they have the same structure and the same shapes of parameters."""
     leaves, treedef = jax.tree.flatten(one)
-    shapes = [f"{leaf.dtype}{list(leaf.shape)}" if hasattr(leaf, "shape") else repr(leaf) for leaf in leaves]
+    shapes = [
+        f"{_dtype(leaf)}{list(leaf.shape)}" if hasattr(leaf, "shape") else repr(leaf) for leaf in leaves
+    ]
     text = f"{type(one).__module__}.{type(one).__qualname__} {treedef} {shapes}"
     return re.sub(r" at 0x[0-9a-f]+", "", text)  # an address differs from one process to the next
+
+
+def _dtype(leaf: Any) -> Any:
+    """As `jax.jit` sees it: NumPy's 64-bit numbers may be of 32."""
+    return leaf.dtype if trees.is_key(leaf) else jax.dtypes.canonicalize_dtype(leaf.dtype)
 
 
 def signatures(chain: Chain) -> list[str]:

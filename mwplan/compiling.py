@@ -35,7 +35,8 @@ def compiler_options(backend: str | None = None) -> dict[str, str]:
 def options_of(backend: str | None = None) -> dict[str, str]:
     """`compiler_options`, without taking note that the user knows of them."""
     if (backend or jax.default_backend()) == "cpu":
-        return {"xla_disable_hlo_passes": "cse_barrier_expander"}
+        # With barriers left, small loops must stay loops: the pass that makes calls of them crashes on a barrier of several arrays, and the process with it.
+        return {"xla_disable_hlo_passes": "cse_barrier_expander,small-while-loop-hoisting"}
     return {}
 
 

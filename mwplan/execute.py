@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from mwplan import sharding, trees
+from mwplan import residuals, sharding, trees
 from mwplan.chain import Chain, Stack, boundaries, check_chain, fingerprint
 from mwplan.compiling import warn_if_undone
 from mwplan.errors import ArgumentError, ScheduleMismatchError, SecondDerivativeError
@@ -131,6 +131,7 @@ def _planned(
         kept = interpreter.forward(schedule.runs, 0)
         y = interpreter.x[len(chain)]
         interpreter.release(len(chain))
+        residuals.forget()
         claims = tuple(sorted(interpreter.claims.items()))
         one = now.one if isinstance(now, Arranged) else None
         return y, _Saved(chain, interpreter.x, kept, interpreter.sketches, one, claims)
@@ -144,6 +145,7 @@ def _planned(
         interpreter.sketches = dict(saved.sketches)
         box = [ct]
         interpreter.backward(schedule.runs, saved.kept, box, 0)
+        residuals.forget()
         report = interpreter.reported(
             [(run.start, run.stop) for run in reporting_runs(schedule.runs)] if check else []
         )

@@ -140,7 +140,7 @@ def fit(
     less = [profile.fixed_bytes + int(share * (budget_bytes - profile.fixed_bytes)) for share in LESS]
     asked = [(chosen & some, budget_bytes) for some in (planning.EVERY_STRATEGY, *planning.NARROWER)]
     found, failed = [], []
-    for some, room in dict.fromkeys([*asked, *((chosen, room) for room in less)]):
+    for some, room in dict.fromkeys([*(one for one in asked if one[0]), *((chosen, room) for room in less)]):
         try:
             found.append(fitted(some, room))
         except InfeasibleError as error:

@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from mwplan import growth, interpret, operations, rules, sharding, sketch, trees
+from mwplan import growth, interpret, operations, residuals, rules, sharding, sketch, trees
 from mwplan.bench import Bench, Priced, Pricing
 from mwplan.chain import Chain, Stack, boundaries, check_chain, fingerprint, layer_name, signatures
 from mwplan.errors import ArgumentError
@@ -102,6 +102,7 @@ def assemble(
     workspaces: tuple[Workspace, ...] = (),
 ) -> Profile:
     """The profile of a chain from each layer's name, costs and the rules that its weights forbid (None: not looked at); `fresh`, as `Bench.fresh`."""
+    residuals.forget()
     known: dict[Any, LayerProfile] = {}
     profiles = []
     counts = collections.Counter(id(costs) for _, costs, _ in layers)

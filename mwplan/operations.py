@@ -48,7 +48,12 @@ def store_rules(layer: PyTree, x: PyTree) -> tuple[rules.StoreRule, ...]:
 
     step = max(trees.nbytes(x), trees.nbytes(jax.eval_shape(plain_forward, one, x)))
     least, chosen = kept(rules.VjpStore()), []
-    by_size = {kept(rule): rule for rule in rules.LEANER}  # of equal ones the last
+    by_size = {}  # of equal ones the last
+    for rule in rules.LEANER:
+        try:
+            by_size[kept(rule)] = rule
+        except TypeError:  # JAX cannot keep complex numbers for `jax.checkpoint`
+            continue
     for size, rule in by_size.items():
         if size + step < least:
             chosen.append(rule)

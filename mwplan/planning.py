@@ -78,6 +78,10 @@ def plan(
     solved = frontier or _frontier(
         profile, max_error=max_error, allowed=chosen, thin=default_thin(profile) if thin is None else thin
     )
+    if solved.profile != profile or solved.max_error != max_error or solved.solved.allowed != chosen:
+        raise ArgumentError("`frontier` is of another profile, `max_error` or `allowed`: leave it out")
+    if pins is not None and not isinstance(pins, Mapping):
+        raise ArgumentError(f'`pins={pins!r}` must say what each layer is to have: {{1: "store"}}')
     room = budget_bytes - solved.always_bytes
     host_bytes = 0 if host_budget is None else parse_bytes(host_budget, "host_budget")
     if host_bytes and not any(layer.offload for layer in profile.layers):
@@ -86,12 +90,12 @@ def plan(
             "`profile.offloading(bytes_per_s)`, the rate of the link"
         )
     least = solved.solved.least_bytes
-    if room < 1 or (not host_bytes and (least is None or room < least)):
+    if room < 0 or (not host_bytes and (least is None or room < least)):
         raise solved.infeasible(budget_bytes, budget)
     free = not pins and not host_bytes and max_distinct_runs is None
     solution = integer_program.solve(
         profile,
-        solved.enough(room) if free else room,
+        max(1, solved.enough(room) if free else room),
         max_error=max_error,
         allowed=chosen,
         pins=dict(pins or {}),

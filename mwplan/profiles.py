@@ -282,7 +282,7 @@ class Profile:
         if isinstance(states_bytes, bool) or not isinstance(states_bytes, int) or states_bytes < 0:
             raise ArgumentError(f"`states_bytes={states_bytes!r}` must be an integer, at least 0")
         gradients = sum(layer.parameter_bytes for layer in self.layers)
-        if gradients > self.fixed_bytes:
+        if states_bytes and not gradients:
             raise ArgumentError("this `Profile` states no bytes of gradients: they are consumed already")
         return dataclasses.replace(
             self,
@@ -338,6 +338,7 @@ def _consuming(layer: LayerProfile) -> LayerProfile:
 
     return dataclasses.replace(
         layer,
+        parameter_bytes=0,  # of gradients that outlive their operation
         store=tuple(more(o, "backward_workspace_bytes") for o in layer.store),
         moonwalk=tuple(more(o, "advance_workspace_bytes", "last_workspace_bytes") for o in layer.moonwalk),
         invert=tuple(more(o, "backward_workspace_bytes") for o in layer.invert),

@@ -105,6 +105,11 @@ def new_bytes(held: Residuals) -> int:
     return trees.nbytes(held.own)
 
 
+def forget() -> None:
+    """Drops what `origins` remembers: functions among it, and the arrays that they close over."""
+    _origins.cache_clear()
+
+
 @dataclass(frozen=True)
 class Reshaped:
     """The elements of an argument's `leaf` in their order, in another shape."""

@@ -30,6 +30,8 @@ def parse_bytes(value: int | str, argument: str = "budget") -> int:
         if match is None or match[2].upper() not in _UNITS:
             raise ArgumentError(f"`{argument}={value!r}` is not a size: {hint}")
         number, unit = match[1].replace("_", ""), _UNITS[match[2].upper()]
+        if abs(float(number)) > _MAX:
+            raise ArgumentError(f"`{argument}={value[:40]!r}` is beyond 2^63 - 1 bytes: {hint}")
         size = (
             int(number) * unit if re.fullmatch(r"[+-]?[0-9]+", number) else math.floor(float(number) * unit)
         )

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
-from mwplan import loops, trees
+from mwplan import loops, residuals, trees
 from mwplan.chain import Chain, Stack, boundaries, check_chain
 from mwplan.compiling import warn_if_undone
 from mwplan.errors import ArgumentError
@@ -52,15 +52,31 @@ def init_states(optimizer: Optimizer, chain: Chain) -> tuple[PyTree, ...]:
     check_chain(chain)
     _check_optimizer(optimizer)
     states: list[PyTree] = []
+    first = 0
     for part in chain.parts:
         if isinstance(part, Stack):
             # One state a repetition, step counts and all; `axis_size` for what has no parameters.
             init = jax.vmap(optimizer.init, axis_size=part.depth)
-            states.append(tuple(init(_parameters_only(one)) for one in part.block))
+            made = [init(_parameters_only(one)) for one in part.block]
+            places = [first + k + len(made) * jnp.arange(part.depth) for k in range(len(made))]
+            states.append(tuple(_apart(state, at) for state, at in zip(made, places)))
         else:
-            states.append(optimizer.init(_parameters_only(part)))
+            states.append(_apart(optimizer.init(_parameters_only(part)), jnp.asarray(first)))
+        first += len(part) if isinstance(part, Stack) else 1
     # Arrays of their own, so that all may be donated: a state may hold one array twice, or a parameter itself.
     return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), tuple(states))
+
+
+def _apart(state: PyTree, places: jax.Array) -> PyTree:
+    """A layer's state, or those of a stack's repetitions, with random keys of its own: all begin with the same."""
+
+    def one(leaf: Any) -> Any:
+        fold: Any = jax.random.fold_in
+        for _ in range(places.ndim):
+            fold = jax.vmap(fold)
+        return fold(leaf, places) if trees.is_key(leaf) and leaf.ndim == places.ndim else leaf
+
+    return jax.tree.map(one, state)
 
 
 def value_and_update(
@@ -121,6 +137,7 @@ def value_and_update(
         (_, value), grads = jax.value_and_grad(total, has_aux=True)(trees.parameters(y))
         box = [cotangent(y, grads)]
         interpreter.backward(schedule.runs, kept, box, 0)
+        residuals.forget()
         found = interpreter.reported([(run.start, run.stop) for run in runs])
         return (value, Report.of(schedule, found)), *updates.result()
 
@@ -221,7 +238,7 @@ def update(
         jnp.asarray(p + u).astype(p.dtype) for p, u in zip(jax.tree.leaves(params), jax.tree.leaves(steps))
     ]
     # As optax promotes them; but what is written in place keeps its type.
-    new = jax.tree.map(lambda a, b: jnp.asarray(a).astype(b.dtype), new, state)
+    new = jax.tree.map(lambda a, b: a if trees.is_key(b) else jnp.asarray(a).astype(b.dtype), new, state)
     return moved, new
 
 
@@ -247,24 +264,34 @@ def _check_states(optimizer: Optimizer, chain: Chain, states: Any) -> None:
 
 
 def _check_separate(optimizer: Optimizer, chain: Chain) -> None:
-    """Raises `ArgumentError` where one layer's update depends on another's gradient, as after a clipping by the global norm."""
-    blocks = [part.block if isinstance(part, Stack) else (part,) for part in chain.parts]
-    params = [_parameters_only(one) for block in blocks for one in block]
-    owners = [i for i, one in enumerate(params) for _ in jax.tree.leaves(one)]
+    """Raises `ArgumentError` where one layer's update depends on another, as after a clipping by the global norm: by its gradients, its parameters, or by what the state remembers of them."""
+    params: list[PyTree] = []
+    for part in chain.parts:
+        one = trees.struct(_parameters_only(part.block if isinstance(part, Stack) else part))
+        if isinstance(part, Stack):
+            # Two repetitions stand for all.
+            one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), one)
+            params += [phase for _ in range(min(2, part.depth)) for phase in one]
+        else:
+            params.append(one)
+    owners = [frozenset({i}) for i, one in enumerate(params) for _ in jax.tree.leaves(one)]
     if len(set(owners)) < 2:
         return
-    structs = trees.struct(params)
-    state = jax.eval_shape(optimizer.init, structs)
-    closed = jax.make_jaxpr(lambda g, s, p: optimizer.update(g, s, p)[0])(structs, state, structs)
-    rest = len(closed.jaxpr.invars) - len(owners)
-    taints = _taints(closed.jaxpr, [frozenset({i}) for i in owners] + [frozenset()] * rest)
-    for owner, taint in zip(owners, taints):
-        if taint - {owner}:
-            raise ArgumentError(
-                "`optimizer` mixes layers (it needs the gradients of all at once, as `optax.clip_by_global_norm` does), and here each "
-                "is gone before the next comes: use one that treats layers by themselves (`optax.clip_by_block_rms`, "
-                "`optax.adaptive_grad_clip`, `optax.clip`), or `mw.value_and_grad` and the optimizer after it"
-            )
+    state = jax.eval_shape(optimizer.init, params)
+    remembered = _taints(jax.make_jaxpr(optimizer.init)(params).jaxpr, owners)
+    jaxpr = jax.make_jaxpr(optimizer.update)(params, state, params).jaxpr
+    while True:
+        taints = _taints(jaxpr, [*owners, *remembered, *owners])
+        after = [a | b for a, b in zip(remembered, taints[len(owners) :])]
+        if after == remembered:
+            break
+        remembered = after
+    if any(taint - owner for owner, taint in zip(owners, taints)):
+        raise ArgumentError(
+            "`optimizer` mixes layers (it needs the gradients of all at once, as `optax.clip_by_global_norm` does), and here each "
+            "is gone before the next comes: use one that treats layers by themselves (`optax.clip_by_block_rms`, "
+            "`optax.adaptive_grad_clip`, `optax.clip`), or `mw.value_and_grad` and the optimizer after it"
+        )
 
 
 def _taints(jaxpr: Jaxpr, inputs: Sequence[frozenset[int]]) -> list[frozenset[int]]:

@@ -313,3 +313,19 @@ def test_tuning_times_the_plans_of_fewer_strategies(
 def test_the_quickest_is_told_from_rounds_of_different_speed() -> None:
     """A slow moment hits whoever runs then: by their sums the second would win."""
     assert fitting.quickest([[1.0, 1.0, 9.0], [1.2, 1.1, 8.0], [1.2, 5.0, 9.5]]) == 0
+
+
+def test_a_profile_of_something_else_is_refused(profile: mw.Profile) -> None:
+    x = jnp.ones((256, 32))
+    with pytest.raises(mw.ScheduleMismatchError, match=r"input of 64.00 KiB and `x` has 32.00 KiB"):
+        mw.fit(mean_square, network(), x, budget="1GiB", profile=profile)
+    other = mw.Chain([*network().layers, tanh])
+    with pytest.raises(mw.ScheduleMismatchError, match="another chain"):
+        mw.fit(mean_square, other, jnp.ones((512, 32)), budget="1GiB", profile=profile)
+
+
+def test_tuning_within_a_few_strategies() -> None:
+    """Sets of which nothing is left are none."""
+    chain, x = mw.Chain([Dense.init(jax.random.key(0), 8, 8)]), jnp.ones((64, 8))
+    found = mw.fit(mean_square, chain, x, budget="1MiB", allowed={"vijp", "fragment"}, tune=1)
+    assert set(found.schedule.strategies) <= {Strategy.VIJP, Strategy.FRAGMENT}

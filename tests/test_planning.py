@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import random
+import weakref
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import mwplan as mw
@@ -105,6 +108,59 @@ def test_host_memory_that_cannot_be_used_says_so() -> None:
         mw.plan(profile.offloading(2e10), "1GiB", host_budget="much")
     with pytest.raises(mw.InfeasibleError, match="side conditions"):
         mw.plan(profile.offloading(2e10, least_bytes=1), "1GiB", host_budget=1, pins={1: "offload"})
+
+
+def test_what_layers_close_over_is_let_go() -> None:
+    """A profile and a compiled step remember no functions, nor the arrays in them."""
+    x, gone = jnp.ones((2, 64)), []
+    for _ in range(2):
+        big = jnp.ones((64, 64))
+        gone.append(weakref.ref(big))
+        chain = mw.Chain([lambda x, big=big: x @ big, jnp.tanh])
+        plan = mw.plan(mw.profile(chain, x, repeats=1), "1GiB")
+        mw.jit(mw.value_and_grad(mean_square, plan))(chain, x)
+        del big, chain
+    jax.clear_caches()
+    gc.collect()
+    assert not any(one() is not None for one in gone)
+
+
+@layer
+class Picked:
+    """With integers, and weights, of NumPy's 64 bits."""
+
+    index: Any
+    weight: Any
+
+    def __call__(self, x: Any) -> Any:
+        return x[:, self.index] * self.weight
+
+
+def test_arrays_that_jit_makes_narrower_or_cannot_keep() -> None:
+    x = jnp.ones((8, 4))
+    chain = mw.Chain([Picked(np.arange(4), np.ones(4)), jnp.tanh])
+    assert mw.fit(mean_square, chain, x, budget="1MiB").temporary_bytes
+    # JAX cannot keep complex products for `jax.checkpoint`.
+    weight = jnp.ones((4, 4), jnp.complex64)
+    chain = mw.Chain([lambda x: jnp.sin(x @ weight), jnp.abs])
+    plan = mw.plan(mw.profile(chain, x, repeats=1), "1MiB")
+    assert mw.jit(mw.value_and_grad(mean_square, plan))(chain, x)[0][0] > 0
+    # Nothing at all fits nothing.
+    nothing = mw.profile(mw.Chain([jnp.tanh, jnp.tanh]), jnp.ones((0, 4)), repeats=1)
+    least = mw.frontier(nothing).least_bytes
+    assert least is not None
+    assert mw.plan(nothing, least).peak_bytes <= least
+
+
+def test_a_frontier_or_pins_of_something_else() -> None:
+    one, other = (random_profile(random.Random(seed), 3) for seed in (1, 2))
+    with pytest.raises(mw.ArgumentError, match="`frontier` is of another profile"):
+        mw.plan(one, "1GiB", frontier=mw.frontier(other))
+    with pytest.raises(mw.ArgumentError, match="`pins=\\[1\\]`"):
+        mw.plan(one, "1GiB", pins=[1])  # type: ignore[arg-type]
+    profile = one.consuming_gradients(0)
+    with pytest.raises(mw.ArgumentError, match="consumed already"):
+        profile.consuming_gradients(8)
 
 
 def test_moonwalk_only_plans_run_and_fit() -> None:

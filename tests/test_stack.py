@@ -268,3 +268,17 @@ def test_a_loop_of_one_operation_needs_no_ties() -> None:
     bodies = step.lower(chain, jnp.ones((4, 8))).as_text().split("@main")[1].split("func.func private")[1:]
     assert len(bodies) > 2
     assert not any("optimization_barrier" in body for body in bodies)
+
+
+def test_loops_over_tiny_layers_compile() -> None:
+    """XLA:CPU makes calls of small loops, which crash, process and all, on the barriers that plans need."""
+    x = jnp.ones((1, 2))
+    keys = jax.random.split(jax.random.key(0), 6)
+    chain = mw.Chain([f for k in keys for f in (Dense.init(k, 2, 2), LeakyReLU(0.7))])
+    stacked = mw.stack(chain, x)
+    moonwalk = Run(kind=RunKind.MOONWALK, start=0, stop=12, options=("exact", "divide") * 6)
+    for runs in ((moonwalk,), segments(chain, 2)):
+        step = mw.jit(mw.value_and_grad(mean_square, Schedule(runs=runs)))
+        (_, _), grads = step(stacked, x)
+        want = jax.grad(lambda c: mean_square(c(x)))(stacked)
+        assert relative_error(grads, want) < 1e-4

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from hypothesis import given, settings
@@ -185,15 +186,36 @@ def test_the_planner_knows() -> None:
 
 class TestBadInput:
     def test_optimizers_that_mix_layers(self) -> None:
-        chain, x = mlp(2), jnp.ones((2, 8))
-        plan = Schedule(runs=store_all(chain))
-        for optimizer in (
-            optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3)),
-            optax.apply_if_finite(optax.sgd(1e-3), 3),
-        ):
-            step = mw.value_and_update(mean_square, plan, optimizer)
-            with pytest.raises(mw.ArgumentError, match="mixes layers"):
-                step(chain, mw.init_states(optimizer, chain), x)
+        """By gradients, by parameters, by the state alone; the repetitions of a stack count as layers."""
+        flat, x = mlp(4), jnp.ones((2, 8))
+        plan = Schedule(runs=store_all(flat))
+        weights = optax.GradientTransformation(
+            lambda p: optax.EmptyState(),
+            lambda g, s, p=None: (jax.tree.map(lambda a: a * sum(map(jnp.sum, jax.tree.leaves(p))), g), s),
+        )
+        for chain in (flat, mw.stack(flat, x)):
+            for optimizer in (
+                optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3)),
+                optax.apply_if_finite(optax.sgd(1e-3), 3),
+                optax.contrib.dadapt_adamw(1.0),
+                weights,
+            ):
+                step = mw.value_and_update(mean_square, plan, optimizer)
+                with pytest.raises(mw.ArgumentError, match="mixes layers"):
+                    step(chain, mw.init_states(optimizer, chain), x)
+
+    def test_random_keys_in_states_differ(self) -> None:
+        flat, x = mlp(4), jnp.ones((2, 8))
+        optimizer = optax.chain(optax.add_noise(0.1, 0.5, 0), optax.sgd(1.0))
+        for chain in (flat, mw.stack(flat, x)):
+            states = mw.init_states(optimizer, chain)
+            keys = [k for k in jax.tree.leaves(states) if jnp.issubdtype(k.dtype, jax.dtypes.prng_key)]
+            data = [tuple(row) for k in keys for row in jax.random.key_data(k).reshape(-1, 2).tolist()]
+            assert len(set(data)) == len(data) == len(flat)
+            step = mw.value_and_update(mean_square, Schedule(runs=store_all(flat)), optimizer)
+            (_, _), after, _ = step(chain, states, x)
+            moved = [np.asarray(b.weight - a.weight) for a, b in zip(chain, after) if hasattr(a, "weight")]
+            assert not any(np.allclose(moved[0], other) for other in moved[1:])
 
     def test_states_of_something_else(self) -> None:
         chain, x = mlp(2), jnp.ones((2, 8))
