@@ -164,7 +164,16 @@ def _planned(
         # all arguments are first declared to vary alike; the derivative of that declaration sums the weights' gradient, as JAX does.
         return call(*trees.vary((chain, x, probe), trees.varying_axes((chain, x, probe))))
 
-    return alike
+    def placed(chain: Chain, x: PyTree, probe: Array) -> PyTree:
+        # On a mesh of explicit axes every reshape would have to say where its result lies. Inside, the compiler decides.
+        mesh = sharding.explicit_mesh((chain, x))
+        if mesh is None:
+            return alike(chain, x, probe)
+        y = jax.eval_shape(lambda chain, x: chain(x), chain, x)
+        with jax.sharding.use_abstract_mesh(mesh):
+            return jax.sharding.auto_axes(alike, out_sharding=jax.tree.map(sharding.spec, y))(chain, x, probe)
+
+    return placed
 
 
 def _resumed(perform: Performer, one: Array | None) -> Performer:

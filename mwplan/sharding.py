@@ -30,6 +30,20 @@ def may_be_spread() -> bool:
     return jax.device_count() > 1
 
 
+def explicit_mesh(tree: PyTree) -> jax.sharding.AbstractMesh | None:
+    """The mesh of arrays whose types say how they are spread over it (axes of `AxisType.Explicit`); None where there are none."""
+    for leaf in jax.tree.leaves(tree):
+        mesh = jax.typeof(leaf).sharding.mesh
+        if mesh.explicit_axes:
+            return mesh
+    return None
+
+
+def spec(struct: jax.ShapeDtypeStruct) -> jax.sharding.PartitionSpec:
+    """How a traced array of that type is spread."""
+    return jax.sharding.PartitionSpec() if struct.sharding is None else struct.sharding.spec
+
+
 def _on_one_device(a: Any) -> Any:
     return jax.device_put(a, jax.local_devices()[0])
 

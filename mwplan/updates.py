@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
-from mwplan import loops, residuals, trees
+from mwplan import loops, residuals, sharding, trees
 from mwplan.chain import Chain, Stack, boundaries, check_chain
 from mwplan.compiling import warn_if_undone
 from mwplan.errors import ArgumentError
@@ -120,6 +120,10 @@ def value_and_update(
                 f"`value_and_update` was called within a `jax.shard_map` over {sorted(axes)} that tracks which values vary: the update "
                 "is tied to activations that do, so that new weights would count as varying. Use `jax.jit` with `jax.NamedSharding`, "
                 "or `check_vma=False` and an optimizer that averages the gradients"
+            )
+        if sharding.explicit_mesh((chain, states, x)) is not None:
+            raise ArgumentError(
+                "`value_and_update` was called with arrays on a mesh of explicit axes: make it with `jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto, ...))`"
             )
         updates = Updates(chain, states, optimizer)
         view = View(chain, chain.places())

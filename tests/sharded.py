@@ -136,6 +136,13 @@ def check(name: str, chain: mw.Chain, x: Any, runs: tuple[Run, ...], out: dict[s
     if name not in BOTH_WAYS:
         return
 
+    # On axes that types speak of, which is what `jax.make_mesh` makes by default.
+    named = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
+    batch = put(named, (x, target), lambda a: P("data"))
+    (_, report), grads = mw.jit(step)(put(named, chain, lambda a: P()), *batch)
+    out[f"{name}: explicit axes"] = relative_error(grads, want)
+    out[f"{name}: explicit axes report"] = float(report.worst)
+
     # 2. It is taken of the mapped function.
     mapped = manual(
         lambda c, x, t: mean(mw.apply(schedule, c, x), t),
