@@ -73,10 +73,9 @@ def as_layer(candidate: Any, position: int) -> Any:
         raise ChainError(
             f"`layers[{position}]` is {candidate!r}, which is not callable: give a function or a pytree with `__call__`"
         )
-    flax = {
-        cls.__module__.split(".")[1] for cls in type(candidate).__mro__ if cls.__module__.startswith("flax.")
-    }
-    if flax & {"linen", "nnx"}:
+    if any(
+        cls.__name__ == "Module" and cls.__module__.startswith("flax.") for cls in type(candidate).__mro__
+    ):
         raise ChainError(
             f"`layers[{position}]` ({type(candidate).__name__}) is a Flax module: give `mwplan.adapters.flax.from_linen(module, variables)` or `from_nnx(module)`"
         )

@@ -14,7 +14,15 @@ from mwplan.errors import ArgumentError, InfeasibleError, MwplanError
 from mwplan.ledger import Replay, buffers, replay, strategies
 from mwplan.packing import pack
 from mwplan.profiles import Profile
-from mwplan.schedule import Choice, Schedule, Solution, Status, Strategy, check_allowed
+from mwplan.schedule import (
+    Choice,
+    Schedule,
+    Solution,
+    Status,
+    Strategy,
+    as_strategies,
+    check_allowed,
+)
 from mwplan.sizes import parse_bytes, show_bytes, show_ns
 
 if TYPE_CHECKING:
@@ -83,15 +91,26 @@ def plan(
     if pins is not None and not isinstance(pins, Mapping):
         raise ArgumentError(f'`pins={pins!r}` must say what each layer is to have: {{1: "store"}}')
     room = budget_bytes - solved.always_bytes
-    host_bytes = 0 if host_budget is None else parse_bytes(host_budget, "host_budget")
+    host_bytes = 0 if host_budget is None or host_budget == 0 else parse_bytes(host_budget, "host_budget")
     if host_bytes and not any(layer.offload for layer in profile.layers):
         raise ArgumentError(
             f"`host_budget={host_budget!r}`, but no layer of `profile` can send its residuals to the host: plan with "
             "`profile.offloading(bytes_per_s)`, the rate of the link"
         )
     least = solved.solved.least_bytes
-    if room < 0 or (not host_bytes and (least is None or room < least)):
+    fits = least is not None and room >= least
+    if not fits and not host_bytes:
         raise solved.infeasible(budget_bytes, budget)
+    if room < 0:
+        raise InfeasibleError(
+            f"`budget={budget!r}` is less than the {show_bytes(solved.always_bytes)} that every schedule takes for parameters, input and gradients",
+            budget_bytes=budget_bytes,
+        )
+    for at, choice in {} if host_bytes else dict(pins or {}).items():
+        if as_strategies(choice, f"pins[{at}]") == {Strategy.OFFLOAD}:
+            raise ArgumentError(
+                f"`pins` sends layer {at} to the host, where nothing may be kept: give `host_budget`, and `profile.offloading(bytes_per_s)` for `profile`"
+            )
     free = not pins and not host_bytes and max_distinct_runs is None
     solution = integer_program.solve(
         profile,
@@ -114,12 +133,25 @@ def plan(
         least = None if solution.least_bytes is None else solution.least_bytes + solved.always_bytes
         raise InfeasibleError(
             f"`budget={budget!r}` is infeasible with these side conditions"
-            + ("" if least is None else f": the leanest schedule under them needs {show_bytes(least)}"),
+            + ("" if least is None else f": the leanest schedule under them needs {show_bytes(least)}")
+            + (
+                f"; without them {show_bytes(solved.least_bytes or 0)} are enough"
+                if least is None and solved.least_bytes
+                else ""
+            ),
             budget_bytes=budget_bytes,
             least_bytes=least,
         )
     if not free:
-        return solved.schedule(solution, budget_bytes, free=False)
+        schedule = solved.schedule(solution, budget_bytes, free=False)
+        if not host_bytes or pins or max_distinct_runs is not None or not fits:
+            return schedule
+        # The program knows nothing of the time that memory costs, and long chains are thinned without the host.
+        alone = solved.at(budget_bytes, regular=regular)
+        if alone.time_ns >= schedule.time_ns:
+            return schedule
+        status = alone.status if alone.time_ns <= schedule.bound_ns else Status.FEASIBLE
+        return dataclasses.replace(alone, bound_ns=min(alone.time_ns, schedule.bound_ns), status=status)
     return solved.packed(solved.schedule(solved.simplified(solution, room, regular), budget_bytes), regular)
 
 
@@ -280,6 +312,11 @@ class Frontier:
         """The error for a budget below the least feasible one: says that, and which event needs it."""
         least = self.least_bytes
         proved = self.solved.at(budget_bytes - self.always_bytes).status is Status.INFEASIBLE
+        if self.solved.allowed == {Strategy.OFFLOAD}:
+            return InfeasibleError(
+                "OFFLOAD alone is allowed, which needs `host_budget`, and `profile.offloading(bytes_per_s)` for `profile`",
+                budget_bytes=budget_bytes,
+            )
         if least is None or self.solved.least_bytes is None:
             return InfeasibleError(
                 f"no schedule {'keeps' if proved else 'was found that keeps'} `max_error={self.max_error}` with the strategies allowed, at any budget",

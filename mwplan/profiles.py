@@ -283,7 +283,9 @@ class Profile:
             raise ArgumentError(f"`states_bytes={states_bytes!r}` must be an integer, at least 0")
         gradients = sum(layer.parameter_bytes for layer in self.layers)
         if states_bytes and not gradients:
-            raise ArgumentError("this `Profile` states no bytes of gradients: they are consumed already")
+            raise ArgumentError(
+                "this `Profile` states no bytes of gradients: they are consumed already, or no layer has parameters"
+            )
         return dataclasses.replace(
             self,
             layers=tuple(_consuming(layer) for layer in self.layers),

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import jax
+import numpy as np
 
 from mwplan import trees
 
@@ -14,12 +15,12 @@ PyTree = Any
 
 def local(tree: PyTree) -> PyTree:
     """A shard of each array of `tree`, on one device; an array that is on one device already is as it was."""
-    return jax.tree.map(lambda a: _on_one_device(a.addressable_shards[0].data) if _spread(a) else a, tree)
+    return jax.tree.map(lambda a: _on_one_device(a.addressable_shards[0].data) if spread(a) else a, tree)
 
 
 def gathered(tree: PyTree) -> PyTree:
     """`tree` with every array whole on one device. Cost: a copy of what is spread, all of which this process must address."""
-    return jax.tree.map(lambda a: _on_one_device(a) if _spread(a) else a, tree)
+    return jax.tree.map(lambda a: _on_one_device(a) if spread(a) else a, tree)
 
 
 def may_be_spread() -> bool:
@@ -45,6 +46,10 @@ def spec(struct: jax.ShapeDtypeStruct) -> jax.sharding.PartitionSpec:
 
 
 def _on_one_device(a: Any) -> Any:
+    if trees.is_key(a):
+        return jax.random.wrap_key_data(_on_one_device(jax.random.key_data(a)), impl=jax.random.key_impl(a))
+    if explicit_mesh(a) is not None:  # the array's type would go on to speak of it
+        a = a.addressable_shards[0].data if a.is_fully_replicated else np.asarray(a)
     return jax.device_put(a, jax.local_devices()[0])
 
 
@@ -58,9 +63,9 @@ def local_bytes(tree: PyTree) -> int:
 
 
 def _shard_shape(leaf: Any) -> tuple[int, ...]:
-    return tuple(leaf.sharding.shard_shape(leaf.shape)) if _spread(leaf) else tuple(leaf.shape)
+    return tuple(leaf.sharding.shard_shape(leaf.shape)) if spread(leaf) else tuple(leaf.shape)
 
 
-def _spread(leaf: Any) -> bool:
+def spread(leaf: Any) -> bool:
     """Whether `leaf` is an array on more devices than one."""
     return isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) > 1

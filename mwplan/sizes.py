@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import re
-from typing import SupportsIndex
+from typing import Any
 
 from mwplan.errors import ArgumentError
 
@@ -14,17 +14,21 @@ _UNITS |= {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _MAX = 2**63 - 1
 
 
-def parse_bytes(value: int | str, argument: str = "budget") -> int:
+def parse_bytes(value: Any, argument: str = "budget") -> int:
     """Bytes from an integer or a text such as "2GiB", "1.5 MB", "300_000_000".
 
     Binary units end in iB, decimal ones in B. Fractions of a byte are dropped. Raises `ArgumentError` for anything that is not a size from 1 byte
     to 2^63 - 1.
     """
     hint = 'give bytes as an integer, or a text such as "2GiB" or "500 MB"'
-    if isinstance(value, bool) or not isinstance(value, (SupportsIndex, str)):
+    try:
+        whole = None if isinstance(value, str) else operator.index(value)
+    except TypeError:
+        raise ArgumentError(f"`{argument}={value!r}` is not a size: {hint}") from None
+    if isinstance(value, bool) or (whole is not None and str(getattr(value, "dtype", "")) == "bool"):
         raise ArgumentError(f"`{argument}={value!r}` is not a size: {hint}")
-    if isinstance(value, SupportsIndex):
-        size = operator.index(value)
+    if whole is not None:
+        size = whole
     else:
         match = re.fullmatch(r"\s*([+-]?[0-9][0-9_]*(?:\.[0-9]*)?|[+-]?\.[0-9]+)\s*([A-Za-z]*)\s*", value)
         if match is None or match[2].upper() not in _UNITS:

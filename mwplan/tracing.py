@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from mwplan import operations
+from mwplan import operations, sharding
 from mwplan.chain import Chain, boundaries, unstack
 from mwplan.compiling import options_of, temporaries
 from mwplan.errors import ArgumentError
@@ -103,6 +103,10 @@ def trace(
     check_match(schedule, chain)
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((chain, x, args))):
         raise ArgumentError("`trace` measures concrete arrays: call it outside `jax.jit`")
+    if any(sharding.spread(leaf) for leaf in jax.tree.leaves((chain, x, args))):
+        raise ArgumentError(
+            "`trace` looks at one device, and these arrays lie on several: give arrays of one"
+        )
     expected = () if profile is None else replay(profile, schedule.runs).events
     chain = unstack(chain)  # every operation is dispatched alone
     watch = _Watch(chain)

@@ -197,6 +197,16 @@ def memory(out: dict[str, float]) -> None:
     alone = mw.profile(mlp(depth=12, width=64), jnp.ones((1024, 64)), repeats=1)
     out["profile: activations"] = profile.activation_bytes == alone.activation_bytes
     out["profile: fixed"] = profile.fixed_bytes == alone.fixed_bytes
+    named = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
+    explicit = mw.profile(
+        jax.device_put(mlp(depth=12, width=64), NamedSharding(named, P())),
+        jax.device_put(jnp.ones((8 * 1024, 64)), NamedSharding(named, P("data"))),
+        repeats=1,
+    )
+    out["profile: explicit axes"] = (explicit.activation_bytes, explicit.fixed_bytes) == (
+        alone.activation_bytes,
+        alone.fixed_bytes,
+    )
     both = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     dense = jax.device_put(mlp(1, 8), NamedSharding(both, P()))
     halved = jax.tree.map(

@@ -103,6 +103,9 @@ def test_what_is_no_parameter_is_not_trained() -> None:
         norm, dropout = linen.BatchNorm(use_running_average=True), linen.Dropout(0.5, deterministic=False)
         variables = norm.init(jax.random.key(1), x)
         variables = {**variables, "batch_stats": jax.tree.map(lambda a: a + 0.25, variables["batch_stats"])}
+        fixed = from_linen(norm, {**variables, "consts": {"c": jnp.array([1 + 2j, 3.0])}})
+        assert len(jax.tree.leaves(eqx.filter(fixed, eqx.is_inexact_array))) == 2
+        np.testing.assert_array_equal(fixed.variables["consts"]["c"], [1 + 2j, 3.0])
         other = nnx.BatchNorm(8, use_running_average=True, rngs=nnx.Rngs(0))
         net = mw.Chain(
             [

@@ -106,8 +106,27 @@ def test_host_memory_that_cannot_be_used_says_so() -> None:
         profile.offloading(0)
     with pytest.raises(mw.ArgumentError, match="`host_budget='much'` is not a size"):
         mw.plan(profile.offloading(2e10), "1GiB", host_budget="much")
-    with pytest.raises(mw.InfeasibleError, match="side conditions"):
-        mw.plan(profile.offloading(2e10, least_bytes=1), "1GiB", host_budget=1, pins={1: "offload"})
+    away = profile.offloading(2e10, least_bytes=1)
+    with pytest.raises(mw.InfeasibleError, match="side conditions; without them"):
+        mw.plan(away, "1GiB", host_budget=1, pins={1: "offload"})
+    with pytest.raises(mw.ArgumentError, match="sends layer 1 to the host"):
+        mw.plan(away, "1GiB", pins={1: "offload"}, host_budget=0)
+    with pytest.raises(mw.InfeasibleError, match="needs `host_budget`"):
+        mw.plan(away, "1GiB", allowed="offload")
+    with pytest.raises(mw.InfeasibleError, match="that every schedule takes") as caught:
+        mw.plan(away, 1, host_budget="1GiB")
+    assert caught.value.least_bytes is None
+
+
+def test_memory_on_the_host_never_makes_a_plan_slower() -> None:
+    """Where memory costs time too, which the integer program does not know."""
+    for seed in range(12):
+        profile = random_profile(random.Random(seed), 3, moonwalks=0, inverts=0, scale=1000)
+        profile = dataclasses.replace(profile.offloading(1e9, least_bytes=1), fresh_mib_ns=200_000)
+        least = mw.frontier(profile).least_bytes
+        assert least is not None
+        without, with_ = mw.plan(profile, 3 * least), mw.plan(profile, 3 * least, host_budget="1GiB")
+        assert with_.bound_ns <= with_.time_ns <= without.time_ns
 
 
 def test_what_layers_close_over_is_let_go() -> None:

@@ -42,7 +42,7 @@ def test_gradients_on_meshes_are_those_of_one_device(figures: dict[str, float]) 
 def test_a_profile_of_sharded_arrays_is_of_one_device(figures: dict[str, float]) -> None:
     """As of the shard alone, and each device's part of the compiled step needs what the schedule says."""
     assert figures["profile: activations"] == figures["profile: fixed"] == 1
-    assert figures["profile: parameter-sharded fixed"] == 1
+    assert figures["profile: parameter-sharded fixed"] == figures["profile: explicit axes"] == 1
     for label in ("stored", "recomputed", "walked"):
         predicted, measured = figures[f"memory: {label} predicted"], figures[f"memory: {label} measured"]
         assert measured < 1.02 * figures[f"memory: {label} alone"], label

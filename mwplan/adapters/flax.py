@@ -25,24 +25,28 @@ class Fixed:
     bits: Any
     dtype: str = static()
 
+    @classmethod
+    def of(cls, numbers: Any) -> Fixed:
+        """From an array, or its shape; of complex numbers the parts on a last axis."""
+        if isinstance(numbers, jax.ShapeDtypeStruct):
+            return jax.eval_shape(cls.of, numbers)
+        parts = jnp.stack([numbers.real, numbers.imag], -1) if jnp.iscomplexobj(numbers) else numbers
+        bits = jax.lax.bitcast_convert_type(parts, f"uint{8 * parts.dtype.itemsize}")
+        return cls(bits, jnp.dtype(numbers.dtype).name)
+
     @property
     def value(self) -> Any:
         """The numbers."""
-        return jax.lax.bitcast_convert_type(self.bits, self.dtype)
+        if not self.dtype.startswith("complex"):
+            return jax.lax.bitcast_convert_type(self.bits, self.dtype)
+        half = f"float{int(self.dtype.removeprefix('complex')) // 2}"
+        parts = jax.lax.bitcast_convert_type(self.bits, half)
+        return jax.lax.complex(parts[..., 0], parts[..., 1])
 
 
 def _fix(tree: PyTree) -> PyTree:
     """`tree` without parameters."""
-
-    def one(leaf: Any) -> Any:
-        if not trees.is_inexact(leaf) or jnp.issubdtype(leaf.dtype, jnp.complexfloating):
-            return leaf
-        bits = f"uint{8 * leaf.dtype.itemsize}"
-        if isinstance(leaf, jax.ShapeDtypeStruct):
-            return Fixed(jax.ShapeDtypeStruct(leaf.shape, bits), leaf.dtype.name)
-        return Fixed(jax.lax.bitcast_convert_type(leaf, bits), leaf.dtype.name)
-
-    return jax.tree.map(one, tree)
+    return jax.tree.map(lambda leaf: Fixed.of(leaf) if trees.is_inexact(leaf) else leaf, tree)
 
 
 def _loose(tree: PyTree) -> PyTree:
