@@ -154,7 +154,7 @@ def binomial(size: int, length: int, slots: int, option: str, start: int = 0) ->
 
 
 def with_round_times(profile: mw.Profile) -> mw.Profile:
-    """`profile` with times by rule, products the dearest: plans no longer depend on how busy the machine was."""
+    """`profile` with times by rule, products the dearest, and memory that costs none: plans no longer depend on how busy the machine was."""
     times = {"forward_ns": 2, "backward_ns": 4, "reverse_ns": 2, "rebuild_ns": 3}
 
     def one(layer: Any) -> Any:
@@ -167,4 +167,4 @@ def with_round_times(profile: mw.Profile) -> mw.Profile:
         options = {kind: tuple(map(fixed, getattr(layer, kind))) for kind in ("store", "moonwalk", "invert")}
         return dataclasses.replace(fixed(layer), **options)
 
-    return dataclasses.replace(profile, layers=tuple(map(one, profile.layers)))
+    return dataclasses.replace(profile, layers=tuple(map(one, profile.layers)), fresh_mib_ns=0)
