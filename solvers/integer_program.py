@@ -492,9 +492,25 @@ def _incumbent(problem: _Problem, budget: int, deadline: float) -> Solution | No
             return best
     high = min(value_at(*top.nodes[0, True], budget), 2**61 // (size + 1))
     low = max(1, high >> 16)
-    penalty = high
-    while penalty > low and clock.monotonic() < half:
-        found = read(tables.solve_top(top.candidates, closing=True, penalty_ns=penalty))
+
+    def under(penalty_ns: int) -> Solution | None:
+        return read(tables.solve_top(top.candidates, closing=True, penalty_ns=penalty_ns))
+
+    return _least_penalty(under, low, high, high, best, half)
+
+
+def _least_penalty(
+    under: Callable[[int], Solution | None],
+    low: int,
+    high: int,
+    first: int,
+    best: Solution | None,
+    until: float,
+) -> Solution | None:
+    """The fastest of `best` and what is found `under` penalties between `low` and `high`, from the `first` on: smaller ones where something is found, larger ones where nothing is."""
+    penalty = first
+    while penalty > low and clock.monotonic() < until:
+        found = under(penalty)
         if found is None and penalty == high:
             break
         low, high = (penalty, high) if found is None else (low, penalty)
@@ -518,20 +534,15 @@ def _cheapest(
     every = sum(o.host_bytes for layer in problem.candidates.profile.layers for o in layer.offload)
     high = min(high, 2**58 // (every + 1) << 20)
     low = max(1, high >> 20)
-    price = int((low * high) ** 0.5)
-    while low < price < high and clock.monotonic() < until:
-        candidates = problem.at_host_price(price)
-        found = read(problem.tables.solve_top(candidates, closing=True))
-        low, high = (price, high) if found is None else (low, price)
-        if found is not None:
-            paid = sum(host_price_ns(problem.host_of(run), price) for run in found.runs or ())
-            found = dataclasses.replace(found, time_ns=found.time_ns - paid)
-            if best is None or found.time_ns < best.time_ns:
-                best = found
-        if high < low + low // 8:
-            break
-        price = int((low * high) ** 0.5)
-    return best
+
+    def under(price: int) -> Solution | None:
+        found = read(problem.tables.solve_top(problem.at_host_price(price), closing=True))
+        if found is None:
+            return None
+        paid = sum(host_price_ns(problem.host_of(run), price) for run in found.runs or ())
+        return dataclasses.replace(found, time_ns=found.time_ns - paid)
+
+    return _least_penalty(under, low, high, int((low * high) ** 0.5), best, until)
 
 
 def _search(problem: _Problem, budget: int | None, limit_ns: int | None, slack: float) -> Solution:
