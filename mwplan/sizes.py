@@ -21,14 +21,13 @@ def parse_bytes(value: Any, argument: str = "budget") -> int:
     to 2^63 - 1.
     """
     hint = 'give bytes as an integer, or a text such as "2GiB" or "500 MB"'
-    try:
-        whole = None if isinstance(value, str) else operator.index(value)
-    except TypeError:
-        raise ArgumentError(f"`{argument}={value!r}` is not a size: {hint}") from None
-    if isinstance(value, bool) or (whole is not None and str(getattr(value, "dtype", "")) == "bool"):
+    if isinstance(value, bool):
         raise ArgumentError(f"`{argument}={value!r}` is not a size: {hint}")
-    if whole is not None:
-        size = whole
+    if not isinstance(value, str):
+        try:
+            size = operator.index(value)
+        except TypeError:
+            raise ArgumentError(f"`{argument}={value!r}` is not a size: {hint}") from None
     else:
         match = re.fullmatch(r"\s*([+-]?[0-9][0-9_]*(?:\.[0-9]*)?|[+-]?\.[0-9]+)\s*([A-Za-z]*)\s*", value)
         if match is None or match[2].upper() not in _UNITS:
