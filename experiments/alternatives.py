@@ -1,4 +1,5 @@
-"""Every way a user has to take the same gradient, on the same chain: as functions, compiled and measured side by side.
+"""Every way a user has to take the same gradient, on the same chain: as functions, compiled and measured side
+by side.
 
 | method | what it is |
 |---|---|
@@ -6,16 +7,17 @@
 | `checkpoint_each`, `checkpoint_scan` | `jax.checkpoint` on every layer; on every repeated block of a scan |
 | `chen`, `chen_scan` | square-root segments, unrolled and as nested scans |
 | `recompute` | the optimal persistent plan (STORE and RECOMPUTE, exact bytes, any depth), run by `mw.apply` |
-| `recompute_checkpoint` | the optimal persistent plan that `jax.checkpoint` can express, as nested `jax.checkpoint` |
+| `recompute_checkpoint` | the optimal persistent plan of nested `jax.checkpoint` |
 | `rotor_checkpoint` | rotor's own plan, bytes in 500 slots, as nested `jax.checkpoint` |
 | `equinox` | Equinox's checkpointed scan over repeated blocks |
 | `invert` | RevNet-style inversion wherever a layer allows it |
 | `moonwalk`, `fragment` | moonwalk runs everywhere, with the smallest fragments or the largest |
-| `plan` | the schedule that `mw.frontier` finds for the budget, or, where a trial shows it faster, for less or of fewer strategies, as `mw.fit(tune=...)` |
+| `plan` | the schedule of `mw.frontier`, or a faster one of those that `mw.fit(tune=...)` tries |
 
-The scans take the parameters of repeated blocks stacked, and so do the schedules of chains too long to be unrolled. On CPU the convolutions of
-scans are in the layout that XLA runs fast in loops, ours and the rivals' (`mwplan.canonical`): JAX's own is up to 60 times slower there. Methods that take a
-budget plan again with less where the compiled step exceeds it, the plan and its rivals alike.
+The scans take the parameters of repeated blocks stacked, and so do the schedules of chains too long to be
+unrolled. On CPU the convolutions of scans are in the layout that XLA runs fast in loops, ours and the rivals'
+(`mwplan.network.canonical`): JAX's own is up to 60 times slower there. Methods that take a budget plan again
+with less where the compiled step exceeds it, the plan and its rivals alike.
 """
 
 from __future__ import annotations
@@ -38,15 +40,19 @@ import numpy as np
 
 import mwplan as mw
 from experiments import zoo
-from mwplan import execute, fitting, heap, planning, tape, trees
-from mwplan.canonical import canonical
-from mwplan.compiling import temporaries
-from mwplan.errors import InfeasibleError, MwplanError
-from mwplan.execute import Arrangement
-from mwplan.interpret import Detours
-from mwplan.profiles import Profile
-from mwplan.schedule import Run, RunKind, Schedule, Solution, Strategy
-from mwplan.side_by_side import relative_error
+from mwplan.app.side_by_side import relative_error
+from mwplan.common import trees
+from mwplan.common.errors import InfeasibleError, MwplanError
+from mwplan.compilers.compiling import temporaries
+from mwplan.execution import execute, heap
+from mwplan.execution.execute import Arrangement
+from mwplan.execution.interpret import Detours
+from mwplan.fitting import fitting
+from mwplan.network.canonical import canonical
+from mwplan.planning import planning
+from mwplan.plans import tape
+from mwplan.plans.profiles import Profile
+from mwplan.plans.schedule import Run, RunKind, Schedule, Solution, Strategy
 from mwplan.solvers import baselines, rotor
 
 PyTree = Any
@@ -63,17 +69,21 @@ POLICIES: dict[str, Callable[..., Any] | None] = {
 }
 
 
-#: Programs that need more than so many times the largest budget asked for are compiled, for their memory, and not run.
+#: Programs that need more than so many times the largest budget asked for are compiled, for their memory, and
+#: not run.
 MOST = 8
 #: Schedules of stacked chains with more different loops than these are not compiled.
 MOST_LOOPS = 150
 #: Of schedules with more, this share of the time may be lost for fewer.
 LOSS = 1.0
-#: Programs whose step takes so many times the median of all, and a second or more, are timed once, in the warm-up.
+#: Programs whose step takes so many times the median of all, and a second or more, are timed once, in the
+#: warm-up.
 SLOW = 6
-#: Seconds after which each part of the trial that chooses among plans ends, and rounds of its first part, that of all plans.
+#: Seconds after which each part of the trial that chooses among plans ends, and rounds of its first part,
+#: that of all plans.
 TRIAL, FIRST = 90.0, 3
-#: Programs at most so many times as slow as the fastest for the same budget tie with it: more rounds decide. In the last part of the trial.
+#: Programs at most so many times as slow as the fastest for the same budget tie with it: more rounds decide.
+#: In the last part of the trial.
 TIE, CLOSE = 1.1, 1.05
 
 
@@ -83,7 +93,8 @@ class NotApplicableError(MwplanError):
 
 @dataclass(frozen=True)
 class Problem:
-    """One network with what planning needs: `max_error` for rebuilt cotangents, `thin` as in `mw.frontier`, timed runs of each operation of the profile.
+    """One network with what planning needs: `max_error` for rebuilt cotangents, `thin` as in `mw.frontier`,
+    timed runs of each operation of the profile.
 
     Schedules of chains with more than `unroll` innermost layers are run stacked.
     """
@@ -123,7 +134,8 @@ class Problem:
         return mw.stack(mw.Chain(_flat(self.chain)), self.x)
 
     def frontier(self, allowed: Iterable[Strategy] = frozenset(Strategy)) -> mw.Frontier:
-        """The frontier, solved once for each set of strategies; that of a long chain thinned even where `thin` is 0, or it would take hours."""
+        """The frontier, solved once for each set of strategies; that of a long chain thinned even where
+        `thin` is 0, or it would take hours."""
         return _frontier(self.profile, self.max_error, frozenset(allowed), self._thin)
 
     @functools.cached_property
@@ -143,10 +155,12 @@ def _frontier(profile: Profile, max_error: float, allowed: frozenset[Strategy], 
 
 @dataclass(frozen=True)
 class Way:
-    """A method made for one chain and budget: the network, to be differentiated, and the schedule behind it if any.
+    """A method made for one chain and budget: the network, to be differentiated, and the schedule behind it
+    if any.
 
-    `chain`, whose parameters the network takes: the problem's, or that with blocks stacked. Two ways with equal `key` are the same program.
-    `loops`: whether the network is a loop, whose convolutions need another layout on CPU than JAX gives them: as schedules of ours have it.
+    `chain`, whose parameters the network takes: the problem's, or that with blocks stacked. Two ways with
+    equal `key` are the same program. `loops`: whether the network is a loop, whose convolutions need another
+    layout on CPU than JAX gives them: as schedules of ours have it.
     """
 
     network: Network
@@ -164,7 +178,8 @@ class Way:
         return canonical(step) if self.loops and jax.default_backend() == "cpu" else step
 
 
-# -- plain functions ---------------------------------------------------------------------------------------------------
+# -- plain functions
+# ---------------------------------------------------------------------------------------------------
 
 
 def _flat(layers: Iterable[Any]) -> tuple[Any, ...]:
@@ -213,7 +228,8 @@ Scan = Callable[[Callable[[Any, Any], Any], Any, Any, int], Any]
 
 
 def _scanned(name: str, problem: Problem, scan: Scan, key: Any = None) -> Way:
-    """`scan(block, x, stacked blocks, count)` over each stretch of repeated blocks, other layers in between."""
+    """`scan(block, x, stacked blocks, count)` over each stretch of repeated blocks, other layers in
+    between."""
     if not any(isinstance(part, mw.Stack) for part in problem.flat.parts):
         raise NotApplicableError("no block of this chain repeats")
 
@@ -247,7 +263,8 @@ def checkpoint_scan(problem: Problem, budget: int | None) -> Way:
 
 
 def chen_scan(problem: Problem, budget: int | None) -> Way:
-    """A scan over checkpointed segments, each a scan over about sqrt(count) blocks; what is left over is stored."""
+    """A scan over checkpointed segments, each a scan over about sqrt(count) blocks; what is left over is
+    stored."""
 
     def scan(block: Callable[[Any, Any], Any], x: Any, stacked: Any, count: int) -> Any:
         size = max(1, round(math.sqrt(count)))
@@ -262,7 +279,8 @@ def chen_scan(problem: Problem, budget: int | None) -> Way:
 
 
 def equinox(problem: Problem, budget: int | None) -> Way:
-    """Equinox's checkpointed scan; as many checkpoints as the budget has room for, its own choice without a budget."""
+    """Equinox's checkpointed scan; as many checkpoints as the budget has room for, its own choice without a
+    budget."""
     try:
         import equinox.internal as eqxi
     except ImportError as error:
@@ -289,13 +307,15 @@ def equinox(problem: Problem, budget: int | None) -> Way:
     return _scanned("equinox", problem, scan, None if checkpoints is None else min(checkpoints, longest))
 
 
-# -- schedules ---------------------------------------------------------------------------------------------------------
+# -- schedules
+# ---------------------------------------------------------------------------------------------------------
 
 
 def applied(
     problem: Problem, schedule: Schedule, arrangement: Arrangement = 0, *, stacked: bool = False
 ) -> Way:
-    """A schedule of the problem's profile, run by `mw.apply`; `stacked`: on the chain as `mw.stack` makes it, which long chains are anyway."""
+    """A schedule of the problem's profile, run by `mw.apply`; `stacked`: on the chain as `mw.stack` makes it,
+    which long chains are anyway."""
     unrolled = problem.most_loops == math.inf and not stacked
     count = tape.loops(schedule.runs)
     if count > (math.inf if unrolled else MOST_LOOPS):
@@ -333,7 +353,8 @@ def fragment(problem: Problem, budget: int | None) -> Way:
 
 
 def _at(frontier: mw.Frontier, budget: int | None, *, most_loops: float = math.inf) -> Schedule:
-    """The frontier's schedule, or one that loses more time and has no more different loops than that, if there is one."""
+    """The frontier's schedule, or one that loses more time and has no more different loops than that, if
+    there is one."""
     at = budget if budget is not None else frontier.points[-1][0]
     schedule = frontier.at(at)
     if tape.loops(schedule.runs) > most_loops:
@@ -372,9 +393,11 @@ def nested_checkpoint(runs: Sequence[Run]) -> Network:
 def _expressible(profile: Profile) -> Profile:
     """The profile with the STORE options that `jax.checkpoint` can express."""
     layers = [
-        dataclasses.replace(layer, store=tuple(o for o in layer.store if o.name in POLICIES), moonwalk=(), invert=())
+        dataclasses.replace(
+            layer, store=tuple(o for o in layer.store if o.name in POLICIES), moonwalk=(), invert=()
+        )
         for layer in profile.layers
-    ]  # fmt: skip
+    ]
     return dataclasses.replace(profile, layers=tuple(layers))
 
 
@@ -421,20 +444,27 @@ BUDGETED: dict[str, Method] = {
 METHODS = FIXED | BUDGETED
 #: Methods that keep and recompute, and do nothing else.
 RECOMPUTING = (
-    "checkpoint_each", "checkpoint_scan", "chen", "chen_scan", "equinox", "rotor_checkpoint", "recompute_checkpoint",
+    "checkpoint_each",
+    "checkpoint_scan",
+    "chen",
+    "chen_scan",
+    "equinox",
+    "rotor_checkpoint",
+    "recompute_checkpoint",
     "recompute",
-)  # fmt: skip
+)
 
 
-# -- measuring ---------------------------------------------------------------------------------------------------------
+# -- measuring
+# ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(eq=False)
 class Compiled:
     """A compiled step with its arguments.
 
-    `temporary_bytes` by `memory_analysis()`; `compile_seconds`, tracing included; `seconds`, one sample a step; `error`, `worst_error`, see `relative_error`;
-    `found`: what the one run of a very slow step gave.
+    `temporary_bytes` by `memory_analysis()`; `compile_seconds`, tracing included; `seconds`, one sample a
+    step; `error`, `worst_error`, see `relative_error`; `found`: what the one run of a very slow step gave.
     """
 
     way: Way
@@ -454,7 +484,8 @@ class Compiled:
 
 
 def settings() -> dict[str, dict[str, Any]]:
-    """Compiler options under which every way without a schedule of ours is compiled; the leanest result counts."""
+    """Compiler options under which every way without a schedule of ours is compiled; the leanest result
+    counts."""
     own = mw.compiler_options()
     if jax.default_backend() != "cpu":
         return {"default": own}
@@ -496,7 +527,8 @@ class Bench:
         return Compiled(way, executable, args, temporaries(executable), seconds, setting)
 
     def add(self, name: str, budget: int | None) -> Compiled | None:
-        """Compiles a method so that the step fits the budget, planning again with less while it does not; notes a row for it.
+        """Compiles a method so that the step fits the budget, planning again with less while it does not;
+        notes a row for it.
 
         None where it does not apply or nothing fits: the row says why.
         """
@@ -508,8 +540,9 @@ class Bench:
         return made
 
     def _plans(self, made: Compiled | None, budget: int) -> list[Compiled]:
-        """The programs that `mw.fit(tune=...)` would choose among at a budget, that of all strategies first, of the chain as it is and, where its blocks repeat, stacked: but those
-        for less of the budget, which are the plans of other rows."""
+        """The programs that `mw.fit(tune=...)` would choose among at a budget, that of all strategies first,
+        of the chain as it is and, where its blocks repeat, stacked: but those for less of the budget, which
+        are the plans of other rows."""
         problem = self.problem
 
         def fits(one: Compiled) -> bool:
@@ -539,13 +572,16 @@ class Bench:
         return [one for one in dict.fromkeys(kept) if fits(one)]
 
     def tune_plans(self) -> None:
-        """Takes for each `plan` the fastest, in a trial of its own whose samples are not kept, of what was planned for its budget or less: by all
-        strategies, without vijps, without inverses, by recomputation alone, by hand, tied, untied, loose and stacked. As `mw.fit(tune=...)` of the chain and of `mw.stack` of it."""
+        """Takes for each `plan` the fastest, in a trial of its own whose samples are not kept, of what was
+        planned for its budget or less: by all strategies, without vijps, without inverses, by recomputation
+        alone, by hand, tied, untied, loose and stacked. As `mw.fit(tune=...)` of the chain and of `mw.stack`
+        of it."""
         every = list(dict.fromkeys(one for several in self.plans.values() for one in several))
         interleave(every, FIRST, TRIAL)
         within = {
-            at: [one for k, more in self.plans.items() if self._budget(k) <= self._budget(at) for one in more] for at in self.plans
-        }  # fmt: skip
+            at: [one for k, more in self.plans.items() if self._budget(k) <= self._budget(at) for one in more]
+            for at in self.plans
+        }
         for limit in (TIE, CLOSE):
             interleave(ties(within.values(), limit), self.tune, TRIAL, again=True)
         for at, choice in within.items():
@@ -600,7 +636,8 @@ class Bench:
         return made
 
     def _arranged(self, way: Way, budget: int) -> Compiled | None:
-        """The schedule's program with detours by which it fits, as `mw.fit` makes it; None where there is none, and for ways that are no schedules of ours."""
+        """The schedule's program with detours by which it fits, as `mw.fit` makes it; None where there is
+        none, and for ways that are no schedules of ours."""
         schedule, args = way.schedule, (way.chain, self.problem.x, self.problem.labels)
         if schedule is None or way.key[:2] != (schedule.runs, 0) or not execute.can_be_arranged(way.chain):
             return None
@@ -683,9 +720,10 @@ def _of_schedule(schedule: Schedule) -> dict[str, Any]:
 def interleave(
     programs: Sequence[Compiled], rounds: int, seconds: float = math.inf, *, again: bool = False
 ) -> None:
-    """Runs the programs `rounds` times in turn, each round from another one on, after one warm-up; stops after `seconds`, but not before 3 rounds, or 2 where
-    one takes longer than that. Those slower than `SLOW` times the median of all are not run again after the warm-up, which is then their sample.
-    `again`: of programs that were run before, further rounds."""
+    """Runs the programs `rounds` times in turn, each round from another one on, after one warm-up; stops
+    after `seconds`, but not before 3 rounds, or 2 where one takes longer than that. Those slower than `SLOW`
+    times the median of all are not run again after the warm-up, which is then their sample. `again`: of
+    programs that were run before, further rounds."""
 
     def timed(one: Compiled) -> tuple[float, Any]:
         begin = time.perf_counter()
@@ -716,7 +754,8 @@ def interleave(
 
 
 def ties(groups: Iterable[Sequence[Compiled]], limit: float = TIE) -> list[Compiled]:
-    """Of each group's programs, of those that were run most often, the fastest and those at most `limit` times as slow."""
+    """Of each group's programs, of those that were run most often, the fastest and those at most `limit`
+    times as slow."""
     found: list[Compiled] = []
     for group in groups:
         most = max((len(one.seconds) for one in group), default=0)
@@ -755,18 +794,21 @@ def innermost(grads: mw.Chain) -> list[Any]:
     return jax.tree.leaves(jax.device_get(grads).layers)
 
 
-# -- one point of a sweep ----------------------------------------------------------------------------------------------
+# -- one point of a sweep
+# ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Study:
     """What to measure on one network.
 
-    `methods`, each at every one of `budgets` (total bytes; a count spaces that many evenly by ratio, from the least feasible to what the
-    fastest schedule or backpropagation needs); those without a budget once. `limits`: with such a count, the least budgets are added within which the plan, and
-    the best recomputation, are predicted to take at most so many times the time of storing every layer, fresh memory included. `rounds` of interleaved runs, fewer after `seconds`;
-    then `ties` rounds more of those that tie at a budget with the fastest, again fewer after `seconds`.
-    `yardstick`: depth of a second network that backpropagation is timed on in the same rounds; 0 for none. `check`: gradients against float64.
+    `methods`, each at every one of `budgets` (total bytes; a count spaces that many evenly by ratio, from the
+    least feasible to what the fastest schedule or backpropagation needs); those without a budget once.
+    `limits`: with such a count, the least budgets are added within which the plan, and the best
+    recomputation, are predicted to take at most so many times the time of storing every layer, fresh memory
+    included. `rounds` of interleaved runs, fewer after `seconds`; then `ties` rounds more of those that tie
+    at a budget with the fastest, again fewer after `seconds`. `yardstick`: depth of a second network that
+    backpropagation is timed on in the same rounds; 0 for none. `check`: gradients against float64.
     """
 
     methods: tuple[str, ...] = tuple(METHODS)
@@ -784,7 +826,8 @@ class Study:
 
 
 def point(config: zoo.Config, study: Study) -> dict[str, Any]:
-    """Both as plain values, for `sweep.run(points, alternatives.measure, ...)`; without `limits` and `ties`, which are newer than some records, where there are none."""
+    """Both as plain values, for `sweep.run(points, alternatives.measure, ...)`; without `limits` and `ties`,
+    which are newer than some records, where there are none."""
     plain = json.loads(json.dumps(dataclasses.asdict(study)))
     for name in ("limits", "ties"):
         if not plain[name]:
@@ -793,7 +836,8 @@ def point(config: zoo.Config, study: Study) -> dict[str, Any]:
 
 
 def measure(point: dict[str, Any], unroll: int = zoo.UNROLL) -> dict[str, Any]:
-    """Measures one point: `rows`, one a method and budget (see `Bench.records`), the frontier's `(total bytes, ns)`, the yardstick's samples."""
+    """Measures one point: `rows`, one a method and budget (see `Bench.records`), the frontier's
+    `(total bytes, ns)`, the yardstick's samples."""
     config = zoo.Config(**point["network"])
     given = point["study"]
     plain: dict[str, Any] = {

@@ -1,16 +1,23 @@
-"""Memory against depth, budgets and precision on a GPU, within minutes: `python -m experiments.gpu` (`--small`: toy sizes, for the CPU).
+"""Memory against depth, budgets and precision on a GPU, within minutes: `python -m experiments.gpu`
+(`--small`: toy sizes, for the CPU).
 
-Every point runs in a fresh process, since an allocator's peak cannot be reset, and stops with the clock (`minutes`): what is finished is kept, and a second
-call goes on. The pool of the device's memory is capped before JAX starts, so that what does not fit fails as it would on a smaller card. In order of value:
+Every point runs in a fresh process, since an allocator's peak cannot be reset, and stops with the clock
+(`minutes`): what is finished is kept, and a second call goes on. The pool of the device's memory is capped
+before JAX starts, so that what does not fit fails as it would on a smaller card. In order of value:
 
-- **ladder**: each method at growing depths within a pool of `pool_gib`, until one runs out of memory. Methods that plan do so for `shares` of the pool, the next
-  where one runs out. Of each step: the allocator's peak (`memory_stats()`; null where a backend has none) beside XLA's `memory_analysis()`, time, compilation;
-- **offload**: every layer's residuals in the host's memory, beside every layer stored: bytes in both memories, times, and what the copies got a second;
-- **budgets**: at fixed depth, methods interleaved in one process, errors against float64, as `experiments.budget_sweep`;
-- **precision**: as `experiments.precision`, at full float32 precision and at JAX's default, which on a GPU rounds the products' operands.
+- **ladder**: each method at growing depths within a pool of `pool_gib`, until one runs out of memory. Methods
+  that plan do so for `shares` of the pool, the next where one runs out. Of each step: the allocator's peak
+  (`memory_stats()`; null where a backend has none) beside XLA's `memory_analysis()`, time, compilation;
+- **offload**: every layer's residuals in the host's memory, beside every layer stored: bytes in both
+  memories, times, and what the copies got a second;
+- **budgets**: at fixed depth, methods interleaved in one process, errors against float64, as
+  `experiments.budget_sweep`;
+- **precision**: as `experiments.precision`, at full float32 precision and at JAX's default, which on a GPU
+  rounds the products' operands.
 
-Writes results/gpu/: records.jsonl, summary.json, figures. Needs the packages of pyproject.toml's dependencies and the `example` extra; of the dependencies not
-OR-tools and typer, which it does without. Equinox, where it is there, gives rows of its own.
+Writes results/gpu/: records.jsonl, summary.json, figures. Needs the packages of pyproject.toml's dependencies
+and the `example` extra; of the dependencies not OR-tools and typer, which it does without. Equinox, where it
+is there, gives rows of its own.
 """
 
 from __future__ import annotations
@@ -40,10 +47,10 @@ from rich.table import Table
 
 import mwplan as mw
 from experiments import alternatives, budget_sweep, precision, reading, record, sweep, zoo
-from mwplan.plots import BACKPROP, LIMIT, PLAN, png
-from mwplan.schedule import SINGLE, Run, Schedule
-from mwplan.serial import write_atomically
-from mwplan.side_by_side import relative_error
+from mwplan.app.side_by_side import relative_error
+from mwplan.common.plots import BACKPROP, LIMIT, PLAN, png
+from mwplan.common.serial import write_atomically
+from mwplan.plans.schedule import SINGLE, Run, Schedule
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORTEST = 15.0  # seconds: with less left, no point is begun
@@ -51,8 +58,9 @@ SHORTEST = 15.0  # seconds: with less left, no point is begun
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes of the default run; `layers`: longest chain that is planned; `yard`: depth of the budgets' network; `kinds`, `blocks`, ... `rows`: of precision;
-    `per_point`: seconds after which a point counts as failed."""
+    """Sizes of the default run; `layers`: longest chain that is planned; `yard`: depth of the budgets'
+    network; `kinds`, `blocks`, ... `rows`: of precision; `per_point`: seconds after which a point counts as
+    failed."""
 
     minutes: float = 9.0
     per_point: float = 170.0
@@ -108,11 +116,13 @@ class Small(Config):
     repeats: int = 1
 
 
-# -- one point, in a process of its own --------------------------------------------------------------------------------
+# -- one point, in a process of its own
+# --------------------------------------------------------------------------------
 
 
 def measure(point: sweep.Point) -> dict[str, Any]:
-    """The point's work; running out of memory is a result. `memory`: the pool's limit and the process's peak, in bytes, or null."""
+    """The point's work; running out of memory is a result. `memory`: the pool's limit and the process's peak,
+    in bytes, or null."""
     matmul = point.get("matmul")
     try:
         with jax.default_matmul_precision(matmul) if matmul else contextlib.nullcontext():
@@ -184,7 +194,8 @@ def step(point: sweep.Point) -> dict[str, Any]:
 
 
 def offload(point: sweep.Point) -> dict[str, Any]:
-    """Every layer stored, and every layer offloaded, by the same rule; how far apart the gradients are, relative."""
+    """Every layer stored, and every layer offloaded, by the same rule; how far apart the gradients are,
+    relative."""
     problem = _problem(point)
     chain = mw.unstack(problem.chain)  # OFFLOAD runs are written out
     found: dict[str, Any] = {"ran": True}
@@ -246,9 +257,14 @@ SWEPT = (
 def budgets(point: sweep.Point) -> dict[str, Any]:
     """`alternatives.measure` with what compiles quickly."""
     study = alternatives.Study(
-        methods=SWEPT, budgets=point["budgets"], rounds=point["rounds"], max_error=point["max_error"], thin=point["thin"],
-        repeats=point["repeats"], try_settings=False,
-    )  # fmt: skip
+        methods=SWEPT,
+        budgets=point["budgets"],
+        rounds=point["rounds"],
+        max_error=point["max_error"],
+        thin=point["thin"],
+        repeats=point["repeats"],
+        try_settings=False,
+    )
     return {
         "ran": True,
         **alternatives.measure(alternatives.point(zoo.Config(**point["network"]), study), unroll=0),
@@ -269,7 +285,8 @@ def child(point: str, path: str) -> None:
     Path(path).write_text(json.dumps({"provenance": record.provenance(), "wall_seconds": wall, **found}))
 
 
-# -- all points --------------------------------------------------------------------------------------------------------
+# -- all points
+# --------------------------------------------------------------------------------------------------------
 
 
 class Clock:
@@ -323,8 +340,13 @@ class Runner:
             start = time.monotonic()
             process = subprocess.Popen(
                 [sys.executable, "-c", code, json.dumps(point), str(path)],
-                cwd=ROOT, env=self._environment(point), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
-            )  # fmt: skip
+                cwd=ROOT,
+                env=self._environment(point),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
+            )
             try:
                 _, said = process.communicate(timeout=limit)
             except subprocess.TimeoutExpired as error:
@@ -389,7 +411,8 @@ def _common(config: Config) -> dict[str, Any]:
 
 
 def ladder(config: Config, method: str) -> Steps:
-    """Growing depths until memory runs out; then halfway between the last that ran and the first that did not, `refine` times."""
+    """Growing depths until memory runs out; then halfway between the last that ran and the first that did
+    not, `refine` times."""
     limit = round(config.pool_gib * 2**30)
 
     def points(depth: int) -> Generator[sweep.Point, dict[str, Any], bool]:
@@ -424,9 +447,13 @@ def swept(config: Config, models: Sequence[str]) -> Steps:
     """Budgets at fixed depth."""
     for model in models:
         yield {
-            "kind": "budgets", "model": model, "depth": config.yard, "network": _sizes(config, model, config.yard),
-            **_common(config), "budgets": config.budgets,
-        }  # fmt: skip
+            "kind": "budgets",
+            "model": model,
+            "depth": config.yard,
+            "network": _sizes(config, model, config.yard),
+            **_common(config),
+            "budgets": config.budgets,
+        }
 
 
 def offloaded(config: Config) -> Steps:
@@ -442,10 +469,20 @@ def precise(config: Config) -> Steps:
         for blocks in config.blocks:
             for kind in config.kinds if matmul else config.kinds[:1]:
                 yield {
-                    "kind": "precision", "matmul": matmul, "blocks": blocks,
-                    "chain": {"kind": kind, "depth": blocks, "steps": 0, "tolerances": [1e-3, 1e-4], "width": config.features,
-                              "batch": config.rows, "repeats": config.repeats, "seed": config.seed},
-                }  # fmt: skip
+                    "kind": "precision",
+                    "matmul": matmul,
+                    "blocks": blocks,
+                    "chain": {
+                        "kind": kind,
+                        "depth": blocks,
+                        "steps": 0,
+                        "tolerances": [1e-3, 1e-4],
+                        "width": config.features,
+                        "batch": config.rows,
+                        "repeats": config.repeats,
+                        "seed": config.seed,
+                    },
+                }
 
 
 def order(config: Config) -> Iterator[Steps]:
@@ -490,7 +527,8 @@ def run(config: Config, console: Console) -> tuple[list[dict[str, Any]], bool]:
     return list({one["key"]: one for one in found}.values()), True
 
 
-# -- what one sees -----------------------------------------------------------------------------------------------------
+# -- what one sees
+# -----------------------------------------------------------------------------------------------------
 
 
 def laddered(config: Config, found: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -531,10 +569,13 @@ def table(rows: list[dict[str, Any]]) -> Table:
     for row in sorted(rows, key=lambda row: (row["method"], row["depth"])):
         sizes = (row["total_bytes"], row["allocator_peak_bytes"])
         made.add_row(
-            row["method"], str(row["depth"]), *(number(size, 2**20, ".0f") for size in sizes), number(row["allocator_over_xla"]),
+            row["method"],
+            str(row["depth"]),
+            *(number(size, 2**20, ".0f") for size in sizes),
+            number(row["allocator_over_xla"]),
             number(row["seconds"], 1, ".3f") if row["ran"] else f"failed: {row['reason'] or ''}"[:50],
             number(row["seconds"], row["depth"] / 1e3),
-        )  # fmt: skip
+        )
     return made
 
 
@@ -616,7 +657,8 @@ def offload_table(one: dict[str, Any]) -> Table:
     """The two steps of an offload point."""
     link = one["link_bytes_per_s"]
     made = Table(
-        title=f"residuals of {one['point']['model']} in the host's memory: gradients {one['gradient_difference']:.1e} apart, copies at "
+        title=f"residuals of {one['point']['model']} in the host's memory: gradients "
+        f"{one['gradient_difference']:.1e} apart, copies at "
         + ("no cost" if link is None else f"{link / 1e9:.1f} GB/s"),
         box=rich.box.SIMPLE,
     )
@@ -630,7 +672,8 @@ def offload_table(one: dict[str, Any]) -> Table:
 
 
 def _compared(config: Config, one: dict[str, Any]) -> budget_sweep.Config:
-    """How the rows of a record compare: errors up to backpropagation's own count, which rounded products may make larger than `max_error`."""
+    """How the rows of a record compare: errors up to backpropagation's own count, which rounded products may
+    make larger than `max_error`."""
     own = [row["error"] for row in reading.ran(one, reading.PLAIN)]
     return budget_sweep.Config(max_error=max([config.max_error, *own]))
 

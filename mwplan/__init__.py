@@ -1,9 +1,7 @@
 """mwplan: plans and runs the gradient of a deep network within a memory budget, in JAX."""
 
 from mwplan import adapters, layers
-from mwplan.chain import Chain, Stack, stack, unstack
-from mwplan.compiling import PlanUndoneWarning, compiler_options, jit, temporaries
-from mwplan.errors import (
+from mwplan.common.errors import (
     ArgumentError,
     ChainError,
     FileFormatError,
@@ -13,18 +11,20 @@ from mwplan.errors import (
     ScheduleMismatchError,
     SecondDerivativeError,
 )
-from mwplan.estimating import estimate
-from mwplan.execute import LOOSE, UNTIED, InputGrownWarning, Report, apply, value_and_grad
-from mwplan.fitting import Fitted, fit
-from mwplan.ledger import replay
-from mwplan.measure import profile
-from mwplan.operator import explain, fragment_of, vijp
-from mwplan.planning import Frontier, frontier, plan
-from mwplan.profiles import Profile
-from mwplan.roofline import Device
-from mwplan.schedule import Run, RunKind, Schedule, Status, Strategy
-from mwplan.tracing import Timeline, trace
-from mwplan.updates import init_states, value_and_update
+from mwplan.compilers.compiling import PlanUndoneWarning, compiler_options, jit, temporaries
+from mwplan.execution.execute import LOOSE, UNTIED, InputGrownWarning, Report, apply, value_and_grad
+from mwplan.execution.tracing import Timeline, trace
+from mwplan.execution.updates import init_states, value_and_update
+from mwplan.fitting.fitting import Fitted, fit
+from mwplan.network.chain import Chain, Stack, stack, unstack
+from mwplan.network.operator import explain, fragment_of, vijp
+from mwplan.planning.planning import Frontier, frontier, plan
+from mwplan.plans.ledger import replay
+from mwplan.plans.profiles import Profile
+from mwplan.plans.schedule import Run, RunKind, Schedule, Status, Strategy
+from mwplan.profiling.estimating import estimate
+from mwplan.profiling.measure import profile
+from mwplan.profiling.roofline import Device
 
 __version__ = "0.1.0"
 __all__ = [  # noqa: RUF022 (plainly sorted, as the test compares it)

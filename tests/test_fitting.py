@@ -10,12 +10,14 @@ import jax.numpy as jnp
 import pytest
 
 import mwplan as mw
-from mwplan import fitting, heap, planning
-from mwplan.heap import Heap
-from mwplan.interpret import EVEN, Detours
+from mwplan.execution import heap
+from mwplan.execution.heap import Heap
+from mwplan.execution.interpret import EVEN, Detours
+from mwplan.fitting import fitting
 from mwplan.layers import Dense
-from mwplan.packing import Buffer, Workspace
-from mwplan.schedule import Run, RunKind, Schedule, Solution, Strategy
+from mwplan.planning import planning
+from mwplan.plans.packing import Buffer, Workspace
+from mwplan.plans.schedule import Run, RunKind, Schedule, Solution, Strategy
 from tests.helpers import mean_square, relative_error, store_all, tanh, with_round_times
 
 
@@ -60,7 +62,8 @@ def test_the_compiled_step_keeps_the_budget(profile: mw.Profile) -> None:
 
 
 def test_the_least_budget_is_kept_to_the_byte(profile: mw.Profile) -> None:
-    """Arrays alone are not all that a step takes: the tables of pointers beside them are predicted too, and not much too large."""
+    """Arrays alone are not all that a step takes: the tables of pointers beside them are predicted too, and
+    not much too large."""
     chain, x = network(), jnp.ones((512, 32))
     frontier = mw.frontier(profile)
     for total, _ in (frontier.points[0], frontier.points[-1]):
@@ -73,7 +76,8 @@ def test_the_least_budget_is_kept_to_the_byte(profile: mw.Profile) -> None:
 
 
 def test_arrangements_are_other_programs_for_the_same_step(profile: mw.Profile) -> None:
-    """Other holes, the same numbers to the last bit, in loops too; where a parameter is too large for detours, the plain program."""
+    """Other holes, the same numbers to the last bit, in loops too; where a parameter is too large for
+    detours, the plain program."""
     chain, x = network(), jax.random.normal(jax.random.key(0), (512, 32))
     frontier = mw.frontier(profile)
     assert frontier.least_bytes is not None
@@ -101,7 +105,8 @@ def test_arrangements_are_other_programs_for_the_same_step(profile: mw.Profile) 
 
 @pytest.mark.parametrize(("way", "share"), [(mw.UNTIED, 0.8), (mw.LOOSE, 0.9)])
 def test_an_untied_step_has_the_same_gradient_and_still_recomputes(way: int, share: float) -> None:
-    """Without barriers around operations, or around residuals, those around recomputed stretches are left: less memory than plain backpropagation, in a loop and out of it."""
+    """Without barriers around operations, or around residuals, those around recomputed stretches are left:
+    less memory than plain backpropagation, in a loop and out of it."""
     chain, x = network(), jax.random.normal(jax.random.key(0), (512, 32))
     store = [Run(kind=RunKind.STORE, start=at, stop=at + 1, options=("vjp",)) for at in range(12)]
     parts = [
@@ -122,7 +127,8 @@ def test_an_untied_step_has_the_same_gradient_and_still_recomputes(way: int, sha
 def test_detours_are_tried_before_a_leaner_schedule(
     profile: mw.Profile, monkeypatch: pytest.MonkeyPatch, failures: int
 ) -> None:
-    """First the same everywhere, to read its heap, then those that it asks for: few, and if that fails more."""
+    """First the same everywhere, to read its heap, then those that it asks for: few, and if that fails
+    more."""
     chain, x = network(), jnp.ones((512, 32))
     real, asked = fitting.temporaries, []
     found = [Detours((("forward 1 0", 2),)), Detours((("forward 1 0", 4),))]
@@ -192,7 +198,8 @@ def test_holes_that_are_only_foreseen_cost_nothing(
 def test_a_quicker_plan_is_looked_for_where_holes_cost_time(
     profile: mw.Profile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The plan foresees holes in all but the leanest schedule; only the fastest has any, and small ones: the next on the frontier does. It is not called optimal."""
+    """The plan foresees holes in all but the leanest schedule; only the fastest has any, and small ones: the
+    next on the frontier does. It is not called optimal."""
     chain, x = network(), jnp.ones((512, 32))
     frontier = mw.frontier(profile)
     assert frontier.least_bytes is not None
@@ -282,7 +289,8 @@ def test_a_loss_without_its_pair() -> None:
 def test_tuning_times_the_plans_of_fewer_strategies(
     profile: mw.Profile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Plans of fewer strategies are run beside that of all, and the one that is really the fastest is kept."""
+    """Plans of fewer strategies are run beside that of all, and the one that is really the fastest is
+    kept."""
     chain, x = network(), jax.random.normal(jax.random.key(0), (512, 32))
     cheap = inverting_is_free(profile)  # the plan of all strategies inverts, and would be wrong to
     frontier = mw.frontier(cheap)

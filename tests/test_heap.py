@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import pytest
 
 import mwplan as mw
-from mwplan import heap
-from mwplan.heap import Heap
-from mwplan.interpret import EVEN, Detours
+from mwplan.execution import heap
+from mwplan.execution.heap import Heap
+from mwplan.execution.interpret import EVEN, Detours
 from mwplan.layers import Conv2D, Dense, MaxMin, ReLU, RMSNorm
-from mwplan.packing import Buffer
-from mwplan.schedule import Run, RunKind
+from mwplan.plans.packing import Buffer
+from mwplan.plans.schedule import Run, RunKind
 from tests.helpers import relative_error
 
 pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu", reason="XLA:CPU's reports")
@@ -82,7 +82,8 @@ def test_the_heap_is_the_programs() -> None:
 
 
 def test_detours_close_the_hole() -> None:
-    """The program asked for needs what is alive, no more; its gradient is the same (JAX 0.11 rounds sums otherwise)."""
+    """The program asked for needs what is alive, no more; its gradient is the same (JAX 0.11 rounds sums
+    otherwise)."""
     chain, x, _ = network()
     plain, (program, found) = lowered(0).compile(), even()
     activation = x.nbytes
@@ -97,7 +98,8 @@ def test_detours_close_the_hole() -> None:
 
 
 def test_other_detours_are_foretold() -> None:
-    """Holes and all, of programs with them in every operation, chosen at random; and the reports do not tell of tuples, which the allocator does not place."""
+    """Holes and all, of programs with them in every operation, chosen at random; and the reports do not tell
+    of tuples, which the allocator does not place."""
     _, found = even()
     rng = random.Random(1)
     names = sorted({owner for owner in found.events if owner})
@@ -121,7 +123,8 @@ def test_no_detours_fit_into_less_than_is_alive() -> None:
 
 
 def test_a_detour_lengthens_what_lives_beside_it() -> None:
-    """Never more than two at once: if the last but one outlives the others it is placed first, and in a row of five the parity is wrong for two places."""
+    """Never more than two at once: if the last but one outlives the others it is placed first, and in a row
+    of five the parity is wrong for two places."""
     lives = ((0, 2), (1, 4), (3, 6), (5, 8), (7, 10), (11, 12))
     events = tuple("a" if at == 9 else None for at in range(13))
     found = Heap(
@@ -150,12 +153,16 @@ def test_reports_of_another_form_are_not_read() -> None:
 
 @pytest.mark.parametrize("page", ["", " page 0,"])  # JAX 0.10 and 0.11
 def test_reports_are_read(page: str) -> None:
-    """`b` is written in the place of `a`, which it reads last; `c` is part of a detour; `d` comes once `b` is gone."""
+    """`b` is written in the place of `a`, which it reads last; `c` is part of a detour; `d` comes once `b` is
+    gone."""
     program = """
   %a = f32[256]{0} fusion(%p), metadata={op_name="jit(step)/jvp(add)"}
   ROOT %c = f32[16]{0} negate(%p), metadata={op_name="jit(step)/transpose(jvp(detour:backward 1 0))/neg"}
 """
-    lives = "  InstructionSequence:\n    0:a\n  BufferLiveRange:\n    a{}:0-1\n    b{}:1-3\n    c{}:2-3\n    d{1}:4-5\n    e{}:2-5\n"
+    ranges = ("a{}:0-1", "b{}:1-3", "c{}:2-3", "d{1}:4-5", "e{}:2-5")
+    lives = "  InstructionSequence:\n    0:a\n  BufferLiveRange:\n" + "".join(
+        f"    {one}\n" for one in ranges
+    )
     places = "\n".join(
         [
             "allocation 0: size 4, parameter 0, shape |f32[]| at ShapeIndex {}:",

@@ -15,8 +15,9 @@ import pytest
 
 import mwplan as mw
 from mwplan import layers as ml
-from mwplan import operations, residuals, rules, trees
+from mwplan.common import trees
 from mwplan.layers.standard import STANDARD
+from mwplan.network import operations, residuals, rules
 
 K = jax.random.key
 
@@ -228,7 +229,8 @@ def wide(layer: Any) -> Any:
 
 @partial(jax.jit, static_argnums=(1, 4))
 def recovery(layer: Any, rule: rules.VijpRule, x: Any, ct_out: Any, mapped: bool = False) -> Any:
-    """Relative distances of `reverse` from `jax.vjp` and of the rebuilt cotangent from the true one; and the fragment."""
+    """Relative distances of `reverse` from `jax.vjp` and of the rebuilt cotangent from the true one; and the
+    fragment."""
 
     def sweeps(x: Any, ct_out: Any) -> Any:
         _, q = rule.forward(layer, x)
@@ -243,7 +245,8 @@ def recovery(layer: Any, rule: rules.VijpRule, x: Any, ct_out: Any, mapped: bool
 
 @pytest.mark.parametrize(("name", "option"), OPTIONS)
 def test_recovery(name: str, option: str) -> None:
-    """Compiled, in float32: the rebuilt cotangent is the true one, and the fragment has the bytes that its shapes state."""
+    """Compiled, in float32: the rebuilt cotangent is the true one, and the fragment has the bytes that its
+    shapes state."""
     layer, rule, x, ct_out = case(name, option)
     assert rule.check(layer, trees.struct(x)) is None
     errors, fragment = recovery(layer, rule, x, ct_out)
@@ -268,7 +271,8 @@ def test_vmap_float64(name: str, option: str) -> None:
 
 @pytest.mark.parametrize(("name", "option"), RULES)
 def test_bfloat16(name: str, option: str) -> None:
-    """With bf16 activations and parameters the sweeps still work in float32, and `reverse` is near the bf16 vjp."""
+    """With bf16 activations and parameters the sweeps still work in float32, and `reverse` is near the bf16
+    vjp."""
     layer, rule, x, ct_out = case(name, option)
     params = [p.astype(jnp.bfloat16) for p in trees.parameters(layer)]
     layer, x = trees.with_parameters(layer, params), x.astype(jnp.bfloat16)
@@ -317,7 +321,8 @@ def linear_algebra(jaxpr: Any) -> list[tuple[Any, ...]]:
 
 @pytest.mark.parametrize(("name", "option"), RULES)
 def test_factorised_once_a_step(name: str, option: str) -> None:
-    """Nothing decomposes by singular or eigenvalues in a step, and what is factorised are the weights: the same for any number of examples."""
+    """Nothing decomposes by singular or eigenvalues in a step, and what is factorised are the weights: the
+    same for any number of examples."""
     layer, rule, x, ct_out = case(name, option)
 
     def passes(layer: Any, x: Any, ct_out: Any) -> list[Any]:
@@ -330,14 +335,16 @@ def test_factorised_once_a_step(name: str, option: str) -> None:
     assert not {"svd", "eigh", "eig"} & {entry[0] for entry in many}
     factorised = [entry for entry in many if entry[0] in ("lu", "geqrf", "qr", "cholesky")]
     parts = len(layer.layers) if isinstance(layer, ml.Sequential) else 1
-    # A null space's basis is needed for the fragment and again for the rebuild; an orthogonal weight is itself made by a solve, in all three operations.
+    # A null space's basis is needed for the fragment and again for the rebuild; an orthogonal weight is
+    # itself made by a solve, in all three operations.
     sweeps = 3 if name.startswith("orthogonal") else 2 if rule.has_fragment else 1
     assert len(factorised) <= parts * sweeps
 
 
 @pytest.mark.parametrize(("name", "option"), RULES)
 def test_gradient(name: str, option: str) -> None:
-    """Parameter and input gradients of a full F-R-M pass, residuals packed between the sweeps, equal `jax.grad`."""
+    """Parameter and input gradients of a full F-R-M pass, residuals packed between the sweeps, equal
+    `jax.grad`."""
     layer, rule, x, ct_out = case(name, option)
     with jax.enable_x64(True):
         layer, x, ct_out = wide(layer), x.astype(jnp.float64), ct_out.astype(jnp.float64)
@@ -362,7 +369,8 @@ def test_gradient(name: str, option: str) -> None:
 
 @pytest.mark.parametrize("name", ROWS)
 def test_store(name: str) -> None:
-    """Every store rule gives the gradients of `jax.grad`, and the layer's own first keeps no more than `jax.vjp`."""
+    """Every store rule gives the gradients of `jax.grad`, and the layer's own first keeps no more than
+    `jax.vjp`."""
     layer, x, ct_out = arrays(name)
 
     def loss(params: Any, x: Any) -> Any:
@@ -471,7 +479,8 @@ def products(jaxpr: Any) -> list[Any]:
 def test_full_precision(name: str, option: str) -> None:
     """Both sweeps multiply float32 operands as they are, on devices too that round them by default.
 
-    Not so a layer's forward pass, which must be the same in every sweep: `Sequential` runs it for what is between its parts.
+    Not so a layer's forward pass, which must be the same in every sweep: `Sequential` runs it for what is
+    between its parts.
     """
     layer, rule, x, ct_out = case(name, option)
     _, kept = rule.forward(layer, x)
@@ -520,7 +529,8 @@ def test_couplings_of_parts_that_differ() -> None:
 
 
 def test_products_over_several_axes_add_their_bias_in_place() -> None:
-    """A convolution with one tap and a dense layer over several axes: nothing but the output, and as `jax.lax` has it."""
+    """A convolution with one tap and a dense layer over several axes: nothing but the output, and as
+    `jax.lax` has it."""
     x = noise(0, (64, 16, 16, 8))
     weight, bias = noise(1, (1, 1, 8, 8)), noise(2, (8,))
     want = (
@@ -604,7 +614,8 @@ def test_parts_without_rules_keep_what_jax_keeps() -> None:
 
 @pytest.mark.parametrize("function", STANDARD, ids=lambda function: function.__name__)
 def test_known_activations_are_layers_with_rules(function: Any) -> None:
-    """A chain takes JAX's functions for what they are: the same values and derivatives, 0, large numbers and NaN included."""
+    """A chain takes JAX's functions for what they are: the same values and derivatives, 0, large numbers and
+    NaN included."""
     x = jnp.array([-90.0, -2.0, -1e-3, 0.0, 0.7, 3.0, 90.0, jnp.nan])
     (known,) = mw.Chain([function]).layers
     assert known == STANDARD[function]

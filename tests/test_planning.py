@@ -16,11 +16,13 @@ import numpy as np
 import pytest
 
 import mwplan as mw
-from mwplan import layers, measure, operations, residuals, rules
-from mwplan.bench import Bench
+from mwplan import layers
+from mwplan.common.sizes import parse_bytes
 from mwplan.layers import Conv2D, Dense, LeakyReLU, MaxMin, layer
-from mwplan.schedule import Run, RunKind
-from mwplan.sizes import parse_bytes
+from mwplan.network import operations, residuals, rules
+from mwplan.plans.schedule import Run, RunKind
+from mwplan.profiling import measure
+from mwplan.profiling.bench import Bench
 from mwplan.solvers.brute_force import every_cost
 from tests.chains import random_profile
 from tests.helpers import mean_square, relative_error, small_cnn, tanh, with_round_times
@@ -73,7 +75,8 @@ def test_live_arrays_are_the_ledgers_at_every_event(fraction: float) -> None:
 
 
 def test_residuals_in_the_host_s_memory() -> None:
-    """A CPU has no memory beside the host's, so that what is planned shows in the trace alone: device bytes as the ledger has them, the rest away."""
+    """A CPU has no memory beside the host's, so that what is planned shows in the trace alone: device bytes
+    as the ledger has them, the rest away."""
     chain, x, profile = measured()
     profile = profile.offloading(2e10, least_bytes=1 << 10)
     frontier = mw.frontier(profile)
@@ -209,7 +212,8 @@ def test_profiles_are_measured_once_for_equal_layers() -> None:
 
 @pytest.mark.parametrize("activation", [layers.ReLU(), LeakyReLU(0.5)])
 def test_an_output_that_is_kept_anyway_costs_nothing(activation: Any) -> None:
-    """A dense layer keeps its input, which tells the signs of the activation before it: no bits, in a composite neither."""
+    """A dense layer keeps its input, which tells the signs of the activation before it: no bits, in a
+    composite neither."""
     dense = Dense.init(jax.random.key(0), 64, 64)
     chain = mw.Chain([dense, activation, dense, activation, dense])
     x = jax.random.normal(jax.random.key(1), (4096, 64))
@@ -315,7 +319,8 @@ def test_numbers_that_fill_an_array_are_not_kept(activation: Any) -> None:
 
 
 def test_numbers_told_from_arrays() -> None:
-    """Only what is one number whatever the arguments: not an argument that happens to be filled with one, nor a product of constants."""
+    """Only what is one number whatever the arguments: not an argument that happens to be filled with one, nor
+    a product of constants."""
     zeros = jnp.zeros((4, 4))
 
     def make(scale: float, x: Any) -> Any:

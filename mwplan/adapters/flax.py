@@ -1,7 +1,8 @@
-"""Flax modules as layers: the parameters become leaves, the code structure. Needs the `flax` extra for `from_nnx`.
+"""Flax modules as layers: the parameters become leaves, the code structure. Needs the `flax` extra for
+`from_nnx`.
 
-Variables that are no parameters (the running averages of a BatchNorm) are leaves too, but held as integers of the same bits: they have no gradient, and no optimizer
-touches them.
+Variables that are no parameters (the running averages of a BatchNorm) are leaves too, but held as integers of
+the same bits: they have no gradient, and no optimizer touches them.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mwplan import trees
-from mwplan.errors import ArgumentError
-from mwplan.layers.base import layer, static
+from mwplan.common import trees
+from mwplan.common.errors import ArgumentError
+from mwplan.network.layer import layer, static
 
 PyTree = Any
 
@@ -62,7 +63,8 @@ def _loose(tree: PyTree) -> PyTree:
 class Linen:
     """A Flax Linen module with its variables; `y = module.apply(variables, x, rngs=rngs, **options)`.
 
-    Variables that `apply` would change (batch statistics) are read, not updated; those of the collection "params" alone are parameters.
+    Variables that `apply` would change (batch statistics) are read, not updated; those of the collection
+    "params" alone are parameters.
     """
 
     params: PyTree
@@ -85,13 +87,16 @@ class Linen:
 def from_linen(module: Any, variables: PyTree, *, rngs: PyTree = None, **options: Any) -> Linen:
     """`module` (hashable, as Linen modules are) with `variables`, as from `module.init(key, x)`.
 
-    **Arguments:** `rngs`, random keys by name, as `module.apply` takes them: leaves of the layer, so that other keys (`dataclasses.replace(layer, rngs=...)`) need no new plan and no new
-    compilation; `options` go to every call and are part of the structure: True, False, numbers, texts. **Raises:** `ArgumentError` for an array among them.
+    **Arguments:** `rngs`, random keys by name, as `module.apply` takes them: leaves of the layer, so that
+    other keys (`dataclasses.replace(layer, rngs=...)`) need no new plan and no new compilation; `options` go
+    to every call and are part of the structure: True, False, numbers, texts. **Raises:** `ArgumentError` for
+    an array among them.
     """
     for name, value in options.items():
         if any(map(trees.is_array, jax.tree.leaves(value))):
             raise ArgumentError(
-                f"`{name}` holds arrays, and options are structure: keys go into `rngs`, other arrays into the activation"
+                f"`{name}` holds arrays, and options are structure: keys go into `rngs`, other arrays into "
+                "the activation"
             )
     others = {name: tree for name, tree in variables.items() if name != "params"}
     return Linen(variables.get("params", {}), _fix(others), rngs, module, tuple(sorted(options.items())))
@@ -99,7 +104,8 @@ def from_linen(module: Any, variables: PyTree, *, rngs: PyTree = None, **options
 
 @layer
 class NNX:
-    """A Flax NNX module taken apart; called, it is put together again, as a copy: what a call changes of its state goes with the copy.
+    """A Flax NNX module taken apart; called, it is put together again, as a copy: what a call changes of its
+    state goes with the copy.
 
     `params`: its state of `nnx.Param`; `others`: all other state, which is no parameter.
     """
@@ -122,8 +128,9 @@ class NNX:
 def from_nnx(module: Any) -> NNX:
     """`module` as a layer: its state are the leaves, and `module` stays as it is.
 
-    Changes that a call makes to the state (batch statistics, the counters of random streams) are dropped: two calls agree, and Dropout draws the same mask in
-    each. For another mask a step, make the layer again from a module with other `rngs`; its plan holds.
+    Changes that a call makes to the state (batch statistics, the counters of random streams) are dropped: two
+    calls agree, and Dropout draws the same mask in each. For another mask a step, make the layer again from a
+    module with other `rngs`; its plan holds.
     """
     from flax import nnx
 
@@ -132,5 +139,6 @@ def from_nnx(module: Any) -> NNX:
 
 
 def _fresh(state: PyTree) -> PyTree:
-    """The same arrays in variables of its own: a module that is put together of variables writes into them."""
+    """The same arrays in variables of its own: a module that is put together of variables writes into
+    them."""
     return jax.tree.map(lambda leaf: leaf, state)

@@ -11,11 +11,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mwplan import rules, trees
-from mwplan.errors import ArgumentError
-from mwplan.layers.base import layer
+from mwplan.common import trees
+from mwplan.common.errors import ArgumentError
+from mwplan.common.trees import widen
 from mwplan.layers.linear import WholeOf
-from mwplan.rules import (
+from mwplan.network import rules
+from mwplan.network.layer import layer
+from mwplan.network.rules import (
     InvertRule,
     StoreRule,
     Unavailable,
@@ -23,7 +25,6 @@ from mwplan.rules import (
     WholeFragment,
     full_precision,
 )
-from mwplan.trees import widen
 
 _Halves = Array | tuple[Array, Array]
 
@@ -60,10 +61,12 @@ def _vjp(branch: Any, x: Array) -> tuple[Array, Any]:
 
 @layer
 class Coupling:
-    """`y1 = x1 + f(x2)`, `y2 = x2 + g(y1)`, for any layers `f`, whose output is shaped like `x1`, and `g`, whose output is shaped like `x2`.
+    """`y1 = x1 + f(x2)`, `y2 = x2 + g(y1)`, for any layers `f`, whose output is shaped like `x1`, and `g`,
+    whose output is shaped like `x2`.
 
-    `x`: the pair `(x1, x2)`, and then the output is one too, or an array of which they are the halves, by its last axis. Pairs are cheaper: nothing is
-    copied between one coupling and the next (`mwplan.layers.Split` makes pairs, `Concatenate` ends them).
+    `x`: the pair `(x1, x2)`, and then the output is one too, or an array of which they are the halves, by its
+    last axis. Pairs are cheaper: nothing is copied between one coupling and the next (`mwplan.layers.Split`
+    makes pairs, `Concatenate` ends them).
     """
 
     f: Any
@@ -80,7 +83,8 @@ class Coupling:
         return [Subtract(), SubtractVjps(), WholeOf("whole_input", base=Subtract())]
 
     def invert_rules(self, x: Any) -> Sequence[InvertRule | Unavailable]:
-        """Subtraction, and where a branch's vjp keeps booleans (ReLU masks) subtraction that keeps them: last, for it is the more accurate."""
+        """Subtraction, and where a branch's vjp keeps booleans (ReLU masks) subtraction that keeps them:
+        last, for it is the more accurate."""
         leaves, treedef = jax.tree.flatten((self, x))
         shapes = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) if hasattr(a, "dtype") else a for a in leaves)
         try:
@@ -92,12 +96,15 @@ class Coupling:
 
 @dataclass(frozen=True)
 class Subtract(VijpRule):
-    r"""$\bar x_1 = \bar y_1 + \bar y_2\,dG(y_1)$, $\bar x_2 = \bar y_2 + \bar x_1\,dF(x_2)$, solved by subtraction.
+    r"""$\bar x_1 = \bar y_1 + \bar y_2\,dG(y_1)$, $\bar x_2 = \bar y_2 + \bar x_1\,dF(x_2)$, solved by
+    subtraction.
 
-    $\bar y_2 = \bar x_2 - \bar x_1\,dF(x_2)$ and $\bar y_1 = \bar x_1 - \bar y_2\,dG(y_1)$: nothing is erased, whatever $F$ and $G$ are.
+    $\bar y_2 = \bar x_2 - \bar x_1\,dF(x_2)$ and $\bar y_1 = \bar x_1 - \bar y_2\,dG(y_1)$: nothing is
+    erased, whatever $F$ and $G$ are.
 
-    **Residuals:** the input, often shared; both sweeps differentiate the branches at it, in float32 or wider. **Cost:** a forward and an input vjp of both
-    branches in each. **Growth:** near 1 while the branches are small beside the identity. **Source:** ours; the block is RevNet's, arXiv:1707.04585.
+    **Residuals:** the input, often shared; both sweeps differentiate the branches at it, in float32 or wider.
+    **Cost:** a forward and an input vjp of both branches in each. **Growth:** near 1 while the branches are
+    small beside the identity. **Source:** ours; the block is RevNet's, arXiv:1707.04585.
     """
 
     name: str = "subtract"
@@ -132,7 +139,8 @@ class Subtract(VijpRule):
 
 @dataclass(frozen=True)
 class SubtractVjps(Subtract):
-    """As `subtract`, keeping what the branches' input vjps keep instead of the input: the reverse sweep runs no forward."""
+    """As `subtract`, keeping what the branches' input vjps keep instead of the input: the reverse sweep runs
+    no forward."""
 
     name: str = "subtract_vjps"
 
@@ -147,7 +155,8 @@ class SubtractVjps(Subtract):
 
 @dataclass(frozen=True)
 class CouplingInverse(InvertRule):
-    """`x2 = y2 - g(y1)`, `x1 = y1 - f(x2)`. The branches compute as in the forward pass, in JAX's default precision: what was added is subtracted.
+    """`x2 = y2 - g(y1)`, `x1 = y1 - f(x2)`. The branches compute as in the forward pass, in JAX's default
+    precision: what was added is subtracted.
 
     **Cost:** a forward and a vjp of both branches, the one's memory after the other's.
     """
@@ -175,10 +184,12 @@ class CouplingInverse(InvertRule):
 
 @dataclass(frozen=True)
 class CouplingBits(CouplingInverse):
-    """As `subtract`, differentiating the branches with the booleans of the forward pass: however far off the activation is rebuilt, no ReLU's mask flips.
+    """As `subtract`, differentiating the branches with the booleans of the forward pass: however far off the
+    activation is rebuilt, no ReLU's mask flips.
 
-    **Residuals:** the boolean leaves of the branches' vjps, for a ReLU one bit an element. **Cost:** as `subtract`. Only booleans: a kink that a vjp
-    keeps as floats (`jnp.maximum`) or as integers (`MaxPool`) is differentiated where it is rebuilt.
+    **Residuals:** the boolean leaves of the branches' vjps, for a ReLU one bit an element. **Cost:** as
+    `subtract`. Only booleans: a kink that a vjp keeps as floats (`jnp.maximum`) or as integers (`MaxPool`) is
+    differentiated where it is rebuilt.
     """
 
     name: str = "subtract_bits"
@@ -196,7 +207,8 @@ class CouplingBits(CouplingInverse):
 
 @functools.lru_cache(maxsize=512)
 def _keeps_booleans(treedef: Any, shapes: tuple[Any, ...]) -> bool:
-    """Whether `CouplingBits` keeps anything of the flattened layer and input. Traced once for all that are alike: a step asks for every layer."""
+    """Whether `CouplingBits` keeps anything of the flattened layer and input. Traced once for all that are
+    alike: a step asks for every layer."""
     arrays = [leaf for leaf in shapes if isinstance(leaf, jax.ShapeDtypeStruct)]
 
     def kept(arrays: list[Any]) -> Any:
@@ -212,7 +224,8 @@ def _is_boolean(leaf: Any) -> bool:
 
 
 def _value_and_vjp(branch: Any, x: Any, bits: list[Any] | None) -> tuple[Any, Any]:
-    """`rules.value_and_vjp`, with `bits` in place of the boolean leaves of the vjp, which is a pytree of what it keeps."""
+    """`rules.value_and_vjp`, with `bits` in place of the boolean leaves of the vjp, which is a pytree of what
+    it keeps."""
     y, vjp = rules.value_and_vjp(branch, x)
     if bits is None:
         return y, vjp
@@ -231,8 +244,9 @@ STEPS = (8, 16, 32)
 class Residual:
     """`y = x + branch(x)` for a branch that keeps the shape.
 
-    Submersive and invertible if the branch is a contraction, of Lipschitz constant below 1. That is not checked: what a step count does not
-    solve is in the measured local error, and too large an error forbids the option.
+    Submersive and invertible if the branch is a contraction, of Lipschitz constant below 1. That is not
+    checked: what a step count does not solve is in the measured local error, and too large an error forbids
+    the option.
     """
 
     branch: Any
@@ -252,13 +266,15 @@ class Residual:
 
 @dataclass(frozen=True)
 class FixedPoint(VijpRule):
-    r"""$\bar x = \bar y + \bar y\,dF(x)$, solved by $\bar y \leftarrow \bar x - \bar y\,dF(x)$ from $\bar y = \bar x$.
+    r"""$\bar x = \bar y + \bar y\,dF(x)$, solved by $\bar y \leftarrow \bar x - \bar y\,dF(x)$ from
+    $\bar y = \bar x$.
 
-    With $\rho$ the norm of $dF(x)$, $k$ steps leave a relative error of at most $\rho^{k+1} (1 + \rho)$, so it converges for $\rho < 1$: 16 steps reach
-    $10^{-5}$ for $\rho = 0.5$, and 1e-2 for 0.75. Growth is at most $(1 + \rho)/(1 - \rho)$.
+    With $\rho$ the norm of $dF(x)$, $k$ steps leave a relative error of at most $\rho^{k+1} (1 + \rho)$, so
+    it converges for $\rho < 1$: 16 steps reach $10^{-5}$ for $\rho = 0.5$, and 1e-2 for 0.75. Growth is at
+    most $(1 + \rho)/(1 - \rho)$.
 
-    **Residuals:** the input, often shared. **Cost:** a forward of the branch and $k$ of its input vjps. **Source:** ours; for the
-    forward, i-ResNet, arXiv:1811.00995.
+    **Residuals:** the input, often shared. **Cost:** a forward of the branch and $k$ of its input vjps.
+    **Source:** ours; for the forward, i-ResNet, arXiv:1811.00995.
     """
 
     steps: int
@@ -288,8 +304,10 @@ class FixedPoint(VijpRule):
 class FixedPointInverse(InvertRule):
     r"""$x \leftarrow y - F(x)$ from $x = y$: i-ResNet's inversion, arXiv:1811.00995.
 
-    With $\rho < 1$ the Lipschitz constant of $F$, $k$ steps leave $|x_k - x| \le \rho^k |F(y) - F(x)| \le \rho^{k+1} |F(x)|$, measured with rounding as the local error;
-    growth is at most $(1 + \rho)/(1 - \rho)$. **Cost:** $k$ forwards of the branch. Workspace: that of one, and an activation.
+    With $\rho < 1$ the Lipschitz constant of $F$, $k$ steps leave
+    $|x_k - x| \le \rho^k |F(y) - F(x)| \le \rho^{k+1} |F(x)|$, measured with rounding as the local error;
+    growth is at most $(1 + \rho)/(1 - \rho)$. **Cost:** $k$ forwards of the branch. Workspace: that of one,
+    and an activation.
     """
 
     steps: int
@@ -323,7 +341,8 @@ class Sequential:
             x = jax.eval_shape(one, x)
 
     def vijp_rules(self, x: Any) -> Sequence[VijpRule | Unavailable]:
-        """The parts' rules composed: `parts` with each one's first, `parts.NAME` with option NAME wherever a part has it."""
+        """The parts' rules composed: `parts` with each one's first, `parts.NAME` with option NAME wherever a
+        part has it."""
         offers = []
         for one, at in self.with_inputs(x):
             own = [r for r in rules.vijp_rules(one, at) if isinstance(r, VijpRule)]
@@ -340,7 +359,8 @@ class Sequential:
         return found
 
     def store_rules(self, x: Any) -> Sequence[StoreRule]:
-        """Each part's own first rule; those by their output where there are any; only convolutions and products; only the input."""
+        """Each part's own first rule; those by their output where there are any; only convolutions and
+        products; only the input."""
         offers = [rules.store_rules(one, at) for one, at in self.with_inputs(x)]
         first = tuple(next(rule for rule in offer if rule not in rules.LEANER) for offer in offers)
         output = tuple(
@@ -374,10 +394,11 @@ def _forward_parts(
 
 @dataclass(frozen=True)
 class Parts(VijpRule):
-    r"""Composition: $J = J_1 J_2 \cdots$, so the parts' vijps in order, at inner activations that are recomputed from `x`.
+    r"""Composition: $J = J_1 J_2 \cdots$, so the parts' vijps in order, at inner activations that are
+    recomputed from `x`.
 
-    **Residuals, fragment:** the parts'. **Cost:** the parts', and a forward in the rebuild; its workspace holds one inner activation and
-    cotangent at a time. Growth multiplies, local errors add as along a run.
+    **Residuals, fragment:** the parts'. **Cost:** the parts', and a forward in the rebuild; its workspace
+    holds one inner activation and cotangent at a time. Growth multiplies, local errors add as along a run.
     """
 
     name: str
@@ -465,7 +486,8 @@ class InvertParts(InvertRule):
         return y
 
     def backward(self, layer: Sequential, y: Any, kept: Any, ct_out: Any) -> tuple[Any, list[Any], Any]:
-        """The parts' own, so that of what was inside the block only one array and its cotangent are there at a time."""
+        """The parts' own, so that of what was inside the block only one array and its cotangent are there at
+        a time."""
         grads: list[list[Any]] = []
         for one, rule, own in zip(reversed(layer.layers), reversed(self.parts), reversed(kept), strict=True):
             y, found, ct_out = trees.tie(rule.backward(one, y, own, ct_out))
@@ -474,7 +496,8 @@ class InvertParts(InvertRule):
 
 
 def refresh(tree: Any) -> Any:
-    """`tree` (a layer, a chain, any pytree of them) with every basis of a numerical cokernel made anew from the present weights.
+    """`tree` (a layer, a chain, any pytree of them) with every basis of a numerical cokernel made anew from
+    the present weights.
 
     On the host, an SVD a layer (a frequency, for convolutions): to be called now and then, never every step.
     """

@@ -1,0 +1,54 @@
+"""Every error that mwplan raises on purpose. Each names the argument, the value got, why, and what to do."""
+
+from __future__ import annotations
+
+
+class MwplanError(Exception):
+    """Base of all errors of this package."""
+
+
+class ArgumentError(MwplanError, ValueError):
+    """An argument that cannot be used: the message names it, the value got and what to do."""
+
+
+class ChainError(MwplanError, ValueError):
+    """A chain that is empty, holds something that is not callable, or does not accept its input."""
+
+
+class ScheduleMismatchError(MwplanError, ValueError):
+    """A schedule used with another chain, input or profile than the one it was made for."""
+
+
+class NotSubmersiveError(MwplanError, ValueError):
+    """A vijp was asked of a layer that has no rule for it, or whose weights do not allow it."""
+
+
+class SecondDerivativeError(MwplanError, NotImplementedError):
+    """A planned function was differentiated twice (in forward mode JAX itself refuses, with a
+    `TypeError`)."""
+
+
+class FileFormatError(MwplanError, ValueError):
+    """A saved profile, schedule or result that cannot be read as one."""
+
+
+class InfeasibleError(MwplanError):
+    """No schedule fits the budget (or the side conditions).
+
+    **Attributes:** `budget_bytes`, what was asked for; `least_bytes`, the least total that any schedule of
+    this profile needs under the same side conditions, or `None` where none exists at any budget;
+    `binding`, the event that needs it, in words.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        budget_bytes: int | None = None,
+        least_bytes: int | None = None,
+        binding: str = "",
+    ) -> None:
+        super().__init__(message)
+        self.budget_bytes = budget_bytes
+        self.least_bytes = least_bytes
+        self.binding = binding
