@@ -23,6 +23,7 @@ from mwplan.common import trees
 from mwplan.common.errors import InfeasibleError
 from mwplan.compilers.compiling import jit, temporaries
 from mwplan.fitting import fitting
+from mwplan.fitting.fitted import Fitted
 from mwplan.network.chain import Chain
 from mwplan.planning.planning import EVERY_STRATEGY
 from mwplan.plans.profiles import Profile
@@ -103,7 +104,7 @@ class Outcome:
     """What was measured. `fitted`: the plan last in use, with its compiled gradient step; `replans`: the
     steps after which it was planned again."""
 
-    fitted: fitting.Fitted
+    fitted: Fitted
     budget_bytes: int
     backprop_temporary_bytes: int
     backprop_compile_seconds: float
@@ -143,7 +144,7 @@ def train(task: Task, progress: Progress = silent, say: Callable[[str], None] = 
             progress=lambda done, total, _: progress("profiling layers", done, total),
         )
 
-    def fitted(net: Chain, profile: Profile, budget: int) -> fitting.Fitted:
+    def fitted(net: Chain, profile: Profile, budget: int) -> Fitted:
         return fitting.fit(
             task.loss,
             net,
