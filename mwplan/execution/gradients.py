@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from mwplan.common import trees
 from mwplan.execution import loops
 from mwplan.execution.performers import Performer
+from mwplan.execution.rows import Written
 from mwplan.execution.view import View
 from mwplan.network.chain import Chain, Stack
 
@@ -44,19 +45,23 @@ class Gradients:
         parts[part] = buffers
         return Gradients(self.chain, parts)
 
-    def layer(self, view: View, position: int) -> PyTree:
-        """The layer that makes `x_position`."""
-        return view.layer(position)
+    def source(self, view: View, position: int) -> tuple[PyTree, Any]:
+        """What the layer that makes `x_position` is read from: `View.source`."""
+        return view.source(position)
 
-    def found(self, finder: Finder, position: int, depth: int, grads: list[Any], later: PyTree) -> PyTree:
-        """The gradient of one layer has come. Returns `later`, what follows needs: it may be made to wait."""
+    def found(self, finder: Finder, position: int, depth: int, grads: Any, later: PyTree) -> PyTree:
+        """The gradient of one layer has come, in the stack's already where it is `Written`. Returns `later`,
+        what follows needs: it may be made to wait."""
         view = finder.view
         place = view.place(position)
         if not isinstance(self.chain.parts[place.part], Stack):
             self.parts[place.part] = grads
             return later
         block = list(self.stacked(place.part))
-        block[place.phase] = loops.put(block[place.phase], grads, view.at + place.repetition)
+        if isinstance(grads, Written):
+            block[place.phase] = grads.stacked
+        else:
+            block[place.phase] = loops.put(block[place.phase], grads, view.at + place.repetition)
         self.parts[place.part] = block
         return later
 

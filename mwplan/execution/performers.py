@@ -9,6 +9,7 @@ import jax
 
 from mwplan.common import trees
 from mwplan.network.canonical import canonical
+from mwplan.network.constants import tied
 from mwplan.network.residuals import Residuals
 
 
@@ -22,16 +23,16 @@ class Performer(Protocol):
 def compiled(sweep: str, layer: int, depth: int, operation: Callable[..., Any], *args: Any) -> Any:
     """The performer of a compiled step.
 
-    Inputs are tied so that no part of an operation (a factorisation of the weights, say) starts before its
-    turn, outputs so that all of it is done before the next begins.
+    Inputs are tied so that no part of an operation (a factorisation of the weights, say, or an array of zeros
+    that it writes to) starts before its turn, outputs so that all of it is done before the next begins.
     """
-    return trees.tie(operation(*trees.tie(args)))
+    return trees.tie(tied(operation)(*args))
 
 
 def loose(sweep: str, layer: int, depth: int, operation: Callable[..., Any], *args: Any) -> Any:
     """As `compiled`, but residuals are not tied: XLA may compute them where they are used, from what is there
     anyway, instead of keeping them."""
-    return trees.tie(operation(*trees.tie(args, Residuals)), Residuals)
+    return trees.tie(tied(operation, Residuals)(*args), Residuals)
 
 
 def looped(sweep: str, layer: int, depth: int, operation: Callable[..., Any], *args: Any) -> Any:

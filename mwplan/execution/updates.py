@@ -201,13 +201,14 @@ class Updates(Gradients):
         found: list[Any] = self.parts[part]
         return found
 
-    def layer(self, view: View, position: int) -> PyTree:
-        """The layer as it is now."""
-        one, place = view.layer(position), view.place(position)
-        if not isinstance(self.chain.parts[place.part], Stack):
-            return one
+    def source(self, view: View, position: int) -> tuple[PyTree, Any]:
+        """What the layer is read from, as it is now."""
+        source, row = view.source(position)
+        if row is None:
+            return source, row
+        place = view.place(position)
         params, _ = self.stacked(place.part)[place.phase]
-        return trees.with_parameters(one, loops.row(params, view.at + place.repetition))
+        return trees.with_parameters(source, params), row
 
     def found(self, finder: Finder, position: int, depth: int, grads: list[Any], later: PyTree) -> PyTree:
         """Updates the layer; `later`, which everything that follows needs, is returned such that it waits for
@@ -222,7 +223,7 @@ class Updates(Gradients):
         if in_stack:
             state = loops.row(self.stacked(place.part)[place.phase][1], row)
         operation = functools.partial(update, optimizer=self.optimizer)
-        new = finder.perform("update", position, depth, operation, self.layer(view, position), grads, state)
+        new = finder.perform("update", position, depth, operation, finder.layer(position), grads, state)
         if in_stack:
             block = list(self.stacked(place.part))
             block[place.phase] = loops.put(block[place.phase], new, row)

@@ -28,6 +28,7 @@ from mwplan.plans.packing import Workspace
 from mwplan.plans.profiles import InvertOption, LayerProfile, MoonwalkOption, Profile, StoreOption
 from mwplan.profiling import growth
 from mwplan.profiling.bench import Bench, Priced, Pricing
+from mwplan.profiling.stacked import StackedBench
 
 PyTree = Any
 CHECKED_REPETITIONS = 64  # of a deeper stack, only the repetitions whose growth is measured are checked
@@ -75,13 +76,14 @@ def profile(
     structs = boundaries(chain, x)
     bench = Bench(repeats, seed)
     names = layer_names(chain)
-    keys = layer_keys(chain, structs)
+    keys, places = layer_keys(chain, structs), chain.places()
     sampled = spread(keys, GROWTH_SAMPLES)
     measured: dict[Hashable, Costs] = {}
     unusable: dict[int, frozenset[Name]] = {}  # by layer: the rules that its weights forbid
     for i, one, at in visit(chain, x, sampled, bench.forward):
         if keys[i] not in measured:
-            measured[keys[i]] = measure_layer(bench, one, at)
+            in_stack = isinstance(chain.parts[places[i].part], Stack)
+            measured[keys[i]] = measure_layer(StackedBench(bench) if in_stack else bench, one, at)
         unusable[i] = measured[keys[i]].check(one, structs[i])
         if i in sampled:
             measured[keys[i]].add_errors(bench.key, one, at, unusable[i])
@@ -157,10 +159,11 @@ def layer_names(chain: Chain) -> list[str]:
 
 
 def layer_keys(chain: Chain, structs: list[PyTree]) -> list[Hashable]:
-    """What layers that share one measurement share: structure, parameter shapes, input."""
+    """What layers that share one measurement share: structure, parameter shapes, input, whether stacked."""
     trees_ = [jax.tree.structure(one) for part in chain.parts for one in _block(part) * _depth(part)]
     texts = [str(struct) for struct in structs]
-    return list(zip(trees_, signatures(chain), texts))
+    stacked = [isinstance(chain.parts[place.part], Stack) for place in chain.places()]
+    return list(zip(trees_, signatures(chain), texts, stacked))
 
 
 def visit(
