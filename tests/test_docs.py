@@ -20,12 +20,13 @@ LENGTH = 110
 
 
 def prose(text: str) -> Iterator[tuple[int, str]]:
-    """Numbered lines but those of code blocks and tables; links count by their text, images not at all."""
+    """Numbered lines but those of code blocks, formulas and tables; links count by their text, images not at
+    all."""
     fenced = False
     for number, line in enumerate(text.splitlines(), start=1):
         if line.lstrip().startswith("```"):
             fenced = not fenced
-        elif not fenced and not line.lstrip().startswith("|"):
+        elif not fenced and not line.lstrip().startswith("|") and not re.fullmatch(r"\s*`[^`]*`\S?", line):
             line = re.sub(r"!\[[^\]]*\]\([^)]*\)", "", line)
             yield number, re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", line)
 
@@ -59,5 +60,5 @@ def test_ruff_has_one_version() -> None:
 
 def test_modules_named_in_contributing_exist() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text()
-    for name in re.findall(r"`((?:mwplan|solvers|tests|experiments|docs)/[\w./]+\.(?:py|md))[`:]", text):
+    for name in re.findall(r"`((?:mwplan|solvers|tests|experiments|docs)/[a-z0-9_./]+\.(?:py|md))[`:]", text):
         assert (ROOT / name).exists(), f"CONTRIBUTING.md names {name}, which does not exist"
