@@ -36,7 +36,8 @@ class Residual:
 
     def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         """Applies the block."""
-        return x + self.branch(x)
+        y: Array = x + self.branch(x)
+        return y
 
     def vijp_rules(self, x: Any) -> Sequence[VijpRule | Unavailable]:
         """Fixed-point iteration with 8, 16 or 32 steps."""
