@@ -271,8 +271,9 @@ def train(
 ) -> None:
     """Train on handwritten digits within a budget that backpropagation exceeds."""
     from mwplan.app import training
+    from mwplan.app.train_result import TrainConfig
 
-    config = training.TrainConfig(
+    config = TrainConfig(
         budget=budget,
         max_error=max_error,
         batch=batch,

@@ -86,7 +86,8 @@ def cross_entropy(logits: Float[Array, "batch classes"], labels: Int[Array, " ba
     """Mean softmax cross entropy."""
     import optax
 
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+    mean: Array = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+    return mean
 
 
 def accuracy(chain: Chain, x: Any, labels: Any) -> float:

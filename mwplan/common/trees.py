@@ -23,7 +23,7 @@ def is_array(leaf: Any) -> bool:
 
 def is_key(leaf: Any) -> bool:
     """Whether `leaf`, an array or a `jax.ShapeDtypeStruct`, holds typed random keys."""
-    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def tie(tree: Any, free: type | tuple[type, ...] = ()) -> Any:

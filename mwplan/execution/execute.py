@@ -30,7 +30,17 @@ PyTree = Any
 
 
 class InputGrownWarning(UserWarning):
-    """A planned step is differentiated at an input larger than the one it was planned for."""
+    """A planned step is differentiated at an input larger than the one it was planned for.
+
+    >>> import warnings
+    >>> net = mw.Chain([jnp.tanh] * 8)
+    >>> schedule = mw.plan(mw.estimate(net, jnp.ones((256, 64)), device="h100"), budget="400KiB")
+    >>> with warnings.catch_warnings(record=True) as caught:
+    ...     warnings.simplefilter("always")
+    ...     grads = jax.grad(lambda x: jnp.sum(mw.apply(schedule, net, x)))(jnp.ones((512, 64)))
+    >>> [one.category.__name__ for one in caught]
+    ['InputGrownWarning']
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +63,13 @@ class Report:
     random sketches of what the run rebuilt last and of the truth. For an INVERT run, which rebuilds
     activations, it is what the profile says such an error does to gradients (`Schedule.report_scales`; in a
     schedule made by hand the distance itself). NaN if no cotangent reached the run.
+
+    >>> net, x = mw.Chain([mw.layers.LeakyReLU(0.5)] * 2), jnp.linspace(-1.0, 1.0, 64)
+    >>> vijps = mw.Run(kind=mw.RunKind.MOONWALK, start=0, stop=2, options=("divide", "divide"))
+    >>> step = mw.jit(mw.value_and_grad(jnp.sum, mw.Schedule(runs=(vijps,))))
+    >>> (value, report), grads = step(net, x)
+    >>> report.discrepancy.shape, bool(report.worst < 1e-6)
+    ((1,), True)
     """
 
     discrepancy: Float[Array, " runs"]
@@ -251,6 +268,12 @@ def apply(schedule: Schedule, chain: Chain, x: PyTree, *, arrangement: Arrangeme
     `mw.value_and_grad`.
     **Raises:** `ScheduleMismatchError`; `SecondDerivativeError` when differentiated twice. **Warns:**
     `InputGrownWarning` when differentiated at an input of more bytes than planned for.
+
+    >>> net, x = mw.Chain([jnp.tanh] * 8), jnp.ones((256, 64))
+    >>> schedule = mw.plan(mw.estimate(net, x, device="h100"), budget="400KiB")
+    >>> gradient = mw.jit(jax.grad(lambda x: jnp.sum(mw.apply(schedule, net, x))))
+    >>> bool(jnp.allclose(gradient(x), jax.grad(lambda x: jnp.sum(net(x)))(x), rtol=1e-4))
+    True
     """
     check_match(schedule, chain)
     warn_if_undone(x, chain)
@@ -278,6 +301,14 @@ def value_and_grad(
     `grads` is a chain (with None for leaves that are not parameters), or a pair `(chain, x)` of gradients.
     `report` is a `Report`; within `jax.shard_map`, each run's worst of all devices.
     **Raises:** `ArgumentError` for a loss that is not scalar (with `has_aux`, no pair); as `apply`.
+
+    >>> net = mw.Chain([mw.layers.Dense.init(jax.random.key(0), 8, 8), jnp.tanh])
+    >>> x, target = jnp.ones((4, 8)), jnp.zeros((4, 8))
+    >>> schedule = mw.plan(mw.estimate(net, x, device="h100"), budget="1MiB")
+    >>> loss = lambda y, target: jnp.mean((y - target) ** 2)
+    >>> (value, report), grads = mw.jit(mw.value_and_grad(loss, schedule))(net, x, target)
+    >>> value.shape, grads[0].weight.shape
+    ((), (8, 8))
     """
     check_loss(loss)
     runs = reporting_runs(checked_schedule(schedule).runs)

@@ -67,6 +67,12 @@ def fit(
     before anything is measured.
     **Cost:** a profile, a plan, and one compilation of the step or a few; with `tune` up to fifteen times
     that, and some steps.
+
+    >>> net, x = mw.Chain([jnp.tanh] * 8), jnp.ones((256, 64))
+    >>> fit = mw.fit(jnp.sum, net, x, budget="450KiB", profile=mw.estimate(net, x, device="h100"))
+    >>> (value, report), grads = fit.step(net, x)
+    >>> bool(jnp.allclose(value, jnp.sum(net(x))))
+    True
     """
     if max_attempts < 1:
         raise ArgumentError(f"`max_attempts={max_attempts}` must be at least 1")

@@ -113,6 +113,12 @@ class Stack:
 
     **Attributes:** `block`, a tuple of layers whose leaves all have a leading axis of length `depth`;
     `depth`.
+
+    >>> layers = [mw.layers.Dense.init(jax.random.key(i), 8, 8) for i in range(3)]
+    >>> net = mw.stack(mw.Chain(layers), jnp.ones(8))
+    >>> (stack,) = net.parts
+    >>> stack.depth, stack.block[0].weight.shape, len(net)
+    (3, (3, 8, 8), 3)
     """
 
     block: tuple[Any, ...]
@@ -188,6 +194,10 @@ class Chain:
     by one.
 
     **Raises:** `ChainError` for an empty chain or a layer that is not callable.
+
+    >>> net = mw.Chain([mw.layers.Dense.init(jax.random.key(0), 8, 4), jnp.tanh])
+    >>> len(net), net(jnp.ones((2, 8))).shape
+    (2, (2, 4))
     """
 
     parts: tuple[Any, ...]
@@ -273,6 +283,11 @@ def stack(chain: Chain, x: PyTree, *, longest_block: int = 8) -> Chain:
 
     Blocks repeat where structure, parameter shapes and activation shapes do. `x`: arrays or shapes. The
     result's gradients have its structure; schedules fit both. Cost: a copy of the parameters.
+
+    >>> layers = [f for i in range(3) for f in (mw.layers.Dense.init(jax.random.key(i), 8, 8), jnp.tanh)]
+    >>> net = mw.stack(mw.Chain(layers), jnp.ones(8))
+    >>> len(net.parts), len(net)
+    (1, 6)
     """
     structs = boundaries(check_chain(chain), x)
     layers = chain.layers
@@ -300,7 +315,12 @@ def _stacked(*leaves: Any) -> Any:
 
 
 def unstack(chain: Chain) -> Chain:
-    """The same chain with every layer by itself."""
+    """The same chain with every layer by itself.
+
+    >>> net = mw.stack(mw.Chain([jnp.tanh] * 3), jnp.ones(8))
+    >>> len(mw.unstack(net).parts)
+    3
+    """
     return Chain(chain.layers)
 
 

@@ -86,6 +86,11 @@ def plan(
     more with long stretches of identical ones (`solve_frontier`) have no proof but that of
     `mwplan.solvers.relaxed` (a few seconds more, and loose at lean budgets), and with `pins`, `host_budget`
     or `max_distinct_runs` are as slow as any (minutes from 300 layers on).
+
+    >>> profile = mw.estimate(mw.Chain([jnp.tanh] * 8), jnp.ones((256, 64)), device="h100")
+    >>> schedule = mw.plan(profile, budget="400KiB")
+    >>> schedule.status, schedule.peak_bytes + schedule.fixed_bytes <= 400 * 1024
+    (<Status.OPTIMAL: 'optimal'>, True)
     """
     from mwplan.solvers import integer_program
 
@@ -178,6 +183,11 @@ def frontier(
     **Arguments:** as `plan`; `thin`, the relative loss of time aimed at for speed, measured and not proved
     beforehand (0 is exact).
     **Raises:** `ArgumentError`.
+
+    >>> profile = mw.estimate(mw.Chain([jnp.tanh] * 8), jnp.ones((256, 64)), device="h100")
+    >>> points = mw.frontier(profile).points  # (total bytes, ns)
+    >>> all(a[0] < b[0] and a[1] > b[1] for a, b in zip(points, points[1:]))
+    True
     """
     from mwplan.solvers.frontier import solve_frontier
 
@@ -203,7 +213,16 @@ def default_thin(profile: Profile) -> float:
 
 @dataclass(frozen=True)
 class Frontier:
-    """The least time at every budget. `points` are `(total bytes, ns)`, cheapest memory first."""
+    """The least time at every budget. `points` are `(total bytes, ns)`, cheapest memory first.
+
+    >>> frontier = mw.frontier(mw.estimate(mw.Chain([jnp.tanh] * 8), jnp.ones((256, 64)), device="h100"))
+    >>> least_bytes, most_ns = frontier.points[0]
+    >>> least_bytes == frontier.least_bytes
+    True
+    >>> schedule = frontier.at(least_bytes)
+    >>> schedule.time_ns == most_ns
+    True
+    """
 
     profile: Profile
     solved: frontier_solver.Frontier

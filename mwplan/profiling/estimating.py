@@ -66,6 +66,12 @@ def estimate(
     (TF32) on the device makes them larger. Where weights are shapes, rules whose errors no weights change are
     measured at random ones: those of layers without parameters at white noise, of orthogonal layers, and
     whole fragments (0). All others' local error and growth are infinite, so that no plan uses them.
+
+    >>> make = lambda key: mw.Chain([mw.layers.Dense.init(key, 1024, 1024), jnp.tanh])
+    >>> net = jax.eval_shape(make, jax.random.key(0))  # no weights: nothing is computed
+    >>> profile = mw.estimate(net, jax.ShapeDtypeStruct((4096, 1024), jnp.float32), device="h100")
+    >>> profile.activation_bytes
+    (16777216, 16777216, 16777216)
     """
     check_chain(chain)
     pricing = Roofline(device_of(device))

@@ -59,6 +59,10 @@ def profile(
     **Raises:** `ChainError` where a layer does not accept what it gets; `ArgumentError` for abstract inputs.
     **Cost:** a compilation for each operation of each distinct layer, and some runs of it. Memory: that of
     one layer's operations and its activations.
+
+    >>> profile = mw.profile(mw.Chain([jnp.tanh] * 2), jnp.ones((256, 64)), repeats=1)
+    >>> len(profile.layers), profile.activation_bytes
+    (2, (65536, 65536, 65536))
     """
     check_chain(chain)
     leaves = jax.tree.leaves((chain, x))

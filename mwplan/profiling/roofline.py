@@ -36,6 +36,20 @@ class Device:
     Rates are sustained ones where they are known, else published peaks: with peaks, estimated times are lower
     bounds.
     **Raises:** `ArgumentError` for what is not a positive number (`launch_ns` may be 0).
+
+    >>> chip = mw.Device(
+    ...     name="chip",
+    ...     half_flop_per_s=4e14,
+    ...     tf32_flop_per_s=2e14,
+    ...     float32_flop_per_s=3e13,
+    ...     float64_flop_per_s=1e13,
+    ...     bytes_per_s=1e12,
+    ...     launch_ns=2000,
+    ...     memory_bytes=24 << 30,
+    ... )
+    >>> profile = mw.estimate(mw.Chain([jnp.tanh] * 2), jnp.ones((256, 64)), device=chip)
+    >>> profile.device
+    'chip'
     """
 
     name: str
