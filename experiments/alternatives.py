@@ -40,6 +40,7 @@ import numpy as np
 
 import mwplan as mw
 from experiments import zoo
+from mwplan import planning
 from mwplan.app.side_by_side import relative_error
 from mwplan.common import trees
 from mwplan.common.errors import InfeasibleError, MwplanError
@@ -49,7 +50,6 @@ from mwplan.execution.execute import Arrangement
 from mwplan.execution.interpret import Detours
 from mwplan.fitting import fitting
 from mwplan.network.canonical import canonical
-from mwplan.planning import planning
 from mwplan.plans import tape
 from mwplan.plans.profiles import Profile
 from mwplan.plans.schedule import Run, RunKind, Schedule, Solution, Strategy
@@ -140,8 +140,10 @@ class Problem:
 
     @functools.cached_property
     def by_hand(self) -> list[Schedule]:
-        """The schedules of `planning.familiar`, the same at every budget."""
-        return planning.familiar(self.profile, max_error=self.max_error, allowed=planning.EVERY_STRATEGY)
+        """The schedules of `planning.baseline_schedules`, the same at every budget."""
+        return planning.baseline_schedules(
+            self.profile, max_error=self.max_error, allowed=planning.EVERY_STRATEGY
+        )
 
     @functools.cached_property
     def _thin(self) -> float:

@@ -24,7 +24,7 @@ from mwplan.common.errors import InfeasibleError
 from mwplan.compilers.compiling import jit, temporaries
 from mwplan.fitting import fitting
 from mwplan.network.chain import Chain
-from mwplan.planning.planning import EVERY_STRATEGY
+from mwplan.planning import EVERY_STRATEGY
 from mwplan.plans.profiles import Profile
 from mwplan.plans.schedule import Strategy
 from mwplan.profiling import measure
