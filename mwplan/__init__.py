@@ -19,7 +19,7 @@ from mwplan.fitting.fitted import Fitted
 from mwplan.fitting.fitting import fit
 from mwplan.network.chain import Chain, Stack, stack, unstack
 from mwplan.network.operator import explain, fragment_of, vijp
-from mwplan.planning.planning import Frontier, frontier, plan
+from mwplan.planning import Frontier, frontier, plan
 from mwplan.plans.ledger import replay
 from mwplan.plans.profiles import Profile
 from mwplan.plans.schedule import Run, RunKind, Schedule, Status, Strategy

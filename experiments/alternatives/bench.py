@@ -21,11 +21,11 @@ from experiments.alternatives.problem import (
 from experiments.alternatives.scheduled import applied, plan
 from experiments.alternatives.timing import CLOSE, TIE, Compiled, interleave, ties
 from experiments.alternatives.truth import float64_gradients, innermost
+from mwplan import planning
 from mwplan.app.side_by_side import relative_error
 from mwplan.common.errors import InfeasibleError
 from mwplan.compilers.compiling import temporaries
 from mwplan.fitting import tuning
-from mwplan.planning import planning
 from mwplan.plans.schedule import Schedule, Strategy
 
 #: Seconds after which each part of the trial that chooses among plans ends, and rounds of its first part,

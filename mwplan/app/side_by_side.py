@@ -25,7 +25,7 @@ from mwplan.compilers.compiling import jit, temporaries
 from mwplan.fitting import fitting
 from mwplan.fitting.fitted import Fitted
 from mwplan.network.chain import Chain
-from mwplan.planning.planning import EVERY_STRATEGY
+from mwplan.planning import EVERY_STRATEGY
 from mwplan.plans.profiles import Profile
 from mwplan.plans.schedule import Strategy
 from mwplan.profiling import measure

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from mwplan import planning
 from mwplan.common import trees
 from mwplan.common.errors import ArgumentError, InfeasibleError, ScheduleMismatchError
 from mwplan.common.sizes import parse_bytes, show_bytes
@@ -18,7 +19,6 @@ from mwplan.fitting.fitted import Fitted
 from mwplan.fitting.search import Compiler, Plans, Search
 from mwplan.network import sharding
 from mwplan.network.chain import Chain, boundaries, check_chain, fingerprint
-from mwplan.planning import planning
 from mwplan.plans.profiles import Profile
 from mwplan.plans.schedule import Choice, Strategy, check_allowed
 from mwplan.profiling import measure
@@ -42,7 +42,7 @@ def fit(
     wrt_input: bool = False,
     max_attempts: int = 18,
     thin: float | None = None,
-    regular: float = planning.REGULAR,
+    regular: float = planning.TUNING.regular_loss,
     tune: int = 0,
     say: Callable[[str], None] = lambda text: None,
 ) -> Fitted:
@@ -136,7 +136,7 @@ class _Fitter:
                 failed.append(error)
         found = list({one.schedule.runs: one for one in reversed(found)}.values())[::-1]
         known = {one.schedule.runs for one in found}
-        by_hand = planning.familiar(profile, max_error=self.max_error, allowed=chosen)
+        by_hand = planning.baseline_schedules(profile, max_error=self.max_error, allowed=chosen)
         candidates = [(one, 0) for one in by_hand if one.runs not in known]
         schedules = [*(one.schedule for one in found), *(one for one, _ in candidates)]
         candidates += [(one, way) for way in (execute.UNTIED, execute.LOOSE) for one in schedules]

@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from mwplan import planning
 from mwplan.common.errors import InfeasibleError
 from mwplan.common.sizes import show_bytes, show_ns
 from mwplan.compilers.compiling import jit, temporaries
 from mwplan.execution.execute import Arrangement
 from mwplan.fitting.fitted import Attempt, Fitted
-from mwplan.planning import planning
 from mwplan.plans.profiles import Profile
 from mwplan.plans.schedule import Run, Schedule, Status, Strategy
 
