@@ -82,11 +82,29 @@ def widen(tree: Any) -> Any:
     return jax.tree.map(one, tree)
 
 
+def no_cotangent(leaf: Any) -> Any:
+    """What `jax.vjp` has for the cotangent of an array (or its shape) that is no parameter, an integer, a
+    mask or random keys: float0 zeros, which have no memory."""
+    return np.zeros(jnp.shape(leaf), jax.dtypes.float0)
+
+
+def as_cotangent(tree: Any, like: Any) -> Any:
+    """`tree`, a cotangent of `like`, with `no_cotangent` where `like` has integers, masks or random keys,
+    whatever `tree` has there."""
+    return jax.tree.map(lambda a, b: a if is_inexact(b) or _is_float0(a) else no_cotangent(b), tree, like)
+
+
 def cast_like(tree: Any, like: Any) -> Any:
-    """`tree` with each inexact leaf in the dtype of the matching leaf of `like`."""
+    """`as_cotangent`, with each inexact leaf in the dtype of the matching leaf of `like`."""
     return jax.tree.map(
-        lambda a, b: a.astype(b.dtype) if is_inexact(a) and a.dtype != b.dtype else a, tree, like
+        lambda a, b: a.astype(b.dtype) if is_inexact(b) and a.dtype != b.dtype else a,
+        as_cotangent(tree, like),
+        like,
     )
+
+
+def _is_float0(leaf: Any) -> bool:
+    return getattr(leaf, "dtype", None) == jax.dtypes.float0
 
 
 def transpose(linear: Callable[[Any], Any], x: Any, ct: Any) -> Any:
