@@ -12,8 +12,8 @@ import pytest
 import mwplan as mw
 from mwplan.network.layer import layer
 from mwplan.network.rules import InvertRule, VijpRule
-from mwplan.plans.schedule import Run, RunKind
-from tests.helpers import mean_square, relative_error
+from mwplan.plans.schedule import RunKind
+from tests.helpers import alike, relative_error
 
 WIDTH, DEPTH = 16, 8
 
@@ -67,15 +67,6 @@ def loss_of(y: Any) -> Any:
     return jnp.mean(jnp.sin(y[0]) ** 2)
 
 
-def whole_run(kind: RunKind, name: str = "") -> tuple[Run, ...]:
-    if kind in (RunKind.STORE, RunKind.OFFLOAD):
-        return tuple(Run(kind=kind, start=i, stop=i + 1, options=(name,)) for i in range(DEPTH))
-    if kind is RunKind.RECOMPUTE:
-        inner = whole_run(RunKind.STORE, name)
-        return (Run(kind=kind, start=0, stop=DEPTH, inner=inner),)
-    return (Run(kind=kind, start=0, stop=DEPTH, options=(name,) * DEPTH),)
-
-
 WAYS = {
     "STORE": (RunKind.STORE, "vjp"),
     "RECOMPUTE": (RunKind.RECOMPUTE, "vjp"),
@@ -92,7 +83,7 @@ def test_masks_and_keys_travel(way: str, stacked: bool) -> None:
     net, x = masked()
     net = mw.stack(net, x) if stacked else net
     want = mw.jit(jax.grad(lambda w: loss_of(_with(net, w)(x))))(_weights(net))
-    step = mw.jit(mw.value_and_grad(loss_of, mw.Schedule(runs=whole_run(*WAYS[way]))))
+    step = mw.jit(mw.value_and_grad(loss_of, mw.Schedule(runs=alike(*WAYS[way], DEPTH))))
     (_, report), grads = step(net, x)
     assert relative_error(grads, want) < 1e-5
     assert not report.discrepancy.size or float(report.worst) < 1e-5

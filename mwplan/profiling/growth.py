@@ -161,7 +161,13 @@ def _sensitivities(rule: InvertRule | None, layer: PyTree, x: PyTree, y: PyTree,
     def moved(level: jax.Array, noise: PyTree, its_norm: jax.Array) -> jax.Array:
         step = level * _ratio(_norm(x), its_norm)
         other = jax.tree.map(
-            lambda leaf, n: (leaf + step * n).astype(leaf.dtype) if trees.is_inexact(leaf) else leaf, x, noise
+            lambda leaf, n: (
+                trees.typed_like((leaf + step * n).astype(leaf.dtype), leaf)
+                if trees.is_inexact(leaf)
+                else leaf
+            ),
+            x,
+            noise,
         )
         by = _ratio(_norm(_minus(other, x)), _norm(x))  # what rounding left of it
         ct_in, grads = pull(other)
