@@ -49,10 +49,6 @@ def plan(
     `mwplan.solvers.relaxed` (a few seconds more, and loose at small budgets), and with `pins`, `host_budget`
     or `max_distinct_runs` are as slow as any (minutes from 300 layers on).
 
-    ```python
-    schedule = mw.plan(profile, "2GiB", max_error=1e-4, pins={1: "store"})
-    ```
-
     >>> profile = mw.estimate(mw.Chain([jnp.tanh] * 8), jnp.ones((256, 64)), device="h100")
     >>> schedule = mw.plan(profile, budget="400KiB")
     >>> schedule.status, schedule.peak_bytes + schedule.fixed_bytes <= 400 * 1024
