@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from mwplan.common import platforms
 from mwplan.common.errors import ArgumentError
 from mwplan.plans.packing import Buffer, Workspace
 
@@ -37,7 +38,7 @@ def compiler_options(backend: str | None = None) -> dict[str, str]:
 
 def options_of(backend: str | None = None) -> dict[str, str]:
     """`compiler_options`, without taking note that the user knows of them."""
-    if (backend or jax.default_backend()) == "cpu":
+    if (backend or platforms.platform()) == "cpu":
         # With barriers left, small loops must stay loops: the pass that makes calls of them crashes on a
         # barrier of several arrays, and the process with it.
         return {"xla_disable_hlo_passes": "cse_barrier_expander,small-while-loop-hoisting"}
@@ -124,7 +125,7 @@ def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
 
 def warn_if_undone(*trees: Any) -> None:
     """Warns, once, where a planned step is traced by a `jax.jit` that cannot be known to have the options."""
-    if _knows or _inside_jit.get() or jax.default_backend() != "cpu" or jax.__version_info__ >= (0, 11):
+    if _knows or _inside_jit.get() or platforms.platform() != "cpu" or jax.__version_info__ >= (0, 11):
         return
     leaves = jax.tree.leaves(trees)
     if any(_is_traced(leaf) for leaf in leaves):

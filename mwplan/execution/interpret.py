@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from mwplan.common import trees
+from mwplan.common import platforms, trees
 from mwplan.common.errors import ScheduleMismatchError
 from mwplan.execution import loops, taped
 from mwplan.execution.taped import Taped
@@ -400,7 +400,7 @@ class Interpreter:
         """An interpreter of one repetition; `buffers`, the stack's gradients so far; `single`, whether each
         of its layers is one operation."""
         perform = compiled if isinstance(self.perform, Arranged) else self.perform
-        if jax.default_backend() == "cpu":
+        if platforms.platform() == "cpu":
             perform = {compiled: looped, alone: looped_alone, loose: looped_loose}.get(perform, perform)
         if single and many.span == 1:
             bare = {compiled: alone, looped: looped_alone, loose: alone, looped_loose: looped_alone}
