@@ -25,7 +25,7 @@ from mwplan.layers import (
     OrthogonalDense,
     Sequential,
     Smooth,
-    base,
+    layer,
 )
 from mwplan.network import rules
 from mwplan.profiling import costs, measure, programs
@@ -35,7 +35,7 @@ from tests.helpers import relative_error
 LAPTOP = DEVICES["laptop"]
 
 
-@base.layer
+@layer
 class Mixer:
     """A residual block with attention: no rule, several products, a softmax."""
 

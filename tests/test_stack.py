@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 import mwplan as mw
 from mwplan.layers import Dense, LayerNorm, LeakyReLU, MaxMin
 from mwplan.network import rules
-from mwplan.network.chain import fingerprint, repeats
-from mwplan.plans.schedule import Run, RunKind, Schedule, shifted
+from mwplan.network.chain import boundaries, fingerprint, layer_name, repeats
+from mwplan.plans.schedule import Run, RunKind, Schedule, shifted, walk
 from tests.helpers import mean_square, random_runs, relative_error, segments, store_all
 
 DEPTH = 6
@@ -87,7 +87,7 @@ def test_schedules_that_repeat_have_the_gradient_of_backpropagation(seed: int) -
 
 
 def options(chain: mw.Chain, x: Any, find: Any) -> tuple[str, ...]:
-    structs = mw.chain.boundaries(chain, x)
+    structs = boundaries(chain, x)
     return tuple(
         next(r.name for r in find(one, s) if not isinstance(r, rules.Unavailable))
         for one, s in zip(chain, structs)
@@ -123,7 +123,7 @@ def test_long_runs(name: str) -> None:
     made = long_runs()
     chain, x = made["chain"]
     report = check(chain, x, made[name], 1e-4)
-    assert len(report.runs) == sum(run.kind is RunKind.MOONWALK for run in mw.schedule.walk(made[name]))
+    assert len(report.runs) == sum(run.kind is RunKind.MOONWALK for run in walk(made[name]))
     if len(report.runs):
         assert bool(jnp.all(report.discrepancy < 1e-4))
 
@@ -196,7 +196,7 @@ def profile_names(chain: mw.Chain) -> list[Any]:
     class tanh:
         pass
 
-    return [tanh() if mw.chain.layer_name(one) == "tanh" else one for one in chain]
+    return [tanh() if layer_name(one) == "tanh" else one for one in chain]
 
 
 def test_deep_stacks_are_profiled_by_a_few_repetitions() -> None:
