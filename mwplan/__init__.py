@@ -28,6 +28,7 @@ from mwplan.plans.schedule import Run, RunKind, Schedule, Status, Strategy
 from mwplan.profiling.estimating import estimate
 from mwplan.profiling.measure import profile
 from mwplan.targets.devices import Device, GpuChip, TpuChip
+from mwplan.targets.peak import Peak, explain_peak
 
 __version__ = "0.1.0"
 __all__ = [  # noqa: RUF022 (plainly sorted, as the test compares it)
@@ -45,6 +46,7 @@ __all__ = [  # noqa: RUF022 (plainly sorted, as the test compares it)
     "LOOSE",
     "MwplanError",
     "NotSubmersiveError",
+    "Peak",
     "PlanUndoneWarning",
     "Profile",
     "Report",
@@ -66,6 +68,7 @@ __all__ = [  # noqa: RUF022 (plainly sorted, as the test compares it)
     "compiler_options",
     "estimate",
     "explain",
+    "explain_peak",
     "fit",
     "fragment_of",
     "frontier",

@@ -3,6 +3,7 @@ missing."""
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import functools
 import warnings
@@ -45,16 +46,23 @@ def options_of(backend: str | None = None) -> dict[str, str]:
     return {}
 
 
+@contextlib.contextmanager
+def options_given() -> Iterator[None]:
+    """A context for tracing what will be compiled with the options: no warning that they may be missing."""
+    token = _inside_jit.set(True)
+    try:
+        yield
+    finally:
+        _inside_jit.reset(token)
+
+
 def jit(function: Callable[..., Any], **kwargs: Any) -> Any:
     """`jax.jit(function, **kwargs)` with `compiler_options()` for the default backend."""
 
     @functools.wraps(function)
     def call(*args: Any, **kw: Any) -> Any:
-        token = _inside_jit.set(True)
-        try:
+        with options_given():
             return function(*args, **kw)
-        finally:
-            _inside_jit.reset(token)
 
     options = {**options_of(), **kwargs.pop("compiler_options", {})}
     return jax.jit(call, compiler_options=options or None, **kwargs)

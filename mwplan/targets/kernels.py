@@ -132,7 +132,7 @@ class Loop:
 
 def kernels(module: Module) -> tuple[tuple[Kernel, ...], tuple[Loop, ...]]:
     """Every kernel of a program, in order, and its loops, outer ones before inner ones."""
-    reader = _Reader(module)
+    reader = Reader(module)
     found = list(reader.of(module.entry, 1))
     return tuple(found), tuple(reader.loops)
 
@@ -146,7 +146,7 @@ def together(found: Iterable[Kernel]) -> tuple[Kernel, ...]:
     return tuple(dataclasses.replace(some[0], times=sum(k.times for k in some)) for some in alike.values())
 
 
-class _Reader:
+class Reader:
     """Walks the computations of a program."""
 
     def __init__(self, module: Module) -> None:

@@ -13,6 +13,7 @@ import jax
 from mwplan.common import platforms
 from mwplan.common.errors import ArgumentError, TargetError, TargetMemoryError
 from mwplan.common.sizes import show_bytes, show_ns
+from mwplan.compilers import compiling
 from mwplan.targets import cache, hlo, kernels
 from mwplan.targets.devices import Device
 from mwplan.targets.kernels import Kernel, Loop
@@ -193,7 +194,7 @@ def lower(function: Callable[..., Any], args: tuple[PyTree, ...], target: Target
     jitted = function if hasattr(function, "lower") else jax.jit(lambda *args: function(*args))
     shapes = placed(args, target)
     try:
-        with platforms.lowering_for(target.platform):
+        with platforms.lowering_for(target.platform), compiling.options_given():
             return jitted.lower(*shapes)
     except (NotImplementedError, RuntimeError, ValueError) as error:
         if target.attached or not _of_platform(error):
