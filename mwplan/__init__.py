@@ -1,15 +1,18 @@
 """mwplan: plans and runs the gradient of a deep network within a memory budget, in JAX."""
 
-from mwplan import adapters, layers
+from mwplan import adapters, layers, targets
 from mwplan.common.errors import (
     ArgumentError,
     ChainError,
+    CompilerMissingError,
     FileFormatError,
     InfeasibleError,
     MwplanError,
     NotSubmersiveError,
     ScheduleMismatchError,
     SecondDerivativeError,
+    TargetError,
+    TargetMemoryError,
 )
 from mwplan.compilers.compiling import PlanUndoneWarning, compiler_options, jit, temporaries
 from mwplan.execution.execute import LOOSE, UNTIED, InputGrownWarning, Report, apply, value_and_grad
@@ -25,22 +28,26 @@ from mwplan.plans.profiles import Profile
 from mwplan.plans.schedule import Run, RunKind, Schedule, Status, Strategy
 from mwplan.profiling.estimating import estimate
 from mwplan.profiling.measure import profile
-from mwplan.profiling.roofline import Device
+from mwplan.targets.devices import Device, GpuChip, TpuChip
+from mwplan.targets.peak import Peak, explain_peak
 
 __version__ = "0.1.0"
 __all__ = [  # noqa: RUF022 (plainly sorted, as the test compares it)
     "ArgumentError",
     "Chain",
     "ChainError",
+    "CompilerMissingError",
     "Device",
     "FileFormatError",
     "Fitted",
     "Frontier",
+    "GpuChip",
     "InfeasibleError",
     "InputGrownWarning",
     "LOOSE",
     "MwplanError",
     "NotSubmersiveError",
+    "Peak",
     "PlanUndoneWarning",
     "Profile",
     "Report",
@@ -52,13 +59,17 @@ __all__ = [  # noqa: RUF022 (plainly sorted, as the test compares it)
     "Stack",
     "Status",
     "Strategy",
+    "TargetError",
+    "TargetMemoryError",
     "Timeline",
+    "TpuChip",
     "UNTIED",
     "adapters",
     "apply",
     "compiler_options",
     "estimate",
     "explain",
+    "explain_peak",
     "fit",
     "fragment_of",
     "frontier",
@@ -69,6 +80,7 @@ __all__ = [  # noqa: RUF022 (plainly sorted, as the test compares it)
     "profile",
     "replay",
     "stack",
+    "targets",
     "temporaries",
     "trace",
     "unstack",
