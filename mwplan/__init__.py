@@ -16,6 +16,8 @@ from mwplan.execution.execute import LOOSE, UNTIED, InputGrownWarning, Report, a
 from mwplan.execution.tracing import Timeline, trace
 from mwplan.execution.updates import init_states, value_and_update
 from mwplan.fitting.fitting import Fitted, fit
+from mwplan.functions.cut import Cut, cut
+from mwplan.functions.fit_function import FittedFunction, fit_function
 from mwplan.network.chain import Chain, Stack, stack, unstack
 from mwplan.network.operator import explain, fragment_of, vijp
 from mwplan.planning.planning import Frontier, frontier, plan
@@ -31,9 +33,11 @@ __all__ = [  # noqa: RUF022 (plainly sorted, as the test compares it)
     "ArgumentError",
     "Chain",
     "ChainError",
+    "Cut",
     "Device",
     "FileFormatError",
     "Fitted",
+    "FittedFunction",
     "Frontier",
     "InfeasibleError",
     "InputGrownWarning",
@@ -56,9 +60,11 @@ __all__ = [  # noqa: RUF022 (plainly sorted, as the test compares it)
     "adapters",
     "apply",
     "compiler_options",
+    "cut",
     "estimate",
     "explain",
     "fit",
+    "fit_function",
     "fragment_of",
     "frontier",
     "init_states",

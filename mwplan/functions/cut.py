@@ -45,13 +45,14 @@ class Cut:
         `chain(x)[0]` is the loss. A parameter that several pieces read is in each of them, or in the input.
         """
         signature = self.flow.traced.signature
-        arrays = [jnp.asarray(leaf) if not _abstract(leaf) else leaf for leaf in signature.arrays(params, args)]
-        return self.build_flat(arrays, self.flow.traced.captured)
+        arrays = [jnp.asarray(leaf) for leaf in signature.arrays(params, args)]
+        return self.build_flat(arrays, [], self.flow.traced.captured)
 
     def build_flat(
-        self, arrays: Sequence[Any], captured: Sequence[Any]
+        self, params: Sequence[Any], data: Sequence[Any], captured: Sequence[Any]
     ) -> tuple[Chain, tuple[Any, ...], Callable[[Chain, tuple[Any, ...]], PyTree]]:
-        """As `build`, of the arguments' dynamic leaves and the captured arrays."""
+        """As `build`, of the dynamic leaves of `params` and of the other arguments, and the captured arrays."""
+        arrays = [*params, *data]
         order = sorted(self.flow.differentiated)
 
         def leaves(diff: list[Any]) -> tuple[list[Any], list[Any]]:
@@ -155,6 +156,3 @@ def _letter(i: int) -> str:
         text = chr(ord("A") + digit) + text
     return text
 
-
-def _abstract(leaf: Any) -> bool:
-    return isinstance(leaf, jax.ShapeDtypeStruct)
