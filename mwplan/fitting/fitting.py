@@ -162,8 +162,9 @@ def fit_step(
     tune: int = 0,
     say: Callable[[str], None] = lambda text: None,
 ) -> Fitted:
-    """As `fit`, of any step: `gradient(schedule, arrangement=...)` makes a function of `args` that executes a schedule
-    for `profile`; the first of `args` holds the parameters. Raises and costs: as `fit`, beside the profile."""
+    """As `fit`, of any step: `gradient(schedule, arrangement=...)` makes a function of `args` that executes a
+    schedule for `profile`; the first of `args` holds the parameters. Raises and costs: as `fit`, beside the
+    profile."""
     if max_attempts < 1:
         raise ArgumentError(f"`max_attempts={max_attempts}` must be at least 1")
     if tune < 0:

@@ -15,7 +15,8 @@ from mwplan.functions.programs import Program
 from mwplan.functions.tracing import Step
 from mwplan.network.chain import Chain
 
-#: Sources that so many pieces read, or more, cross the cuts between them; those of fewer are held by each of these pieces.
+#: Sources that so many pieces read, or more, cross the cuts between them; those of fewer are held by each of
+#: these pieces.
 SHARED_BY = 3
 
 
@@ -23,9 +24,9 @@ SHARED_BY = 3
 class PieceSpec:
     """One piece, in the numbers of the function's values.
 
-    `start`, `stop`, its operations in the flow; `reads`, `params`, `others`, the values of its program's inputs; `results`, those of its
-    program's results; `crosses`, the values of the next activation, in order; `made_bytes`, of all that its operations make.
-    """
+    `start`, `stop`, its operations in the flow; `reads`, `params`, `others`, the values of its program's
+    inputs; `results`, those of its program's results; `crosses`, the values of the next activation, in order;
+    `made_bytes`, of all that its operations make."""
 
     start: int
     stop: int
@@ -41,8 +42,8 @@ class PieceSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """All pieces; `inputs`, the values of the chain's input; `how` each value that crosses a cut or that a piece holds is held;
-    `carrying`, those with a gradient."""
+    """All pieces; `inputs`, the values of the chain's input; `how` each value that crosses a cut or that a
+    piece holds is held; `carrying`, those with a gradient."""
 
     pieces: tuple[PieceSpec, ...]
     inputs: tuple[int, ...]
@@ -55,7 +56,8 @@ class Plan:
         return not self.carrying.isdisjoint(self.inputs)
 
     def leaves(self, env: dict[int, Any]) -> tuple[list[Any], list[Any]]:
-        """The arrays that carry a gradient: each piece's parameters, then those of the input; and the others, in the same order."""
+        """The arrays that carry a gradient: each piece's parameters, then those of the input; and the others,
+        in the same order."""
         carry = [env[v] for piece in self.pieces for v in piece.params]
         carry += [env[v] for v in self.inputs if v in self.carrying]
         rest = [given_out(env[v], self.how[v]) for piece in self.pieces for v in piece.others]
@@ -139,7 +141,8 @@ class _Assembler:
         return self.ordered(values | {v for v in self.carried if self.readers[v][-1] > k}, at)
 
     def ordered(self, values: set[int], at: int) -> tuple[int, ...]:
-        """Those with a gradient by their next use, so that equal pieces have them in the same places; then the others."""
+        """Those with a gradient by their next use, so that equal pieces have them in the same places; then
+        the others."""
 
         def key(v: int) -> tuple[Any, ...]:
             if v not in self.flow.carrying:
@@ -196,7 +199,8 @@ class _Assembler:
         )
 
     def kept_alike(self, specs: list[PieceSpec]) -> list[PieceSpec]:
-        """Data that crosses no further than a repeated piece crosses one cut more, where this makes it equal to those before it."""
+        """Data that crosses no further than a repeated piece crosses one cut more, where this makes it equal
+        to those before it."""
         out = specs[:1]
         for k, spec in enumerate(specs[1:], 1):
             before = out[-1]
@@ -223,7 +227,8 @@ def assemble(flow: Flow, cuts: Sequence[int]) -> Plan:
 
 
 def _label(flow: Flow, steps: Sequence[Step], params: Sequence[int]) -> str:
-    """What a piece is called: the scopes that its operations share, else the path that its parameters share, else what it does."""
+    """What a piece is called: the scopes that its operations share, else the path that its parameters share,
+    else what it does."""
     scopes = [step.scope.split("/") for step in steps if step.scope]
     if scopes and (shared := _prefix(scopes)):
         return "/".join(shared)
@@ -258,4 +263,3 @@ def _prefix(paths: Sequence[Sequence[str]]) -> list[str]:
             break
         shared.append(names[0])
     return shared
-

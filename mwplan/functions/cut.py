@@ -40,7 +40,8 @@ class Cut:
     def build(
         self, params: PyTree, *args: Any
     ) -> tuple[Chain, tuple[Any, ...], Callable[[Chain, tuple[Any, ...]], PyTree]]:
-        """The chain of pieces for these arguments, its input, and what takes gradients of both back to one of `params`.
+        """The chain of pieces for these arguments, its input, and what takes gradients of both back to one of
+        `params`.
 
         `chain(x)[0]` is the loss. A parameter that several pieces read is in each of them, or in the input.
         """
@@ -51,7 +52,8 @@ class Cut:
     def build_flat(
         self, params: Sequence[Any], data: Sequence[Any], captured: Sequence[Any]
     ) -> tuple[Chain, tuple[Any, ...], Callable[[Chain, tuple[Any, ...]], PyTree]]:
-        """As `build`, of the dynamic leaves of `params` and of the other arguments, and the captured arrays."""
+        """As `build`, of the dynamic leaves of `params` and of the other arguments, and the captured
+        arrays."""
         arrays = [*params, *data]
         order = sorted(self.flow.differentiated)
 
@@ -71,7 +73,8 @@ class Cut:
         return chain, x, back
 
     def _like_params(self, grads: dict[int, Any], arrays: Sequence[Any]) -> PyTree:
-        """A tree like the parameters: zeros for arrays that the loss does not depend on, None for what has no gradient."""
+        """A tree like the parameters: zeros for arrays that the loss does not depend on, None for what has no
+        gradient."""
         signature = self.flow.traced.signature
         leaves: list[Any] = [None] * signature.params
         for v, i in enumerate(signature.dynamic):
@@ -79,9 +82,7 @@ class Cut:
                 leaves[i] = grads[v] if v in grads else jnp.zeros_like(arrays[v])
         return jax.tree.unflatten(signature.params_treedef, leaves)
 
-    def value(
-        self, y: tuple[Any, ...], arrays: Sequence[Any], captured: Sequence[Any]
-    ) -> tuple[Any, PyTree]:
+    def value(self, y: tuple[Any, ...], arrays: Sequence[Any], captured: Sequence[Any]) -> tuple[Any, PyTree]:
         """`(loss, aux)` as the function returns them, from the chain's output and the arguments."""
         traced = self.flow.traced
         env = dict(enumerate([*arrays, *captured]))
@@ -98,8 +99,9 @@ class Cut:
         return self.table()
 
     def table(self) -> str:
-        """The pieces, one a line: what each is called, how many operations it has, the bytes that it makes, of its parameters, and
-        that cross the cut after it; pieces that are the same program have the same letter."""
+        """The pieces, one a line: what each is called, how many operations it has, the bytes that it makes,
+        of its parameters, and that cross the cut after it; pieces that are the same program have the same
+        letter."""
         letters: dict[Any, str] = {}
         rows = [("piece", "program", "operations", "makes", "parameters", "crosses", "name")]
         for i, piece in enumerate(self.plan.pieces):
@@ -132,11 +134,11 @@ def cut(
 ) -> Cut:
     """Cuts `loss(params, *args)` into a chain of pieces, where little is alive.
 
-    **Arguments:** as `mw.fit_function`; arrays or `jax.ShapeDtypeStruct`s; `keep_checkpoints`, whether what stands in a `jax.checkpoint`
-    stays one operation, with its policy; `most`, pieces.
+    **Arguments:** as `mw.fit_function`; arrays or `jax.ShapeDtypeStruct`s; `keep_checkpoints`, whether what
+    stands in a `jax.checkpoint` stays one operation, with its policy; `most`, pieces.
     **Returns:** a `Cut`: `print` shows the pieces.
-    **Raises:** `ArgumentError` for a loss that is not a real scalar or does not depend on `params`, for side effects and callbacks,
-    where Python branches on values, and where there is no place to cut.
+    **Raises:** `ArgumentError` for a loss that is not a real scalar or does not depend on `params`, for side
+    effects and callbacks, where Python branches on values, and where there is no place to cut.
 
     **Example:** `print(mw.cut(loss, params, batch))`
     """
@@ -155,4 +157,3 @@ def _letter(i: int) -> str:
         i, digit = divmod(i - 1, 26)
         text = chr(ord("A") + digit) + text
     return text
-

@@ -1,23 +1,27 @@
 r"""Where to cut: a dynamic program over positions.
 
-Of $n$ operations, let $a_p$ be the bytes that are alive at position $p$ (between the $p$-th operation and the next) and $m(p, q)$
-the bytes that the operations between two positions make. Cuts $0 = p_0 < p_1 < \dots < p_K = n$ are chosen to maximise
+Of $n$ operations, let $a_p$ be the bytes that are alive at position $p$ (between the $p$-th operation and the
+next) and $m(p, q)$ the bytes that the operations between two positions make. Cuts $0 = p_0 < p_1 < \dots <
+p_K = n$ are chosen to maximise
 
 $$ \sum_{k=1}^{K} \log m(p_{k-1}, p_k) \; - \; \sum_{k=1}^{K-1} \log (c \, a_{p_k}). $$
 
-A piece that makes $m = m_1 + m_2$ is so cut in two exactly where $m_1 m_2 / (m_1 + m_2) > c \, a$: where both halves make more
-than a cut keeps, whatever the size of the network. Alive bytes are least between the blocks of a network; a costly stretch is cut finer,
-because the more it makes, the more may be alive at a cut within. $c$ is 1, and is raised until there are at most as many
-pieces as asked for. Sums over pieces: equal stretches are cut alike.
+A piece that makes $m = m_1 + m_2$ is so cut in two exactly where $m_1 m_2 / (m_1 + m_2) > c \, a$: where both
+halves make more than a cut keeps, whatever the size of the network. Alive bytes are least between the blocks
+of a network; a costly stretch is cut finer, because the more it makes, the more may be alive at a cut within.
+$c$ is 1, and is raised until there are at most as many pieces as asked for. Sums over pieces: equal stretches
+are cut alike.
 
-Elementwise operations and changes of shape count for a quarter: mostly they are fused and not kept. A cut just before an elementwise
-operation would keep it from being fused with what it follows, and counts as if more were alive there.
+Elementwise operations and changes of shape count for a quarter: mostly they are fused and not kept. A cut
+just before an elementwise operation would keep it from being fused with what it follows, and counts as if
+more were alive there.
 
-Of positions that lie close together, with fewer bytes made between them than are alive at one of them, that one is left out where less is
-alive at the other: a network's blocks are cut between, not shortly after the first sum of the next.
+Of positions that lie close together, with fewer bytes made between them than are alive at one of them, that
+one is left out where less is alive at the other: a network's blocks are cut between, not shortly after the
+first sum of the next.
 
-**Cost:** the square of the number of positions where less is alive than right before or right after: 0.1 s for 5,000 operations.
-"""
+**Cost:** the square of the number of positions where less is alive than right before or right after: 0.1 s
+for 5,000 operations."""
 
 from __future__ import annotations
 
@@ -82,8 +86,9 @@ def choose(made: np.ndarray, alive: np.ndarray, most: int) -> list[int]:
 
 
 def _valleys(alive: np.ndarray, total: np.ndarray) -> list[int]:
-    """Both ends, and the positions at which no more is alive than right before and right after. Not those from which a position
-    with less alive is near: one with fewer bytes made on the way than are alive here. Of neighbours between which nothing is made, one."""
+    """Both ends, and the positions at which no more is alive than right before and right after. Not those
+    from which a position with less alive is near: one with fewer bytes made on the way than are alive here.
+    Of neighbours between which nothing is made, one."""
     inner = (alive[1:-1] <= alive[:-2]) & (alive[1:-1] <= alive[2:])
     found = [0]
     for p in np.flatnonzero(inner) + 1:

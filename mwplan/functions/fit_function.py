@@ -29,8 +29,8 @@ PyTree = Any
 class FittedFunction:
     """A compiled gradient step of a function, within its budget.
 
-    **Attributes:** `cut`, the function's pieces; `fitted`, the step as `mw.fit` describes it, of the flat arguments; `has_aux`.
-    """
+    **Attributes:** `cut`, the function's pieces; `fitted`, the step as `mw.fit` describes it, of the flat
+    arguments; `has_aux`."""
 
     cut: Cut
     fitted: Fitted
@@ -57,8 +57,9 @@ class FittedFunction:
         return self.fitted.attempts
 
     def step(self, params: PyTree, *args: Any) -> tuple[tuple[Any, execute.Report], PyTree]:
-        """`((value, report), grads)`: what the function returned, the runs' error report, and gradients like `params` (None for what
-        is no array of floating-point numbers). Raises `ArgumentError` for arguments of other shapes than those it was compiled for."""
+        """`((value, report), grads)`: what the function returned, the runs' error report, and gradients like
+        `params` (None for what is no array of floating-point numbers). Raises `ArgumentError` for arguments
+        of other shapes than those it was compiled for."""
         return self.fitted.step(*_split(self.cut, params, args))
 
     def value_and_grad(self, params: PyTree, *args: Any) -> tuple[tuple[Any, execute.Report], PyTree]:
@@ -68,7 +69,7 @@ class FittedFunction:
 
     def __str__(self) -> str:
         first, *rest = str(self.fitted).splitlines()[:-1]
-        call = "  call `(value, report), grads = fitted.step(params, *args)`; `print(fitted.cut)` shows the pieces"
+        call = "  call `(value, report), grads = fitted.step(params, *args)`; `print(fitted.cut)` shows them"
         return "\n".join([first.replace(" layers ", " pieces "), *rest, call])
 
 
@@ -89,14 +90,15 @@ def fit_function(
 ) -> FittedFunction:
     """The gradient step of a function as it is, compiled within a budget.
 
-    The function is traced and cut into pieces where little is alive (`mw.cut`); the pieces are profiled, planned and compiled as the layers
-    of a chain (`mw.fit`).
+    The function is traced and cut into pieces where little is alive (`mw.cut`); the pieces are profiled,
+    planned and compiled as the layers of a chain (`mw.fit`).
 
-    **Arguments:** `loss(params, *args)`, as for `jax.value_and_grad`: a real scalar, with `has_aux` a pair of it and anything; `params`, a
-    pytree: the gradient is taken of its floating-point arrays that the loss depends on; of the others it is zeros, and costs no time;
-    integers, keys and what is no array have none. `args`, arrays that the step will be given; what is no array among them is part of the
-    program. `budget`, bytes of the whole step or a text such as "2GiB"; `keep_checkpoints`, `most`, as `mw.cut`; `profile`, of the chain
-    of pieces (measured if None); the rest as `mw.fit`.
+    **Arguments:** `loss(params, *args)`, as for `jax.value_and_grad`: a real scalar, with `has_aux` a pair of
+    it and anything; `params`, a pytree: the gradient is taken of its floating-point arrays that the loss
+    depends on; of the others it is zeros, and costs no time; integers, keys and what is no array have none.
+    `args`, arrays that the step will be given; what is no array among them is part of the program. `budget`,
+    bytes of the whole step or a text such as "2GiB"; `keep_checkpoints`, `most`, as `mw.cut`; `profile`, of
+    the chain of pieces (measured if None); the rest as `mw.fit`.
     **Returns:** a `FittedFunction`.
     **Raises:** as `mw.cut`; `InfeasibleError` where no schedule fits the budget; as `mw.fit`.
 
@@ -172,9 +174,12 @@ def _split(cut: Cut, params: PyTree, args: tuple[Any, ...]) -> tuple[list[Any], 
 
 
 def _check_concrete(params: PyTree, args: tuple[Any, ...]) -> None:
-    if any(isinstance(leaf, (jax.core.Tracer, jax.ShapeDtypeStruct)) for leaf in jax.tree.leaves((params, args))):
+    if any(
+        isinstance(leaf, (jax.core.Tracer, jax.ShapeDtypeStruct)) for leaf in jax.tree.leaves((params, args))
+    ):
         raise ArgumentError(
-            "`params` and `args` must be concrete arrays, to be measured: call `mw.fit_function` outside `jax.jit`"
+            "`params` and `args` must be concrete arrays, to be measured: call `mw.fit_function` outside "
+            "`jax.jit`"
         )
 
 
@@ -191,5 +196,6 @@ def _narrowest(cut: Cut) -> str:
     at = cut.plan.pieces.index(piece) + 1
     return (
         f"The function was cut into {len(cut)} pieces; piece {at} ({piece.label}) makes most, "
-        f"{show_bytes(piece.made_bytes)}, and is not cut within: `print(mw.cut(loss, params, *args))` shows all"
+        f"{show_bytes(piece.made_bytes)}, and is not cut within: `print(mw.cut(loss, params, *args))` shows "
+        "all"
     )

@@ -1,14 +1,16 @@
-"""What depends on what: which values carry a gradient, what is computed from the arguments alone, and what is alive where.
+"""What depends on what: which values carry a gradient, what is computed from the arguments alone, and what is
+alive where.
 
-A *source* is an argument's leaf, an array that the function closes over, or a small value computed from these alone before
-the chain begins (random keys, positions, slices of stacked parameters). Sources are there all the time: they cost nothing at a cut.
-*Cheap* values are made from sources by casts, shapes and elementwise operations: every piece that reads one makes it itself.
-"""
+A *source* is an argument's leaf, an array that the function closes over, or a small value computed from these
+alone before the chain begins (random keys, positions, slices of stacked parameters). Sources are there all
+the time: they cost nothing at a cut. *Cheap* values are made from sources by casts, shapes and elementwise
+operations: every piece that reads one makes it itself."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,18 +21,98 @@ from mwplan.functions.tracing import Step, Traced
 
 #: Operations that change types and shapes alone.
 SHAPES = frozenset(
-    "broadcast_in_dim convert_element_type copy expand_dims iota reshape rev slice squeeze transpose reduce_precision "
-    "bitcast_convert_type stop_gradient name pvary pcast split unstack".split()
+    [
+        "broadcast_in_dim",
+        "convert_element_type",
+        "copy",
+        "expand_dims",
+        "iota",
+        "reshape",
+        "rev",
+        "slice",
+        "squeeze",
+        "transpose",
+        "reduce_precision",
+        "bitcast_convert_type",
+        "stop_gradient",
+        "name",
+        "pvary",
+        "pcast",
+        "split",
+        "unstack",
+    ]
 )
 #: Operations on each element by itself.
 ELEMENTWISE = frozenset(
-    "abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp complex conj cos cosh div eq erf erf_inv erfc exp "
-    "exp2 expm1 floor ge gt imag integer_pow is_finite le log log1p logistic lt max min mul ne neg nextafter not or pow real rem "
-    "round rsqrt select_n shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt square sub tan tanh xor "
-    "population_count".split()
+    [
+        "abs",
+        "acos",
+        "acosh",
+        "add",
+        "add_any",
+        "and",
+        "asin",
+        "asinh",
+        "atan",
+        "atan2",
+        "atanh",
+        "cbrt",
+        "ceil",
+        "clamp",
+        "complex",
+        "conj",
+        "cos",
+        "cosh",
+        "div",
+        "eq",
+        "erf",
+        "erf_inv",
+        "erfc",
+        "exp",
+        "exp2",
+        "expm1",
+        "floor",
+        "ge",
+        "gt",
+        "imag",
+        "integer_pow",
+        "is_finite",
+        "le",
+        "log",
+        "log1p",
+        "logistic",
+        "lt",
+        "max",
+        "min",
+        "mul",
+        "ne",
+        "neg",
+        "nextafter",
+        "not",
+        "or",
+        "pow",
+        "real",
+        "rem",
+        "round",
+        "rsqrt",
+        "select_n",
+        "shift_left",
+        "shift_right_arithmetic",
+        "shift_right_logical",
+        "sign",
+        "sin",
+        "sinh",
+        "sqrt",
+        "square",
+        "sub",
+        "tan",
+        "tanh",
+        "xor",
+        "population_count",
+    ]
 )
 #: Operations that take a part of an array.
-SLICES = frozenset("slice squeeze dynamic_slice gather split unstack reshape".split())
+SLICES = frozenset(["slice", "squeeze", "dynamic_slice", "gather", "split", "unstack", "reshape"])
 #: Values of at most so many bytes, made from data alone, are computed before the chain.
 SMALL_BYTES = 1024
 #: A cheap value takes at most so many operations.
@@ -41,11 +123,11 @@ CHEAP_STEPS = 64
 class Flow:
     """The operations of a function in the order in which they will be cut, and what is known of its values.
 
-    **Attributes:** `differentiated`, the parameters that the loss depends on, differentiably; `carrying`, all values that carry
-    its gradient; `prologue`, what is computed before the chain, and `sources`, all values that are there before it; `steps`, the
-    others, in order, without cheap ones; `recipes`, the operation that makes each cheap value; `reads`, of each of `steps`, the
-    values that are not cheap which it needs, in order.
-    """
+    **Attributes:** `differentiated`, the parameters that the loss depends on, differentiably; `carrying`, all
+    values that carry its gradient; `prologue`, what is computed before the chain, and `sources`, all values
+    that are there before it; `steps`, the others, in order, without cheap ones; `recipes`, the operation that
+    makes each cheap value; `reads`, of each of `steps`, the values that are not cheap which it needs, in
+    order."""
 
     traced: Traced
     differentiated: frozenset[int]
@@ -57,8 +139,8 @@ class Flow:
     reads: tuple[tuple[int, ...], ...]
 
     def closure(self, values: Iterable[int]) -> tuple[list[Step], list[int]]:
-        """The cheap operations that make the cheap ones of `values`, in order, and the values that are not cheap which these and
-        `values` need, in the order in which they are met."""
+        """The cheap operations that make the cheap ones of `values`, in order, and the values that are not
+        cheap which these and `values` need, in the order in which they are met."""
         made: dict[int, None] = {}
         steps: list[Step] = []
         needed: dict[int, None] = {}
@@ -79,13 +161,13 @@ class Flow:
         return steps, list(needed)
 
     def results(self) -> list[int]:
-        """The values that the last piece must return: results that are neither constants nor there from the start."""
-        return [
-            v for v in dict.fromkeys(self.traced.outputs) if isinstance(v, int) and v not in self.sources
-        ]
+        """The values that the last piece must return: results that are neither constants nor there from the
+        start."""
+        return [v for v in dict.fromkeys(self.traced.outputs) if isinstance(v, int) and v not in self.sources]
 
     def lifetimes(self) -> tuple[dict[int, int], dict[int, int]]:
-        """Of every value that `steps` make: the step that makes it, and the last that reads it (`len(steps)`: a result)."""
+        """Of every value that `steps` make: the step that makes it, and the last that reads it (`len(steps)`:
+        a result)."""
         born = {v: i for i, step in enumerate(self.steps) for v in step.outputs}
         dies = {}
         for i, read in enumerate(self.reads):
@@ -94,8 +176,8 @@ class Flow:
         return born, dies
 
     def alive_bytes(self) -> np.ndarray:
-        """For each position `0 .. len(steps)`, the bytes made before it that are read after it. Results do not count: they stay
-        alive to the end wherever the cuts are."""
+        """For each position `0 .. len(steps)`, the bytes made before it that are read after it. Results do
+        not count: they stay alive to the end wherever the cuts are."""
         change = np.zeros(len(self.steps) + 2, dtype=np.int64)
         born, dies = self.lifetimes()
         for value, last in dies.items():
@@ -117,7 +199,9 @@ def analyse(traced: Traced) -> Flow:
     hoisted = _hoisted(traced, of_params, of_data)
     prologue = [step for i, step in enumerate(traced.steps) if i in hoisted]
     sources = set(range(traced.sources)) | {v for step in prologue for v in step.outputs}
-    rest = [(step, alone) for i, (step, alone) in enumerate(zip(traced.steps, from_sources)) if i not in hoisted]
+    rest = [
+        (step, alone) for i, (step, alone) in enumerate(zip(traced.steps, from_sources)) if i not in hoisted
+    ]
     recipes = _cheap(rest, sources, traced.outputs[0])
     ordered = _late([(step, alone) for step, alone in rest if step.outputs[0] not in recipes], recipes)
     flow = Flow(
@@ -144,7 +228,8 @@ def _gradients(traced: Traced) -> tuple[set[int], set[int]]:
     loss = traced.outputs[0]
     if not isinstance(loss, int) or loss not in depends:
         raise ArgumentError(
-            "`loss` does not depend, differentiably, on any array of `params`: its gradient is zero everywhere. Are the parameters "
+            "`loss` does not depend, differentiably, on any array of `params`: its gradient is zero "
+            "everywhere. Are the parameters "
             "the first argument, and floating-point?"
         )
     wanted = {loss}
@@ -164,9 +249,12 @@ def _dependents(traced: Traced, on: set[int]) -> set[int]:
 
 
 def _hoisted(traced: Traced, of_params: set[int], of_data: set[int]) -> set[int]:
-    """The steps that are executed before the chain: small values made of data alone, random keys, and parts of parameters."""
+    """The steps that are executed before the chain: small values made of data alone, random keys, and parts
+    of parameters."""
     ready = set(range(traced.sources))
-    whole = {v: v for v in ready if v in of_params}  # the parameter that a value is a part of, or all of in another shape
+    whole = {
+        v: v for v in ready if v in of_params
+    }  # the parameter that a value is a part of, or all of in another shape
     chosen: dict[int, bool] = {}  # candidates, and whether each is wanted for itself
     for i, step in enumerate(traced.steps):
         if not ready.issuperset(step.read) or traced.outputs[0] in step.outputs:
@@ -225,7 +313,9 @@ def _late(steps: Sequence[tuple[Step, bool]], recipes: dict[int, Step]) -> list[
             if id(one) in done:
                 todo.pop()
                 continue
-            before = [waiting[v] for v in _behind(one, recipes) if v in waiting and id(waiting[v]) not in done]
+            before = [
+                waiting[v] for v in _behind(one, recipes) if v in waiting and id(waiting[v]) not in done
+            ]
             if before:
                 todo += before[::-1]
             else:

@@ -1,8 +1,8 @@
 """The pieces between cuts as layers.
 
-A piece's activation is a tuple of arrays: what crosses the cut. Arrays without a gradient that are floating-point all the same
-(masks, images, running averages) cross as integers of the same bits, so that no cotangent is made, kept or added for them.
-"""
+A piece's activation is a tuple of arrays: what crosses the cut. Arrays without a gradient that are
+floating-point all the same (masks, images, running averages) cross as integers of the same bits, so that no
+cotangent is made, kept or added for them."""
 
 from __future__ import annotations
 
@@ -40,14 +40,15 @@ class Label:
 
 @layer
 class Piece:
-    """A stretch of a function's operations, from the arrays that cross the cut before it to those that cross the cut after it.
+    """A stretch of a function's operations, from the arrays that cross the cut before it to those that cross
+    the cut after it.
 
-    **Attributes:** `params`, the parameters (or slices of them) that it reads; `others`, what else it reads that is no activation: data
-    that no other piece reads, keys; `program`, its operations, whose inputs are those arrays of the activation which it reads, `params`
-    and `others`, in this order; `reads`, for each of the first the position in the activation and how it is held; `held`, how each of
-    `others` is; `returns`, of each array of the next activation: `("x", i)`, the `i`-th of this one, or `("plain" | "bits", j)`, the
-    `j`-th result.
-    """
+    **Attributes:** `params`, the parameters (or slices of them) that it reads; `others`, what else it reads
+    that is no activation: data that no other piece reads, keys; `program`, its operations, whose inputs are
+    those arrays of the activation which it reads, `params` and `others`, in this order; `reads`, for each of
+    the first the position in the activation and how it is held; `held`, how each of `others` is; `returns`,
+    of each array of the next activation: `("x", i)`, the `i`-th of this one, or `("plain" | "bits", j)`, the
+    `j`-th result."""
 
     params: tuple[Any, ...]
     others: tuple[Any, ...]
@@ -80,7 +81,8 @@ def given_out(leaf: Any, how: str) -> Any:
 
 
 def to_bits(numbers: Any) -> Any:
-    """Floating-point numbers as unsigned integers of the same bits; of complex ones the parts on a last axis."""
+    """Floating-point numbers as unsigned integers of the same bits; of complex ones the parts on a last
+    axis."""
     if jnp.iscomplexobj(numbers):
         numbers = jnp.stack([numbers.real, numbers.imag], -1)
     kind = f"uint{jnp.finfo(numbers.dtype).bits}"

@@ -1,9 +1,8 @@
 """A stretch of operations as a program: static, comparable, executed by binding its operations again.
 
-Two programs are equal if they do the same: the same primitives, parameters, numbers and wiring, whatever they are called. Functions in an
-operation's parameters (rules of `jax.custom_jvp` and `jax.custom_vjp`) are compared by what they do, traced, where JAX can trace them,
-and by identity otherwise.
-"""
+Two programs are equal if they do the same: the same primitives, parameters, numbers and wiring, whatever they
+are called. Functions in an operation's parameters (rules of `jax.custom_jvp` and `jax.custom_vjp`) are
+compared by what they do, traced, where JAX can trace them, and by identity otherwise."""
 
 from __future__ import annotations
 
@@ -27,10 +26,12 @@ _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 class Program:
     """Operations with numbered inputs and results.
 
-    `steps`, with values renumbered: inputs first, in order; `results`, what is returned. Compared and hashed by what it does.
-    """
+    `steps`, with values renumbered: inputs first, in order; `results`, what is returned. Compared and hashed
+    by what it does."""
 
-    def __init__(self, steps: Sequence[Step], inputs: Sequence[int], results: Sequence[Operand], avals: Sequence[Any]):
+    def __init__(
+        self, steps: Sequence[Step], inputs: Sequence[int], results: Sequence[Operand], avals: Sequence[Any]
+    ):
         new = {value: i for i, value in enumerate(inputs)}
         for step in steps:
             for value in step.outputs:
@@ -98,7 +99,8 @@ def evaluate(steps: Sequence[Step], env: dict[int, Any], results: Sequence[Opera
 
 
 def _type(aval: Any) -> str:
-    return f"{aval.str_short() if hasattr(aval, 'str_short') else aval}{'*' if getattr(aval, 'weak_type', False) else ''}"
+    text = aval.str_short() if hasattr(aval, "str_short") else str(aval)
+    return f"{text}{'*' if getattr(aval, 'weak_type', False) else ''}"
 
 
 def _operand(one: Operand) -> str:
@@ -182,7 +184,9 @@ def _value(value: Any, function: Callable[[Any], str]) -> str:
     if isinstance(value, Jaxpr):
         return _jaxpr(value, (), function)
     if isinstance(value, dict):
-        return "{" + ",".join(f"{k}:{_value(v, function)}" for k, v in sorted(value.items(), key=_first)) + "}"
+        return (
+            "{" + ",".join(f"{k}:{_value(v, function)}" for k, v in sorted(value.items(), key=_first)) + "}"
+        )
     if type(value) in (tuple, list):
         return "(" + ",".join(_value(one, function) for one in value) + ")"
     if trees.is_array(value):

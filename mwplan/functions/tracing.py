@@ -1,8 +1,8 @@
 """A function and its loss as one flat list of operations.
 
-The function is traced by `jax.make_jaxpr`. Calls (`jax.jit`, `jax.checkpoint` unless asked to keep it) are opened, what
-no result needs is left out, and arrays that the function closes over become arguments like any other.
-"""
+The function is traced by `jax.make_jaxpr`. Calls (`jax.jit`, `jax.checkpoint` unless asked to keep it) are
+opened, what no result needs is left out, and arrays that the function closes over become arguments like any
+other."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ Operand = int | Constant
 class Step:
     """One operation: a primitive, its parameters, what it reads and the numbers of the values that it makes.
 
-    `scope`: the named scopes in which it stands, with `/` between them; `context`, JAX's, in which it must be executed again.
-    """
+    `scope`: the named scopes in which it stands, with `/` between them; `context`, JAX's, in which it must be
+    executed again."""
 
     primitive: Any
     params: dict[str, Any]
@@ -63,10 +63,9 @@ class Step:
 class Signature:
     """The arguments that a function was traced for.
 
-    `treedef` of `(params, args)`, `params_treedef` of the first; `dynamic`, which leaves are arrays or numbers, and `avals`, their types; `fixed`, the other
-    leaves (functions, texts), by position; `names`, of all leaves, as paths; `params`, how many of the leaves are those of
-    `params`.
-    """
+    `treedef` of `(params, args)`, `params_treedef` of the first; `dynamic`, which leaves are arrays or
+    numbers, and `avals`, their types; `fixed`, the other leaves (functions, texts), by position; `names`, of
+    all leaves, as paths; `params`, how many of the leaves are those of `params`."""
 
     treedef: Any
     params_treedef: Any
@@ -89,11 +88,12 @@ class Signature:
             avals=tuple(_aval(found[i][1]) for i in dynamic),
             fixed={i: leaf for i, (_, leaf) in enumerate(found) if i not in inside},
             names=tuple(_path(path) for path, _ in found),
-            params=jax.tree.structure(params).num_leaves,
+            params=len(jax.tree.leaves(params)),
         )
 
     def arrays(self, params: PyTree, args: tuple[Any, ...]) -> list[Any]:
-        """The dynamic leaves of such arguments. Raises `ArgumentError` where they are of another structure, shape or dtype."""
+        """The dynamic leaves of such arguments. Raises `ArgumentError` where they are of another structure,
+        shape or dtype."""
         found, treedef = jax.tree.flatten((params, args))
         if treedef != self.treedef:
             raise ArgumentError(
@@ -104,7 +104,8 @@ class Signature:
             if i in self.fixed:
                 if is_dynamic(leaf) or not _same(leaf, self.fixed[i]):
                     raise ArgumentError(
-                        f"{self.names[i]} is {leaf!r}, and the step was compiled for {self.fixed[i]!r}: what is no array is "
+                        f"{self.names[i]} is {leaf!r}, and the step was compiled for {self.fixed[i]!r}: what "
+                        "is no array is "
                         "part of the program; fit the function again"
                     )
             elif not is_dynamic(leaf):
@@ -129,10 +130,9 @@ class Signature:
 class Traced:
     """A function as a list of operations.
 
-    Values have numbers; those below `len(signature.dynamic)` are the arguments' dynamic leaves, the next `len(captured)` the
-    arrays that the function closes over. `avals`, the type of every value; `outputs`, the function's results, the loss first;
-    `out_tree`, how they are put together.
-    """
+    Values have numbers; those below `len(signature.dynamic)` are the arguments' dynamic leaves, the next
+    `len(captured)` the arrays that the function closes over. `avals`, the type of every value; `outputs`, the
+    function's results, the loss first; `out_tree`, how they are put together."""
 
     signature: Signature
     captured: tuple[Any, ...]
@@ -168,7 +168,8 @@ class _Flat:
         """What a program closes over: a number, or an array that becomes an argument."""
         if isinstance(value, jax.core.Tracer):
             raise ArgumentError(
-                "the function closes over a value that is being traced: call this outside `jax.jit`, `jax.grad` and `jax.vmap`"
+                "the function closes over a value that is being traced: call this outside `jax.jit`, "
+                "`jax.grad` and `jax.vmap`"
             )
         if np.ndim(value) == 0 and not trees.is_key(value):
             return Constant(value, jax.typeof(value))
@@ -202,7 +203,8 @@ class _Flat:
         return [read(var) for var in jaxpr.outvars]
 
     def opened(self, eqn: Any) -> ClosedJaxpr | None:
-        """The program that a call only calls, unless it says more than that: a sharding of its arguments, a policy that is kept."""
+        """The program that a call only calls, unless it says more than that: a sharding of its arguments, a
+        policy that is kept."""
         name = eqn.primitive.name
         if name in CHECKPOINTS and name not in self.keep:
             return ClosedJaxpr(eqn.params["jaxpr"], ())
@@ -220,11 +222,12 @@ def trace(
 ) -> Traced:
     """The operations of `loss(params, *args)`.
 
-    **Raises:** `ArgumentError` for a loss that is not a real scalar, for side effects and callbacks, and where tracing fails because
-    Python branches on values.
-    """
+    **Raises:** `ArgumentError` for a loss that is not a real scalar, for side effects and callbacks, and
+    where tracing fails because Python branches on values."""
     if not callable(loss):
-        raise ArgumentError(f"`loss` is a {type(loss).__name__}, which is not callable: give `loss(params, *args)`")
+        raise ArgumentError(
+            f"`loss` is a {type(loss).__name__}, which is not callable: give `loss(params, *args)`"
+        )
     signature = Signature.of(params, args)
     out_tree: list[Any] = []
 
@@ -240,7 +243,8 @@ def trace(
         closed = jax.make_jaxpr(flat)(*(_traceable(aval) for aval in signature.avals))
     except jax.errors.ConcretizationTypeError as error:
         raise ArgumentError(
-            "`loss` cannot be traced, because Python needs a value that is only known when it runs (a branch, a loop, `int(...)`, "
+            "`loss` cannot be traced, because Python needs a value that is only known when it runs (a "
+            "branch, a loop, `int(...)`, "
             f"NumPy): write it with `jax.lax.cond`, `jnp.where` or `jax.lax` loops. JAX says: {error}"
         ) from error
     _check_scalar(closed.out_avals[0])
@@ -252,7 +256,8 @@ def trace(
 
 
 def _numbered(signature: Signature, flat: _Flat, outputs: list[Operand], out_tree: Any) -> Traced:
-    """What was collected, without what no result needs, and with what is captured numbered right after the arguments."""
+    """What was collected, without what no result needs, and with what is captured numbered right after the
+    arguments."""
     steps = _needed(flat.steps, outputs)
     used = {value for step in steps for value in step.read} | {v for v in outputs if isinstance(v, int)}
     captured = [(number, array) for number, array in flat.captured.values() if number in used]
@@ -296,13 +301,15 @@ def _result(value: Any, has_aux: bool) -> tuple[Any, Any]:
     if not has_aux:
         if len(jax.tree.leaves(value)) != 1 or not jax.tree_util.all_leaves([value]):
             raise ArgumentError(
-                f"`loss` returned {_described(value)}, and must return one scalar: with more, use `has_aux=True` and return "
+                f"`loss` returned {_described(value)}, and must return one scalar: with more, use "
+                "`has_aux=True` and return "
                 "`(loss, anything)`"
             )
         return value, ()
     if not isinstance(value, (tuple, list)) or len(value) != 2:
         raise ArgumentError(
-            f"`loss` returned {_described(value)}, and with `has_aux=True` it must return a pair, `(loss, anything)`"
+            f"`loss` returned {_described(value)}, and with `has_aux=True` it must return a pair, `(loss, "
+            "anything)`"
         )
     return value[0], value[1]
 
@@ -310,7 +317,8 @@ def _result(value: Any, has_aux: bool) -> tuple[Any, Any]:
 def _check_scalar(aval: Any) -> None:
     if aval.shape != () or not jnp.issubdtype(aval.dtype, jnp.floating):
         raise ArgumentError(
-            f"`loss` returned {aval.dtype}{list(aval.shape)}, and a gradient is taken of a real scalar: take a mean or a sum, "
+            f"`loss` returned {aval.dtype}{list(aval.shape)}, and a gradient is taken of a real scalar: take "
+            "a mean or a sum, "
             "of complex numbers the real part or the absolute value"
         )
 
@@ -320,7 +328,8 @@ def _described(value: Any) -> str:
         f"{leaf.dtype}{list(leaf.shape)}" if hasattr(leaf, "dtype") else repr(leaf)
         for leaf in jax.tree.leaves(value)
     ]
-    return f"a {type(value).__name__} of {len(leaves)} leaves ({', '.join(leaves[:4])}{', ...' if leaves[4:] else ''})"
+    shown = ", ".join([*leaves[:4], *(["..."] if leaves[4:] else [])])
+    return f"a {type(value).__name__} of {len(leaves)} leaves ({shown})"
 
 
 def programs(params: Any) -> Iterator[Jaxpr]:
@@ -341,21 +350,24 @@ def check_effects(jaxpr: Jaxpr) -> None:
             name = eqn.primitive.name
             if "callback" in name or name in ("infeed", "outfeed", "debug_print"):
                 raise ArgumentError(
-                    f"`loss` calls `{name}`: a planned step may execute a part of it twice or in another order, and has no place for "
-                    "callbacks and side effects (`jax.debug.print`, `io_callback`, `pure_callback`): return what you want to see "
+                    f"`loss` calls `{name}`: a planned step may execute a part of it twice or in another "
+                    "order, and has no place for "
+                    "callbacks and side effects (`jax.debug.print`, `io_callback`, `pure_callback`): return "
+                    "what you want to see "
                     "with `has_aux=True`"
                 )
             waiting += programs(eqn.params)
     if jaxpr.effects:
         raise ArgumentError(
-            f"`loss` has side effects ({', '.join(map(str, itertools.islice(jaxpr.effects, 3)))}), which a planned step cannot have: "
+            f"`loss` has side effects ({', '.join(map(str, itertools.islice(jaxpr.effects, 3)))}), which a "
+            "planned step cannot have: "
             "return what changes with `has_aux=True`"
         )
 
 
 def is_dynamic(leaf: Any) -> bool:
     """Whether a leaf of the arguments is an array, its shape, or a number."""
-    if isinstance(leaf, jax.ShapeDtypeStruct) or isinstance(leaf, (bool, int, float, complex)):
+    if isinstance(leaf, (jax.ShapeDtypeStruct, bool, int, float, complex)):
         return True
     return trees.is_array(leaf) and getattr(leaf.dtype, "kind", "f") not in "OUSMm"
 
