@@ -20,6 +20,8 @@ from mwplan.execution.tracing import Timeline, trace
 from mwplan.execution.updates import init_states, value_and_update
 from mwplan.fitting.fitted import Fitted
 from mwplan.fitting.fitting import fit
+from mwplan.functions.cut import Cut, cut
+from mwplan.functions.fit_function import FittedFunction, fit_function
 from mwplan.network.chain import Chain, Stack, stack, unstack
 from mwplan.network.operator import explain, fragment_of, vijp
 from mwplan.planning import Frontier, frontier, plan
@@ -37,9 +39,11 @@ __all__ = [  # noqa: RUF022 (plainly sorted, as the test compares it)
     "Chain",
     "ChainError",
     "CompilerMissingError",
+    "Cut",
     "Device",
     "FileFormatError",
     "Fitted",
+    "FittedFunction",
     "Frontier",
     "GpuChip",
     "InfeasibleError",
@@ -67,10 +71,12 @@ __all__ = [  # noqa: RUF022 (plainly sorted, as the test compares it)
     "adapters",
     "apply",
     "compiler_options",
+    "cut",
     "estimate",
     "explain",
     "explain_peak",
     "fit",
+    "fit_function",
     "fragment_of",
     "frontier",
     "init_states",
