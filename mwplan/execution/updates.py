@@ -293,7 +293,7 @@ def _check_separate(optimizer: Optimizer, chain: Chain) -> None:
         one = trees.struct(_parameters_only(part.block if isinstance(part, Stack) else part))
         if isinstance(part, Stack):
             # Two repetitions stand for all.
-            one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), one)
+            one = jax.tree.map(lambda leaf: trees.struct_of(leaf, leaf.shape[1:]), one)
             params += [phase for _ in range(min(2, part.depth)) for phase in one]
         else:
             params.append(one)
