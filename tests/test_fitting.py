@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import pytest
 
 import mwplan as mw
+from mwplan import planning
 from mwplan.fitting import fitting, search, tuning
 from mwplan.fitting.fitted import Fitted
 from mwplan.layers import Dense
-from mwplan.planning import planning
 from mwplan.plans.packing import Buffer, Workspace
 from mwplan.plans.schedule import Run, RunKind, Schedule, Solution, Strategy
 from tests.helpers import mean_square, relative_error, store_all, tanh, with_round_times
@@ -144,7 +144,7 @@ def test_fragmentation_that_is_only_predicted_costs_nothing(
     foreseen = dataclasses.replace(profile, workspaces=(workspace,))
     plan = mw.plan(foreseen, budget)
     assert plan.runs != fastest.runs
-    assert "was set aside, for the holes" in str(plan)
+    assert "was set aside, for its predicted fragmentation" in str(plan)
     found = mw.fit(mean_square, chain, x, budget=budget, profile=foreseen)
     assert found.schedule.runs == fastest.runs
     assert len(found.attempts) == 1
@@ -171,7 +171,9 @@ def test_a_quicker_plan_is_looked_for_where_fragmentation_costs_time(
         return budget - profile.fixed_bytes + 1 if len(asked) == 1 else asked[-1]
 
     monkeypatch.setattr(planning.Frontier, "_packed_bytes", packed_bytes)
-    monkeypatch.setattr(planning, "LEANER", 1000)
+    monkeypatch.setattr(
+        planning.Frontier, "tuning", dataclasses.replace(planning.TUNING, smaller_points=1000)
+    )
     monkeypatch.setattr(search, "temporaries", at_first_above)
     workspace = Workspace(total_bytes=1, buffers=(Buffer(1, 0, 0),))
     found = mw.fit(
@@ -208,7 +210,7 @@ def test_fewer_strategies_may_fit_where_all_do_not(
 
 def test_budgets_that_nothing_fits(profile: mw.Profile) -> None:
     chain, x = network(), jnp.ones((512, 32))
-    with pytest.raises(mw.InfeasibleError, match="leanest schedule needs"):
+    with pytest.raises(mw.InfeasibleError, match="least-memory schedule needs"):
         mw.fit(mean_square, chain, x, budget=profile.fixed_bytes + 1, profile=profile)
     with pytest.raises(mw.ArgumentError, match="max_attempts"):
         mw.fit(mean_square, chain, x, budget="1GiB", profile=profile, max_attempts=0)

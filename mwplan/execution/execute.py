@@ -18,6 +18,7 @@ from mwplan.common import trees
 from mwplan.common.errors import ArgumentError, ScheduleMismatchError, SecondDerivativeError
 from mwplan.common.sizes import show_bytes
 from mwplan.compilers.compiling import warn_if_undone
+from mwplan.execution import plain
 from mwplan.execution.gradients import Gradients
 from mwplan.execution.interpreter import Interpreter
 from mwplan.execution.performers import Performer, alone, compiled, loose
@@ -27,10 +28,30 @@ from mwplan.network.chain import Chain, Stack, boundaries, check_chain, fingerpr
 from mwplan.plans.schedule import RunKind, Schedule, allow_nesting, nesting, reporting_runs
 
 PyTree = Any
+#: How the program of a step is written: 0, as planned; `UNTIED`; `LOOSE`.
+Arrangement = int
+#: The arrangement without barriers around operations: those around recomputed stretches and reconstructions
+#: stay.
+UNTIED = -1
+#: The arrangement with barriers around activations and cotangents, but not around residuals.
+LOOSE = -2
+#: The arrangement that JAX itself makes (`mwplan.execution.plain`): of schedules that store layers or
+#: recompute single ones.
+PLAIN = -3
 
 
 class InputGrownWarning(UserWarning):
-    """A planned step is differentiated at an input larger than the one it was planned for."""
+    """A planned step is differentiated at an input larger than the one it was planned for.
+
+    >>> import warnings
+    >>> net = mw.Chain([jnp.tanh] * 8)
+    >>> schedule = mw.plan(mw.estimate(net, jnp.ones((256, 64)), device="h100"), budget="400KiB")
+    >>> with warnings.catch_warnings(record=True) as caught:
+    ...     warnings.simplefilter("always")
+    ...     grads = jax.grad(lambda x: jnp.sum(mw.apply(schedule, net, x)))(jnp.ones((512, 64)))
+    >>> [one.category.__name__ for one in caught]
+    ['InputGrownWarning']
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +74,13 @@ class Report:
     random sketches of what the run rebuilt last and of the truth. For an INVERT run, which rebuilds
     activations, it is what the profile says such an error does to gradients (`Schedule.report_scales`; in a
     schedule made by hand the distance itself). NaN if no cotangent reached the run.
+
+    >>> net, x = mw.Chain([mw.layers.LeakyReLU(0.5)] * 2), jnp.linspace(-1.0, 1.0, 64)
+    >>> vijps = mw.Run(kind=mw.RunKind.MOONWALK, start=0, stop=2, options=("divide", "divide"))
+    >>> step = mw.jit(mw.value_and_grad(jnp.sum, mw.Schedule(runs=(vijps,))))
+    >>> (value, report), grads = step(net, x)
+    >>> report.discrepancy.shape, bool(report.worst < 1e-6)
+    ((1,), True)
     """
 
     discrepancy: Float[Array, " runs"]
@@ -106,13 +134,18 @@ class _Saved:
 
 
 def _planned(
-    schedule: Schedule, *, check: bool, perform: Performer = compiled
+    schedule: Schedule, *, check: bool, arrangement: Arrangement
 ) -> Callable[[Chain, PyTree, Array], PyTree]:
     """`(chain, x, probe) -> chain(x)`, differentiated by `schedule`; the probe's cotangent is the report.
 
     A cotangent is the only way out of a custom backward function, so the report leaves as that of an input
     that is not used.
     """
+
+    perform = _performer(arrangement)
+    if arrangement == PLAIN:
+        plain.check(schedule)
+        return lambda chain, x, probe: plain.apply(schedule, chain, x)
 
     @jax.custom_vjp
     def call(chain: Chain, x: PyTree, probe: Array) -> PyTree:
@@ -251,10 +284,16 @@ def apply(schedule: Schedule, chain: Chain, x: PyTree, *, arrangement: Arrangeme
     `mw.value_and_grad`.
     **Raises:** `ScheduleMismatchError`; `SecondDerivativeError` when differentiated twice. **Warns:**
     `InputGrownWarning` when differentiated at an input of more bytes than planned for.
+
+    >>> net, x = mw.Chain([jnp.tanh] * 8), jnp.ones((256, 64))
+    >>> schedule = mw.plan(mw.estimate(net, x, device="h100"), budget="400KiB")
+    >>> gradient = mw.jit(jax.grad(lambda x: jnp.sum(mw.apply(schedule, net, x))))
+    >>> bool(jnp.allclose(gradient(x), jax.grad(lambda x: jnp.sum(net(x)))(x), rtol=1e-4))
+    True
     """
     check_match(schedule, chain)
     warn_if_undone(x, chain)
-    call = _planned(schedule, check=False, perform=_performer(arrangement))
+    call = _planned(schedule, check=False, arrangement=arrangement)
     return call(chain, x, jnp.zeros(0, jnp.float32))
 
 
@@ -278,6 +317,14 @@ def value_and_grad(
     `grads` is a chain (with None for leaves that are not parameters), or a pair `(chain, x)` of gradients.
     `report` is a `Report`; within `jax.shard_map`, each run's worst of all devices.
     **Raises:** `ArgumentError` for a loss that is not scalar (with `has_aux`, no pair); as `apply`.
+
+    >>> net = mw.Chain([mw.layers.Dense.init(jax.random.key(0), 8, 8), jnp.tanh])
+    >>> x, target = jnp.ones((4, 8)), jnp.zeros((4, 8))
+    >>> schedule = mw.plan(mw.estimate(net, x, device="h100"), budget="1MiB")
+    >>> loss = lambda y, target: jnp.mean((y - target) ** 2)
+    >>> (value, report), grads = mw.jit(mw.value_and_grad(loss, schedule))(net, x, target)
+    >>> value.shape, grads[0].weight.shape
+    ((), (8, 8))
     """
     check_loss(loss)
     runs = reporting_runs(checked_schedule(schedule).runs)
@@ -285,7 +332,7 @@ def value_and_grad(
     def step(chain: Chain, x: PyTree, *args: Any) -> tuple[tuple[Any, Report], Any]:
         check_match(schedule, chain)
         warn_if_undone(x, chain)
-        call = _planned(schedule, check=True, perform=_performer(arrangement))
+        call = _planned(schedule, check=True, arrangement=arrangement)
 
         def total(params: list[Any], x_params: list[Any], probe: Array) -> tuple[Any, Any]:
             y = call(trees.with_parameters(chain, params), trees.with_parameters(x, x_params), probe)
@@ -306,17 +353,8 @@ def value_and_grad(
     return step
 
 
-#: How the program of a step is written: 0, as planned; `UNTIED`; `LOOSE`.
-Arrangement = int
-#: The arrangement without barriers around operations: those around recomputed stretches and reconstructions
-#: stay.
-UNTIED = -1
-#: The arrangement with barriers around activations and cotangents, but not around residuals.
-LOOSE = -2
-
-
 def _performer(arrangement: Arrangement) -> Performer:
-    known: dict[int, Performer] = {0: compiled, UNTIED: alone, LOOSE: loose}
+    known: dict[int, Performer] = {0: compiled, UNTIED: alone, LOOSE: loose, PLAIN: alone}
     if isinstance(arrangement, bool) or arrangement not in known:
         raise ArgumentError(
             f"`arrangement={arrangement!r}` must be 0, `mw.UNTIED`, `mw.LOOSE` or what `mw.fit` found "

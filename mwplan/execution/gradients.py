@@ -25,6 +25,9 @@ class Finder(Protocol):
     perform: Performer
     gate: Callable[[PyTree], PyTree]
 
+    def layer(self, position: int) -> PyTree:
+        """The layer that makes `x_position`."""
+
 
 class Gradients:
     """Parameter gradients by part of the chain: of a layer a list, of a stack one list a layer of its block,

@@ -186,7 +186,9 @@ class _Steps:
 
 
 def _is_plain(leaf: Any) -> bool:
-    return any(jnp.issubdtype(leaf.dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_))
+    """Whether a tape can hold such an array: whole bytes, which are strongly typed when they are read."""
+    known = any(jnp.issubdtype(leaf.dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_))
+    return known and trees.bits(leaf.dtype) >= 8 and not trees.is_weak(leaf)
 
 
 def _words(leaf: Any) -> int:

@@ -61,7 +61,13 @@ class TracedEvent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timeline:
-    """A step's events as measured, and its gradients."""
+    """A step's events as measured, and its gradients.
+
+    >>> store = tuple(mw.Run(kind=mw.RunKind.STORE, start=i, stop=i + 1, options=("vjp",)) for i in range(2))
+    >>> timeline = mw.trace(mw.Schedule(runs=store), mw.Chain([jnp.sin, jnp.cos]), jnp.ones(64), jnp.sum)
+    >>> [(event.sweep, event.layer) for event in timeline.events]
+    [('forward', 1), ('forward', 2), ('turn', 2), ('backward', 2), ('backward', 1)]
+    """
 
     events: tuple[TracedEvent, ...]
     gradients: Any
@@ -108,6 +114,11 @@ def trace(
     **Returns:** a `Timeline`. Its live bytes come from the arrays that exist on the device, on any backend.
     **Raises:** `ScheduleMismatchError`; `ArgumentError` where called under `jax.jit`.
     **Cost:** each distinct operation is compiled once, and run twice (the second run is timed).
+
+    >>> store = tuple(mw.Run(kind=mw.RunKind.STORE, start=i, stop=i + 1, options=("vjp",)) for i in range(2))
+    >>> timeline = mw.trace(mw.Schedule(runs=store), mw.Chain([jnp.sin, jnp.cos]), jnp.ones(64), jnp.sum)
+    >>> len(timeline.events), all(event.live_bytes >= 64 * 4 for event in timeline.events)
+    (5, True)
     """
     check_match(schedule, chain)
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((chain, x, args))):

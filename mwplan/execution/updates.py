@@ -54,6 +54,11 @@ def init_states(optimizer: Optimizer, chain: Chain) -> tuple[PyTree, ...]:
     None stands for leaves that are not parameters; a stack's is a tuple with one entry for each layer of its
     block, whose leaves have the stack's leading axis.
     **Raises:** `ChainError`; `ArgumentError` for what is no optimizer.
+
+    >>> import optax
+    >>> net = mw.Chain([mw.layers.Dense.init(jax.random.key(0), 8, 8), jnp.tanh])
+    >>> len(mw.init_states(optax.adam(1e-3), net))
+    2
     """
     check_chain(chain)
     _check_optimizer(optimizer)
@@ -117,6 +122,15 @@ def value_and_update(
     a mesh let `jax.jit` place the computation (`jax.NamedSharding`), or use `check_vma=False` and average in
     the optimizer: `optax.chain(optax.stateless(lambda g, p: jax.lax.pmean(g, "data")), optax.adam(1e-3))`.
     **Cost:** as the schedule, and the optimizer's update.
+
+    >>> import optax
+    >>> net, x = mw.Chain([mw.layers.Dense.init(jax.random.key(0), 8, 8), jnp.tanh]), jnp.ones((4, 8))
+    >>> optimizer = optax.sgd(0.01)
+    >>> schedule = mw.plan(mw.estimate(net, x, device="h100"), budget="1MiB")
+    >>> step = mw.jit(mw.value_and_update(lambda y: jnp.sum(y**2), schedule, optimizer))
+    >>> (value, report), new, states = step(net, mw.init_states(optimizer, net), x)
+    >>> bool(jnp.sum(new(x) ** 2) < value)
+    True
     """
     check_loss(loss)
     _check_optimizer(optimizer)
@@ -296,7 +310,7 @@ def _check_separate(optimizer: Optimizer, chain: Chain) -> None:
         one = trees.struct(_parameters_only(part.block if isinstance(part, Stack) else part))
         if isinstance(part, Stack):
             # Two repetitions stand for all.
-            one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), one)
+            one = jax.tree.map(lambda leaf: trees.struct_of(leaf, leaf.shape[1:]), one)
             params += [phase for _ in range(min(2, part.depth)) for phase in one]
         else:
             params.append(one)

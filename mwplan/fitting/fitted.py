@@ -30,6 +30,12 @@ class Fitted:
     compiled for. `schedule`, its plan, with the budget that it was made for: that asked for or, tuned, less;
     `temporary_bytes`, what the compiled program needs beside arguments and results; `attempts`, everything
     that was compiled, the chosen one last.
+
+    >>> net, x = mw.Chain([jnp.tanh] * 8), jnp.ones((256, 64))
+    >>> fit = mw.fit(jnp.sum, net, x, budget="450KiB", profile=mw.estimate(net, x, device="h100"))
+    >>> (value, report), grads = fit.step(net, x)
+    >>> fit.temporary_bytes + fit.schedule.fixed_bytes <= 450 * 1024
+    True
     """
 
     step: Any

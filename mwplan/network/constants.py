@@ -112,6 +112,13 @@ class _Constant:
         self.value = value
 
 
+def _typed(value: Any, aval: Any) -> Any:
+    """`value` weakly typed where the program's own is."""
+    if isinstance(value, _Constant) or not getattr(aval, "weak_type", False) or trees.is_weak(value):
+        return value
+    return trees.weakened(value)
+
+
 class _Evaluation:
     """Evaluates a program; `zero`: a number that is there when the operation's inputs are."""
 
@@ -136,7 +143,8 @@ class _Evaluation:
             return _Constant(var.val) if isinstance(var, Literal) else env[var]
 
         for eqn in jaxpr.eqns:
-            env.update(zip(eqn.outvars, self.equation(eqn, [read(var) for var in eqn.invars])))
+            found = self.equation(eqn, [read(var) for var in eqn.invars])
+            env.update((var, _typed(value, var.aval)) for var, value in zip(eqn.outvars, found))
         return [read(var) for var in jaxpr.outvars]
 
     def equation(self, eqn: Any, values: list[Any]) -> list[Any]:

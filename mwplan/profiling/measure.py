@@ -60,6 +60,10 @@ def profile(
     **Raises:** `ChainError` where a layer does not accept what it gets; `ArgumentError` for abstract inputs.
     **Cost:** a compilation for each operation of each distinct layer, and some runs of it. Memory: that of
     one layer's operations and its activations.
+
+    >>> profile = mw.profile(mw.Chain([jnp.tanh] * 2), jnp.ones((256, 64)), repeats=1)
+    >>> len(profile.layers), profile.activation_bytes
+    (2, (65536, 65536, 65536))
     """
     check_chain(chain)
     leaves = jax.tree.leaves((chain, x))
@@ -76,14 +80,13 @@ def profile(
     structs = boundaries(chain, x)
     bench = Bench(repeats, seed)
     names = layer_names(chain)
-    keys, places = layer_keys(chain, structs), chain.places()
+    keys = layer_keys(chain, structs)
     sampled = spread(keys, GROWTH_SAMPLES)
     measured: dict[Hashable, Costs] = {}
     unusable: dict[int, frozenset[Name]] = {}  # by layer: the rules that its weights forbid
     for i, one, at in visit(chain, x, sampled, bench.forward):
         if keys[i] not in measured:
-            in_stack = isinstance(chain.parts[places[i].part], Stack)
-            measured[keys[i]] = measure_layer(StackedBench(bench) if in_stack else bench, one, at)
+            measured[keys[i]] = measure_layer(StackedBench(bench) if keys[i][-1] else bench, one, at)
         unusable[i] = measured[keys[i]].check(one, structs[i])
         if i in sampled:
             measured[keys[i]].add_errors(bench.key, one, at, unusable[i])
@@ -158,7 +161,7 @@ def layer_names(chain: Chain) -> list[str]:
     return [layer_name(one) for part in chain.parts for one in _block(part) * _depth(part)]
 
 
-def layer_keys(chain: Chain, structs: list[PyTree]) -> list[Hashable]:
+def layer_keys(chain: Chain, structs: list[PyTree]) -> list[tuple[Any, ...]]:
     """What layers that share one measurement share: structure, parameter shapes, input, whether stacked."""
     trees_ = [jax.tree.structure(one) for part in chain.parts for one in _block(part) * _depth(part)]
     texts = [str(struct) for struct in structs]
