@@ -26,11 +26,11 @@ from rich.table import Table
 import mwplan as mw
 from experiments import alternatives, record, sweep
 from mwplan import layers as ml
+from mwplan import planning
 from mwplan.app.side_by_side import relative_error
 from mwplan.common.plots import png
 from mwplan.common.serial import write_atomically
 from mwplan.compilers.compiling import temporaries
-from mwplan.planning import planning
 from mwplan.plans.schedule import Schedule, Strategy
 from mwplan.solvers import baselines
 

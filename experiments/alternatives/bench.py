@@ -21,13 +21,11 @@ from experiments.alternatives.problem import (
 from experiments.alternatives.scheduled import applied, plan
 from experiments.alternatives.timing import CLOSE, TIE, Compiled, interleave, ties
 from experiments.alternatives.truth import float64_gradients, innermost
+from mwplan import planning
 from mwplan.app.side_by_side import relative_error
 from mwplan.common.errors import InfeasibleError
 from mwplan.compilers.compiling import temporaries
-from mwplan.execution import execute, heap
-from mwplan.execution.interpret import Detours
-from mwplan.fitting import fitting
-from mwplan.planning import planning
+from mwplan.fitting import tuning
 from mwplan.plans.schedule import Schedule, Strategy
 
 #: Seconds after which each part of the trial that chooses among plans ends, and rounds of its first part,
@@ -139,7 +137,7 @@ class Bench:
         for at, choice in within.items():
             if choice:
                 tied = ties([choice])
-                self.rows[at] = self.rows[at][0], tied[fitting.quickest([one.seconds for one in tied])]
+                self.rows[at] = self.rows[at][0], tied[tuning.quickest([one.seconds for one in tied])]
                 self.rows[at][0]["timed_plans"] = len(set(choice))
                 self.rows[at][0].pop("reason", None)
         for one in every:
@@ -172,8 +170,6 @@ class Bench:
                 if asked is None or budget is None:
                     break
                 excess = made.temporary_bytes + self.problem.fixed_bytes - budget
-                if excess > 0 and (arranged := self._arranged(made.way, budget)) is not None:
-                    made, excess = arranged, 0
                 if excess <= 0:
                     break
                 made, asked = None, asked - excess
@@ -186,29 +182,6 @@ class Bench:
         except InfeasibleError as error:
             row |= {"reason": str(error), "least_bytes": error.least_bytes}
         return made
-
-    def _arranged(self, way: Way, budget: int) -> Compiled | None:
-        """The schedule's program with detours by which it fits, as `mw.fit` makes it; None where there is
-        none, and for ways that are no schedules of ours."""
-        schedule, args = way.schedule, (way.chain, self.problem.x, self.problem.labels)
-        if schedule is None or way.key[:2] != (schedule.runs, 0) or not execute.can_be_arranged(way.chain):
-            return None
-        room, stacked = budget - self.problem.fixed_bytes, not way.key[2]
-
-        def with_(detours: Detours) -> Way:
-            return applied(self.problem, schedule, detours, stacked=stacked)
-
-        def lower(detours: Detours) -> Any:
-            return mw.jit(with_(detours).step(self.problem.loss)).lower(*args)
-
-        start = time.perf_counter()
-        for detours, executable, last in heap.arrangements(lower, room):
-            if last and temporaries(executable) <= room:
-                one, seconds = with_(detours), time.perf_counter() - start
-                return self.programs.setdefault(
-                    one.key, Compiled(one, executable, args, temporaries(executable), seconds, "default")
-                )
-        return None
 
     def check(self) -> None:
         """Gradient errors of the programs in use against float64 backpropagation."""
@@ -248,7 +221,6 @@ class Bench:
                     out |= predictions(one.way.schedule)
                     for name, way in (("untied", mw.UNTIED), ("loose", mw.LOOSE)):
                         out[name] = one.way.key[:2] == (one.way.schedule.runs, way)
-                    out["arranged"] = isinstance(one.way.key[1], Detours)
                     out["stacked"] = one.way.chain is self.problem.stacked
             made.append(out)
         return made

@@ -19,8 +19,8 @@ from experiments.alternatives.problem import (
     through,
 )
 from experiments.alternatives.scheduled import fastest_within
+from mwplan import planning
 from mwplan.common.errors import InfeasibleError
-from mwplan.planning import planning
 from mwplan.plans.profiles import Profile
 from mwplan.plans.schedule import Run, RunKind
 from mwplan.solvers import rotor

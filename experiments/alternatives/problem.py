@@ -12,10 +12,10 @@ import jax
 
 import mwplan as mw
 from experiments import zoo
+from mwplan import planning
 from mwplan.common import trees
 from mwplan.common.errors import MwplanError
 from mwplan.network.canonical import canonical
-from mwplan.planning import planning
 from mwplan.plans.profiles import Profile
 from mwplan.plans.schedule import Schedule, Strategy
 
@@ -80,8 +80,10 @@ class Problem:
 
     @functools.cached_property
     def by_hand(self) -> list[Schedule]:
-        """The schedules of `planning.familiar`, the same at every budget."""
-        return planning.familiar(self.profile, max_error=self.max_error, allowed=planning.EVERY_STRATEGY)
+        """The schedules of `planning.baseline_schedules`, the same at every budget."""
+        return planning.baseline_schedules(
+            self.profile, max_error=self.max_error, allowed=planning.EVERY_STRATEGY
+        )
 
     @functools.cached_property
     def _thin(self) -> float:

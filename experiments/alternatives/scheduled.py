@@ -13,8 +13,8 @@ from experiments.alternatives.problem import (
     Problem,
     Way,
 )
+from mwplan import planning
 from mwplan.execution.execute import Arrangement
-from mwplan.planning import planning
 from mwplan.plans import tape
 from mwplan.plans.schedule import RunKind, Schedule, Solution, Strategy
 from mwplan.solvers import baselines

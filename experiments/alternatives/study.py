@@ -18,7 +18,7 @@ from experiments.alternatives.problem import (
     Problem,
 )
 from experiments.alternatives.timing import Compiled, interleave
-from mwplan.planning import planning
+from mwplan import planning
 from mwplan.solvers import baselines
 
 #: Programs that need more than so many times the largest budget asked for are compiled, for their memory, and

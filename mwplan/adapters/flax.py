@@ -25,6 +25,7 @@ class Fixed:
 
     bits: Any
     dtype: str = static()
+    weak: bool = static(default=False)
 
     @classmethod
     def of(cls, numbers: Any) -> Fixed:
@@ -33,17 +34,19 @@ class Fixed:
             shaped: Fixed = jax.eval_shape(cls.of, numbers)
             return shaped
         parts = jnp.stack([numbers.real, numbers.imag], -1) if jnp.iscomplexobj(numbers) else numbers
-        bits = jax.lax.bitcast_convert_type(parts, f"uint{8 * parts.dtype.itemsize}")
-        return cls(bits, jnp.dtype(numbers.dtype).name)
+        bits = jax.lax.bitcast_convert_type(parts, f"uint{trees.bits(parts.dtype)}")
+        return cls(bits, jnp.dtype(numbers.dtype).name, trees.is_weak(numbers))
 
     @property
     def value(self) -> Any:
         """The numbers."""
         if not self.dtype.startswith("complex"):
-            return jax.lax.bitcast_convert_type(self.bits, self.dtype)
-        half = f"float{int(self.dtype.removeprefix('complex')) // 2}"
-        parts = jax.lax.bitcast_convert_type(self.bits, half)
-        return jax.lax.complex(parts[..., 0], parts[..., 1])
+            numbers = jax.lax.bitcast_convert_type(self.bits, self.dtype)
+        else:
+            half = f"float{int(self.dtype.removeprefix('complex')) // 2}"
+            parts = jax.lax.bitcast_convert_type(self.bits, half)
+            numbers = jax.lax.complex(parts[..., 0], parts[..., 1])
+        return trees.weakened(numbers) if self.weak else numbers
 
 
 def _fix(tree: PyTree) -> PyTree:

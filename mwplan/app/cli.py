@@ -167,8 +167,8 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """The fastest schedule within a budget, with its proof."""
+    from mwplan import planning
     from mwplan.common import serial
-    from mwplan.planning import planning
     from mwplan.profiling import roofline
 
     _check_target("--to", to)
@@ -203,8 +203,8 @@ def frontier(
     as_json: AsJson = False,
 ) -> None:
     """Every budget at once: least time against memory."""
+    from mwplan import planning
     from mwplan.common import plots, serial
-    from mwplan.planning import planning
 
     _check_target("--plot", plot)
     if rows < 2:

@@ -23,8 +23,9 @@ from mwplan.common import trees
 from mwplan.common.errors import InfeasibleError
 from mwplan.compilers.compiling import jit, temporaries
 from mwplan.fitting import fitting
+from mwplan.fitting.fitted import Fitted
 from mwplan.network.chain import Chain
-from mwplan.planning.planning import EVERY_STRATEGY
+from mwplan.planning import EVERY_STRATEGY
 from mwplan.plans.profiles import Profile
 from mwplan.plans.schedule import Strategy
 from mwplan.profiling import measure
@@ -103,7 +104,7 @@ class Outcome:
     """What was measured. `fitted`: the plan last in use, with its compiled gradient step; `replans`: the
     steps after which it was planned again."""
 
-    fitted: fitting.Fitted
+    fitted: Fitted
     budget_bytes: int
     backprop_temporary_bytes: int
     backprop_compile_seconds: float
@@ -181,7 +182,7 @@ class _Session:
             progress=lambda done, total, _: self.progress("profiling layers", done, total),
         )
 
-    def _fit(self, net: Chain, profile: Profile) -> fitting.Fitted:
+    def _fit(self, net: Chain, profile: Profile) -> Fitted:
         """The step within the budget."""
         task = self.task
         return fitting.fit(

@@ -14,7 +14,9 @@ from mwplan.common.errors import ArgumentError
 from mwplan.common.sizes import show_bytes, show_ns
 from mwplan.compilers.compiling import options_of, temporaries
 from mwplan.execution.execute import check_match
-from mwplan.execution.interpret import Gradients, Interpreter, View
+from mwplan.execution.gradients import Gradients
+from mwplan.execution.interpreter import Interpreter
+from mwplan.execution.view import View
 from mwplan.network import operations, sharding
 from mwplan.network.chain import Chain, boundaries, unstack
 from mwplan.plans.ledger import Event, replay

@@ -84,7 +84,7 @@ class Coupling:
         """Subtraction, and where a branch's vjp keeps booleans (ReLU masks) subtraction that keeps them:
         last, for it is the more accurate."""
         leaves, treedef = jax.tree.flatten((self, x))
-        shapes = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) if hasattr(a, "dtype") else a for a in leaves)
+        shapes = tuple(trees.struct_of(a) if hasattr(a, "dtype") else a for a in leaves)
         try:
             keeps = _keeps_booleans(treedef, shapes)
         except TypeError:  # something in a branch cannot be hashed: traced for this call alone

@@ -310,8 +310,8 @@ def stack(chain: Chain, x: PyTree, *, longest_block: int = 8) -> Chain:
 def _stacked(*leaves: Any) -> Any:
     """Arrays, or shapes, with a new leading axis."""
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
-        return jax.ShapeDtypeStruct((len(leaves), *leaves[0].shape), leaves[0].dtype)
-    return jnp.stack(leaves)
+        return trees.struct_of(leaves[0], (len(leaves), *leaves[0].shape))
+    return trees.typed_like(jnp.stack(leaves), leaves[0])
 
 
 def unstack(chain: Chain) -> Chain:
@@ -375,7 +375,7 @@ def boundaries(chain: Chain, x: PyTree) -> list[PyTree]:
         for one in block:
             inside.append(_output(one, inside[-1], len(out) + len(inside) - 1))
         if isinstance(part, Stack):
-            if inside[-1] != inside[0]:
+            if not _alike(inside[-1], inside[0]):
                 raise ChainError(
                     f"the block of the stack at layer {len(out)} takes {_shapes(inside[0])} and returns "
                     f"{_shapes(inside[-1])}: "
@@ -385,6 +385,12 @@ def boundaries(chain: Chain, x: PyTree) -> list[PyTree]:
         else:
             out.append(inside[-1])
     return out
+
+
+def _alike(a: PyTree, b: PyTree) -> bool:
+    """Whether two pytrees have the same shapes and dtypes, weak or not."""
+    weak = [jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), tree) for tree in (a, b)]
+    return bool(weak[0] == weak[1])
 
 
 def one_block(part: Stack) -> tuple[Any, ...]:
@@ -410,15 +416,21 @@ def _output(one: Any, x: PyTree, position: int) -> PyTree:
 
 
 def _shapes(struct: PyTree) -> PyTree:
-    return jax.tree.map(lambda a: f"{a.dtype}{list(a.shape)}", struct)
+    return jax.tree.map(lambda a: f"{a.dtype}{list(a.shape)}{' weak' * trees.is_weak(a)}", struct)
+
+
+_WEAK = " weak"
 
 
 def layer_signature(one: Any) -> str:
-    """A text that two layers share exactly if they have the same structure and the same shapes of
+    """A text that two layers share exactly if they have the same structure and the same shapes and types of
     parameters."""
     leaves, treedef = jax.tree.flatten(one)
     shapes = [
-        f"{_dtype(leaf)}{list(leaf.shape)}" if hasattr(leaf, "shape") else repr(leaf) for leaf in leaves
+        f"{_dtype(leaf)}{list(leaf.shape)}{_WEAK * trees.is_weak(leaf)}"
+        if hasattr(leaf, "shape")
+        else repr(leaf)
+        for leaf in leaves
     ]
     text = f"{type(one).__module__}.{type(one).__qualname__} {treedef} {shapes}"
     return re.sub(r" at 0x[0-9a-f]+", "", text)  # an address differs from one process to the next
@@ -442,5 +454,6 @@ def signatures(chain: Chain) -> list[str]:
 
 def fingerprint(chain: Chain) -> str:
     """Identifies a chain's structure and parameter shapes (not their values, nor the input's shape); stacked
-    or not is the same."""
-    return hashlib.sha256("\n".join(signatures(chain)).encode()).hexdigest()[:16]
+    or not is the same, and so is weakly typed or not: an optimizer's update makes weak parameters strong."""
+    text = "\n".join(signatures(chain)).replace(f"{_WEAK}'", "'")
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -90,7 +90,7 @@ def _match(got: PyTree, want: PyTree, name: str) -> PyTree:
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
         if jnp.shape(a) != b.shape:
             raise ArgumentError(f"`{name}` has a leaf of shape {jnp.shape(a)} where {b.shape} is wanted")
-    return trees.widen(jax.tree.map(jnp.asarray, got))
+    return trees.widen(jax.tree.map(lambda a: a if trees.is_array(a) else jnp.asarray(a), got))
 
 
 def vijp(
@@ -127,8 +127,8 @@ def vijp(
 
     def vijp_fn(ct_in: PyTree, fragment: PyTree = ()) -> PyTree:
         wanted = "fragment" if rule.has_fragment else "fragment (none is needed: leave it out)"
-        ct = _match(ct_in, x, "ct_in")
-        return rule.rebuild(layer, x, ct, _match(fragment, fragment_struct, wanted))
+        ct = trees.as_cotangent(_match(ct_in, x, "ct_in"), x)
+        return operations.vijp(layer, x, ct, _match(fragment, fragment_struct, wanted), rule=rule)
 
     return layer(x), vijp_fn
 
@@ -136,8 +136,8 @@ def vijp(
 def _sweep(rule: rules.VijpRule, layer: PyTree, x: PyTree, ct_out: PyTree = None) -> tuple[PyTree, PyTree]:
     """`(ct_in, fragment)`; for shapes alone `ct_out` may be left out."""
     y, kept = rule.forward(layer, x)
-    ct_out = jax.tree.map(jnp.zeros_like, y) if ct_out is None else _match(ct_out, _structs(y), "ct_out")
-    return rule.reverse(layer, kept, trees.widen(ct_out))
+    ct_out = y if ct_out is None else _match(ct_out, _structs(y), "ct_out")
+    return rule.reverse(layer, kept, trees.widen(trees.as_cotangent(ct_out, y)))
 
 
 def fragment_of(layer: PyTree, x: PyTree, ct_out: PyTree, option: str | None = None) -> PyTree:

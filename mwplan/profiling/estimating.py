@@ -159,7 +159,7 @@ def _some(chain: Chain, x: PyTree, structs: list[PyTree], examples: int, key: ja
     sizes = {leaf.shape[:1] for leaf in leaves}
     if len(sizes) == 1 and sizes != {()} and leaves[0].shape[0] > examples:
         batch = leaves[0].shape[0]
-        few = jax.tree.map(lambda s: jax.ShapeDtypeStruct((examples, *s.shape[1:]), s.dtype), structs[0])
+        few = jax.tree.map(lambda s: trees.struct_of(s, (examples, *s.shape[1:])), structs[0])
         try:
             alike = all(
                 _scaled(a, b, examples, batch) for a, b in zip(boundaries(chain, few), structs, strict=True)
