@@ -1,13 +1,17 @@
 """Predicted against measured memory and time of whole compiled steps: `python -m experiments.prediction`.
 
 Random heterogeneous chains with activations of at least 4 MiB, each at three budgets between the least
-feasible and what the fastest schedule needs; every second chain without RECOMPUTE, so that all kinds of runs
-occur. For each: the schedule that `mw.plan` chose, compiled (its temporaries against the predicted peak, and
-against the budget; with and without the predicted fragmentation); the one that `mw.fit` settled on; the step's
-time against the predicted one; and, at one budget a chain, the arrays alive at every event of a traced step
-against the ledger's. Beside them, on the same chains, what the machinery costs where nothing is to be saved:
-the schedule that stores every layer against plain `jax.value_and_grad`, and the run-time report against the same step
-without it, in interleaved rounds. Writes results/prediction/.
+feasible and what the fastest schedule needs. Every second chain is planned without RECOMPUTE, so that all
+kinds of runs occur. Compared are:
+
+- temporaries of the schedule that `mw.plan` chose, compiled, with its predicted peak (with and without
+  fragmentation) and with the budget;
+- the same of the schedule that `mw.fit` settled on, and the step's time with the predicted one;
+- at one budget a chain, the arrays alive at every event of a traced step with the ledger's.
+
+Beside them, on the same chains, the overhead where there is nothing to save: the schedule that stores every
+layer against plain `jax.value_and_grad`, and the run-time report against the same step without it, in
+interleaved rounds. Writes results/prediction/.
 """
 
 from __future__ import annotations

@@ -208,7 +208,9 @@ def frontier(
 
     _check_target("--plot", plot)
     if rows < 2:
-        raise ArgumentError(f"`--rows {rows}` must be at least 2: the leanest schedule and the fastest")
+        raise ArgumentError(
+            f"`--rows {rows}` must be at least 2: the schedule of least memory and the fastest"
+        )
     found = planning.frontier(_profile(network, device), max_error=max_error, allowed=_allowed(forbid))
     if plot is not None:
         serial.write_atomically(plot, plots.png(found.plot().figure))  # type: ignore[arg-type]
