@@ -99,3 +99,22 @@ class InfeasibleError(MwplanError):
         self.budget_bytes = budget_bytes
         self.least_bytes = least_bytes
         self.binding = binding
+
+
+class TargetError(MwplanError):
+    """A program that cannot be compiled for the device asked for; the message says what the compiler said."""
+
+
+class CompilerMissingError(TargetError, ImportError):
+    """A device whose compiler is not installed here, or does not start: the message says what to install."""
+
+
+class TargetMemoryError(TargetError):
+    """A program that needs more memory than the device asked for has.
+
+    **Attributes:** `needed_bytes`, as the compiler says: of the whole program, or of its temporaries where
+    these alone are too many; None where it does not say."""
+
+    def __init__(self, message: str, *, needed_bytes: int | None = None) -> None:
+        super().__init__(message)
+        self.needed_bytes = needed_bytes

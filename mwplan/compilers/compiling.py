@@ -3,6 +3,7 @@ missing."""
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import functools
 import warnings
@@ -11,6 +12,7 @@ from typing import Any
 
 import jax
 
+from mwplan.common import platforms
 from mwplan.common.errors import ArgumentError
 from mwplan.plans.packing import Buffer, Workspace
 
@@ -47,11 +49,21 @@ def compiler_options(backend: str | None = None) -> dict[str, str]:
 
 def options_of(backend: str | None = None) -> dict[str, str]:
     """`compiler_options`, without taking note that the user knows of them."""
-    if (backend or jax.default_backend()) == "cpu":
+    if (backend or platforms.platform()) == "cpu":
         # With barriers left, small loops must stay loops: the pass that makes calls of them crashes on a
         # barrier of several arrays, and the process with it.
         return {"xla_disable_hlo_passes": "cse_barrier_expander,small-while-loop-hoisting"}
     return {}
+
+
+@contextlib.contextmanager
+def options_given() -> Iterator[None]:
+    """A context for tracing what will be compiled with the options: no warning that they may be missing."""
+    token = _inside_jit.set(True)
+    try:
+        yield
+    finally:
+        _inside_jit.reset(token)
 
 
 def jit(function: Callable[..., Any], **kwargs: Any) -> Any:
@@ -63,11 +75,8 @@ def jit(function: Callable[..., Any], **kwargs: Any) -> Any:
 
     @functools.wraps(function)
     def call(*args: Any, **kw: Any) -> Any:
-        token = _inside_jit.set(True)
-        try:
+        with options_given():
             return function(*args, **kw)
-        finally:
-            _inside_jit.reset(token)
 
     options = {**options_of(), **kwargs.pop("compiler_options", {})}
     return jax.jit(call, compiler_options=options or None, **kwargs)
@@ -142,7 +151,7 @@ def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
 
 def warn_if_undone(*trees: Any) -> None:
     """Warns, once, where a planned step is traced by a `jax.jit` that cannot be known to have the options."""
-    if _knows or _inside_jit.get() or jax.default_backend() != "cpu" or jax.__version_info__ >= (0, 11):
+    if _knows or _inside_jit.get() or platforms.platform() != "cpu" or jax.__version_info__ >= (0, 11):
         return
     leaves = jax.tree.leaves(trees)
     if any(_is_traced(leaf) for leaf in leaves):

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import jax
 
-from mwplan.common import trees
+from mwplan.common import platforms, trees
 from mwplan.network.canonical import canonical
 from mwplan.network.residuals import Residuals
 
@@ -25,13 +25,21 @@ def compiled(sweep: str, layer: int, depth: int, operation: Callable[..., Any], 
     Inputs are tied so that no part of an operation (a factorisation of the weights, say) starts before its
     turn, outputs so that all of it is done before the next begins.
     """
-    return trees.tie(operation(*trees.tie(args)))
+    with named(sweep, layer):
+        return trees.tie(operation(*trees.tie(args)))
+
+
+def named(sweep: str, layer: int) -> Any:
+    """The scope of an operation's instructions in a compiled program, by which `mw.explain_peak` and
+    profilers name it; the layers of a loop's body count from its own first."""
+    return jax.named_scope(f"{sweep} {layer}")
 
 
 def loose(sweep: str, layer: int, depth: int, operation: Callable[..., Any], *args: Any) -> Any:
     """As `compiled`, but residuals are not tied: XLA may compute them where they are used, from what is there
     anyway, instead of keeping them."""
-    return trees.tie(operation(*trees.tie(args, Residuals)), Residuals)
+    with named(sweep, layer):
+        return trees.tie(operation(*trees.tie(args, Residuals)), Residuals)
 
 
 def looped(sweep: str, layer: int, depth: int, operation: Callable[..., Any], *args: Any) -> Any:
@@ -48,17 +56,19 @@ def alone(sweep: str, layer: int, depth: int, operation: Callable[..., Any], *ar
     """The performer without barriers: of an untied step, and of a loop's body that is one operation, whose
     turns follow one another anyway. Barriers would keep XLA from fusing the operation with what it reads and
     writes."""
-    return operation(*args)
+    with named(sweep, layer):
+        return operation(*args)
 
 
 def looped_alone(sweep: str, layer: int, depth: int, operation: Callable[..., Any], *args: Any) -> Any:
     """As `alone`, where `looped` is needed."""
-    return canonical(operation)(*args)
+    with named(sweep, layer):
+        return canonical(operation)(*args)
 
 
 def in_loop(perform: Performer, *, single: bool) -> Performer:
     """What takes the place of `perform` in the body of a loop; `single`: where that is one operation."""
-    if jax.default_backend() == "cpu":
+    if platforms.platform() == "cpu":
         perform = {compiled: looped, alone: looped_alone, loose: looped_loose}.get(perform, perform)
     if single:
         bare = {compiled: alone, looped: looped_alone, loose: alone, looped_loose: looped_alone}

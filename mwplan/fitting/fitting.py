@@ -78,13 +78,51 @@ def fit(
         raise ArgumentError(f"`max_attempts={max_attempts}` must be at least 1")
     if tune < 0:
         raise ArgumentError(f"`tune={tune}` must be 0 or a number of rounds")
-    budget_bytes, chosen = parse_bytes(budget), check_allowed(allowed)
+    chosen = check_allowed(allowed)
+    parse_bytes(budget)
     execute.check_losses_shape(loss, boundaries(check_chain(chain), x)[-1], args, has_aux)
     profile = measure.profile(chain, x) if profile is None else profile
     _check_profile(profile, chain, x)
-    gradient = functools.partial(execute.value_and_grad, loss, has_aux=has_aux, wrt_input=wrt_input)
+
+    return fit_step(
+        functools.partial(execute.value_and_grad, loss, has_aux=has_aux, wrt_input=wrt_input),
+        (chain, x, *args),
+        profile,
+        budget=budget,
+        max_error=max_error,
+        allowed=chosen,
+        max_attempts=max_attempts,
+        thin=thin,
+        regular=regular,
+        tune=tune,
+        say=say,
+    )
+
+
+def fit_step(
+    gradient: Callable[..., Callable[..., Any]],
+    args: tuple[Any, ...],
+    profile: Profile,
+    *,
+    budget: int | str,
+    max_error: float = 1e-4,
+    allowed: Choice = planning.EVERY_STRATEGY,
+    max_attempts: int = 18,
+    thin: float | None = None,
+    regular: float = planning.TUNING.regular_loss,
+    tune: int = 0,
+    say: Callable[[str], None] = lambda text: None,
+) -> Fitted:
+    """As `fit`, of any step: `gradient(schedule, arrangement=...)` makes a function of `args` that executes a
+    schedule for `profile`; the first of `args` holds the parameters. Raises and costs: as `fit`, beside the
+    profile."""
+    if max_attempts < 1:
+        raise ArgumentError(f"`max_attempts={max_attempts}` must be at least 1")
+    if tune < 0:
+        raise ArgumentError(f"`tune={tune}` must be 0 or a number of rounds")
+    budget_bytes, chosen = parse_bytes(budget), check_allowed(allowed)
     fitter = _Fitter(
-        compiler=Compiler(gradient, (chain, x, *args), profile),
+        compiler=Compiler(gradient, args, profile),
         plans=functools.cache(lambda allowed: Plans.of(profile, max_error, allowed, thin, regular)),
         budget=budget,
         max_error=max_error,

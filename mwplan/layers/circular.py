@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Inexact
 
-from mwplan.common import trees
+from mwplan.common import platforms, trees
 from mwplan.layers.bilinear import bilinear
 
 # Of the parts of a gradient of taps: the least bytes of input, and the most parts. Of few channels XLA:CPU
@@ -64,7 +64,7 @@ class Circular:
         self, x: Inexact[Array, "examples *size inner"], taps: Inexact[Array, "*kernel inner outer"]
     ) -> Inexact[Array, "examples *size outer"]:
         """The convolution."""
-        if jax.default_backend() != "cpu":
+        if platforms.platform() != "cpu":
             padded = jnp.pad(x, [(0, 0), *self.pads, (0, 0)], mode="wrap")
             return convolve(padded, taps, ((0, 0),) * len(self.pads), (1,) * len(self.pads), self.dilation)
         y = self._inside(x, taps)
@@ -89,7 +89,7 @@ class Circular:
         """The cotangent of the taps."""
         kernel = [(lo + hi) // d + 1 for (lo, hi), d in zip(self.pads, self.dilation)]
         taps = jax.ShapeDtypeStruct((*kernel, x.shape[-1], ct.shape[-1]), x.dtype)
-        if jax.default_backend() != "cpu":
+        if platforms.platform() != "cpu":
             transposed: Array = trees.transpose(partial(self, x), taps, ct)
             return transposed
         found = jnp.zeros((), x.dtype)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from mwplan.common import trees
+from mwplan.common import platforms, trees
 from mwplan.common.errors import ArgumentError
 from mwplan.layers import block, pointwise, spectral
 from mwplan.layers.bilinear import bilinear
@@ -74,7 +74,7 @@ class _Conv:
         kernel = self.weight.shape[0]
         # XLA:CPU (jaxlib 0.10.2) is up to ten times slower without any padding: a row of zeros is added, and
         # its output cut off.
-        slow = not any(map(any, pads)) and kernel > 1 and self.dims == 2 and jax.default_backend() == "cpu"
+        slow = not any(map(any, pads)) and kernel > 1 and self.dims == 2 and platforms.platform() == "cpu"
         pads = ((0, 1), *pads[1:]) if slow else pads
         y = convolve(x, cast(self.weight, x.dtype), pads, self.stride, self.dilation, self.groups)
         return y[:, : (x.shape[1] - self.dilation[0] * (kernel - 1) - 1) // self.stride[0] + 1] if slow else y
