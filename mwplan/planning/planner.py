@@ -41,7 +41,7 @@ def plan(
     `max_distinct_runs`, a limit on different runs (compile time); `time_limit_s` and `seed`, of the integer
     program; `thin`, as in `frontier`, None for `default_thin`; `regular`, as in `Frontier.at`; `frontier`,
     what `mw.frontier` returned for the same profile, `max_error` and `allowed`, where it is there already.
-    **Returns:** a `Schedule`, replayed by the ledger; `status` says whether it is optimal, or `gap` how close.
+    **Returns:** a `Schedule`, replayed by the ledger; `status` says if it is optimal, or `gap` how close.
     **Raises:** `InfeasibleError` with the least feasible budget and what binds there; `ArgumentError`.
     **Cost:** the frontier and the proof: seconds at 100 layers. Long chains of identical layers are proved by
     `mwplan.solvers.relaxed` alone; with `pins`, `host_budget` or `max_distinct_runs` they take minutes.
