@@ -217,8 +217,7 @@ class Schedule:
     """A plan for one chain: runs, what they are predicted to cost, and what was proved.
 
     `peak_bytes`: predicted temporaries, what is alive at once and `Profile.table_bytes`; `packed_bytes`: the
-    same with the holes that the allocator is foreseen to leave (`mwplan.plans.packing`: an estimate, at least
-    `peak_bytes`), 0 where the profile says too little of workspaces, or the chain is long; `fixed_bytes`:
+    same with the predicted fragmentation (`mwplan.plans.packing`: an estimate, at least `peak_bytes`), 0 where the profile says too little of workspaces, or the chain is long; `fixed_bytes`:
     parameters, input and gradients; `input_bytes`: the input alone, 0 if unknown; `budget_bytes`: the total
     asked for. `time_ns`: predicted, without the loss. `error`: predicted relative error of cotangents and
     gradients, `max_error` the tolerance. `host_bytes`: predicted bytes in the host's memory, at most.
@@ -314,11 +313,11 @@ def strip(schedule: Schedule) -> str:
     return out
 
 
-def _holes(schedule: Schedule) -> list[str]:
-    """A line on the holes between buffers, where some are foreseen."""
-    holes = schedule.packed_bytes - schedule.peak_bytes
-    share = holes / max(1, schedule.peak_bytes)
-    return [f"foreseen holes   {show_bytes(holes)} between buffers"] if share > 0.001 else []
+def _fragmentation(schedule: Schedule) -> list[str]:
+    """A line on fragmentation, where some is predicted."""
+    gaps = schedule.packed_bytes - schedule.peak_bytes
+    share = gaps / max(1, schedule.peak_bytes)
+    return [f"fragmentation    {show_bytes(gaps)} expected between buffers"] if share > 0.001 else []
 
 
 def describe(schedule: Schedule) -> str:
@@ -331,7 +330,7 @@ def describe(schedule: Schedule) -> str:
         f"predicted peak   {show_bytes(schedule.total_bytes)}"
         f" = {show_bytes(schedule.fixed_bytes)} fixed + {show_bytes(schedule.peak_bytes)} temporaries"
         + ("" if schedule.budget_bytes is None else f"; budget {show_bytes(schedule.budget_bytes)}"),
-        *_holes(schedule),
+        *_fragmentation(schedule),
         *([f"host memory      {show_bytes(schedule.host_bytes)}"] if schedule.host_bytes else []),
         f"predicted time   {show_ns(schedule.time_ns)}",
         f"predicted error  {schedule.error:.1e} relative (tolerance {schedule.max_error:.0e})",
