@@ -102,18 +102,32 @@ class InfeasibleError(MwplanError):
 
 
 class TargetError(MwplanError):
-    """A program that cannot be compiled for the device asked for; the message says what the compiler said."""
+    """A program that cannot be compiled for the device asked for; the message says what the compiler said.
+
+    >>> issubclass(mw.CompilerMissingError, mw.TargetError), issubclass(mw.TargetMemoryError, mw.TargetError)
+    (True, True)
+    """
 
 
 class CompilerMissingError(TargetError, ImportError):
-    """A device whose compiler is not installed here, or does not start: the message says what to install."""
+    """A device whose compiler is not installed here, or does not start: the message says what to install.
+
+    >>> try:
+    ...     program = mw.targets.compile(jnp.sin, jnp.ones(8), target="h200")
+    ... except mw.CompilerMissingError:
+    ...     program = None  # plan by `mw.estimate` instead
+    """
 
 
 class TargetMemoryError(TargetError):
     """A program that needs more memory than the device asked for has.
 
     **Attributes:** `needed_bytes`, as the compiler says: of the whole program, or of its temporaries where
-    these alone are too many; None where it does not say."""
+    these alone are too many; None where it does not say.
+
+    >>> mw.TargetMemoryError("the step needs 3 GiB", needed_bytes=3 << 30).needed_bytes
+    3221225472
+    """
 
     def __init__(self, message: str, *, needed_bytes: int | None = None) -> None:
         super().__init__(message)

@@ -104,13 +104,6 @@ def value_and_update(
     and so can be planned for.) With the chain and the states donated, a step needs parameters, states and
     input, temporaries, and the largest layer's gradient; `Profile.consuming_gradients` tells the planner so.
 
-    ```python
-    states = mw.init_states(optimizer, chain)
-    schedule = mw.plan(profile.consuming_gradients(states_bytes), budget)
-    step = mw.jit(mw.value_and_update(loss, schedule, optimizer), donate_argnums=(0, 1))
-    (value, report), chain, states = step(chain, states, x, *args)
-    ```
-
     **Arguments:** `loss(y, *args)`, `schedule`, `has_aux`, as `value_and_grad`; `optimizer`, an
     `optax.GradientTransformation` that treats layers by themselves: elementwise ones (`sgd`, `adam`, `adamw`,
     schedules and masks), or ones with a norm for each parameter. Each repetition of a stack counts as a
@@ -127,9 +120,10 @@ def value_and_update(
     >>> net, x = mw.Chain([mw.layers.Dense.init(jax.random.key(0), 8, 8), jnp.tanh]), jnp.ones((4, 8))
     >>> optimizer = optax.sgd(0.01)
     >>> schedule = mw.plan(mw.estimate(net, x, device="h100"), budget="1MiB")
-    >>> step = mw.jit(mw.value_and_update(lambda y: jnp.sum(y**2), schedule, optimizer))
-    >>> (value, report), new, states = step(net, mw.init_states(optimizer, net), x)
-    >>> bool(jnp.sum(new(x) ** 2) < value)
+    >>> update = mw.value_and_update(lambda y: jnp.sum(y**2), schedule, optimizer)
+    >>> step = mw.jit(update, donate_argnums=(0, 1))
+    >>> (value, report), net, states = step(net, mw.init_states(optimizer, net), x)
+    >>> bool(jnp.sum(net(x) ** 2) < value)
     True
     """
     check_loss(loss)

@@ -1,5 +1,4 @@
-"""Bilinear maps that say how they are transposed, where what JAX derives from their parts takes more memory
-or time."""
+"""Bilinear maps with transposes of their own, where those that JAX derives take more memory or time."""
 
 from __future__ import annotations
 

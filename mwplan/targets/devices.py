@@ -24,6 +24,12 @@ class GpuChip:
     multiprocessors; `l2_bytes`, its last cache; `clock_hz`, at boost. What follows from the compute
     capability is known for those in `PER_CORE`.
     **Raises:** `ArgumentError` for another compute capability.
+
+    >>> chip = mw.GpuChip(
+    ...     product="H100", compute_capability=(9, 0), cores=132, l2_bytes=50 << 20, clock_hz=1.98e9
+    ... )
+    >>> chip.cores
+    132
     """
 
     product: str
@@ -107,7 +113,11 @@ PER_CORE: dict[tuple[int, int], PerCore] = {
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TpuChip:
     """A TPU as its compiler must know it: `topology`, the smallest slice's name; `clock_hz`, of the cycles in
-    which the compiler estimates times."""
+    which the compiler estimates times.
+
+    >>> mw.TpuChip(topology="v5e:2x2", clock_hz=1.5e9).topology
+    'v5e:2x2'
+    """
 
     topology: str
     clock_hz: float
