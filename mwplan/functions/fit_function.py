@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mwplan import planning
 from mwplan.common import trees
 from mwplan.common.errors import ArgumentError, InfeasibleError
 from mwplan.common.sizes import show_bytes
@@ -18,7 +19,6 @@ from mwplan.fitting.fitted import Attempt, Fitted
 from mwplan.fitting.fitting import fit_step
 from mwplan.functions import cut as cutting
 from mwplan.functions.cut import Cut
-from mwplan.planning import planning
 from mwplan.plans.profiles import Profile
 from mwplan.plans.schedule import Choice, Schedule
 from mwplan.profiling import measure
