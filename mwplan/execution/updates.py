@@ -261,8 +261,7 @@ def update(
     layer: PyTree, grads: list[Any], state: PyTree, *, optimizer: Optimizer
 ) -> tuple[list[Any], PyTree]:
     """`(new parameters, new state)` of one layer."""
-    values = iter(grads)
-    tree = jax.tree.map(lambda leaf: next(values) if trees.is_inexact(leaf) else None, layer)
+    tree = trees.only_parameters(layer, grads)
     params = _parameters_only(layer)
     steps, new = optimizer.update(tree, state, params)
     moved = [
@@ -274,7 +273,7 @@ def update(
 
 
 def _parameters_only(tree: PyTree) -> PyTree:
-    return jax.tree.map(lambda leaf: leaf if trees.is_inexact(leaf) else None, tree)
+    return trees.only_parameters(tree, trees.parameters(tree))
 
 
 def _check_optimizer(optimizer: Any) -> None:
