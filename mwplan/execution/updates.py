@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,7 @@ from mwplan.plans.schedule import Schedule, reporting_runs
 PyTree = Any
 
 
+@runtime_checkable
 class Optimizer(Protocol):
     """What is asked of an optimizer: the two functions of an `optax.GradientTransformation`."""
 
