@@ -16,7 +16,7 @@ from mwplan.functions import cutting
 from mwplan.functions.assembly import Plan, assemble
 from mwplan.functions.flow import Flow, analyse
 from mwplan.functions.programs import evaluate
-from mwplan.functions.tracing import Constant, trace
+from mwplan.functions.tracing import Constant, Traced, trace
 from mwplan.network.chain import Chain
 
 PyTree = Any
@@ -144,7 +144,11 @@ def cut(
     """
     if isinstance(most, bool) or not isinstance(most, int) or most < 1:
         raise ArgumentError(f"`most={most!r}` must be a number of pieces, at least 1")
-    traced = trace(loss, params, args, has_aux=has_aux, keep_checkpoints=keep_checkpoints)
+    return cut_traced(trace(loss, params, args, has_aux=has_aux, keep_checkpoints=keep_checkpoints), most)
+
+
+def cut_traced(traced: Traced, most: int) -> Cut:
+    """As `cut`, of a function that is traced already."""
     flow = analyse(traced)
     chosen = cutting.choose(cutting.weights(flow), cutting.keeps(flow), most)
     return Cut(flow=flow, plan=assemble(flow, chosen))
