@@ -98,7 +98,8 @@ def explain_peak(
     step's, for what the ledger expects beside it; `least_bytes`: smaller buffers are left out.
     **Returns:** a `Peak`; print it. Of a function it is exact: the compiler's own assignment of buffers. Of a
     compiled program, whose assignment is no longer known, lives are read from the order of its instructions,
-    and places are not known.
+    and places are not known. Where the program needs more memory than the target has, and its compiler says
+    so (TPUs), the peak says for what.
     **Raises:** `ArgumentError` for what is neither; as `mw.targets.compile`.
     **Cost:** a compilation.
 
@@ -111,7 +112,9 @@ def explain_peak(
     schedule = known if schedule is None and isinstance(known, Schedule) else schedule
     if args:
         lowered = program.lower(function, args, one)
-        compiled, lives = reports.compiled_with_reports(lowered, one.compiler_options)
+        compiled, lives = reports.compiled_with_reports(
+            lambda more: program.built(lowered, {**one.compiler_options, **more}, one)
+        )
         name = one.name
     else:
         compiled, lives, name = _compiled(function), None, one.name

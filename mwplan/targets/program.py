@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -237,10 +237,10 @@ def placed(tree: PyTree, target: Target) -> PyTree:
     return found
 
 
-def built(lowered: Any, options: dict[str, str], target: Target) -> Any:
+def built(lowered: Any, options: Mapping[str, Any], target: Target) -> Any:
     """What was lowered, compiled: `jax.stages.Compiled`. Raises as `compile`."""
     try:
-        return lowered.compile(options or None)
+        return lowered.compile(dict(options) or None)
     except jax.errors.JaxRuntimeError as error:
         text = str(error)
         if "RESOURCE_EXHAUSTED" in text or "Ran out of memory" in text:
