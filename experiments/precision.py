@@ -26,10 +26,11 @@ from rich.table import Table
 import mwplan as mw
 from experiments import alternatives, record, sweep
 from mwplan import layers as ml
+from mwplan import planning
+from mwplan.app.side_by_side import relative_error
 from mwplan.common.plots import png
 from mwplan.common.serial import write_atomically
 from mwplan.compilers.compiling import temporaries
-from mwplan.planning import planning
 from mwplan.plans.schedule import Schedule, Strategy
 from mwplan.solvers import baselines
 
@@ -99,7 +100,7 @@ def errors(
     """Predicted, reported and true errors of one schedule, with its bytes."""
     step = step or compiled(this, schedule)
     (_, report), grads = step(this.chain, this.x, this.labels)
-    whole, worst = alternatives.relative_error(alternatives.innermost(grads), truth)
+    whole, worst = relative_error(alternatives.innermost(grads), truth)
     return {
         "predicted_error": _finite(schedule.error),
         "reported_error": _finite(float(report.worst)),
@@ -143,7 +144,7 @@ def measure(point: dict[str, Any]) -> dict[str, Any]:
     truth = alternatives.float64_gradients(this)
     rows = [{"name": name, **errors(this, s, truth)} for name, s in schedules(this, point["tolerances"])]
     plain = mw.jit(jax.value_and_grad(lambda net: loss(net(this.x), this.labels))).lower(this.chain).compile()
-    whole, worst = alternatives.relative_error(alternatives.innermost(plain(this.chain)[1]), truth)
+    whole, worst = relative_error(alternatives.innermost(plain(this.chain)[1]), truth)
     rows.append(
         {
             "name": "backpropagation",

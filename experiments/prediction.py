@@ -185,7 +185,6 @@ def at_budget(
     row["fitted"] = {
         "predicted": found.schedule.peak_bytes,
         "measured": found.temporary_bytes,
-        "arranged": found.arrangement != 0,
         "attempts": len(found.attempts),
     }
     (_, report), grads = found.step(chain, x)
@@ -272,7 +271,6 @@ def summary(found: list[dict[str, Any]]) -> dict[str, Any]:
         "memory error, mw.fit: median": statistics.median(fit_off),
         "memory error, mw.fit: largest": max(fit_off),
         "mw.fit above the budget": sum(row["fitted"]["measured"] > row["budget"] for row in fits),
-        "mw.fit, with detours": sum(row["fitted"]["arranged"] for row in fits),
         "mw.fit, refused: nothing compiled fits": len(rows) - len(fits),
         "memory error, mw.plan alone: median": statistics.median(off),
         "memory error, mw.plan alone: largest": max(off),

@@ -18,10 +18,11 @@ from mwplan.compilers.compiling import PlanUndoneWarning, compiler_options, jit,
 from mwplan.execution.execute import LOOSE, UNTIED, InputGrownWarning, Report, apply, value_and_grad
 from mwplan.execution.tracing import Timeline, trace
 from mwplan.execution.updates import init_states, value_and_update
-from mwplan.fitting.fitting import Fitted, fit
+from mwplan.fitting.fitted import Fitted
+from mwplan.fitting.fitting import fit
 from mwplan.network.chain import Chain, Stack, stack, unstack
 from mwplan.network.operator import explain, fragment_of, vijp
-from mwplan.planning.planning import Frontier, frontier, plan
+from mwplan.planning import Frontier, frontier, plan
 from mwplan.plans.ledger import replay
 from mwplan.plans.profiles import Profile
 from mwplan.plans.schedule import Run, RunKind, Schedule, Status, Strategy

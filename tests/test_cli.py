@@ -100,7 +100,7 @@ def test_plans_for_a_device_that_is_not_here(tmp_path: Path) -> None:
         (["plan", "PROFILE", "--budget", "2 bananas"], "2 bananas"),
         (["plan", "PROFILE", "--budget", "1MB", "--host-budget", "1MB"], "profile.offloading"),
         (["plan", "PROFILE", "--budget", "1MB", "--link-rate", "fast"], "--link-rate='fast'"),
-        (["plan", "PROFILE", "--budget", "1 B"], "leanest schedule needs"),
+        (["plan", "PROFILE", "--budget", "1 B"], "least-memory schedule needs"),
         (["plan", "missing.json", "--budget", "1GB"], "does not exist"),
         (["explain", "no.such.module:net"], "cannot be imported"),
         (["explain", "nothing"], "MODULE:NAME"),

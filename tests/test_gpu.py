@@ -82,7 +82,7 @@ def test_running_out_of_memory_is_a_result(monkeypatch: pytest.MonkeyPatch) -> N
     def full(point: sweep.Point) -> dict[str, Any]:
         raise RuntimeError(point["text"])
 
-    monkeypatch.setattr(gpu, "step", full)
+    monkeypatch.setattr(gpu.points, "step", full)
     found = gpu.measure(
         {"kind": "step", "text": "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes"}
     )

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 import mwplan as mw
 from mwplan.common import trees
 from mwplan.compilers.compiling import workspace
-from mwplan.planning import planning
 from mwplan.plans.ledger import buffers
 from mwplan.plans.packing import ALIGNMENT, Buffer, Packing, Workspace, pack
 from tests.chains import random_profile
@@ -128,7 +127,9 @@ def test_plans_keep_the_budget_with_the_holes(monkeypatch: pytest.MonkeyPatch) -
         profile, workspaces=(Workspace(total_bytes=1, buffers=(Buffer(1, 0, 0),)),), fixed_bytes=0
     )
     plain = mw.frontier(dataclasses.replace(profile, workspaces=()))
-    monkeypatch.setattr(planning, "pack", lambda some: Packing(alive_at_once(some) * 3 // 2, ()))
+    monkeypatch.setattr(
+        "mwplan.planning.budgets.pack", lambda some: Packing(alive_at_once(some) * 3 // 2, ())
+    )
     holed = mw.frontier(profile)
     budget = plain.points[-1][0]
     for got in (holed.at(budget), mw.plan(profile, budget)):

@@ -25,24 +25,28 @@ class Fixed:
 
     bits: Any
     dtype: str = static()
+    weak: bool = static(default=False)
 
     @classmethod
     def of(cls, numbers: Any) -> Fixed:
         """From an array, or its shape; of complex numbers the parts on a last axis."""
         if isinstance(numbers, jax.ShapeDtypeStruct):
-            return jax.eval_shape(cls.of, numbers)
+            shaped: Fixed = jax.eval_shape(cls.of, numbers)
+            return shaped
         parts = jnp.stack([numbers.real, numbers.imag], -1) if jnp.iscomplexobj(numbers) else numbers
-        bits = jax.lax.bitcast_convert_type(parts, f"uint{8 * parts.dtype.itemsize}")
-        return cls(bits, jnp.dtype(numbers.dtype).name)
+        bits = jax.lax.bitcast_convert_type(parts, f"uint{trees.bits(parts.dtype)}")
+        return cls(bits, jnp.dtype(numbers.dtype).name, trees.is_weak(numbers))
 
     @property
     def value(self) -> Any:
         """The numbers."""
         if not self.dtype.startswith("complex"):
-            return jax.lax.bitcast_convert_type(self.bits, self.dtype)
-        half = f"float{int(self.dtype.removeprefix('complex')) // 2}"
-        parts = jax.lax.bitcast_convert_type(self.bits, half)
-        return jax.lax.complex(parts[..., 0], parts[..., 1])
+            numbers = jax.lax.bitcast_convert_type(self.bits, self.dtype)
+        else:
+            half = f"float{int(self.dtype.removeprefix('complex')) // 2}"
+            parts = jax.lax.bitcast_convert_type(self.bits, half)
+            numbers = jax.lax.complex(parts[..., 0], parts[..., 1])
+        return trees.weakened(numbers) if self.weak else numbers
 
 
 def _fix(tree: PyTree) -> PyTree:
@@ -50,7 +54,7 @@ def _fix(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: Fixed.of(leaf) if trees.is_inexact(leaf) else leaf, tree)
 
 
-def _loose(tree: PyTree) -> PyTree:
+def _restored(tree: PyTree) -> PyTree:
     """What `_fix` was given."""
     return jax.tree.map(
         lambda leaf: leaf.value if isinstance(leaf, Fixed) else leaf,
@@ -76,7 +80,8 @@ class Linen:
     @property
     def variables(self) -> dict[str, PyTree]:
         """All of them, as `module.init` returns them."""
-        return {"params": self.params} | _loose(self.others) if self.params else _loose(self.others)
+        others: dict[str, PyTree] = _restored(self.others)
+        return {"params": self.params} | others if self.params else others
 
     def __call__(self, x: PyTree) -> PyTree:
         """Applies the module."""
@@ -118,7 +123,7 @@ class NNX:
         """A copy of the module, with the parameters as they are."""
         from flax import nnx
 
-        return nnx.merge(self.graph, _fresh(self.params), _loose(_fresh(self.others)))
+        return nnx.merge(self.graph, _fresh(self.params), _restored(_fresh(self.others)))
 
     def __call__(self, x: PyTree) -> PyTree:
         """Applies the module."""

@@ -167,8 +167,8 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """The fastest schedule within a budget, with its proof."""
+    from mwplan import planning
     from mwplan.common import serial
-    from mwplan.planning import planning
     from mwplan.profiling import roofline
 
     _check_target("--to", to)
@@ -203,8 +203,8 @@ def frontier(
     as_json: AsJson = False,
 ) -> None:
     """Every budget at once: least time against memory."""
+    from mwplan import planning
     from mwplan.common import plots, serial
-    from mwplan.planning import planning
 
     _check_target("--plot", plot)
     if rows < 2:
@@ -271,8 +271,9 @@ def train(
 ) -> None:
     """Train on handwritten digits within a budget that backpropagation exceeds."""
     from mwplan.app import training
+    from mwplan.app.train_result import TrainConfig
 
-    config = training.TrainConfig(
+    config = TrainConfig(
         budget=budget,
         max_error=max_error,
         batch=batch,

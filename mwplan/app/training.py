@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from mwplan import planning
 from mwplan.app import side_by_side
 from mwplan.app.side_by_side import Progress, Task, shuffled
 from mwplan.app.train_result import TrainConfig, TrainResult
@@ -25,7 +26,6 @@ from mwplan.common.sizes import parse_bytes
 from mwplan.compilers.compiling import jit
 from mwplan.layers import Conv2D, Dense, Flatten, LeakyReLU, MaxMin, SpaceToDepth
 from mwplan.network.chain import Chain
-from mwplan.planning import planning
 from mwplan.plans.profiles import Profile
 from mwplan.plans.schedule import Strategy
 
@@ -86,7 +86,8 @@ def cross_entropy(logits: Float[Array, "batch classes"], labels: Int[Array, " ba
     """Mean softmax cross entropy."""
     import optax
 
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+    mean: Array = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+    return mean
 
 
 def accuracy(chain: Chain, x: Any, labels: Any) -> float:

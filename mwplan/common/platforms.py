@@ -23,4 +23,5 @@ def platform() -> str:
 
 def lowering_for(platform: str) -> AbstractContextManager[None]:
     """A context in which programs are written for `platform`."""
-    return _elsewhere(platform)
+    context: AbstractContextManager[None] = _elsewhere(platform)
+    return context

@@ -23,7 +23,7 @@ def is_array(leaf: Any) -> bool:
 
 def is_key(leaf: Any) -> bool:
     """Whether `leaf`, an array or a `jax.ShapeDtypeStruct`, holds typed random keys."""
-    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def tie(tree: Any, free: type | tuple[type, ...] = ()) -> Any:
@@ -50,23 +50,55 @@ def with_parameters(layer: Any, params: list[Any]) -> Any:
 
 
 def nbytes(tree: Any) -> int:
-    """Bytes of all array leaves of `tree` (arrays, tracers or `jax.ShapeDtypeStruct`s)."""
+    """Bytes of all array leaves of `tree` (arrays, tracers or `jax.ShapeDtypeStruct`s) as devices hold them:
+    numbers of 4 and of 2 bits share bytes."""
     total = 0
     for leaf in jax.tree.leaves(tree):
         if hasattr(leaf, "dtype") and hasattr(leaf, "shape"):
-            dtype = leaf.dtype if is_key(leaf) else np.dtype(jax.dtypes.canonicalize_dtype(leaf.dtype))
-            total += math.prod(leaf.shape) * dtype.itemsize
+            count = math.prod(leaf.shape)
+            total += count * leaf.dtype.itemsize if is_key(leaf) else -(-count * bits(leaf.dtype) // 8)
     return total
 
 
+def bits(dtype: Any) -> int:
+    """Bits that a device needs for one number of `dtype` (no random key); 0 for float0."""
+    known = np.dtype(jax.dtypes.canonicalize_dtype(dtype))
+    return 0 if known == jax.dtypes.float0 else int(jax.dtypes.itemsize_bits(known))
+
+
 def struct(tree: Any) -> Any:
-    """The same pytree with a `jax.ShapeDtypeStruct` for every array leaf."""
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(jnp.shape(a), jnp.result_type(a)), tree)
+    """The same pytree with a `jax.ShapeDtypeStruct` for every array leaf, weakly typed where that is."""
+    return jax.tree.map(struct_of, tree)
+
+
+def struct_of(leaf: Any, shape: tuple[int, ...] | None = None) -> jax.ShapeDtypeStruct:
+    """The `jax.ShapeDtypeStruct` of one leaf, or of another `shape`, weakly typed where `leaf` is."""
+    return jax.ShapeDtypeStruct(
+        jnp.shape(leaf) if shape is None else shape, jnp.result_type(leaf), weak_type=is_weak(leaf)
+    )
+
+
+def is_weak(leaf: Any) -> bool:
+    """Whether `leaf`, an array, a number or a `jax.ShapeDtypeStruct`, takes the dtype of what it meets, as
+    Python's numbers and `jnp.full(shape, 0.1)` do."""
+    kind = leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jax.typeof(leaf)
+    return bool(getattr(kind, "weak_type", False))
+
+
+def typed_like(leaf: Any, like: Any) -> Any:
+    """The array `leaf` weakly typed where `like`, of the same dtype, is."""
+    return weakened(leaf) if is_weak(like) and not is_weak(leaf) else leaf
+
+
+def weakened(leaf: Any) -> Any:
+    """The array `leaf`, weakly typed (`is_weak`). Costs nothing."""
+    dtype = np.dtype(leaf.dtype)
+    return jax.lax.convert_element_type_p.bind(leaf, new_dtype=dtype, weak_type=True, sharding=None)
 
 
 def working_dtype(dtype: Any) -> Any:
     """The dtype that cotangents have inside a moonwalk run: `dtype`, or float32 where that is wider."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return jnp.float32 if bits(dtype) <= 8 else jnp.promote_types(dtype, jnp.float32)
 
 
 def widen(tree: Any) -> Any:
@@ -82,11 +114,29 @@ def widen(tree: Any) -> Any:
     return jax.tree.map(one, tree)
 
 
+def no_cotangent(leaf: Any) -> Any:
+    """What `jax.vjp` has for the cotangent of an array (or its shape) that is no parameter, an integer, a
+    mask or random keys: float0 zeros, which have no memory."""
+    return np.zeros(jnp.shape(leaf), jax.dtypes.float0)
+
+
+def as_cotangent(tree: Any, like: Any) -> Any:
+    """`tree`, a cotangent of `like`, with `no_cotangent` where `like` has integers, masks or random keys,
+    whatever `tree` has there."""
+    return jax.tree.map(lambda a, b: a if is_inexact(b) or _is_float0(a) else no_cotangent(b), tree, like)
+
+
 def cast_like(tree: Any, like: Any) -> Any:
-    """`tree` with each inexact leaf in the dtype of the matching leaf of `like`."""
+    """`as_cotangent`, with each inexact leaf in the dtype of the matching leaf of `like`."""
     return jax.tree.map(
-        lambda a, b: a.astype(b.dtype) if is_inexact(a) and a.dtype != b.dtype else a, tree, like
+        lambda a, b: a.astype(b.dtype) if is_inexact(b) and a.dtype != b.dtype else a,
+        as_cotangent(tree, like),
+        like,
     )
+
+
+def _is_float0(leaf: Any) -> bool:
+    return getattr(leaf, "dtype", None) == jax.dtypes.float0
 
 
 def transpose(linear: Callable[[Any], Any], x: Any, ct: Any) -> Any:

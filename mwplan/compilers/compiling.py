@@ -21,7 +21,13 @@ _inside_jit: contextvars.ContextVar[bool] = contextvars.ContextVar("inside_mw_ji
 
 
 class PlanUndoneWarning(UserWarning):
-    """A planned step is being compiled for the CPU by JAX 0.10 without `mw.compiler_options()`."""
+    """A planned step is being compiled for the CPU by JAX 0.10 without `mw.compiler_options()`.
+
+    >>> import warnings
+    >>> with warnings.catch_warnings():
+    ...     warnings.simplefilter("error", mw.PlanUndoneWarning)  # from here on an error
+    ...     step = mw.jit(lambda x: 2 * x).lower(1.0).compile()
+    """
 
 
 def compiler_options(backend: str | None = None) -> dict[str, str]:
@@ -31,6 +37,10 @@ def compiler_options(backend: str | None = None) -> dict[str, str]:
     XLA:CPU (that of JAX 0.10; with 0.11.2 it was not seen to) drops optimization barriers before it merges
     common subexpressions, so that whatever is recomputed in one program is merged with what it was to
     replace; this keeps the barriers. Other backends need nothing.
+
+    >>> double = jax.jit(lambda x: 2 * x, compiler_options=mw.compiler_options())
+    >>> double(3.0).item()
+    6.0
     """
     global _knows
     _knows = True
@@ -57,7 +67,11 @@ def options_given() -> Iterator[None]:
 
 
 def jit(function: Callable[..., Any], **kwargs: Any) -> Any:
-    """`jax.jit(function, **kwargs)` with `compiler_options()` for the default backend."""
+    """`jax.jit(function, **kwargs)` with `compiler_options()` for the default backend.
+
+    >>> mw.jit(lambda x: 2 * x)(3.0).item()
+    6.0
+    """
 
     @functools.wraps(function)
     def call(*args: Any, **kw: Any) -> Any:
@@ -73,6 +87,10 @@ def temporaries(compiled: Any) -> int:
 
     `compiled` is what `jax.jit(f).lower(...).compile()` returns. (`peak_memory_in_bytes` reads a constant on
     CPU; this does not.) Raises `ArgumentError` for anything else.
+
+    >>> compiled = mw.jit(lambda x: jnp.sort(x).sum()).lower(jnp.ones(1024)).compile()
+    >>> mw.temporaries(compiled) >= 4096  # the sorted array
+    True
     """
     if not hasattr(compiled, "memory_analysis"):
         raise ArgumentError(

@@ -24,7 +24,9 @@ from mwplan.execution.execute import (
     cotangent,
     warn_if_grown,
 )
-from mwplan.execution.interpret import Gradients, Interpreter, View
+from mwplan.execution.gradients import Finder, Gradients
+from mwplan.execution.interpreter import Interpreter
+from mwplan.execution.view import View
 from mwplan.network import residuals, sharding
 from mwplan.network.chain import Chain, Stack, boundaries, check_chain
 from mwplan.plans.schedule import Schedule, reporting_runs
@@ -52,6 +54,11 @@ def init_states(optimizer: Optimizer, chain: Chain) -> tuple[PyTree, ...]:
     None stands for leaves that are not parameters; a stack's is a tuple with one entry for each layer of its
     block, whose leaves have the stack's leading axis.
     **Raises:** `ChainError`; `ArgumentError` for what is no optimizer.
+
+    >>> import optax
+    >>> net = mw.Chain([mw.layers.Dense.init(jax.random.key(0), 8, 8), jnp.tanh])
+    >>> len(mw.init_states(optax.adam(1e-3), net))
+    2
     """
     check_chain(chain)
     _check_optimizer(optimizer)
@@ -69,7 +76,8 @@ def init_states(optimizer: Optimizer, chain: Chain) -> tuple[PyTree, ...]:
         first += len(part) if isinstance(part, Stack) else 1
     # Arrays of their own, so that all may be donated: a state may hold one array twice, or a parameter
     # itself.
-    return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), tuple(states))
+    copies: tuple[PyTree, ...] = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), tuple(states))
+    return copies
 
 
 def _apart(state: PyTree, places: jax.Array) -> PyTree:
@@ -114,6 +122,15 @@ def value_and_update(
     a mesh let `jax.jit` place the computation (`jax.NamedSharding`), or use `check_vma=False` and average in
     the optimizer: `optax.chain(optax.stateless(lambda g, p: jax.lax.pmean(g, "data")), optax.adam(1e-3))`.
     **Cost:** as the schedule, and the optimizer's update.
+
+    >>> import optax
+    >>> net, x = mw.Chain([mw.layers.Dense.init(jax.random.key(0), 8, 8), jnp.tanh]), jnp.ones((4, 8))
+    >>> optimizer = optax.sgd(0.01)
+    >>> schedule = mw.plan(mw.estimate(net, x, device="h100"), budget="1MiB")
+    >>> step = mw.jit(mw.value_and_update(lambda y: jnp.sum(y**2), schedule, optimizer))
+    >>> (value, report), new, states = step(net, mw.init_states(optimizer, net), x)
+    >>> bool(jnp.sum(new(x) ** 2) < value)
+    True
     """
     check_loss(loss)
     _check_optimizer(optimizer)
@@ -195,23 +212,22 @@ class Updates(Gradients):
             self.parts[part] = [
                 (trees.parameters(one), state) for one, state in zip(block, self.states[part])
             ]
-        return self.parts[part]
+        found: list[Any] = self.parts[part]
+        return found
 
     def layer(self, view: View, position: int) -> PyTree:
         """The layer as it is now."""
-        one, place = view.layer(position), view.places[position - 1]
+        one, place = view.layer(position), view.place(position)
         if not isinstance(self.chain.parts[place.part], Stack):
             return one
         params, _ = self.stacked(place.part)[place.phase]
         return trees.with_parameters(one, loops.row(params, view.at + place.repetition))
 
-    def found(
-        self, walker: Interpreter, position: int, depth: int, grads: list[Any], later: PyTree
-    ) -> PyTree:
+    def found(self, finder: Finder, position: int, depth: int, grads: list[Any], later: PyTree) -> PyTree:
         """Updates the layer; `later`, which everything that follows needs, is returned such that it waits for
         that."""
-        view = walker.view
-        place = view.places[position - 1]
+        view = finder.view
+        place = view.place(position)
         if not grads:
             return later  # nothing to update; a step count that nobody reads stays
         row = view.at + place.repetition
@@ -220,12 +236,12 @@ class Updates(Gradients):
         if in_stack:
             state = loops.row(self.stacked(place.part)[place.phase][1], row)
         operation = functools.partial(update, optimizer=self.optimizer)
-        new = walker.perform("update", position, depth, operation, self.layer(view, position), grads, state)
+        new = finder.perform("update", position, depth, operation, self.layer(view, position), grads, state)
         if in_stack:
             block = list(self.stacked(place.part))
             block[place.phase] = loops.put(block[place.phase], new, row)
             new = block
-        later, self.parts[place.part] = walker.gate((later, new))
+        later, self.parts[place.part] = finder.gate((later, new))
         return later
 
     def result(self) -> tuple[Chain, tuple[PyTree, ...]]:
@@ -293,7 +309,7 @@ def _check_separate(optimizer: Optimizer, chain: Chain) -> None:
         one = trees.struct(_parameters_only(part.block if isinstance(part, Stack) else part))
         if isinstance(part, Stack):
             # Two repetitions stand for all.
-            one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), one)
+            one = jax.tree.map(lambda leaf: trees.struct_of(leaf, leaf.shape[1:]), one)
             params += [phase for _ in range(min(2, part.depth)) for phase in one]
         else:
             params.append(one)

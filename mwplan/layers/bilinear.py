@@ -33,7 +33,8 @@ def bilinear(product: BilinearMap, x: Array, w: Array) -> Array:
     JAX derives.
     """
     x, w = vary((x, w), varying_axes((x, w)))
-    return _bilinear.bind(x, w, product=product, jaxpr=jax.make_jaxpr(product)(x, w))
+    y: Array = _bilinear.bind(x, w, product=product, jaxpr=jax.make_jaxpr(product)(x, w))
+    return y
 
 
 def _apply(x: Array, w: Array, *, product: BilinearMap, jaxpr: Any) -> Array:

@@ -90,7 +90,8 @@ class Circular:
         kernel = [(lo + hi) // d + 1 for (lo, hi), d in zip(self.pads, self.dilation)]
         taps = jax.ShapeDtypeStruct((*kernel, x.shape[-1], ct.shape[-1]), x.dtype)
         if platforms.platform() != "cpu":
-            return trees.transpose(partial(self, x), taps, ct)
+            transposed: Array = trees.transpose(partial(self, x), taps, ct)
+            return transposed
         found = jnp.zeros((), x.dtype)
         count = _parts(x, ct.shape[-1])
         for i in range(count):

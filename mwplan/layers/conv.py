@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -154,8 +154,11 @@ def _delta(
     return jnp.pad(matrix.reshape(*width, inner, outer), [*pads, (0, 0), (0, 0)])
 
 
+Convolution = TypeVar("Convolution", bound="_Conv")
+
+
 def _make(
-    cls: type[Any],
+    cls: Callable[..., Convolution],
     key: Array,
     inner: int,
     outer: int,
@@ -167,7 +170,7 @@ def _make(
     groups: int,
     bias: bool,
     dtype: Any,
-) -> Any:
+) -> Convolution:
     if inner % groups or outer % groups:
         raise ArgumentError(f"`groups={groups}` must divide both {inner} inputs and {outer} outputs")
     if he is None:

@@ -111,7 +111,8 @@ def left_inverse(a: Inexact[Array, "*batch rows cols"]) -> Inexact[Array, "*batc
     """
     rows, cols = a.shape[-2:]
     if rows == cols:
-        return jnp.linalg.inv(a)
+        inverse: Array = jnp.linalg.inv(a)
+        return inverse
     q, r = jnp.linalg.qr(a)
     qh = jnp.conj(jnp.swapaxes(q, -1, -2))
     return jax.lax.linalg.triangular_solve(r, qh, left_side=True, lower=False)

@@ -106,7 +106,8 @@ class LayerNorm(_Norm):
     @lean
     def __call__(self, x: Float[Array, "*batch channels"]) -> Float[Array, "*batch channels"]:
         """Applies the layer."""
-        return (_centred(self, x) * widen(self.scale) + widen(self.offset)).astype(x.dtype)
+        y: Array = (_centred(self, x) * widen(self.scale) + widen(self.offset)).astype(x.dtype)
+        return y
 
 
 @layer
@@ -125,7 +126,8 @@ class RMSNorm(_Norm):
     @lean
     def __call__(self, x: Float[Array, "*batch channels"]) -> Float[Array, "*batch channels"]:
         """Applies the layer."""
-        return (self.normalised(x)[0] * widen(self.scale)).astype(x.dtype)
+        y: Array = (self.normalised(x)[0] * widen(self.scale)).astype(x.dtype)
+        return y
 
 
 @dataclass(frozen=True)
@@ -182,7 +184,8 @@ class Moments(VijpRule):
 
     def reverse(self, layer: Any, residuals: Any, ct_out: Any) -> tuple[Any, Any]:
         """`ct_in` and the moments, `*batch 2` or `*batch 1`."""
-        return layer.pull(residuals, ct_out)
+        ct_in, moments = layer.pull(residuals, ct_out)
+        return ct_in, moments
 
     def rebuild(self, layer: Any, x: Any, ct_in: Any, fragment: Any) -> Any:
         """`ct_out`."""

@@ -24,7 +24,8 @@ def _gelu(x: Array) -> Array:
     """By `erf`: right to 1e-6 up to 12 in float32, in less time than by `erfc`, which is for the relative
     error of what is nearly 0."""
     wide = widen(x)
-    return (0.5 * wide * (1 + lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
+    y: Array = (0.5 * wide * (1 + lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
+    return y
 
 
 _softplus = jax.custom_jvp(jax.nn.softplus)
@@ -68,7 +69,8 @@ class Smooth:
     def derivative(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         """The derivative at `x`, in float32 or wider."""
         x = widen(x)
-        return jax.jvp(self.__call__, (x,), (jnp.ones_like(x),))[1]
+        slope: Array = jax.jvp(self.__call__, (x,), (jnp.ones_like(x),))[1]
+        return slope
 
     @property
     def bounds(self) -> tuple[float, float]:

@@ -113,6 +113,12 @@ class Stack:
 
     **Attributes:** `block`, a tuple of layers whose leaves all have a leading axis of length `depth`;
     `depth`.
+
+    >>> layers = [mw.layers.Dense.init(jax.random.key(i), 8, 8) for i in range(3)]
+    >>> net = mw.stack(mw.Chain(layers), jnp.ones(8))
+    >>> (stack,) = net.parts
+    >>> stack.depth, stack.block[0].weight.shape, len(net)
+    (3, (3, 8, 8), 3)
     """
 
     block: tuple[Any, ...]
@@ -188,6 +194,10 @@ class Chain:
     by one.
 
     **Raises:** `ChainError` for an empty chain or a layer that is not callable.
+
+    >>> net = mw.Chain([mw.layers.Dense.init(jax.random.key(0), 8, 4), jnp.tanh])
+    >>> len(net), net(jnp.ones((2, 8))).shape
+    (2, (2, 4))
     """
 
     parts: tuple[Any, ...]
@@ -273,6 +283,11 @@ def stack(chain: Chain, x: PyTree, *, longest_block: int = 8) -> Chain:
 
     Blocks repeat where structure, parameter shapes and activation shapes do. `x`: arrays or shapes. The
     result's gradients have its structure; schedules fit both. Cost: a copy of the parameters.
+
+    >>> layers = [f for i in range(3) for f in (mw.layers.Dense.init(jax.random.key(i), 8, 8), jnp.tanh)]
+    >>> net = mw.stack(mw.Chain(layers), jnp.ones(8))
+    >>> len(net.parts), len(net)
+    (1, 6)
     """
     structs = boundaries(check_chain(chain), x)
     layers = chain.layers
@@ -295,12 +310,17 @@ def stack(chain: Chain, x: PyTree, *, longest_block: int = 8) -> Chain:
 def _stacked(*leaves: Any) -> Any:
     """Arrays, or shapes, with a new leading axis."""
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
-        return jax.ShapeDtypeStruct((len(leaves), *leaves[0].shape), leaves[0].dtype)
-    return jnp.stack(leaves)
+        return trees.struct_of(leaves[0], (len(leaves), *leaves[0].shape))
+    return trees.typed_like(jnp.stack(leaves), leaves[0])
 
 
 def unstack(chain: Chain) -> Chain:
-    """The same chain with every layer by itself."""
+    """The same chain with every layer by itself.
+
+    >>> net = mw.stack(mw.Chain([jnp.tanh] * 3), jnp.ones(8))
+    >>> len(mw.unstack(net).parts)
+    3
+    """
     return Chain(chain.layers)
 
 
@@ -355,7 +375,7 @@ def boundaries(chain: Chain, x: PyTree) -> list[PyTree]:
         for one in block:
             inside.append(_output(one, inside[-1], len(out) + len(inside) - 1))
         if isinstance(part, Stack):
-            if inside[-1] != inside[0]:
+            if not _alike(inside[-1], inside[0]):
                 raise ChainError(
                     f"the block of the stack at layer {len(out)} takes {_shapes(inside[0])} and returns "
                     f"{_shapes(inside[-1])}: "
@@ -365,6 +385,12 @@ def boundaries(chain: Chain, x: PyTree) -> list[PyTree]:
         else:
             out.append(inside[-1])
     return out
+
+
+def _alike(a: PyTree, b: PyTree) -> bool:
+    """Whether two pytrees have the same shapes and dtypes, weak or not."""
+    weak = [jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), tree) for tree in (a, b)]
+    return bool(weak[0] == weak[1])
 
 
 def one_block(part: Stack) -> tuple[Any, ...]:
@@ -390,15 +416,21 @@ def _output(one: Any, x: PyTree, position: int) -> PyTree:
 
 
 def _shapes(struct: PyTree) -> PyTree:
-    return jax.tree.map(lambda a: f"{a.dtype}{list(a.shape)}", struct)
+    return jax.tree.map(lambda a: f"{a.dtype}{list(a.shape)}{' weak' * trees.is_weak(a)}", struct)
+
+
+_WEAK = " weak"
 
 
 def layer_signature(one: Any) -> str:
-    """A text that two layers share exactly if they have the same structure and the same shapes of
+    """A text that two layers share exactly if they have the same structure and the same shapes and types of
     parameters."""
     leaves, treedef = jax.tree.flatten(one)
     shapes = [
-        f"{_dtype(leaf)}{list(leaf.shape)}" if hasattr(leaf, "shape") else repr(leaf) for leaf in leaves
+        f"{_dtype(leaf)}{list(leaf.shape)}{_WEAK * trees.is_weak(leaf)}"
+        if hasattr(leaf, "shape")
+        else repr(leaf)
+        for leaf in leaves
     ]
     text = f"{type(one).__module__}.{type(one).__qualname__} {treedef} {shapes}"
     return re.sub(r" at 0x[0-9a-f]+", "", text)  # an address differs from one process to the next
@@ -422,5 +454,6 @@ def signatures(chain: Chain) -> list[str]:
 
 def fingerprint(chain: Chain) -> str:
     """Identifies a chain's structure and parameter shapes (not their values, nor the input's shape); stacked
-    or not is the same."""
-    return hashlib.sha256("\n".join(signatures(chain)).encode()).hexdigest()[:16]
+    or not is the same, and so is weakly typed or not: an optimizer's update makes weak parameters strong."""
+    text = "\n".join(signatures(chain)).replace(f"{_WEAK}'", "'")
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -20,7 +20,13 @@ SCHEMA = 3
 
 
 class Strategy(enum.Enum):
-    """The way chosen for one layer."""
+    """The way chosen for one layer.
+
+    >>> profile = mw.estimate(mw.Chain([jnp.tanh] * 8), jnp.ones((256, 64)), device="h100")
+    >>> schedule = mw.plan(profile, budget="1MiB", allowed={mw.Strategy.STORE})
+    >>> set(schedule.strategies)
+    {<Strategy.STORE: 'store'>}
+    """
 
     STORE = "store"
     RECOMPUTE = "recompute"
@@ -64,7 +70,11 @@ def check_allowed(allowed: Choice) -> frozenset[Strategy]:
 
 
 class RunKind(enum.Enum):
-    """How consecutive layers are handled together (docs/accounting.md)."""
+    """How consecutive layers are handled together (docs/accounting.md).
+
+    >>> [kind.value for kind in mw.RunKind][:2]
+    ['store', 'moonwalk']
+    """
 
     STORE = "store"
     MOONWALK = "moonwalk"
@@ -82,6 +92,9 @@ class Status(enum.Enum):
 
     OPTIMAL: no schedule of the plan space is better. FEASIBLE: it fits, and `gap` says how far from proof.
     INFEASIBLE: proved that nothing fits. UNKNOWN: the time limit came before any plan or proof.
+
+    >>> mw.Status("optimal")
+    <Status.OPTIMAL: 'optimal'>
     """
 
     OPTIMAL = "optimal"
@@ -97,6 +110,9 @@ class Run:
     `options`: for STORE and OFFLOAD the one option's name; for MOONWALK and INVERT one name a layer, from the
     input on; for RECOMPUTE empty. `inner`: for RECOMPUTE the runs that cover `(start, stop]` when it is
     re-executed, else empty.
+
+    >>> mw.Run(kind=mw.RunKind.STORE, start=0, stop=1, options=("vjp",)).stop
+    1
     """
 
     kind: RunKind
@@ -211,6 +227,11 @@ class Schedule:
     chain. `strategies`: of each layer, outermost, for people. `report_scales`: for each of `reporting_runs`,
     `(a, b)`: where what the run-time report compares is wrong by `d`, its gradients are predicted to be wrong
     by `hypot(a d, sqrt(b d))`, the second part from kinks; empty for `(1, 0)` throughout.
+
+    >>> store = tuple(mw.Run(kind=mw.RunKind.STORE, start=i, stop=i + 1, options=("vjp",)) for i in range(2))
+    >>> schedule = mw.Schedule(runs=store)  # by hand: nothing is predicted
+    >>> mw.apply(schedule, mw.Chain([jnp.sin, jnp.cos]), jnp.zeros(3)).tolist()
+    [1.0, 1.0, 1.0]
     """
 
     runs: tuple[Run, ...]

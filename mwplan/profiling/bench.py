@@ -348,7 +348,7 @@ def _moved(leaf: Any, zero: Any) -> Any:
         )
     if leaf.dtype == jnp.bool_:
         return leaf ^ (zero != 0)
-    return leaf + jnp.asarray(zero).astype(leaf.dtype)
+    return trees.typed_like(leaf + jnp.asarray(zero).astype(leaf.dtype), leaf)
 
 
 def _summed(leaf: Any) -> Any:

@@ -66,6 +66,12 @@ def estimate(
     (TF32) on the device makes them larger. Where weights are shapes, rules whose errors no weights change are
     measured at random ones: those of layers without parameters at white noise, of orthogonal layers, and
     whole fragments (0). All others' local error and growth are infinite, so that no plan uses them.
+
+    >>> make = lambda key: mw.Chain([mw.layers.Dense.init(key, 1024, 1024), jnp.tanh])
+    >>> net = jax.eval_shape(make, jax.random.key(0))  # no weights: nothing is computed
+    >>> profile = mw.estimate(net, jax.ShapeDtypeStruct((4096, 1024), jnp.float32), device="h100")
+    >>> profile.activation_bytes
+    (16777216, 16777216, 16777216)
     """
     check_chain(chain)
     pricing = Roofline(device_of(device))
@@ -153,7 +159,7 @@ def _some(chain: Chain, x: PyTree, structs: list[PyTree], examples: int, key: ja
     sizes = {leaf.shape[:1] for leaf in leaves}
     if len(sizes) == 1 and sizes != {()} and leaves[0].shape[0] > examples:
         batch = leaves[0].shape[0]
-        few = jax.tree.map(lambda s: jax.ShapeDtypeStruct((examples, *s.shape[1:]), s.dtype), structs[0])
+        few = jax.tree.map(lambda s: trees.struct_of(s, (examples, *s.shape[1:])), structs[0])
         try:
             alike = all(
                 _scaled(a, b, examples, batch) for a, b in zip(boundaries(chain, few), structs, strict=True)

@@ -20,7 +20,7 @@ import jax
 
 from mwplan.common import trees
 from mwplan.common.errors import ArgumentError
-from mwplan.execution import interpret
+from mwplan.execution.repeats import LEAST_REPETITIONS
 from mwplan.network import operations, residuals, rules, sharding, sketch
 from mwplan.network.chain import Chain, Stack, boundaries, check_chain, fingerprint, layer_name, signatures
 from mwplan.network.residuals import Residuals, new_bytes
@@ -59,6 +59,10 @@ def profile(
     **Raises:** `ChainError` where a layer does not accept what it gets; `ArgumentError` for abstract inputs.
     **Cost:** a compilation for each operation of each distinct layer, and some runs of it. Memory: that of
     one layer's operations and its activations.
+
+    >>> profile = mw.profile(mw.Chain([jnp.tanh] * 2), jnp.ones((256, 64)), repeats=1)
+    >>> len(profile.layers), profile.activation_bytes
+    (2, (65536, 65536, 65536))
     """
     check_chain(chain)
     leaves = jax.tree.leaves((chain, x))
@@ -120,7 +124,7 @@ def assemble(
     for (name, costs, seen), place in zip(layers, chain.places()):
         forbidden = frozenset(costs.unusable) if seen is None else seen
         depth = _depth(chain.parts[place.part])
-        loops = depth if depth >= interpret.LEAST_REPETITIONS else 1
+        loops = depth if depth >= LEAST_REPETITIONS else 1
         if (id(costs), forbidden, loops) not in known:
             known[id(costs), forbidden, loops] = costs.layer_profile(
                 name, forbidden, counts[id(costs)], loops

@@ -24,6 +24,16 @@ class GpuChip:
     multiprocessors; `l2_bytes`, its last cache; `clock_hz`, at boost. What follows from the compute
     capability is known for those in `PER_CORE`.
     **Raises:** `ArgumentError` for another compute capability.
+
+    >>> chip = mw.GpuChip(
+    ...     product="half of one",
+    ...     compute_capability=(9, 0),
+    ...     cores=66,
+    ...     l2_bytes=25 << 20,
+    ...     clock_hz=1.5e9,
+    ... )
+    >>> "core_count: 66" in chip.config(bytes_per_s=2e12, memory_bytes=40 << 30)
+    True
     """
 
     product: str
@@ -106,8 +116,14 @@ PER_CORE: dict[tuple[int, int], PerCore] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TpuChip:
-    """A TPU as its compiler must know it: `topology`, the smallest slice's name; `clock_hz`, of the cycles in
-    which the compiler estimates times."""
+    """A TPU as its compiler must know it.
+
+    **Attributes:** `topology`, the name of the smallest slice; `clock_hz`, of the cycles in which the compiler
+    estimates times.
+
+    >>> mw.targets.DEVICES["v5e"].chip
+    TpuChip(topology='v5e:2x2', clock_hz=1500000000.0)
+    """
 
     topology: str
     clock_hz: float
@@ -150,6 +166,20 @@ class Device:
     Rates are sustained ones where they are known, else published peaks: with peaks, estimated times are lower
     bounds.
     **Raises:** `ArgumentError` for what is not a positive number (`launch_ns` may be 0).
+
+    >>> chip = mw.Device(
+    ...     name="chip",
+    ...     half_flop_per_s=4e14,
+    ...     tf32_flop_per_s=2e14,
+    ...     float32_flop_per_s=3e13,
+    ...     float64_flop_per_s=1e13,
+    ...     bytes_per_s=1e12,
+    ...     launch_ns=2000,
+    ...     memory_bytes=24 << 30,
+    ... )
+    >>> profile = mw.estimate(mw.Chain([jnp.tanh] * 2), jnp.ones((256, 64)), device=chip)
+    >>> profile.device
+    'chip'
     """
 
     name: str
