@@ -231,11 +231,12 @@ def _part_cotangent(part: PyTree, grads: list[Any]) -> PyTree:
 
 
 def cotangent(layer: PyTree, grads: list[Any]) -> PyTree:
-    """A cotangent for every leaf of `layer`: `grads` for its parameters, float0 zeros for the rest."""
-    values = iter(grads)
-    return jax.tree.map(
-        lambda leaf: next(values) if trees.is_inexact(leaf) else np.zeros(jnp.shape(leaf), jax.dtypes.float0),
+    """A cotangent for every leaf of `layer`: `grads` for its parameters, zeros for what is frozen, and float0
+    zeros for the rest."""
+    return trees.map_parameters(
         layer,
+        grads,
+        lambda leaf: jnp.zeros_like(leaf) if trees.is_inexact(leaf) else trees.no_cotangent(leaf),
     )
 
 
@@ -364,8 +365,7 @@ def _performer(arrangement: Arrangement) -> Performer:
 
 
 def _only_parameters(tree: PyTree, grads: list[Any]) -> PyTree:
-    values = iter(grads)
-    return jax.tree.map(lambda leaf: next(values) if trees.is_inexact(leaf) else None, tree)
+    return trees.only_parameters(tree, grads)
 
 
 def check_loss(loss: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 
@@ -17,6 +17,7 @@ from mwplan.network.chain import Chain, Stack
 PyTree = Any
 
 
+@runtime_checkable
 class Finder(Protocol):
     """Who finds gradients, a walker: the layers that it sees, how it executes an operation, and how it makes
     arrays wait for one another."""

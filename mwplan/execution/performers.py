@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 
@@ -13,6 +13,7 @@ from mwplan.network.constants import tied
 from mwplan.network.residuals import Residuals
 
 
+@runtime_checkable
 class Performer(Protocol):
     """Executes one operation. `sweep`, `layer`, `depth` as in `ledger.Event`."""
 

@@ -9,7 +9,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ _PIECE = 1 << 10  # bytes: parts of a workspace below leave no hole to speak of
 SMALL = 1 << 14  # bytes: below, a saving is not worth a compilation
 
 
+@runtime_checkable
 class Priced(Protocol):
     """An operation's result, time and workspace."""
 
@@ -44,6 +45,7 @@ class Priced(Protocol):
         """What it allocates beside inputs and outputs."""
 
 
+@runtime_checkable
 class Pricing(Protocol):
     """Tells what operations cost: by running them (`Bench`), or by counting
     (`mwplan.profiling.roofline.Roofline`)."""
