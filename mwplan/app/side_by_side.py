@@ -13,7 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,7 @@ from mwplan.profiling import measure
 PyTree = Any
 
 
+@runtime_checkable
 class Progress(Protocol):
     """A callback for the progress of a training run."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 from jax.extend.core import Primitive
@@ -12,6 +12,7 @@ from jaxtyping import Array
 from mwplan.common.trees import vary, varying_axes
 
 
+@runtime_checkable
 class BilinearMap(Protocol):
     """A function of two arrays, linear in each. Hashable, by value."""
 

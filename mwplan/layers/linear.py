@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from mwplan.common import trees
 from mwplan.network.rules import VijpRule, WholeFragment, full_precision
 
 
+@runtime_checkable
 class LinearLayer(Protocol):
     """A layer with `linear`, the layer without its bias, in the dtype of its argument."""
 
