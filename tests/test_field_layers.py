@@ -94,7 +94,7 @@ def test_a_layers_own_error_comes_first() -> None:
     def refuses(x: Any) -> Any:
         raise ValueError("only squares")
 
-    with pytest.raises(mw.ChainError, match="ValueError: only squares$"):
+    with pytest.raises(mw.ChainError, match=r"ValueError: only squares$"):
         boundaries(mw.Chain([refuses]), jnp.ones((4, 8)))
     with pytest.raises(mw.ChainError, match=r"dot_general.*jax\.vmap"):
         boundaries(mw.Chain([lambda x: x @ jnp.ones((3, 3))]), jnp.ones((4, 8)))

@@ -414,7 +414,8 @@ def _output(one: Any, x: PyTree, position: int, known: dict[Hashable, PyTree]) -
             ""
             if _raised_itself(error)
             else (
-                ". The input is of the whole batch: what takes one example needs `jax.vmap`, `eqx.filter_vmap`"
+                ". The input is of the whole batch: what takes one example needs `jax.vmap` or "
+                "`eqx.filter_vmap`"
             )
         )
         raise ChainError(
