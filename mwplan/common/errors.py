@@ -113,9 +113,9 @@ class CompilerMissingError(TargetError, ImportError):
     """A device whose compiler is not installed here, or does not start: the message says what to install.
 
     >>> try:
-    ...     program = mw.targets.compile(jnp.sin, jnp.ones(8), target="h200")
-    ... except mw.CompilerMissingError:
-    ...     program = None  # plan by `mw.estimate` instead
+    ...     place = mw.targets.target_of("v5e").place()
+    ... except mw.CompilerMissingError as error:
+    ...     assert "JAX_PLATFORMS=cpu" in str(error)
     """
 
 
@@ -125,8 +125,8 @@ class TargetMemoryError(TargetError):
     **Attributes:** `needed_bytes`, as the compiler says: of the whole program, or of its temporaries where
     these alone are too many; None where it does not say.
 
-    >>> mw.TargetMemoryError("the step needs 3 GiB", needed_bytes=3 << 30).needed_bytes
-    3221225472
+    >>> mw.TargetMemoryError("it does not fit", needed_bytes=20 << 30).needed_bytes >> 30
+    20
     """
 
     def __init__(self, message: str, *, needed_bytes: int | None = None) -> None:

@@ -414,7 +414,7 @@ def _output(one: Any, x: PyTree, position: int, known: dict[Hashable, PyTree]) -
             ""
             if _raised_itself(error)
             else (
-                ". The input is of the whole batch: what takes one example needs `jax.vmap` or "
+                ". The input is of the whole batch: what takes one example needs `jax.vmap`, "
                 "`eqx.filter_vmap`"
             )
         )

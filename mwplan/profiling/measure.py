@@ -13,7 +13,7 @@ import collections
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -204,7 +204,7 @@ def _through(part: Stack, x: PyTree, start: int, stop: int) -> PyTree:
     return jax.lax.fori_loop(start, stop, step, x)
 
 
-def spread(keys: list[Hashable], count: int) -> set[int]:
+def spread(keys: Sequence[Hashable], count: int) -> set[int]:
     """Up to `count` positions of each key, evenly spread, the first and the last among them."""
     positions: dict[Hashable, list[int]] = {}
     for i, key in enumerate(keys):

@@ -26,10 +26,14 @@ class GpuChip:
     **Raises:** `ArgumentError` for another compute capability.
 
     >>> chip = mw.GpuChip(
-    ...     product="H100", compute_capability=(9, 0), cores=132, l2_bytes=50 << 20, clock_hz=1.98e9
+    ...     product="half of one",
+    ...     compute_capability=(9, 0),
+    ...     cores=66,
+    ...     l2_bytes=25 << 20,
+    ...     clock_hz=1.5e9,
     ... )
-    >>> chip.cores
-    132
+    >>> "core_count: 66" in chip.config(bytes_per_s=2e12, memory_bytes=40 << 30)
+    True
     """
 
     product: str
@@ -112,11 +116,13 @@ PER_CORE: dict[tuple[int, int], PerCore] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TpuChip:
-    """A TPU as its compiler must know it: `topology`, the smallest slice's name; `clock_hz`, of the cycles in
-    which the compiler estimates times.
+    """A TPU as its compiler must know it.
 
-    >>> mw.TpuChip(topology="v5e:2x2", clock_hz=1.5e9).topology
-    'v5e:2x2'
+    **Attributes:** `topology`, the name of the smallest slice; `clock_hz`, of the cycles in which the
+    compiler estimates times.
+
+    >>> mw.targets.DEVICES["v5e"].chip
+    TpuChip(topology='v5e:2x2', clock_hz=1500000000.0)
     """
 
     topology: str
