@@ -27,8 +27,8 @@ def is_key(leaf: Any) -> bool:
 
 
 def tie(tree: Any, free: type | tuple[type, ...] = ()) -> Any:
-    """The same arrays, none of which exists for XLA before all of them do; but for those in nodes of the
-    types `free`."""
+    """The same arrays behind one optimization barrier: none exists for XLA before all of them do. Those in
+    nodes of the types `free` stay outside."""
     leaves, treedef = jax.tree.flatten(tree, is_leaf=lambda node: isinstance(node, free))
     index = [i for i, leaf in enumerate(leaves) if is_array(leaf) and leaf.dtype != jax.dtypes.float0]
     if index:
