@@ -1,12 +1,15 @@
 """Time against memory at fixed depth: `python -m experiments.budget_sweep`.
 
-For each model, the frontier as predicted and every method as measured, at budgets spaced evenly by ratio from the least feasible to backpropagation's
-memory. The plan is compared with the fastest alternative whose measured memory fits the same budget. Writes results/budget_sweep/: records.jsonl
-(finished points; run again to go on), summary.json, a figure a model.
+For each model, the frontier as predicted and every method as measured, at budgets spaced evenly by ratio from
+the least feasible to backpropagation's memory. The plan is compared with the fastest alternative whose
+measured memory fits the same budget. Writes results/budget_sweep/: records.jsonl (finished points; run again
+to go on), summary.json, a figure a model.
 
-The deep 1-Lipschitz network: `--models lipschitz --depth 512 --budgets 3 --limit 1.7`: `limit` is how many times backpropagation's time the leanest plan and the
-leanest recomputation may take; for such chains, which are stacked and their unrolled rivals left to their scans, budgets are added at which they are predicted to, and to take at most three quarters of that.
-Chains of more than `layers` blocks are planned with blocks joined.
+The deep 1-Lipschitz network: `--models lipschitz --depth 512 --budgets 3 --limit 1.7`: `limit` is how many
+times backpropagation's time the leanest plan and the leanest recomputation may take; for such chains, which
+are stacked and their unrolled rivals left to their scans, budgets are added at which they are predicted to,
+and to take at most three quarters of that. Chains of more than `layers` blocks are planned with blocks
+joined.
 """
 
 from __future__ import annotations
@@ -24,14 +27,15 @@ from rich.table import Table
 from experiments import alternatives, reading, record, sweep, zoo
 from experiments.memory_vs_depth import SLOWEST, UNROLLED
 from experiments.reading import ALTERNATIVES, PLAIN, Record
-from mwplan.plots import png
-from mwplan.serial import write_atomically
+from mwplan.common.plots import png
+from mwplan.common.serial import write_atomically
 
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes: `resolution` of images, `length` of signals, `text` characters; `layers`: longest chain that is planned; `rounds`, `seconds`: of timing at
-    each point, `ties`: rounds more where programs tie (not for long chains, which run stacked); `limit`: see the module."""
+    """Sizes: `resolution` of images, `length` of signals, `text` characters; `layers`: longest chain that is
+    planned; `rounds`, `seconds`: of timing at each point, `ties`: rounds more where programs tie (not for
+    long chains, which run stacked); `limit`: see the module."""
 
     models: tuple[str, ...] = tuple(zoo.MODELS)
     depth: int = 16
@@ -59,13 +63,19 @@ def point(config: Config, model: str) -> sweep.Point:
     """One model's point."""
     resolution = {"fragmental": config.length, "gpt": config.text}.get(model, config.resolution)
     group = zoo.joined(config.depth, config.layers)
-    # An example of the MLP is one row where those of the others are hundreds: with their sizes there would be nothing to plan.
+    # An example of the MLP is one row where those of the others are hundreds: with their sizes there would be
+    # nothing to plan.
     wider, more = (8, 64) if model == "mlp" else (1, 1)
     slower = 6 if model == "revvit" else 1  # a round of its programs takes half a minute
     network = zoo.Config(
-        model=model, depth=config.depth, width=wider * config.width, batch=more * config.batch, resolution=resolution,
-        group=group, seed=config.seed,
-    )  # fmt: skip
+        model=model,
+        depth=config.depth,
+        width=wider * config.width,
+        batch=more * config.batch,
+        resolution=resolution,
+        group=group,
+        seed=config.seed,
+    )
     methods = tuple(m for m in alternatives.METHODS if group == 0 or m not in UNROLLED)
     study = alternatives.Study(
         methods=methods, budgets=config.budgets, limits=(0.75 * config.limit, config.limit) if group else (),
@@ -76,7 +86,8 @@ def point(config: Config, model: str) -> sweep.Point:
 
 
 def compare(config: Config, one: Record) -> list[dict[str, Any]]:
-    """One row a budget: the plan and the fastest alternative that fits, and the ratio of their times in the same rounds."""
+    """One row a budget: the plan and the fastest alternative that fits, and the ratio of their times in the
+    same rounds."""
     base = reading.fastest(reading.ran(one, PLAIN))
     rows = []
     for budget in sorted({row["budget_bytes"] for row in one["rows"] if row["budget_bytes"] is not None}):
@@ -131,15 +142,22 @@ def tables(config: Config, rows: list[dict[str, Any]], limits: list[dict[str, An
         first.add_column(name, justify="left" if name in ("model", "best alternative", "status") else "right")
     for r in rows:
         first.add_row(
-            r["model"], size(r["budget_bytes"]), size(r["predicted_bytes"]), size(r["plan_bytes"]),
-            number(r["plan_over_backprop"]), r["best_alternative"] or "none fits", number(r["plan_over_alternative"]),
-            "" if r["error"] is None else f"{r['error']:.1e}", r["reason"] or r["status"] or "",
-        )  # fmt: skip
+            r["model"],
+            size(r["budget_bytes"]),
+            size(r["predicted_bytes"]),
+            size(r["plan_bytes"]),
+            number(r["plan_over_backprop"]),
+            r["best_alternative"] or "none fits",
+            number(r["plan_over_alternative"]),
+            "" if r["error"] is None else f"{r['error']:.1e}",
+            r["reason"] or r["status"] or "",
+        )
     return [first, reading.limits_table(limits, config.limit)]
 
 
 def draw(config: Config, one: Record) -> Figure:
-    """Measured time against measured memory, each method a series, what is slower than `SLOWEST` left out; the frontier as predicted, in backpropagation's predicted time."""
+    """Measured time against measured memory, each method a series, what is slower than `SLOWEST` left out;
+    the frontier as predicted, in backpropagation's predicted time."""
     sns.set_theme(style="whitegrid", context="paper")
     figure = Figure(figsize=(8.5, 4.5), layout="constrained")
     ax = figure.subplots()
@@ -147,9 +165,14 @@ def draw(config: Config, one: Record) -> Figure:
     assert base is not None
     quickest = min(ns for _, ns in one["frontier"])
     ax.step(
-        [size / 2**20 for size, _ in one["frontier"]], [ns / quickest for _, ns in one["frontier"]], where="post",
-        color="#2a6f97", lw=0.9, alpha=0.6, label="frontier, predicted / its fastest",
-    )  # fmt: skip
+        [size / 2**20 for size, _ in one["frontier"]],
+        [ns / quickest for _, ns in one["frontier"]],
+        where="post",
+        color="#2a6f97",
+        lw=0.9,
+        alpha=0.6,
+        label="frontier, predicted / its fastest",
+    )
     for label, (names, color, marker) in reading.FAMILIES.items():
         rows = sorted(reading.ran(one, names, config.max_error), key=lambda row: row["total_bytes"])
         if rows:
@@ -178,9 +201,13 @@ def main(config: Config) -> None:
     console = record.console()
     points = [point(config, model) for model in config.models]
     found = sweep.run(
-        points, alternatives.measure, config.out / "records.jsonl", executor=config.executor, workers=config.workers,
+        points,
+        alternatives.measure,
+        config.out / "records.jsonl",
+        executor=config.executor,
+        workers=config.workers,
         title="models",
-    )  # fmt: skip
+    )
     rows = [row for one in found for row in compare(config, one)]
     limits = [reading.within(one, config.limit, config.max_error) for one in found]
     for table in tables(config, rows, limits):

@@ -1,9 +1,12 @@
-"""How deep: compile time at depth 1,000, and a hundredth of backpropagation's memory at depth 10,000: `python -m experiments.deep`.
+"""How deep: compile time at depth 1,000, and a hundredth of backpropagation's memory at depth 10,000:
+`python -m experiments.deep`.
 
-A block of a convolution and MaxMin, stacked, its weights near an orthogonal one so that activations keep their size. First, at `compiled` blocks, the seconds that tracing and
-compiling take of a planned step (at a quarter of backpropagation's temporaries, or the least that is feasible) and of backpropagation as one `lax.scan`, in turns. Then, at `depth` blocks, a step whose
-temporaries are at most `fraction` of those that the scanned backpropagation needs: planned, compiled, run, and its gradient compared. Each of the two is kept once it is
-done. Writes results/deep/.
+A block of a convolution and MaxMin, stacked, its weights near an orthogonal one so that activations keep
+their size. First, at `compiled` blocks, the seconds that tracing and compiling take of a planned step (at a
+quarter of backpropagation's temporaries, or the least that is feasible) and of backpropagation as one
+`lax.scan`, in turns. Then, at `depth` blocks, a step whose temporaries are at most `fraction` of those that
+the scanned backpropagation needs: planned, compiled, run, and its gradient compared. Each of the two is kept
+once it is done. Writes results/deep/.
 """
 
 from __future__ import annotations
@@ -25,14 +28,15 @@ from rich.table import Table
 import mwplan as mw
 from experiments import record, sweep
 from mwplan import layers as L
-from mwplan import tape
-from mwplan.plots import png
-from mwplan.serial import write_atomically
+from mwplan.common.plots import png
+from mwplan.common.serial import write_atomically
+from mwplan.plans import tape
 
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes. `turns`: compilations of each; `thin`: as in `mw.frontier`; `regular`: as in `mw.plan`, at `depth`, where plans of all different runs would compile for minutes."""
+    """Sizes. `turns`: compilations of each; `thin`: as in `mw.frontier`; `regular`: as in `mw.plan`, at
+    `depth`, where plans of all different runs would compile for minutes."""
 
     compiled: int = 1000
     depth: int = 10_000
@@ -102,7 +106,8 @@ def measure(point: sweep.Point) -> dict[str, Any]:
 
 
 def compilation(point: sweep.Point) -> dict[str, Any]:
-    """Seconds to trace and compile, in turns after one of each that is not counted, and CPU seconds, which other processes disturb less."""
+    """Seconds to trace and compile, in turns after one of each that is not counted, and CPU seconds, which
+    other processes disturb less."""
     chain, x = network(point)
     profile = mw.profile(chain, x, repeats=point["repeats"])
     temporaries = mw.temporaries(backpropagation(chain, x))
@@ -113,7 +118,10 @@ def compilation(point: sweep.Point) -> dict[str, Any]:
         return mw.jit(mw.value_and_grad(loss, schedule)).lower(chain, x).compile()
 
     made = planned()
-    ways: dict[str, Callable[[], Any]] = {"planned": planned, "backpropagation": lambda: backpropagation(chain, x)}  # fmt: skip
+    ways: dict[str, Callable[[], Any]] = {
+        "planned": planned,
+        "backpropagation": lambda: backpropagation(chain, x),
+    }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     cpu: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(point["turns"]):
@@ -196,9 +204,20 @@ def main(config: Config) -> dict[str, Any]:
         for part, depth in (("compile", config.compiled), ("run", config.depth))
     ]
     found = sweep.run(
-        points, measure, config.out / "records.jsonl", executor=config.executor, workers=config.workers, title="depth", console=console
-    )  # fmt: skip
-    figures = {k: v for one in found for k, v in one.items() if k not in ("key", "point", "provenance", "wall_seconds")}  # fmt: skip
+        points,
+        measure,
+        config.out / "records.jsonl",
+        executor=config.executor,
+        workers=config.workers,
+        title="depth",
+        console=console,
+    )
+    figures = {
+        k: v
+        for one in found
+        for k, v in one.items()
+        if k not in ("key", "point", "provenance", "wall_seconds")
+    }
     figures["config"] = sweep.plain(config)
     table = Table("figure", "value", title="depth", title_justify="left")
     for name, value in figures.items():

@@ -1,10 +1,11 @@
 """Estimated against measured, where both can be had: this CPU. `python -m experiments.estimate`.
 
-Small networks of every family are profiled twice: by `mw.profile`, and by `mw.estimate` for a `mw.Device` described by the sustained rates of this
-machine (a large product, a large sum, many small products). Compared are the bytes that must be equal, the workspaces beside the layer's activations, the times of
-operations as ratios, and what matters in the end: at several budgets, the plan made from the estimate, replayed on the measured profile, beside the plan
-made from that. What is learned about the model of programs holds for other devices; how far they stay below their published rates is not seen here.
-Writes results/estimate/.
+Small networks of every family are profiled twice: by `mw.profile`, and by `mw.estimate` for a `mw.Device`
+described by the sustained rates of this machine (a large product, a large sum, many small products). Compared
+are the bytes that must be equal, the workspaces beside the layer's activations, the times of operations as
+ratios, and what matters in the end: at several budgets, the plan made from the estimate, replayed on the
+measured profile, beside the plan made from that. What is learned about the model of programs holds for other
+devices; how far they stay below their published rates is not seen here. Writes results/estimate/.
 """
 
 from __future__ import annotations
@@ -29,14 +30,15 @@ from rich.table import Table
 
 import mwplan as mw
 from experiments import record, sweep, zoo
-from mwplan.plots import png
-from mwplan.profiles import LayerProfile
-from mwplan.serial import write_atomically
+from mwplan.common.plots import png
+from mwplan.common.serial import write_atomically
+from mwplan.plans.profiles import LayerProfile
 
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes. `budgets`: fractions of the way from the least feasible temporaries to the fastest schedule's, both of the measured profile."""
+    """Sizes. `budgets`: fractions of the way from the least feasible temporaries to the fastest schedule's,
+    both of the measured profile."""
 
     models: tuple[str, ...] = ("strided", "resnet", "revnet", "mlp", "gpt")
     depth: int = 4
@@ -62,12 +64,14 @@ def seconds(call: Callable[[], Any], rounds: int = 9) -> float:
 
 
 def here() -> mw.Device:
-    """This machine by its sustained rates: a product of 2048 x 2048, a sum of two arrays of 64 MiB, products of 4 x 4 in a row."""
+    """This machine by its sustained rates: a product of 2048 x 2048, a sum of two arrays of 64 MiB, products
+    of 4 x 4 in a row."""
     n = 2048
     square, large, small = jnp.ones((n, n)), jnp.ones((2**24,)), jnp.eye(4)
     product = jax.jit(lambda a: a @ a)
     flop = 2 * n**3 / seconds(lambda: product(square))
-    # The result is written to fresh pages, which a program that reuses its memory does not pay for: donated, it lies over an operand.
+    # The result is written to fresh pages, which a program that reuses its memory does not pay for: donated,
+    # it lies over an operand.
     into = jax.jit(lambda a, b: a + b, donate_argnums=0)
     state = [jnp.zeros_like(large)]
 
@@ -91,7 +95,8 @@ def here() -> mw.Device:
 
 
 def pairs(estimated: mw.Profile, measured: mw.Profile) -> Iterator[dict[str, Any]]:
-    """Every figure of every distinct layer's options, estimated and measured; `activation`: bytes of the layer's input and output."""
+    """Every figure of every distinct layer's options, estimated and measured; `activation`: bytes of the
+    layer's input and output."""
     seen = set()
     for i, (a, b) in enumerate(zip(estimated.layers, measured.layers, strict=True)):
         activation = sum(measured.activation_bytes[i : i + 2])
@@ -102,7 +107,14 @@ def pairs(estimated: mw.Profile, measured: mw.Profile) -> Iterator[dict[str, Any
             for field in dataclasses.fields(one):
                 if field.name.endswith(("_bytes", "_ns")):
                     got, want = getattr(one, field.name), getattr(other, field.name)
-                    yield {"layer": b.name, "option": where, "field": field.name, "estimated": got, "measured": want, "activation": activation}  # fmt: skip
+                    yield {
+                        "layer": b.name,
+                        "option": where,
+                        "field": field.name,
+                        "estimated": got,
+                        "measured": want,
+                        "activation": activation,
+                    }
 
 
 def options(a: LayerProfile, b: LayerProfile) -> Iterator[tuple[str, Any, Any]]:
@@ -115,7 +127,8 @@ def options(a: LayerProfile, b: LayerProfile) -> Iterator[tuple[str, Any, Any]]:
 
 
 def transfer(config: Config, estimated: mw.Profile, measured: mw.Profile) -> Iterator[dict[str, Any]]:
-    """Plans from the estimate, replayed on the measured profile, beside the plans from that: peak over the budget, and time over the best."""
+    """Plans from the estimate, replayed on the measured profile, beside the plans from that: peak over the
+    budget, and time over the best."""
     best = mw.frontier(measured, max_error=config.max_error)
     guess = mw.frontier(estimated, max_error=config.max_error)
     low, high = best.least_bytes or 0, best.points[-1][0]
@@ -130,12 +143,26 @@ def transfer(config: Config, estimated: mw.Profile, measured: mw.Profile) -> Ite
             yield row | {"ns": None, "peak": None}
             continue
         replay = mw.replay(measured, schedule.runs)
-        yield row | {"ns": replay.time_ns, "peak": replay.peak_bytes, "said_ns": schedule.time_ns, "said_peak": schedule.peak_bytes}  # fmt: skip
+        yield row | {
+            "ns": replay.time_ns,
+            "peak": replay.peak_bytes,
+            "said_ns": schedule.time_ns,
+            "said_peak": schedule.peak_bytes,
+        }
 
 
 def study(config: Config, model: str, device: mw.Device) -> dict[str, Any]:
     """One network."""
-    chain, x, _, _ = zoo.build(zoo.Config(model=model, depth=config.depth, width=config.width, batch=config.batch, resolution=config.resolution, seed=config.seed))  # fmt: skip
+    chain, x, _, _ = zoo.build(
+        zoo.Config(
+            model=model,
+            depth=config.depth,
+            width=config.width,
+            batch=config.batch,
+            resolution=config.resolution,
+            seed=config.seed,
+        )
+    )
     start = time.perf_counter()
     estimated = mw.estimate(chain, x, device=device)
     middle = time.perf_counter()
@@ -166,7 +193,11 @@ def summary(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for one in found:
         figures = one["figures"]
         exact = [f for f in figures if f["field"] in EXACT]
-        off = [abs(f["estimated"] - f["measured"]) / f["activation"] for f in figures if f["field"].endswith("workspace_bytes")]  # fmt: skip
+        off = [
+            abs(f["estimated"] - f["measured"]) / f["activation"]
+            for f in figures
+            if f["field"].endswith("workspace_bytes")
+        ]
         # Below 50 us a measured time is mostly noise.
         times = [
             f["estimated"] / f["measured"]
@@ -178,7 +209,8 @@ def summary(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
         rows.append(
             {
                 "network": one["model"],
-                "bytes that must be equal": f"{sum(f['estimated'] == f['measured'] for f in exact)} of {len(exact)}",
+                "bytes that must be equal": f"{sum(f['estimated'] == f['measured'] for f in exact)} of "
+                f"{len(exact)}",
                 "positions equal": one["same_positions"],
                 "workspace off by, of activations: median": statistics.median(off),
                 "90%": sorted(off)[int(0.9 * (len(off) - 1))],
@@ -233,7 +265,9 @@ def main(config: Config) -> None:
     for row in rows:
         table.add_column(row["network"], justify="right")
     for name in list(rows[0])[1:]:
-        table.add_row(name, *(f"{row[name]:.3g}" if isinstance(row[name], float) else str(row[name]) for row in rows))  # fmt: skip
+        table.add_row(
+            name, *(f"{row[name]:.3g}" if isinstance(row[name], float) else str(row[name]) for row in rows)
+        )
     console.print(table)
     data = {"config": sweep.plain(config), "device": dataclasses.asdict(device), "summary": rows}
     record.save(config.out / "estimate.json", data)

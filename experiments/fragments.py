@@ -1,9 +1,12 @@
-"""Block recursion against halo against whole cotangents, for one-dimensional convolutions: `python -m experiments.fragments`.
+"""Block recursion against halo against whole cotangents, for one-dimensional convolutions:
+`python -m experiments.fragments`.
 
-One convolution of three taps, stride 1, on signals of each length: each option's fragment as a fraction of the layer's output, its local error and growth, and
-the time of the reverse sweep and of the rebuild over the layer's plain forward, from interleaved rounds. Two kinds of weights: `dominant`, whose first tap is
-orthogonal and the others small, so that substitution within a block is stable; and `ordinary`, He-initialised, where it is not: the
-error then grows with the block. Writes results/fragments/: records.jsonl (finished points; run again to go on), summary.json, a figure.
+One convolution of three taps, stride 1, on signals of each length: each option's fragment as a fraction of
+the layer's output, its local error and growth, and the time of the reverse sweep and of the rebuild over the
+layer's plain forward, from interleaved rounds. Two kinds of weights: `dominant`, whose first tap is
+orthogonal and the others small, so that substitution within a block is stable; and `ordinary`,
+He-initialised, where it is not: the error then grows with the block. Writes results/fragments/: records.jsonl
+(finished points; run again to go on), summary.json, a figure.
 """
 
 from __future__ import annotations
@@ -22,10 +25,11 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from experiments import record, sweep, vijp_cost
-from mwplan import growth, operator, rules
 from mwplan import layers as ml
-from mwplan.plots import png
-from mwplan.serial import write_atomically
+from mwplan.common.plots import png
+from mwplan.common.serial import write_atomically
+from mwplan.network import operator, rules
+from mwplan.profiling import growth
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,8 @@ class Config:
 
 
 def convolution(weights: str, channels: int, key: Any) -> ml.Conv1D:
-    """Three taps that look at the present and the future, so that whole blocks are rebuilt from a few known positions."""
+    """Three taps that look at the present and the future, so that whole blocks are rebuilt from a few known
+    positions."""
     first, rest = jax.random.split(key)
     if weights == "dominant":
         lead = jax.nn.initializers.orthogonal()(first, (1, channels, channels))
@@ -100,14 +105,21 @@ def table(found: list[dict[str, Any]]) -> Table:
     for one in found:
         for row in one["rows"]:
             made.add_row(
-                one["point"]["weights"], str(one["point"]["length"]), row["option"], f"{100 * row['fragment']:.2f}%",
-                number(row["local_error"]), number(row["growth"]), f"{row['reverse']:.2f}", f"{row['rebuild']:.2f}",
-            )  # fmt: skip
+                one["point"]["weights"],
+                str(one["point"]["length"]),
+                row["option"],
+                f"{100 * row['fragment']:.2f}%",
+                number(row["local_error"]),
+                number(row["growth"]),
+                f"{row['reverse']:.2f}",
+                f"{row['rebuild']:.2f}",
+            )
     return made
 
 
 def draw(found: list[dict[str, Any]]) -> Figure:
-    """Rebuild time and local error against the fragment's size: marks are options, colours lengths, columns weights."""
+    """Rebuild time and local error against the fragment's size: marks are options, colours lengths, columns
+    weights."""
     sns.set_theme(style="whitegrid", context="paper")
     kinds = list(dict.fromkeys(one["point"]["weights"] for one in found))
     figure = Figure(figsize=(4.5 * len(kinds), 6.5), layout="constrained")
@@ -124,7 +136,12 @@ def draw(found: list[dict[str, Any]]) -> Figure:
             if one["point"]["weights"] != kind:
                 continue
             for row in one["rows"]:
-                style: dict[str, Any] = {"marker": marks[row["option"]], "ms": 5, "ls": "", "color": colors[one["point"]["length"]]}  # fmt: skip
+                style: dict[str, Any] = {
+                    "marker": marks[row["option"]],
+                    "ms": 5,
+                    "ls": "",
+                    "color": colors[one["point"]["length"]],
+                }
                 share = max(100 * row["fragment"], 1e-3)
                 grid[0][column].plot([share], [row["rebuild"]], **style)
                 if row["local_error"]:
@@ -147,13 +164,22 @@ def main(config: Config) -> None:
     """Runs what is missing, prints, draws and saves."""
     console = record.console()
     points = [
-        {"weights": weights, "length": length, **{k: getattr(config, k) for k in ("channels", "samples", "rounds", "seed")}}
+        {
+            "weights": weights,
+            "length": length,
+            **{k: getattr(config, k) for k in ("channels", "samples", "rounds", "seed")},
+        }
         for weights in config.weights
         for length in config.lengths
-    ]  # fmt: skip
+    ]
     found = sweep.run(
-        points, measure, config.out / "records.jsonl", executor=config.executor, workers=config.workers, title="convolutions"
-    )  # fmt: skip
+        points,
+        measure,
+        config.out / "records.jsonl",
+        executor=config.executor,
+        workers=config.workers,
+        title="convolutions",
+    )
     console.print(table(found))
     rows = [
         {**{k: one["point"][k] for k in ("weights", "length")}, **row} for one in found for row in one["rows"]

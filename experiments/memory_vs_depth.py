@@ -1,9 +1,11 @@
 """Memory against depth, and the deepest network that fits a budget: `python -m experiments.memory_vs_depth`.
 
-Two sweeps for each model. First backpropagation alone at `reference` blocks: its memory (total bytes: parameters, gradients, input, temporaries), the leaner of
-its two forms, times each of `multiples`, is a budget. Then every method at every depth and budget. Unrolled rivals are left out beyond `unrolled` blocks, where
-their scans, which compile in seconds, stand for them. Every point also times backpropagation at the reference depth, in the same rounds, so that times per
-block compare. Writes results/memory_vs_depth/: records.jsonl (finished points; run again to go on), a summary and a figure a model.
+Two sweeps for each model. First backpropagation alone at `reference` blocks: its memory (total bytes:
+parameters, gradients, input, temporaries), the leaner of its two forms, times each of `multiples`, is a
+budget. Then every method at every depth and budget. Unrolled rivals are left out beyond `unrolled` blocks,
+where their scans, which compile in seconds, stand for them. Every point also times backpropagation at the
+reference depth, in the same rounds, so that times per block compare. Writes results/memory_vs_depth/:
+records.jsonl (finished points; run again to go on), a summary and a figure a model.
 """
 
 from __future__ import annotations
@@ -19,14 +21,15 @@ from rich.table import Table
 
 from experiments import alternatives, reading, record, sweep, zoo
 from experiments.reading import PLAIN, Record, Row
-from mwplan.plots import png
-from mwplan.serial import write_atomically
+from mwplan.common.plots import png
+from mwplan.common.serial import write_atomically
 
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes. `layers`: longest chain that is planned (more blocks are joined); `rounds`, `seconds`: of timing at each point; `limit`:
-    how many times backpropagation's time the leanest plan and the leanest recomputation may take in the second table."""
+    """Sizes. `layers`: longest chain that is planned (more blocks are joined); `rounds`, `seconds`: of timing
+    at each point; `limit`: how many times backpropagation's time the leanest plan and the leanest
+    recomputation may take in the second table."""
 
     models: tuple[str, ...] = ("revnet", "lipschitz")
     depths: tuple[int, ...] = (32, 64, 128, 512)
@@ -74,9 +77,15 @@ def run(config: Config) -> dict[str, list[Record]]:
         for depth in config.depths:
             methods = [m for m in alternatives.METHODS if depth <= config.unrolled or m not in UNROLLED]
             study = alternatives.Study(
-                methods=tuple(methods), budgets=budgets, rounds=config.rounds, seconds=config.seconds,
-                yardstick=config.reference, max_error=config.max_error, thin=config.thin, repeats=config.repeats,
-            )  # fmt: skip
+                methods=tuple(methods),
+                budgets=budgets,
+                rounds=config.rounds,
+                seconds=config.seconds,
+                yardstick=config.reference,
+                max_error=config.max_error,
+                thin=config.thin,
+                repeats=config.repeats,
+            )
             points.append(alternatives.point(network(config, model, depth), study))
     found = iter(sweep.run(points, alternatives.measure, path, title="depths", **how))
     return {
@@ -92,13 +101,15 @@ def budgets_of(config: Config, reference: Record) -> tuple[int, ...]:
 
 
 def per_block(one: Record, row: Row, reference: int) -> float:
-    """Time a block over backpropagation's at the reference depth (the faster of its two forms), from the same rounds."""
+    """Time a block over backpropagation's at the reference depth (the faster of its two forms), from the same
+    rounds."""
     yard = min(one["yardstick"], key=reading.median)
     return alternatives.ratio(row["seconds"], yard["seconds"]) * reference / one["point"]["network"]["depth"]
 
 
 def summary(config: Config, model: str, records: list[Record]) -> list[dict[str, Any]]:
-    """For each budget and family of methods: the deepest network that fits, and its time a block; the plan's at twice the reference depth too."""
+    """For each budget and family of methods: the deepest network that fits, and its time a block; the plan's
+    at twice the reference depth too."""
     reference, *depths = records
     rows = []
     for multiple, budget in zip(config.multiples, budgets_of(config, reference)):
@@ -127,7 +138,8 @@ def summary(config: Config, model: str, records: list[Record]) -> list[dict[str,
 
 def table(rows: list[dict[str, Any]]) -> Table:
     """The summary for people."""
-    made = Table(title="deepest network that fits multiples of backpropagation's memory at the reference depth; time a block over backpropagation's there", box=rich.box.SIMPLE)  # fmt: skip
+    made = Table(title="deepest network that fits multiples of backpropagation's memory at the reference "
+                       "depth; time a block over backpropagation's there", box=rich.box.SIMPLE)  # fmt: skip
     for name in (
         "model",
         "x backprop",
@@ -142,14 +154,20 @@ def table(rows: list[dict[str, Any]]) -> Table:
     for row in rows:
         times = (row["time_per_block_at_deepest"], row["time_per_block_at_twice"])
         made.add_row(
-            row["model"], f"{row['budget']:g}", reading.mib(row["budget_bytes"]), row["method"], str(row["deepest"]),
-            f"{row['depth_ratio']:g}", *("" if t is None else f"{t:.2f}" for t in times),
-        )  # fmt: skip
+            row["model"],
+            f"{row['budget']:g}",
+            reading.mib(row["budget_bytes"]),
+            row["method"],
+            str(row["deepest"]),
+            f"{row['depth_ratio']:g}",
+            *("" if t is None else f"{t:.2f}" for t in times),
+        )
     return made
 
 
 def draw(config: Config, model: str, records: list[Record]) -> Figure:
-    """Left, the memory that each method needs at each depth (those with a budget at the least of theirs); right, time a block at the budget of 1."""
+    """Left, the memory that each method needs at each depth (those with a budget at the least of theirs);
+    right, time a block at the budget of 1."""
     sns.set_theme(style="whitegrid", context="paper")
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)

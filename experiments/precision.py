@@ -1,9 +1,11 @@
 """Gradient error against depth and `max_error`: `python -m experiments.precision`.
 
-Chains of blocks, dense or convolutional, each kind with another growth of errors. For each kind and depth: pure Moonwalk (one run as long as it can be, whatever the
-error), and the leanest schedule without recomputation at each of several `max_error`. Of each: temporaries, predicted error of the
-rebuilt cotangent, what the step itself reported, and the true error of the parameter gradients against float64 backpropagation. A second
-sweep trains one network by SGD with the schedule made before the first step, and follows the same three errors. Writes results/precision/.
+Chains of blocks, dense or convolutional, each kind with another growth of errors. For each kind and depth:
+pure Moonwalk (one run as long as it can be, whatever the error), and the leanest schedule without
+recomputation at each of several `max_error`. Of each: temporaries, predicted error of the rebuilt cotangent,
+what the step itself reported, and the true error of the parameter gradients against float64 backpropagation.
+A second sweep trains one network by SGD with the schedule made before the first step, and follows the same
+three errors. Writes results/precision/.
 """
 
 from __future__ import annotations
@@ -25,16 +27,18 @@ import mwplan as mw
 from experiments import alternatives, record, sweep
 from mwplan import layers as ml
 from mwplan import planning
-from mwplan.compiling import temporaries
-from mwplan.plots import png
-from mwplan.schedule import Schedule, Strategy
-from mwplan.serial import write_atomically
+from mwplan.app.side_by_side import relative_error
+from mwplan.common.plots import png
+from mwplan.common.serial import write_atomically
+from mwplan.compilers.compiling import temporaries
+from mwplan.plans.schedule import Schedule, Strategy
 from mwplan.solvers import baselines
 
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes. `depths` count blocks; `trained`, kinds that are also followed over `steps` of training, at `train_depth`, checked `every` so many steps."""
+    """Sizes. `depths` count blocks; `trained`, kinds that are also followed over `steps` of training, at
+    `train_depth`, checked `every` so many steps."""
 
     kinds: tuple[str, ...] = ("slope_0.3", "slope_0.8", "maxmin", "ordinary", "conv")
     depths: tuple[int, ...] = (8, 16, 32, 64)
@@ -96,7 +100,7 @@ def errors(
     """Predicted, reported and true errors of one schedule, with its bytes."""
     step = step or compiled(this, schedule)
     (_, report), grads = step(this.chain, this.x, this.labels)
-    whole, worst = alternatives.relative_error(alternatives.innermost(grads), truth)
+    whole, worst = relative_error(alternatives.innermost(grads), truth)
     return {
         "predicted_error": _finite(schedule.error),
         "reported_error": _finite(float(report.worst)),
@@ -140,7 +144,7 @@ def measure(point: dict[str, Any]) -> dict[str, Any]:
     truth = alternatives.float64_gradients(this)
     rows = [{"name": name, **errors(this, s, truth)} for name, s in schedules(this, point["tolerances"])]
     plain = mw.jit(jax.value_and_grad(lambda net: loss(net(this.x), this.labels))).lower(this.chain).compile()
-    whole, worst = alternatives.relative_error(alternatives.innermost(plain(this.chain)[1]), truth)
+    whole, worst = relative_error(alternatives.innermost(plain(this.chain)[1]), truth)
     rows.append(
         {
             "name": "backpropagation",
@@ -221,10 +225,16 @@ def table(found: list[dict[str, Any]]) -> Table:
         for row in one["rows"]:
             if row.get("step", 0) in ends:
                 made.add_row(
-                    one["point"]["kind"], str(one["point"]["depth"]), str(row.get("step", "")), row["name"],
+                    one["point"]["kind"],
+                    str(one["point"]["depth"]),
+                    str(row.get("step", "")),
+                    row["name"],
                     f"{row['temporary_bytes'] / 1024:.0f}",
-                    *(number(row.get(k)) for k in ("predicted_error", "reported_error", "error", "worst_error")),
-                )  # fmt: skip
+                    *(
+                        number(row.get(k))
+                        for k in ("predicted_error", "reported_error", "error", "worst_error")
+                    ),
+                )
     return made
 
 
@@ -269,8 +279,13 @@ def main(config: Config) -> None:
     """Runs what is missing, prints, draws and saves."""
     console = record.console()
     found = sweep.run(
-        points(config), measure, config.out / "records.jsonl", executor=config.executor, workers=config.workers, title="chains"
-    )  # fmt: skip
+        points(config),
+        measure,
+        config.out / "records.jsonl",
+        executor=config.executor,
+        workers=config.workers,
+        title="chains",
+    )
     console.print(table(found))
     rows = [
         {**{k: one["point"][k] for k in ("kind", "depth", "steps")}, **row}

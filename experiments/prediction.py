@@ -1,10 +1,13 @@
 """Predicted against measured memory and time of whole compiled steps: `python -m experiments.prediction`.
 
-Random heterogeneous chains with activations of at least 4 MiB, each at three budgets between the least feasible and what the fastest schedule needs; every second
-chain without RECOMPUTE, so that all kinds of runs occur. For each: the schedule that `mw.plan` chose, compiled (its temporaries against the predicted peak, and against
-the budget; with and without the holes that it foresees); the one that `mw.fit` settled on; the step's time against the predicted one; and, at one budget a chain, the arrays alive at every event of a
-traced step against the ledger's. Beside them, on the same chains, what the machinery costs where nothing is to be saved: the store-all schedule against plain
-`jax.value_and_grad`, and the run-time report against the same step without it, in interleaved rounds. Writes results/prediction/.
+Random heterogeneous chains with activations of at least 4 MiB, each at three budgets between the least
+feasible and what the fastest schedule needs; every second chain without RECOMPUTE, so that all kinds of runs
+occur. For each: the schedule that `mw.plan` chose, compiled (its temporaries against the predicted peak, and
+against the budget; with and without the holes that it foresees); the one that `mw.fit` settled on; the step's
+time against the predicted one; and, at one budget a chain, the arrays alive at every event of a traced step
+against the ledger's. Beside them, on the same chains, what the machinery costs where nothing is to be saved:
+the store-all schedule against plain `jax.value_and_grad`, and the run-time report against the same step
+without it, in interleaved rounds. Writes results/prediction/.
 """
 
 from __future__ import annotations
@@ -28,15 +31,16 @@ from rich.table import Table
 import mwplan as mw
 from experiments import record, sweep
 from mwplan import layers as L
-from mwplan.plots import png
-from mwplan.schedule import Run, RunKind, Schedule, Strategy, walk
-from mwplan.serial import write_atomically
-from mwplan.side_by_side import relative_error
+from mwplan.app.side_by_side import relative_error
+from mwplan.common.plots import png
+from mwplan.common.serial import write_atomically
+from mwplan.plans.schedule import Run, RunKind, Schedule, Strategy, walk
 
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes. `budgets`: fractions of the way from the least feasible temporaries to the fastest schedule's; `rounds`: of timing."""
+    """Sizes. `budgets`: fractions of the way from the least feasible temporaries to the fastest schedule's;
+    `rounds`: of timing."""
 
     chains: int = 40
     budgets: tuple[float, ...] = (0.03, 0.25, 0.7)
@@ -55,9 +59,11 @@ class Config:
 
 
 def random_chain(config: dict[str, Any], seed: int) -> tuple[mw.Chain, Any]:
-    """Layers of every family on images, a convolution first; a stride of 2 quadruples the channels, so that no activation is smaller than the input.
+    """Layers of every family on images, a convolution first; a stride of 2 quadruples the channels, so that
+    no activation is smaller than the input.
 
-    What lies before the first parameters would not be differentiated at all: XLA drops it, and the plan would be off by it.
+    What lies before the first parameters would not be differentiated at all: XLA drops it, and the plan would
+    be off by it.
     """
     rng = random.Random(seed)
     keys = iter(jax.random.split(jax.random.key(seed), 40))
@@ -65,7 +71,21 @@ def random_chain(config: dict[str, Any], seed: int) -> tuple[mw.Chain, Any]:
     strided = False
     made: list[Any] = []
     for _ in range(rng.randint(config["shortest"], config["longest"])):
-        kind = rng.choice(["conv", "conv", "circular", "act", "act", "act", "smooth", "norm", "coupling", "channels", "stride"])  # fmt: skip
+        kind = rng.choice(
+            [
+                "conv",
+                "conv",
+                "circular",
+                "act",
+                "act",
+                "act",
+                "smooth",
+                "norm",
+                "coupling",
+                "channels",
+                "stride",
+            ]
+        )
         if (kind == "stride" and strided) or not made:
             kind = "conv"
         match kind:
@@ -95,9 +115,11 @@ def random_chain(config: dict[str, Any], seed: int) -> tuple[mw.Chain, Any]:
 
 
 def loss(y: Any) -> Any:
-    """A weighted mean square: its own gradient needs no memory beside the output and the cotangent, which the ledger counts.
+    """A weighted mean square: its own gradient needs no memory beside the output and the cotangent, which the
+    ledger counts.
 
-    The weights differ from channel to channel: unweighted it is the same for all outputs of a normalisation, and its gradient nothing but rounding.
+    The weights differ from channel to channel: unweighted it is the same for all outputs of a normalisation,
+    and its gradient nothing but rounding.
     """
     return jnp.mean(y**2 * jnp.linspace(0.5, 1.5, y.shape[-1]))
 
@@ -163,7 +185,6 @@ def at_budget(
     row["fitted"] = {
         "predicted": found.schedule.peak_bytes,
         "measured": found.temporary_bytes,
-        "arranged": found.arrangement != 0,
         "attempts": len(found.attempts),
     }
     (_, report), grads = found.step(chain, x)
@@ -194,9 +215,14 @@ def overhead(
 ) -> dict[str, Any]:
     """Store-all against plain, and a schedule with a moonwalk or invert run with and without its report."""
     runs = tuple(
-        Run(kind=RunKind.STORE, start=i, stop=i + 1, options=(min(layer.store, key=lambda o: o.forward_ns + o.backward_ns).name,))
+        Run(
+            kind=RunKind.STORE,
+            start=i,
+            stop=i + 1,
+            options=(min(layer.store, key=lambda o: o.forward_ns + o.backward_ns).name,),
+        )
         for i, layer in enumerate(profile.layers)
-    )  # fmt: skip
+    )
     store = (
         mw.jit(jax.value_and_grad(lambda c, x: loss(mw.apply(Schedule(runs=runs), c, x))))
         .lower(chain, x)
@@ -245,7 +271,6 @@ def summary(found: list[dict[str, Any]]) -> dict[str, Any]:
         "memory error, mw.fit: median": statistics.median(fit_off),
         "memory error, mw.fit: largest": max(fit_off),
         "mw.fit above the budget": sum(row["fitted"]["measured"] > row["budget"] for row in fits),
-        "mw.fit, with detours": sum(row["fitted"]["arranged"] for row in fits),
         "mw.fit, refused: nothing compiled fits": len(rows) - len(fits),
         "memory error, mw.plan alone: median": statistics.median(off),
         "memory error, mw.plan alone: largest": max(off),
@@ -265,7 +290,8 @@ def summary(found: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def draw(found: list[dict[str, Any]]) -> Figure:
-    """Measured against predicted, memory and time, of what `mw.fit` returns; memory of plans as they are beside it."""
+    """Measured against predicted, memory and time, of what `mw.fit` returns; memory of plans as they are
+    beside it."""
     sns.set_theme(style="whitegrid", context="paper")
     figure = Figure(figsize=(8, 3.8), layout="constrained")
     memory, times = figure.subplots(1, 2)
@@ -279,7 +305,17 @@ def draw(found: list[dict[str, Any]]) -> Figure:
         timed = [(row["predicted_seconds"] * 1e3, row["seconds"] * 1e3) for row in some if row["fitted"]]
         times.plot(*zip(*timed), ls="", marker=marker, color=color, ms=4, alpha=0.7, label=label)
     bare = [(row["predicted"] / 2**20, row["measured"] / 2**20) for row in rows]
-    memory.plot(*zip(*bare), ls="", marker="o", mfc="none", color="#888888", ms=6, mew=0.6, label="by mw.plan alone: holes not closed", zorder=1)  # fmt: skip
+    memory.plot(
+        *zip(*bare),
+        ls="",
+        marker="o",
+        mfc="none",
+        color="#888888",
+        ms=6,
+        mew=0.6,
+        label="by mw.plan alone: holes not closed",
+        zorder=1,
+    )
     for ax, unit in ((memory, "temporaries, MiB"), (times, "step without the loss, ms")):
         low, high = ax.get_xlim()
         ax.plot([low, high], [low, high], color="#444444", lw=0.8)
@@ -300,8 +336,13 @@ def main(config: Config) -> None:
         for i in range(config.chains)
     ]
     found = sweep.run(
-        points, measure, config.out / "records.jsonl", executor=config.executor, workers=config.workers, title="chains"
-    )  # fmt: skip
+        points,
+        measure,
+        config.out / "records.jsonl",
+        executor=config.executor,
+        workers=config.workers,
+        title="chains",
+    )
     figures = summary(found)
     table = Table("figure", "value", title="predicted against measured", title_justify="left")
     for name, value in figures.items():

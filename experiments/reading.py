@@ -10,7 +10,7 @@ import rich.box
 from rich.table import Table
 
 from experiments.alternatives import RECOMPUTING, ratio
-from mwplan.errors import ArgumentError
+from mwplan.common.errors import ArgumentError
 
 Row = dict[str, Any]
 Record = dict[str, Any]
@@ -33,8 +33,9 @@ ALTERNATIVES = tuple(name for label, (names, _, _) in FAMILIES.items() if label 
 
 
 def ran(record: Record, methods: Iterable[str], max_error: float | None = None) -> list[Row]:
-    """The rows of these methods that were compiled, and whose measured error is within `max_error` (twice: float32 is not exact either) beside
-    that of float32 backpropagation itself, which is more where rounding flips kinks."""
+    """The rows of these methods that were compiled, and whose measured error is within `max_error` (twice:
+    float32 is not exact either) beside that of float32 backpropagation itself, which is more where rounding
+    flips kinks."""
     names = set(methods)
     compiled = [row for row in record["rows"] if "total_bytes" in row]
     own = min((row["error"] for row in compiled if row["method"] in PLAIN and row["error"]), default=0.0)
@@ -75,8 +76,9 @@ def relative(row: Row, base: Row) -> float:
 
 
 def over(record: Record, row: Row, base: Row) -> float:
-    """As `relative`, where `row` may have run in more rounds than `base`: all of them count, by the mean of everything that ran in as many, which is over `base` in the rounds of
-    both what it is, and `row` over it in all of its rounds."""
+    """As `relative`, where `row` may have run in more rounds than `base`: all of them count, by the mean of
+    everything that ran in as many, which is over `base` in the rounds of both what it is, and `row` over it
+    in all of its rounds."""
     rounds = len(row["seconds"])
     if rounds <= len(base["seconds"]):
         return relative(row, base)
@@ -98,7 +100,8 @@ def mib(size: float) -> str:
 
 
 def within(one: Record, limit: float, max_error: float) -> dict[str, Any]:
-    """What the leanest plan and the leanest recomputation need within `limit` times backpropagation's time; their least of all too.
+    """What the leanest plan and the leanest recomputation need within `limit` times backpropagation's time;
+    their least of all too.
 
     Pure moonwalk and pure inversion count as plans: they are what a plan for their bytes has to beat.
     """
@@ -132,7 +135,8 @@ def limits_table(limits: Sequence[dict[str, Any]], limit: float) -> Table:
         return "" if value is None else mib(value)
 
     made = Table(
-        title=f"memory within {limit:g} times backpropagation's time (MiB); pure moonwalk and inversion count as plans",
+        title=f"memory within {limit:g} times backpropagation's time (MiB); pure moonwalk and inversion "
+        "count as plans",
         box=rich.box.SIMPLE,
     )
     for name in (
@@ -149,7 +153,14 @@ def limits_table(limits: Sequence[dict[str, Any]], limit: float) -> Table:
         made.add_column(name, justify="left" if name in ("model", "by") else "right")
     for r in limits:
         made.add_row(
-            r["model"], str(r["depth"]), size(r["backprop_bytes"]), size(r["plan_bytes"]), size(r["recomputation_bytes"]),
-            r["recomputation"] or "", "" if r["ratio"] is None else f"{r['ratio']:.2f}", size(r["least_plan_bytes"]), size(r["least_recomputation_bytes"]),
-        )  # fmt: skip
+            r["model"],
+            str(r["depth"]),
+            size(r["backprop_bytes"]),
+            size(r["plan_bytes"]),
+            size(r["recomputation_bytes"]),
+            r["recomputation"] or "",
+            "" if r["ratio"] is None else f"{r['ratio']:.2f}",
+            size(r["least_plan_bytes"]),
+            size(r["least_recomputation_bytes"]),
+        )
     return made

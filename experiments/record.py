@@ -14,7 +14,7 @@ import numpy as np
 from rich.console import Console
 
 from mwplan import __version__
-from mwplan.serial import write_atomically
+from mwplan.common.serial import write_atomically
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 
@@ -35,11 +35,18 @@ def provenance() -> dict[str, Any]:
 
     device = jax.devices()[0]
     return {
-        "versions": {"mwplan": __version__, "jax": jax.__version__, "numpy": np.__version__, "python": platform.python_version()},
+        "versions": {
+            "mwplan": __version__,
+            "jax": jax.__version__,
+            "numpy": np.__version__,
+            "python": platform.python_version(),
+        },
         "device": f"{device.platform}:{device.device_kind}",
         "commit": git("rev-parse", "HEAD"),
-        "dirty": bool(git("status", "--porcelain", "--untracked-files=no", "--", "../mwplan", "../experiments")),
-    }  # fmt: skip
+        "dirty": bool(
+            git("status", "--porcelain", "--untracked-files=no", "--", "../mwplan", "../experiments")
+        ),
+    }
 
 
 def save(path: Path, data: dict[str, Any]) -> None:

@@ -1,9 +1,10 @@
 """How fast the planner is, how good, and how others fare: `python -m experiments.solver_scaling`.
 
-Random heterogeneous chains: activations of 2 to 40 MiB, forwards of 0.1 to 1 ms, two STORE options; `submersive` chains have four moonwalk options
-a layer besides (fragments of 0, 10 and 30%, and whole cotangents, with growth from 5 down to 0). Identical chains repeat one such layer.
-Every case is one record in results/solver_scaling/records.jsonl, appended as soon as it is known: run again to go on where it stopped. Times are
-wall-clock and CPU seconds of this process; where others use the machine only the latter means much.
+Random heterogeneous chains: activations of 2 to 40 MiB, forwards of 0.1 to 1 ms, two STORE options;
+`submersive` chains have four moonwalk options a layer besides (fragments of 0, 10 and 30%, and whole
+cotangents, with growth from 5 down to 0). Identical chains repeat one such layer. Every case is one record in
+results/solver_scaling/records.jsonl, appended as soon as it is known: run again to go on where it stopped.
+Times are wall-clock and CPU seconds of this process; where others use the machine only the latter means much.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ from rich.progress import Progress
 from rich.table import Table
 
 from experiments import record
-from mwplan.ledger import replay
-from mwplan.profiles import LayerProfile, MoonwalkOption, Profile, StoreOption
-from mwplan.schedule import Strategy
+from mwplan.plans.ledger import replay
+from mwplan.plans.profiles import LayerProfile, MoonwalkOption, Profile, StoreOption
+from mwplan.plans.schedule import Strategy
 from mwplan.solvers import baselines, integer_program, rotor, unrestricted
 from mwplan.solvers.frontier import Frontier, Tables, solve_frontier
 from mwplan.solvers.runs import ALL_STRATEGIES, Candidates
@@ -155,7 +156,8 @@ def speed(profile: Profile, thin: float, depth: int | None) -> dict[str, Any]:
 
 
 def loss(profile: Profile, thin: float) -> dict[str, Any]:
-    """What thinning loses, measured against the exact frontier at every budget, and what it proves about that."""
+    """What thinning loses, measured against the exact frontier at every budget, and what it proves about
+    that."""
     exact, thinned = solve_frontier(profile), solve_frontier(profile, thin=thin)
     worst = 0.0
     for need, ns in exact.points:
@@ -165,7 +167,8 @@ def loss(profile: Profile, thin: float) -> dict[str, Any]:
 
 
 def identical_loss(profile: Profile, thin: float) -> dict[str, Any]:
-    """What thinning loses on identical layers, at budgets that both reach, and how much more memory its leanest schedule takes."""
+    """What thinning loses on identical layers, at budgets that both reach, and how much more memory its
+    leanest schedule takes."""
     exact, thinned = solve_frontier(profile), solve_frontier(profile, thin=thin)
     least = thinned.points[0][0]
     worst = max(
@@ -175,7 +178,8 @@ def identical_loss(profile: Profile, thin: float) -> dict[str, Any]:
 
 
 def deep_loss(profile: Profile, thin: float) -> dict[str, Any]:
-    """What tables of the identical layers alone lose at multiples of the least bytes, against general tables thinned to a fifth of the loss."""
+    """What tables of the identical layers alone lose at multiples of the least bytes, against general tables
+    thinned to a fifth of the loss."""
     candidates = Candidates(profile, loss=thin / 30)
     general = Tables(candidates, None, loss=thin / 20)
     best = Frontier(profile, general, max_error=1e-4, allowed=ALL_STRATEGIES, thin=thin / 5).points
@@ -208,7 +212,8 @@ def proof(profile: Profile, count: int) -> dict[str, Any]:
 
 
 def host(profile: Profile) -> dict[str, Any]:
-    """The least budget of all with memory on the host beside it, at 20 GB/s: shares of what all layers could send there."""
+    """The least budget of all with memory on the host beside it, at 20 GB/s: shares of what all layers could
+    send there."""
     profile = profile.offloading(2e10)
     frontier = solve_frontier(profile)
     budget = frontier.points[0][0]
@@ -216,8 +221,13 @@ def host(profile: Profile) -> dict[str, Any]:
     rows = []
     for share in (32, 16, 8, 4):
         call = partial(
-            integer_program.solve, profile, budget, host_bytes=every // share, frontier=frontier, time_limit_s=60.0
-        )  # fmt: skip
+            integer_program.solve,
+            profile,
+            budget,
+            host_bytes=every // share,
+            frontier=frontier,
+            time_limit_s=60.0,
+        )
         solution, seconds = timed(call)
         row = {"share": 1 / share, "status": solution.status.value, "gap": solution.gap, **seconds}
         rows.append({**row, "over_frontier": solution.time_ns / frontier.points[0][1]})
@@ -225,7 +235,8 @@ def host(profile: Profile) -> dict[str, Any]:
 
 
 def quality(profile: Profile, config: Config) -> dict[str, Any]:
-    """Time over the optimum's, at ten budgets: rotor with slots, greedy, and recomputation alone at its best."""
+    """Time over the optimum's, at ten budgets: rotor with slots, greedy, and recomputation alone at its
+    best."""
     every, recompute = solve_frontier(profile), solve_frontier(profile, allowed=RECOMPUTATION)
     rows = []
     for budget in budgets(recompute, config.budgets):
@@ -260,7 +271,8 @@ def quality(profile: Profile, config: Config) -> dict[str, Any]:
 
 
 def structure(profile: Profile) -> dict[str, Any]:
-    """What the run structure gives away: the frontier's points against single operations in any order, at most as many."""
+    """What the run structure gives away: the frontier's points against single operations in any order, at
+    most as many."""
     frontier = solve_frontier(profile)
     rows = []
     for need, ns in frontier.points[:: max(1, len(frontier.points) // 4)]:
@@ -380,7 +392,10 @@ def summary(rows: list[dict[str, Any]]) -> list[tuple[str, int, str]]:
             wall, cpu = (statistics.median(m[k] for m in members) for k in ("wall_s", "cpu_s"))
             out.append((f"{part}, {kind}", size, f"{wall:.2f} s wall, {cpu:.2f} s CPU"))
         elif part == "identical_loss":
-            found = f"{members[0]['measured']:.2%} measured; leanest needs {members[0]['least_over_exact']:.2f} times the least"
+            found = (
+                f"{members[0]['measured']:.2%} measured; "
+                f"leanest needs {members[0]['least_over_exact']:.2f} times the least"
+            )
             out.append((f"{part}, {kind}", size, found))
         elif part == "deep_loss":
             each = members[0]["rows"]
@@ -404,13 +419,19 @@ def summary(rows: list[dict[str, Any]]) -> list[tuple[str, int, str]]:
                 some = [r for r in each if r["share"] == share]
                 wall, over = (statistics.median(r[k] for r in some) for k in ("wall_s", "over_frontier"))
                 proved, gap = sum(r["status"] == "optimal" for r in some), max(r["gap"] for r in some)
-                found = f"{over:.2f} of the time, {wall:.2f} s median, {proved} of {len(some)} optimal (gap at most {gap:.1%})"
+                found = (
+                    f"{over:.2f} of the time, {wall:.2f} s median, "
+                    f"{proved} of {len(some)} optimal (gap at most {gap:.1%})"
+                )
                 out.append((f"least budget, 1/{1 / share:.0f} of residuals on the host, {kind}", size, found))
         elif part == "unrestricted":
             each = [r for m in members for r in m["rows"]]
             gaps = [1 - r["operations"] / r["runs"] for r in each if r["status"] == "optimal"]
             better = sum(g > 0 for g in gaps)
-            found = f"runs give away something at {better} of {len(gaps)} points, at most {max(gaps, default=0.0):.1%}"
+            found = (
+                f"runs give away something at {better} of {len(gaps)} points, "
+                f"at most {max(gaps, default=0.0):.1%}"
+            )
             out.append((f"{part}, {kind}", size, f"{found}; {len(each) - len(gaps)} not proved"))
         else:
             each = [r for m in members for r in m["rows"]]

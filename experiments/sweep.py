@@ -1,8 +1,11 @@
-"""Sweeps that can be killed: finished points are kept, one JSON line each, and a second call goes on where the first stopped.
+"""Sweeps that can be killed: finished points are kept, one JSON line each, and a second call goes on where
+the first stopped.
 
-A point is a dictionary of plain values, known by the hash of its canonical JSON. Points are computed by any `concurrent.futures` executor:
+A point is a dictionary of plain values, known by the hash of its canonical JSON. Points are computed by any
+`concurrent.futures` executor:
 
-- `processes` (the default): a fresh process for each point, one at a time, so that timings do not disturb one another; `--workers` for more;
+- `processes` (the default): a fresh process for each point, one at a time, so that timings do not disturb one
+  another; `--workers` for more;
 - `threads`: in this process; `serial`: in one thread of it;
 - `dask://HOST:PORT`: Dask's distributed client (the `dask` extra);
 - `MODULE:NAME`: any other, such as `mpi4py.futures:MPIPoolExecutor`; called without arguments.
@@ -29,7 +32,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from experiments import record
-from mwplan.errors import ArgumentError, MwplanError
+from mwplan.common.errors import ArgumentError, MwplanError
 
 Point = dict[str, Any]
 Work = Callable[[Point], dict[str, Any]]
@@ -53,7 +56,8 @@ class Records:
         self.path = path
 
     def read(self) -> dict[str, dict[str, Any]]:
-        """All records by key, the latest for each. A last line that was cut short is left out; any other bad line is an error."""
+        """All records by key, the latest for each. A last line that was cut short is left out; any other bad
+        line is an error."""
         found: dict[str, dict[str, Any]] = {}
         if not self.path.exists():
             return found
@@ -68,7 +72,8 @@ class Records:
 
     @contextlib.contextmanager
     def appending(self) -> Iterator[Callable[[dict[str, Any]], None]]:
-        """A function that appends a record and returns once it is on the disk. Raises `SweepError` where another process has the file."""
+        """A function that appends a record and returns once it is on the disk. Raises `SweepError` where
+        another process has the file."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a+b") as file:
             try:
@@ -97,17 +102,26 @@ def run(
     title: str = "sweep",
     console: Console | None = None,
 ) -> list[dict[str, Any]]:
-    """Computes the points that `path` has no record of, and returns the records of all, in the order of `points`.
+    """Computes the points that `path` has no record of, and returns the records of all, in the order of
+    `points`.
 
-    **Arguments:** `work(point)`, a module's function, returns plain values; `executor` and `workers` as the module says.
-    **Returns:** one record a point: `key`, `point`, `provenance` (of the process that computed it), `wall_seconds` and what `work` returned.
-    **Raises:** `SweepError` once all are done, if any failed; `ArgumentError` for an unknown executor. Killed at any time, it loses the points in work only.
+    **Arguments:** `work(point)`, a module's function, returns plain values; `executor` and `workers` as the
+    module says.
+    **Returns:** one record a point: `key`, `point`, `provenance` (of the process that computed it),
+    `wall_seconds` and what `work` returned.
+    **Raises:** `SweepError` once all are done, if any failed; `ArgumentError` for an unknown executor. Killed
+    at any time, it loses the points in work only.
     """
     records = Records(path)
     known = records.read()
     pending = {key(point): point for point in points if key(point) not in known}
     failed: list[str] = []
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(), TimeElapsedColumn())  # fmt: skip
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=console or Console(stderr=True)) as bar:
         task = bar.add_task(title, total=len(points), completed=len(points) - len(pending))
         if pending:
@@ -160,7 +174,8 @@ def make_executor(name: str, workers: int = 1) -> Iterator[cf.Executor]:
             made = getattr(importlib.import_module(module), attribute)()
         except (ImportError, AttributeError, ValueError) as error:
             raise ArgumentError(
-                f"`executor={name!r}` is none of processes, threads, serial, dask://HOST:PORT, MODULE:NAME: {error}"
+                f"`executor={name!r}` is none of processes, threads, serial, dask://HOST:PORT, MODULE:NAME: "
+                f"{error}"
             ) from error
     with made:
         yield made

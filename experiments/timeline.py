@@ -1,7 +1,9 @@
-"""One step's memory, event by event, and how the schedule changes as the budget shrinks: `python -m experiments.timeline`.
+"""One step's memory, event by event, and how the schedule changes as the budget shrinks:
+`python -m experiments.timeline`.
 
-For each model: the live bytes that the ledger predicts and those that `mw.trace` finds on the device, at a budget `fraction` of the way from the least
-feasible to what the fastest schedule needs; and a map of the strategies, layer by layer, at `budgets` spaced evenly by ratio. Writes results/timeline/.
+For each model: the live bytes that the ledger predicts and those that `mw.trace` finds on the device, at a
+budget `fraction` of the way from the least feasible to what the fastest schedule needs; and a map of the
+strategies, layer by layer, at `budgets` spaced evenly by ratio. Writes results/timeline/.
 """
 
 from __future__ import annotations
@@ -20,9 +22,9 @@ from rich.table import Table
 import mwplan as mw
 from experiments import record, sweep, zoo
 from experiments.alternatives import Problem
-from mwplan.plots import png
-from mwplan.schedule import Strategy
-from mwplan.serial import write_atomically
+from mwplan.common.plots import png
+from mwplan.common.serial import write_atomically
+from mwplan.plans.schedule import Strategy
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,10 @@
 """Real training within a budget that backpropagation exceeds: `python -m experiments.training`.
 
-Networks of the zoo on data that scikit-learn bundles, each trained twice at once (`mwplan.side_by_side`): by plain backpropagation and by a plan, from the
-same start on the same batches. The budget is the larger of `fraction` of backpropagation's temporaries and 1.25 of the least feasible.
-Writes results/training/: records.jsonl (loss and time of every step, reports, gradient errors against float64), summary.json, training.png.
+Networks of the zoo on data that scikit-learn bundles, each trained twice at once (`mwplan.app.side_by_side`):
+by plain backpropagation and by a plan, from the same start on the same batches. The budget is the larger of
+`fraction` of backpropagation's temporaries and 1.25 of the least feasible. Writes results/training/:
+records.jsonl (loss and time of every step, reports, gradient errors against float64), summary.json,
+training.png.
 """
 
 from __future__ import annotations
@@ -21,17 +23,19 @@ from rich.table import Table
 
 from experiments import record, sweep, zoo
 from experiments.alternatives import RECOMPUTATION
-from mwplan import planning, side_by_side
-from mwplan.plots import BACKPROP, LIMIT, PLAN, png
-from mwplan.profiles import Profile
-from mwplan.schedule import Strategy
-from mwplan.serial import write_atomically
+from mwplan import planning
+from mwplan.app import side_by_side
+from mwplan.common.plots import BACKPROP, LIMIT, PLAN, png
+from mwplan.common.serial import write_atomically
+from mwplan.plans.profiles import Profile
+from mwplan.plans.schedule import Strategy
 
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes. `depths`, `widths`, `resolutions`, `batches`: one for each of `models`; `rate`: Adam's, decaying to 0 along a cosine; `checks`: comparisons
-    with float64, spread evenly from the first step to the last; `patience`: steps between two plans, at least."""
+    """Sizes. `depths`, `widths`, `resolutions`, `batches`: one for each of `models`; `rate`: Adam's, decaying
+    to 0 along a cosine; `checks`: comparisons with float64, spread evenly from the first step to the last;
+    `patience`: steps between two plans, at least."""
 
     models: tuple[str, ...] = ("revnet", "gpt")
     depths: tuple[int, ...] = (24, 6)
@@ -53,7 +57,10 @@ class Config:
 
 def points(config: Config) -> list[sweep.Point]:
     """One a model."""
-    shared = {k: getattr(config, k) for k in ("steps", "rate", "fraction", "max_error", "checks", "patience", "repeats", "seed")}  # fmt: skip
+    shared = {
+        k: getattr(config, k)
+        for k in ("steps", "rate", "fraction", "max_error", "checks", "patience", "repeats", "seed")
+    }
     sizes = zip(config.depths, config.widths, config.resolutions, config.batches, strict=True)
     return [
         {"model": model, "depth": depth, "width": width, "resolution": resolution, "batch": batch, **shared}
@@ -221,7 +228,11 @@ def draw(found: list[dict[str, Any]]) -> Figure:
             for number, step in enumerate(one["replans"]):
                 ax.axvline(step, color=LIMIT, lw=0.8, ls=":", label=None if number else "planned again")
         errors.set(xlabel="step", ylabel="relative error", yscale="log")
-        sizes = (("plain_temporary_bytes", BACKPROP), ("predicted_temporary_bytes", "#a9d6e5"), ("planned_temporary_bytes", PLAN))  # fmt: skip
+        sizes = (
+            ("plain_temporary_bytes", BACKPROP),
+            ("predicted_temporary_bytes", "#a9d6e5"),
+            ("planned_temporary_bytes", PLAN),
+        )
         drawn = bars.bar(
             ["backprop.", "predicted", "plan"],
             [one[name] / 2**20 for name, _ in sizes],
@@ -241,8 +252,13 @@ def main(config: Config) -> None:
     """Trains what is missing, prints, draws and saves."""
     console = Console()
     found = sweep.run(
-        points(config), measure, config.out / "records.jsonl", executor=config.executor, workers=config.workers, title="networks"
-    )  # fmt: skip
+        points(config),
+        measure,
+        config.out / "records.jsonl",
+        executor=config.executor,
+        workers=config.workers,
+        title="networks",
+    )
     rows = [summary(one) for one in found]
     console.print(table(rows))
     record.save(config.out / "summary.json", {"config": sweep.plain(config), "rows": rows})

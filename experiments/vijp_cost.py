@@ -1,14 +1,16 @@
 """What each rule costs beside a forward pass: `python -m experiments.vijp_cost`.
 
-For every layer and option: the time of forward, input vjp (with its fragment), parameter vjp and vijp, as ratios to the plain forward of the
-same layer, and what is kept, as fractions of the output activation. Writes results/vijp_cost/.
+For every layer and option: the time of forward, input vjp (with its fragment), parameter vjp and vijp, as
+ratios to the plain forward of the same layer, and what is kept, as fractions of the output activation. Writes
+results/vijp_cost/.
 """
 
 from __future__ import annotations
 
 import os  # before JAX: see below
 
-# LAPACK's own threads fight with XLA's: a left inverse of 256 x 256 took 16 ms with two of them and 0.8 ms with one, on two cores.
+# LAPACK's own threads fight with XLA's: a left inverse of 256 x 256 took 16 ms with two of them and 0.8 ms
+# with one, on two cores.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import argparse
@@ -29,12 +31,14 @@ from rich.table import Table
 
 from experiments import record
 from mwplan import layers as ml
-from mwplan import operator, rules, trees
+from mwplan.common import trees
+from mwplan.network import operator, rules
 
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes and samples. `batch` examples; `width` features of dense layers, `channels` on `side` x `side` images."""
+    """Sizes and samples. `batch` examples; `width` features of dense layers, `channels` on `side` x `side`
+    images."""
 
     batch: int = 1024
     width: int = 256
@@ -77,9 +81,13 @@ def cases(config: Config) -> list[tuple[str, Any, tuple[int, ...]]]:
         ("LayerNorm", ml.LayerNorm.init(None, w), flat),
         ("RMSNorm", ml.RMSNorm.init(None, w), flat),
         ("Coupling", ml.Coupling(branch, branch), flat),
-        ("Residual", ml.Residual(ml.Sequential((ml.Dense(0.01 * jax.random.normal(key, (w, w))), ml.Smooth("tanh")))), flat),
+        (
+            "Residual",
+            ml.Residual(ml.Sequential((ml.Dense(0.01 * jax.random.normal(key, (w, w))), ml.Smooth("tanh")))),
+            flat,
+        ),
         ("SpaceToDepth", ml.SpaceToDepth((2, 2)), image),
-    ]  # fmt: skip
+    ]
 
 
 def compiled(layer: Any, rule: rules.VijpRule, x: Any, key: Any) -> dict[str, Callable[[], Any]]:

@@ -4,24 +4,25 @@
 |---|---|
 | `strided` | submersive CNN: three resolutions, strided convolutions between them, leaky ReLU |
 | `lipschitz` | 1-Lipschitz CNN at one resolution: MaxMin and orthogonal (paraunitary) convolutions |
-| `fragmental` | 1D CNN on long signals: SAME convolutions of stride 1 whose first tap dominates, for block recursion |
+| `fragmental` | 1D CNN on long signals: SAME convolutions of stride 1, first tap dominant |
 | `revnet` | couplings of convolutional branches |
 | `revvit` | vision transformer whose blocks are couplings of attention and MLP |
 | `mlp` | orthogonal dense layers and leaky ReLU |
 | `gpt` | pre-norm transformer on characters; its blocks have no vijp |
 | `resnet` | pre-activation ResNet; its blocks have no vijp |
 
-`depth` counts blocks (gpt: transformer blocks, two layers each); with `group=k`, up to k consecutive blocks of one kind are one layer of
-the chain, so that very deep networks stay quick to plan; with 0, every layer is itself. Data comes with scikit-learn: digits, enlarged to the resolution asked for; the
-descriptions of its data sets as text. The long signals are generated.
+`depth` counts blocks (gpt: transformer blocks, two layers each); with `group=k`, up to k consecutive blocks
+of one kind are one layer of the chain, so that very deep networks stay quick to plan; with 0, every layer is
+itself. Data comes with scikit-learn: digits, enlarged to the resolution asked for; the descriptions of its
+data sets as text. The long signals are generated.
 """
 
 from __future__ import annotations
 
 import os  # before JAX starts its CPU client
 
-# Linear solves of one step block XLA:CPU's threads while they wait for others: with two threads, a network of Cayley convolutions
-# never finishes a step (jaxlib 0.10.2). More threads than cores leave some to wait for.
+# Linear solves of one step block XLA:CPU's threads while they wait for others: with two threads, a network of
+# Cayley convolutions never finishes a step (jaxlib 0.10.2). More threads than cores leave some to wait for.
 os.environ.setdefault("NPROC", "16")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
@@ -38,8 +39,8 @@ from jaxtyping import Array, Float, Int
 
 import mwplan as mw
 from mwplan import layers as ml
-from mwplan.errors import ArgumentError
-from mwplan.training import cross_entropy, digits
+from mwplan.app.training import cross_entropy, digits
+from mwplan.common.errors import ArgumentError
 
 CLASSES = 10
 #: Chains of more innermost layers than this are run stacked.
@@ -49,8 +50,8 @@ SLOPE = 0.8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """Sizes of one network. `depth` blocks of `width` channels or features; `resolution`: pixels a side, samples of a signal,
-    or characters of a text; `batch` examples; `group` blocks a layer of the chain."""
+    """Sizes of one network. `depth` blocks of `width` channels or features; `resolution`: pixels a side,
+    samples of a signal, or characters of a text; `batch` examples; `group` blocks a layer of the chain."""
 
     model: str
     depth: int = 8
@@ -85,7 +86,8 @@ class Data(NamedTuple):
 
 
 def build(config: Config) -> Model:
-    """The network, initialised by its seed, and the first batch of its data (repeated where the data set is smaller)."""
+    """The network, initialised by its seed, and the first batch of its data (repeated where the data set is
+    smaller)."""
     make, load = MODELS[config.model]
     everything = load(config)
     at = np.arange(config.batch) % len(everything.x)
@@ -96,7 +98,8 @@ def build(config: Config) -> Model:
 
 
 def joined(depth: int, layers: int) -> int:
-    """The `group` that makes a chain of `depth` blocks one of at most `layers` layers; 0, every layer itself, where two a block are few enough to unroll."""
+    """The `group` that makes a chain of `depth` blocks one of at most `layers` layers; 0, every layer itself,
+    where two a block are few enough to unroll."""
     return 0 if 2 * depth <= UNROLL else math.ceil(depth / layers)
 
 
@@ -117,7 +120,8 @@ def data(config: Config) -> Data:
     return MODELS[config.model][1](config)
 
 
-# -- data --------------------------------------------------------------------------------------------------------------
+# -- data
+# --------------------------------------------------------------------------------
 
 
 def images(config: Config) -> Data:
@@ -139,7 +143,8 @@ def signals(config: Config, count: int = 512) -> Data:
 
 
 def text(config: Config, count: int = 2048) -> Data:
-    """Characters and those that follow them, `n resolution` each, from scikit-learn's descriptions of its data sets."""
+    """Characters and those that follow them, `n resolution` each, from scikit-learn's descriptions of its
+    data sets."""
     folder = resources.files("sklearn.datasets.descr")
     files = sorted((f for f in folder.iterdir() if f.name.endswith(".rst")), key=lambda f: f.name)
     raw = b"".join(f.read_bytes() for f in files)
@@ -152,7 +157,8 @@ def text(config: Config, count: int = 2048) -> Data:
 VOCABULARY = 128
 
 
-# -- layers without a vijp ---------------------------------------------------------------------------------------------
+# -- layers without a vijp
+# ---------------------------------------------------------------------------------------------
 
 
 @ml.layer
@@ -170,8 +176,9 @@ class Skip:
 class Attention:
     """Multi-head attention over the axis before the last.
 
-    Written as products of matrices with the heads among the leading axes: XLA:CPU copies the scores of `jax.nn.dot_product_attention` into another
-    layout, once or twice by how the rest of a program is written, and writes its scale out as large as the scores.
+    Written as products of matrices with the heads among the leading axes: XLA:CPU copies the scores of
+    `jax.nn.dot_product_attention` into another layout, once or twice by how the rest of a program is written,
+    and writes its scale out as large as the scores.
     """
 
     qkv: Any
@@ -220,7 +227,8 @@ class LastMean:
         return jnp.mean(x, axis=tuple(range(1, x.ndim - 1)))
 
 
-# -- networks ----------------------------------------------------------------------------------------------------------
+# -- networks
+# ----------------------------------------------------------------------------------------------------------
 
 Keys = Iterator[Array]
 
@@ -237,14 +245,16 @@ def _head(config: Config, keys: Keys, width: int) -> list[Any]:
 def _image_stem(config: Config, block: int = 2) -> list[Any]:
     if config.width < block**2 or config.resolution % block:
         raise ArgumentError(
-            f"`width={config.width}`, `resolution={config.resolution}`: needs {block**2} channels and a multiple of {block}"
+            f"`width={config.width}`, `resolution={config.resolution}`: needs {block**2} channels and a "
+            f"multiple of {block}"
         )
     stem: list[Any] = [ml.SpaceToDepth((block, block))]
     return [*stem, ml.PadChannels(config.width - block**2)] if config.width > block**2 else stem
 
 
 def strided(config: Config, keys: Keys) -> list[Any]:
-    """Stages at full, half and quarter resolution; each but the first begins with a strided convolution to twice the channels."""
+    """Stages at full, half and quarter resolution; each but the first begins with a strided convolution to
+    twice the channels."""
     layers, width = _image_stem(config), config.width
     stages = 3 if config.resolution % 8 == 0 and config.depth >= 3 else 1
     for stage in range(stages):
@@ -270,7 +280,8 @@ def lipschitz(config: Config, keys: Keys) -> list[Any]:
 
 
 def fragmental(config: Config, keys: Keys) -> list[Any]:
-    """1D convolutions of three taps: the first orthogonal, the others small, so that substitution is stable over a block."""
+    """1D convolutions of three taps: the first orthogonal, the others small, so that substitution is stable
+    over a block."""
     layers: list[Any] = [ml.SpaceToDepth((4,)), ml.PadChannels(config.width - 4)]
     for _ in range(config.depth):
         first = jax.nn.initializers.orthogonal()(next(keys), (1, config.width, config.width))
@@ -296,7 +307,8 @@ def _conv_stem(config: Config, keys: Keys) -> list[Any]:
 
 
 def revnet(config: Config, keys: Keys) -> list[Any]:
-    """Couplings of one-convolution branches at constant resolution; gelu, for an inverse flips the signs of ReLUs near 0."""
+    """Couplings of one-convolution branches at constant resolution; gelu, for an inverse flips the signs of
+    ReLUs near 0."""
     layers, half = _conv_stem(config, keys), config.width // 2
 
     def branch() -> ml.Sequential:

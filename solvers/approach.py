@@ -1,10 +1,12 @@
 r"""A few layers before a long stretch of identical ones, with RECOMPUTE runs from the former into the latter.
 
-Lean schedules keep next to nothing but a chain's input; a run that had to end where the identical layers begin would keep one activation more, at every level.
-So the suffixes `(s, e)` of the `a` layers before, followed by `n` of the identical ones, have tables too, for the lengths `n` of `mwplan.solvers.sparse`, as inner
-schedules and, followed by the whole stretch, at the top level. They begin with
+Lean schedules keep next to nothing but a chain's input; a run that had to end where the identical layers
+begin would keep one activation more, at every level. So the suffixes `(s, e)` of the `a` layers before,
+followed by `n` of the identical ones, have tables too, for the lengths `n` of `mwplan.solvers.sparse`, as
+inner schedules and, followed by the whole stretch, at the top level. They begin with
 
-- a run that ends among the `a` layers or at their end (STORE, MOONWALK, INVERT; RECOMPUTE by `mwplan.solvers.frontier.Tables`), or
+- a run that ends among the `a` layers or at their end (STORE, MOONWALK, INVERT; RECOMPUTE by
+  `mwplan.solvers.frontier.Tables`), or
 - a RECOMPUTE run over all of them and `m < n` of the identical layers, where `n - m` is such a length too.
 
 **Cost:** at most two merges for each of the `a` layers and each length.
@@ -18,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mwplan.schedule import Run, RunKind
+from mwplan.plans.schedule import Run, RunKind
 from mwplan.solvers.diagonals import NO_POINTS, envelopes, thinned_all
 from mwplan.solvers.pareto import Ints
 from mwplan.solvers.sparse import Family, SparseTables, longest_within, stairs_at
@@ -34,7 +36,8 @@ _NONE: Stairs = (np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """Runs from one node: to `(stop, keeps)` among the layers before, those of `atoms` or RECOMPUTE; or, if `into`, RECOMPUTE over so many identical layers too."""
+    """Runs from one node: to `(stop, keeps)` among the layers before, those of `atoms` or RECOMPUTE; or, if
+    `into`, RECOMPUTE over so many identical layers too."""
 
     stop: int
     keeps: bool
@@ -47,7 +50,8 @@ class _Piece:
 
 
 class Approach:
-    """The tables. `before`: those of the layers before, without a top level; `body`: those of the identical layers, which RECOMPUTE is allowed in."""
+    """The tables. `before`: those of the layers before, without a top level; `body`: those of the identical
+    layers, which RECOMPUTE is allowed in."""
 
     def __init__(self, before: Tables, body: SparseTables) -> None:
         self.before, self.body = before, body
@@ -56,7 +60,8 @@ class Approach:
         self.left = Buffer(body.grid, body.span, 256, sheeted=True)
         self.nodes = [(s, e) for s in range(self.size - 1, -1, -1) for e in before.kept_states(s)]
         self.pieces: dict[Node, list[_Piece]] = {node: [] for node in self.nodes}
-        #: rows of the suffixes in the body's own buffer, inside RECOMPUTE runs and at the top, by how many of its layers follow
+        #: rows of the suffixes in the body's own buffer, inside RECOMPUTE runs and at the top, by how many of
+        #: its layers follow
         self.inner: dict[tuple[int, bool, int], int] = {}
         self.top: dict[tuple[int, bool, int], int] = {}
         for s, e in self.nodes:
@@ -71,7 +76,8 @@ class Approach:
         for s, e in self.nodes:
             self._merge(s, e, body.size, body.top, self.top)
 
-    # -- pieces --------------------------------------------------------------------------------------------------
+    # -- pieces
+    # --------------------------------------------------------------------------------------------------
 
     def _add(
         self, node: Node, stop: int, keeps: bool, floor: int, held: int, stairs: Stairs,
@@ -109,10 +115,12 @@ class Approach:
         floor = max(int(c.recompute_forward_peak(s, e)[-1]), own + self.body.peaks[1])
         self._add((s, e), self.size, False, floor, own, (need, time + spent), into=n)
 
-    # -- tables --------------------------------------------------------------------------------------------------
+    # -- tables
+    # --------------------------------------------------------------------------------------------------
 
     def _choices(self, s: int, e: bool, n: int, family: Family) -> tuple[list[_Piece], Pairs]:
-        """The pieces that the layers from `s` on and `n` identical ones may begin with, and the rows of what is left."""
+        """The pieces that the layers from `s` on and `n` identical ones may begin with, and the rows of what
+        is left."""
         body, top = self.body, family is self.body.top
         known = self.top if top else self.inner
         most = n if top and body.inside else longest_within(n)
@@ -149,7 +157,8 @@ class Approach:
         )
         tables.extend(1, *(thinned_all(*found, loss, optimistic=False) if found[0].size else found))
 
-    # -- reading -------------------------------------------------------------------------------------------------
+    # -- reading
+    # -------------------------------------------------------------------------------------------------
 
     def points(self, e: bool) -> Stairs:
         """The staircase of these layers, the identical ones and what follows, from the node with `e`."""
@@ -157,7 +166,8 @@ class Approach:
         return _NONE if row is None else stairs_at(self.body.tables, row)
 
     def read(self, e: bool, budget: int) -> tuple[tuple[Run, ...], bool, int]:
-        """The runs over these layers and the identical ones from the node with `e`, with `e` at their end and the budget left there."""
+        """The runs over these layers and the identical ones from the node with `e`, with `e` at their end and
+        the budget left there."""
         return self._read(0, e, self.body.size, budget, self.body.top)
 
     def _read(

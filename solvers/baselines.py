@@ -1,10 +1,11 @@
 """What others do, as plans in the same space: what the optimum is measured against.
 
-Each returns a `Solution` of status FEASIBLE, costed by the ledger (INFEASIBLE where it needs more than the budget it was given). Revolve and
-Mixed plan for unit chains (equal layers): they count steps and slots, not bytes. rotor's dynamic program is in `mwplan.solvers.rotor`.
+Each returns a `Solution` of status FEASIBLE, costed by the ledger (INFEASIBLE where it needs more than the
+budget it was given). Revolve and Mixed plan for unit chains (equal layers): they count steps and slots, not
+bytes. rotor's dynamic program is in `mwplan.solvers.rotor`.
 
-Sources: Chen et al., arXiv:1604.06174 (square root); Griewank and Walther, ACM TOMS 26(1), 2000 (Revolve); Maddison, J. Comput. Sci. 82,
-2024 (Mixed). The rest is what practitioners write by hand.
+Sources: Chen et al., arXiv:1604.06174 (square root); Griewank and Walther, ACM TOMS 26(1), 2000 (Revolve);
+Maddison, J. Comput. Sci. 82, 2024 (Mixed). The rest is what practitioners write by hand.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
-from mwplan.errors import ArgumentError
-from mwplan.ledger import replay
-from mwplan.profiles import InvertOption, MoonwalkOption, Profile
-from mwplan.schedule import Choice, Run, RunKind, Solution, Status, Strategy, check_allowed
+from mwplan.common.errors import ArgumentError
+from mwplan.plans.ledger import replay
+from mwplan.plans.profiles import InvertOption, MoonwalkOption, Profile
+from mwplan.plans.schedule import Choice, Run, RunKind, Solution, Status, Strategy, check_allowed
 from mwplan.solvers.frontier import solve_frontier
 from mwplan.solvers.runs import ALL_STRATEGIES, invert_error, invert_share, moonwalk_strategy
 
@@ -74,7 +75,8 @@ def chen_sqrt(profile: Profile, segments: int | None = None) -> Solution:
 
 
 def best_recomputation(profile: Profile, budget_bytes: int) -> Solution:
-    """The fastest schedule of STORE and RECOMPUTE runs alone, exact bytes, any depth: the best persistent checkpointing."""
+    """The fastest schedule of STORE and RECOMPUTE runs alone, exact bytes, any depth: the best persistent
+    checkpointing."""
     return solve_frontier(profile, allowed={Strategy.STORE, Strategy.RECOMPUTE}).at(budget_bytes)
 
 
@@ -84,7 +86,8 @@ def _unit_plan(profile: Profile, slots: int, solver: str, mixed: bool) -> Soluti
 
     @functools.cache
     def best(n: int, free: int) -> tuple[int, int]:
-        """Forward steps that `n` layers take with `free` slots, their start's included, and the first move: 0 stores, k checkpoints."""
+        """Forward steps that `n` layers take with `free` slots, their start's included, and the first move: 0
+        stores, k checkpoints."""
         if n == 1:
             return 1, 0
         if free == 0:
@@ -111,7 +114,8 @@ _NEVER = 2**62
 
 
 def revolve(profile: Profile, slots: int) -> Solution:
-    """The least forward steps with `slots` stored activations, the chain's input among them: only the last step of a stretch is taped.
+    """The least forward steps with `slots` stored activations, the chain's input among them: only the last
+    step of a stretch is taped.
 
     `t(n, c) = min_k k + t(n - k, c - 1) + t(k, c)`, `t(1, .) = 1`. **Cost:** O(n^2 slots).
     """
@@ -119,12 +123,14 @@ def revolve(profile: Profile, slots: int) -> Solution:
 
 
 def mixed(profile: Profile, slots: int) -> Solution:
-    """As `revolve`, but a slot may also hold a step's tape, which then need not be recomputed: `1 + t(n - 1, c - 1)` joins the choices."""
+    """As `revolve`, but a slot may also hold a step's tape, which then need not be recomputed:
+    `1 + t(n - 1, c - 1)` joins the choices."""
     return _unit_plan(profile, slots, "mixed", mixed=True)
 
 
 def _grouped(profile: Profile, choose: Callable[[int, list[str]], str | None], kind: RunKind) -> list[Run]:
-    """Runs of `kind` as long as `choose(layer index, names so far)` gives an option; STORE where it gives none even alone."""
+    """Runs of `kind` as long as `choose(layer index, names so far)` gives an option; STORE where it gives
+    none even alone."""
     runs: list[Run] = []
     at, size = 0, len(profile)
     while at < size:
@@ -158,7 +164,8 @@ def _named(options: Sequence[Option], name: str) -> Option:
 
 
 def all_moonwalk(profile: Profile, *, max_error: float = 1e-4) -> Solution:
-    """Moonwalk runs with the smallest fragments, each as long as `max_error` lets it be; STORE where a layer has no usable option."""
+    """Moonwalk runs with the smallest fragments, each as long as `max_error` lets it be; STORE where a layer
+    has no usable option."""
     return _moonwalk(profile, max_error, "all_moonwalk", largest=False)
 
 
@@ -204,11 +211,13 @@ def greedy(
     max_error: float = 1e-4,
     allowed: Choice = ALL_STRATEGIES,
 ) -> Solution:
-    """The rule of thumb: from plain backpropagation, change the layer with the most bytes saved per ns, until it fits.
+    """The rule of thumb: from plain backpropagation, change the layer with the most bytes saved per ns, until
+    it fits.
 
-    A layer may change to a leaner STORE option, to RECOMPUTE, or to its fastest moonwalk option; neighbours changed alike become one run.
-    Recomputed stretches are tried whole, in pieces of about the square root of their length, and layer by layer; the
-    fastest schedule found that fits is returned. **Cost:** three replays for each change.
+    A layer may change to a leaner STORE option, to RECOMPUTE, or to its fastest moonwalk option; neighbours
+    changed alike become one run. Recomputed stretches are tried whole, in pieces of about the square root of
+    their length, and layer by layer; the fastest schedule found that fits is returned. **Cost:** three
+    replays for each change.
     """
     allowed = check_allowed(allowed)
     moves: list[tuple[float, int, str, str]] = []
@@ -255,7 +264,8 @@ def greedy(
 
 
 def _spelled(profile: Profile, state: list[tuple[str, str]], pieces: int, max_error: float) -> list[Run]:
-    """Runs for greedy's choices; recomputed stretches whole (`pieces` 1), by square roots (0), or layer by layer (-1)."""
+    """Runs for greedy's choices; recomputed stretches whole (`pieces` 1), by square roots (0), or layer by
+    layer (-1)."""
     runs: list[Run] = []
     at, size = 0, len(profile)
     while at < size:

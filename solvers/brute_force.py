@@ -1,10 +1,12 @@
 """Exhaustive search over tiny chains: the oracle that the solvers are held to. It shares no code with them.
 
-`every_plan` lists all plans one by one, for the ledger to cost. `every_cost` walks the same plans but merges those that agree
-exactly in what a later run can see (node, held bytes, peak, time), so that chains of six layers with all options take milliseconds; nothing is
-dropped for being worse. It goes forward, adding up events as docs/accounting.md writes them, where the solvers go backward.
+`every_plan` lists all plans one by one, for the ledger to cost. `every_cost` walks the same plans but merges
+those that agree exactly in what a later run can see (node, held bytes, peak, time), so that chains of six
+layers with all options take milliseconds; nothing is dropped for being worse. It goes forward, adding up
+events as docs/accounting.md writes them, where the solvers go backward.
 
-One kind of plan is left out: a RECOMPUTE run whose inner schedule is a single RECOMPUTE run of the same layers, which could go on for ever.
+One kind of plan is left out: a RECOMPUTE run whose inner schedule is a single RECOMPUTE run of the same
+layers, which could go on for ever.
 """
 
 from __future__ import annotations
@@ -14,8 +16,8 @@ import itertools
 import math
 from collections.abc import Iterator
 
-from mwplan.profiles import InvertOption, MoonwalkOption, Profile
-from mwplan.schedule import Run, RunKind, Strategy
+from mwplan.plans.profiles import InvertOption, MoonwalkOption, Profile
+from mwplan.plans.schedule import Run, RunKind, Strategy
 
 EVERY = frozenset(Strategy)
 Cost = tuple[int, int]
@@ -24,7 +26,8 @@ Cost = tuple[int, int]
 def every_plan(
     profile: Profile, *, max_error: float = 1e-4, allowed: frozenset[Strategy] = EVERY, host: bool = False
 ) -> Iterator[tuple[Run, ...]]:
-    """All plans of the space, nested to any depth; with `host` those that offload too, outside RECOMPUTE runs. Their number grows like a power of the chain's length: up to 3 or 4 layers."""
+    """All plans of the space, nested to any depth; with `host` those that offload too, outside RECOMPUTE
+    runs. Their number grows like a power of the chain's length: up to 3 or 4 layers."""
     yield from _plans(profile, 0, len(profile), max_error, allowed, whole=True, host=host)
 
 
@@ -105,7 +108,8 @@ def _invert_error(options: tuple[InvertOption, ...]) -> float:
 def every_cost(
     profile: Profile, *, max_error: float = 1e-4, allowed: frozenset[Strategy] = EVERY
 ) -> dict[int, int]:
-    """The least time at every need that some plan has: `{need_bytes: time_ns}`, slower plans of the same need left out."""
+    """The least time at every need that some plan has: `{need_bytes: time_ns}`, slower plans of the same need
+    left out."""
     search = _Search(profile, max_error, allowed)
     out: dict[int, int] = {}
     for need, time in search.stretch(0, len(profile), True, None):
@@ -143,7 +147,8 @@ class _Search:
         return out
 
     def runs(self, s: int, r: int, e: bool, k: int, whole: bool) -> set[tuple[int, int, int, bool]]:
-        """`(peak, held, time, keeps_end)` of every run over `(s, r]`; no RECOMPUTE run if it would be the `whole` stretch."""
+        """`(peak, held, time, keeps_end)` of every run over `(s, r]`; no RECOMPUTE run if it would be the
+        `whole` stretch."""
         p = self.p
         a = list(p.activation_bytes)
         a[s] = 0 if e else a[s]

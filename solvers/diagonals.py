@@ -1,7 +1,8 @@
 r"""All stretches of one length at once: how the tables of inner schedules are filled.
 
-`T[s, r, e]` depends on shorter stretches only, so those of one length are independent: bounds (`mwplan.solvers.splits`) are taken, what they leave of runs and
-cells is evaluated, sorted and thinned for all stretches of a length together.
+`T[s, r, e]` depends on shorter stretches only, so those of one length are independent: bounds
+(`mwplan.solvers.splits`) are taken, what they leave of runs and cells is evaluated, sorted and thinned for
+all stretches of a length together.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ Points = tuple[Ints, Ints, Ints]
 NO_POINTS: Points = (np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
 Samples = NDArray[np.float32]
 _INF = np.float32(np.inf)
-#: about so many groups at most are bounded at once, few enough for a processor's cache, and so many at least: where threads take turns often, they wait for each other
+#: about so many groups at most are bounded at once, few enough for a processor's cache, and so many at least:
+#: where threads take turns often, they wait for each other
 _GROUPS, _FEW = 32_000, 4_000
 
 
@@ -60,11 +62,14 @@ def envelopes(
     slack: float,
     optimistic: bool,
 ) -> Points:
-    """The lower envelopes of many stretches' groups (`mwplan.solvers.splits`): their staircases one after the other, as stretch, need, time.
+    """The lower envelopes of many stretches' groups (`mwplan.solvers.splits`): their staircases one after the
+    other, as stretch, need, time.
 
-    **Arguments:** `of`, in order: the stretch of each of the groups `pairs`, whose rows are in `left`, `right` and `shifts`; `known`, staircases of runs that are all of a
-    stretch, as they are returned; `slack`, the factor of time that may be lost at each, but for the least need and, but
-    for ties within float32, the least time; `optimistic`: then no point is a schedule, but no schedule is faster than the staircase.
+    **Arguments:** `of`, in order: the stretch of each of the groups `pairs`, whose rows are in `left`,
+    `right` and `shifts`; `known`, staircases of runs that are all of a stretch, as they are returned;
+    `slack`, the factor of time that may be lost at each, but for the least need and, but for ties within
+    float32, the least time; `optimistic`: then no point is a schedule, but no schedule is faster than the
+    staircase.
     """
     if not of.size:
         return staircases(*known, right.span)
@@ -89,13 +94,15 @@ def envelopes(
 
 
 class _Scratch(threading.local):
-    """Arrays of one thread that are used again and again: the system takes longer to hand out fresh memory than is worked on it."""
+    """Arrays of one thread that are used again and again: the system takes longer to hand out fresh memory
+    than is worked on it."""
 
     def __init__(self) -> None:
         self._arrays: dict[tuple[str, int], NDArray[Any]] = {}
 
     def array(self, name: str, number: int, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
-        """An array of that shape, with whatever numbers; the next of this name and number has the same memory."""
+        """An array of that shape, with whatever numbers; the next of this name and number has the same
+        memory."""
         size = math.prod(shape)
         found = self._arrays.get((name, number))
         if found is None or found.size < size:
@@ -108,10 +115,13 @@ _scratch = _Scratch()
 
 @dataclass(slots=True)
 class _Level:
-    """Groups in some intervals of cells each: those of one interval of the level before, `parent`, in a row. Those of one stretch and `parent` follow each other: a part.
+    """Groups in some intervals of cells each: those of one interval of the level before, `parent`, in a row.
+    Those of one stretch and `parent` follow each other: a part.
 
-    `lower` bounds each in the intervals. `cuts` holds the first of each part and `part` numbers them; `stretch` and `last` are theirs: the stretch and the last cells of the intervals.
-    `upper` bounds at the ends of intervals those that are the least by `lower` in one, `of` says which; `best`: the smallest of these of each part.
+    `lower` bounds each in the intervals. `cuts` holds the first of each part and `part` numbers them;
+    `stretch` and `last` are theirs: the stretch and the last cells of the intervals. `upper` bounds at the
+    ends of intervals those that are the least by `lower` in one, `of` says which; `best`: the smallest of
+    these of each part.
     """
 
     group: Ints
@@ -128,10 +138,12 @@ class _Level:
 
 
 class _Cells:
-    """The groups of many stretches in cells: what bounds say of them, in `LEVELS` of finer and finer intervals.
+    """The groups of many stretches in cells: what bounds say of them, in `LEVELS` of finer and finer
+    intervals.
 
-    `limit[w, q]`: what stretch `w` is known to take at the beginning of cell `q`, infinite for the first (there are columns up to the end of the last interval). Below that, but
-    for what may be lost, a group is looked at more closely in the end.
+    `limit[w, q]`: what stretch `w` is known to take at the beginning of cell `q`, infinite for the first
+    (there are columns up to the end of the last interval). Below that, but for what may be lost, a group is
+    looked at more closely in the end.
     """
 
     def __init__(
@@ -156,7 +168,8 @@ class _Cells:
             if end > begin:
                 at = known[1][begin:end].searchsorted(budgets, side="right")
                 row[1 : budgets.size + 1] = np.append(np.inf, known[2][begin:end])[at]
-        #: a group left out of an interval takes at least 1 / (1 + slack) of what is known at its beginning, and so in all of its cells
+        #: a group left out of an interval takes at least 1 / (1 + slack) of what is known at its beginning,
+        #: and so in all of its cells
         self.factor = np.float32((1 + MARGIN) / (1 + slack))
         group = np.arange(self.of.size)
         self.levels = [self._level(0, group, np.zeros_like(group))]
@@ -165,7 +178,8 @@ class _Cells:
 
     @staticmethod
     def _left_over(level: _Level) -> tuple[Ints, Ints]:
-        """The groups that may matter, and the numbers of the intervals where they may, those of one stretch and interval together."""
+        """The groups that may matter, and the numbers of the intervals where they may, those of one stretch
+        and interval together."""
         # Group by group within each column.
         size, ratio = level.alive.shape
         which = np.flatnonzero(level.alive.T)
@@ -174,12 +188,14 @@ class _Cells:
         return level.group[which], level.parent[which] * ratio + column
 
     def _bounds(self, number: int, side: int, group: Ints, parent: Ints) -> Samples:
-        """Bounds of `group` in the intervals of level `number` within `parent`: from below (`side` 0), or at their ends from above (1). There until the next of the same kind."""
+        """Bounds of `group` in the intervals of level `number` within `parent`: from below (`side` 0), or at
+        their ends from above (1). There until the next of the same kind."""
         pairs, samples = self.pairs, self.right.samples
         sheet, shift = self.left.sheets[number], self.shifts.sheets[number]
         _, count, ratio = sheet.shape
         size = (group.size, ratio)
-        # All indices are in range; asked to clip or to wrap them, `take` writes to its place at once, and wraps single ones faster.
+        # All indices are in range; asked to clip or to wrap them, `take` writes to its place at once, and
+        # wraps single ones faster.
         bounds = _scratch.array("bounds", 2 * number + side, size, np.float32)
         sheet.reshape(-1, ratio).take(pairs.left[group] * count + parent, axis=0, out=bounds, mode="clip")
         columns = _scratch.array("columns", 0, size, shift.dtype)
@@ -195,7 +211,8 @@ class _Cells:
         return bounds
 
     def _level(self, number: int, group: Ints, parent: Ints) -> _Level:
-        """Bounds `group` in the intervals of level `number` that are within `parent`, counts on the upper bounds, and says which groups may matter then."""
+        """Bounds `group` in the intervals of level `number` that are within `parent`, counts on the upper
+        bounds, and says which groups may matter then."""
         width = LEVELS[number]
         _, count, ratio = self.left.sheets[number].shape
         lower = self._bounds(number, 0, group, parent)
@@ -306,7 +323,8 @@ def staircases(of: Ints, need: Ints, time: Ints, span: int) -> tuple[Ints, Ints,
 def grouped_all(
     of: Ints, forward: Ints, back: Ints, held: Ints, time: Ints, waiting: int, span: int
 ) -> tuple[Ints, Ints, Ints, Ints, Ints, Ints]:
-    """`mwplan.solvers.splits.grouped` of many: for each group, which of `of` it is from, `F` and `H`; then all their staircases, as group, need, time."""
+    """`mwplan.solvers.splits.grouped` of many: for each group, which of `of` it is from, `F` and `H`; then
+    all their staircases, as group, need, time."""
     forward = np.where(forward + waiting <= back, 0, forward)
     order = lexicographic((of, forward, held))
     of, forward, back, held, time = (x[order] for x in (of, forward, back, held, time))

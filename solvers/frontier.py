@@ -1,18 +1,21 @@
 r"""The exact time-memory frontier: every budget at once, recomputation nested to any depth.
 
-For a stretch `(s, r]`, entered at the node `(s, e)`, let `T[s, r, e]` be the Pareto set of `(need, time)` of its inner schedules,
-with `K = C[r]` waiting. With the runs `c` of `mwplan.solvers.runs` and RECOMPUTE runs,
+For a stretch `(s, r]`, entered at the node `(s, e)`, let `T[s, r, e]` be the Pareto set of `(need, time)` of
+its inner schedules, with `K = C[r]` waiting. With the runs `c` of `mwplan.solvers.runs` and RECOMPUTE runs,
 
-    T[s, r, e] = Pareto of  (max(F_c + K, B_c, H_c + n), t_c + t)               c from (s, e) to (j, e'),  (n, t) in T[j, r, e'],
-                            (max(P_j + K, n1, A[s] + n2), fwd(s, j) + t1 + t2)  (n1, t1) in T[s, j, e],  (n2, t2) in T[j, r, 0],
+    T[s, r, e] = Pareto of  (max(F_c + K, B_c, H_c + n), t_c + t)
+                         c from (s, e) to (j, e'),  (n, t) in T[j, r, e'],
+                            (max(P_j + K, n1, A[s] + n2), fwd(s, j) + t1 + t2)  (n1, t1) in T[s, j, e],  (n2,
+                            t2) in T[j, r, 0],
 
-`P_j` the forward peak of RECOMPUTE `(s, j]`, `T[r, r, .] = {(0, 0)}`, and `A[s]` nothing where `e`. At the top level `K = 0` and the
-empty suffix is the turn. Both lines are exact because a run's cost depends on `s, e, j, K` alone, and a later run's events see of an
-earlier one its held bytes only; so is keeping Pareto sets, because `need` and `time` are non-decreasing in those of the parts.
-A RECOMPUTE run that ends its stretch is left out: its inner schedule in its place needs no more and saves the forward.
+`P_j` the forward peak of RECOMPUTE `(s, j]`, `T[r, r, .] = {(0, 0)}`, and `A[s]` nothing where `e`. At the
+top level `K = 0` and the empty suffix is the turn. Both lines are exact because a run's cost depends on
+`s, e, j, K` alone, and a later run's events see of an earlier one its held bytes only; so is keeping Pareto
+sets, because `need` and `time` are non-decreasing in those of the parts. A RECOMPUTE run that ends its
+stretch is left out: its inner schedule in its place needs no more and saves the forward.
 
-The recursion for persistent schedules is that of Beaumont et al. (ACM TOMS 2024); exact bytes, all budgets at once, nodes `(s, e)`,
-moonwalk and invert runs are ours.
+The recursion for persistent schedules is that of Beaumont et al. (ACM TOMS 2024); exact bytes, all budgets at
+once, nodes `(s, e)`, moonwalk and invert runs are ours.
 """
 
 from __future__ import annotations
@@ -26,9 +29,9 @@ from typing import Any
 
 import numpy as np
 
-from mwplan.errors import ArgumentError
-from mwplan.profiles import Profile
-from mwplan.schedule import Choice, Run, RunKind, Solution, Status, Strategy, check_allowed
+from mwplan.common.errors import ArgumentError
+from mwplan.plans.profiles import Profile
+from mwplan.plans.schedule import Choice, Run, RunKind, Solution, Status, Strategy, check_allowed
 from mwplan.solvers.approach import Approach
 from mwplan.solvers.diagonals import NO_POINTS, Pieces, Points, envelopes, grouped_all, thinned_all
 from mwplan.solvers.pareto import INF, Ints, begins, ends, staircase
@@ -47,11 +50,13 @@ Stairs = tuple[Ints, Ints]
 _NOTHING: Stairs = (np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
 #: stretches shorter than this are never thinned
 _SHORT = 4
-#: budgets at which staircases are compared first; of long chains, those of few and those of many different stretches
+#: budgets at which staircases are compared first; of long chains, those of few and those of many different
+#: stretches
 _CELLS, _LONG_CELLS = 384, (1024, 128)
 #: rows of tables there is room for from the start, as untouched memory
 _ROOM = 100_000
-#: shares of the loss aimed at that a merge and the thinning after it may take; a merge in a chain without moonwalk runs, whose labels lose too
+#: shares of the loss aimed at that a merge and the thinning after it may take; a merge in a chain without
+#: moonwalk runs, whose labels lose too
 _SLACK, _THIN, _SLACK_ALONE = 4.0, 2.0, 6.0
 #: and of that, at the top level, where losses would add up along the chain
 _TOP = 0.1
@@ -72,7 +77,8 @@ _DONE: Stairs = (np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64))
 class Top:
     """The staircases of the suffixes `(s, r]` of one stretch, by node, and what its runs may be.
 
-    `reach[s]`: up to where a RECOMPUTE run from `s` may go; `closing`: whether it may end the stretch; `penalty_ns`: what each run's time has on top.
+    `reach[s]`: up to where a RECOMPUTE run from `s` may go; `closing`: whether it may end the stretch;
+    `penalty_ns`: what each run's time has on top.
     """
 
     candidates: Candidates
@@ -97,8 +103,8 @@ class _Stretch:
 
 
 class _Node:
-    """STORE, MOONWALK and INVERT runs from one node as groups: `groups`, rows of left row, end, `e'`, `F`, `H`, row of `H` in the shifts; forward peaks of
-    RECOMPUTE runs, their `H` and its row."""
+    """STORE, MOONWALK and INVERT runs from one node as groups: `groups`, rows of left row, end, `e'`, `F`,
+    `H`, row of `H` in the shifts; forward peaks of RECOMPUTE runs, their `H` and its row."""
 
     __slots__ = ("groups", "moved", "own", "peaks", "read")
 
@@ -110,10 +116,13 @@ class _Node:
 class Tables:
     """`T[s, r, e]` for all stretches; `solve_top` adds the top level.
 
-    **Arguments:** `candidates`; `depth`, how many levels of RECOMPUTE the schedules may hold, None for any; `loss`, what `thinned` may lose at
-    each stretch of `_SHORT` layers or more; `optimistic`, whether the tables are then a bound instead of schedules. Where the candidates are of a part of
-    the chain `whole`, after its first `first` layers: `ends`, the staircases of what follows, without and with its first input kept; None where nothing does.
-    **Cost:** O(L^3) combinations of staircases, each linear in their sizes up to a sort. Equal stretches are solved once.
+    **Arguments:** `candidates`; `depth`, how many levels of RECOMPUTE the schedules may hold, None for any;
+    `loss`, what `thinned` may lose at each stretch of `_SHORT` layers or more; `optimistic`, whether the
+    tables are then a bound instead of schedules. Where the candidates are of a part of the chain `whole`,
+    after its first `first` layers: `ends`, the staircases of what follows, without and with its first input
+    kept; None where nothing does.
+    **Cost:** O(L^3) combinations of staircases, each linear in their sizes up to a sort. Equal stretches are
+    solved once.
     """
 
     def __init__(
@@ -138,7 +147,8 @@ class Tables:
         self.span = 1 << (p.bytes_bound() - p.fixed_bytes + 1).bit_length()
         if self.span * (self.size + 2) >= 2**63:
             raise ArgumentError(
-                f"`profile` has {self.size} layers and up to {p.bytes_bound()} bytes: their product must stay below 2^62; "
+                f"`profile` has {self.size} layers and up to {p.bytes_bound()} bytes: their product must "
+                "stay below 2^62; "
                 "state bytes in a larger unit"
             )
         high = self.cap if self.cap is not None else p.bytes_bound() - p.fixed_bytes
@@ -153,14 +163,16 @@ class Tables:
         self._slack = _SLACK if candidates.has_moonwalk else _SLACK_ALONE
         if p.time_bound() >= 2**60:
             raise ArgumentError(
-                f"`profile`: schedules may take up to {p.time_bound()} ns, past 2^60: state times in a larger unit"
+                f"`profile`: schedules may take up to {p.time_bound()} ns, past 2^60: state times in a "
+                "larger unit"
             )
         # stairs[level][(s, r, e)]; with no limit on depth there is one level, which refers to itself.
         self.stairs: list[dict[tuple[int, int, bool], Stairs]] = [{} for _ in range(self.levels)]
         self._memo: list[dict[tuple[Any, ...], Stairs]] = [{} for _ in range(self.levels)]
         self._rows: list[dict[tuple[Any, ...], int]] = [{} for _ in range(self.levels)]
         self._again: list[dict[tuple[Any, ...], int]] = [{} for _ in range(self.levels)]
-        #: how stretches may begin, left by `_fill` for the first top level where that begins alike: the nodes, the rows of RECOMPUTE runs, the buffer
+        #: how stretches may begin, left by `_fill` for the first top level where that begins alike: the
+        #: nodes, the rows of RECOMPUTE runs, the buffer
         self._begun: tuple[dict[tuple[int, bool], _Node], Ints, Buffer] | None = None
         for level in range(self.levels):
             if level == 0 and self._is_plain():
@@ -169,14 +181,16 @@ class Tables:
                 self._fill(level)
 
     def _cells(self) -> int:
-        """At how many budgets staircases are compared first. More take memory for each stretch, fewer take time where points are many."""
+        """At how many budgets staircases are compared first. More take memory for each stretch, fewer take
+        time where points are many."""
         if self.size <= 400:
             return _CELLS
         windows = {tuple(self.candidates.layer_class[at : at + 8]) for at in range(1, self.size - 6)}
         return _LONG_CELLS[len(windows) * self.size > 50_000]
 
     def source(self, level: int) -> int | None:
-        """The level whose schedules may stand inside RECOMPUTE runs of `level` (`levels` is the top); None if none may."""
+        """The level whose schedules may stand inside RECOMPUTE runs of `level` (`levels` is the top); None if
+        none may."""
         if self.depth is None:
             return 0
         return level - 1 if level > 0 else None
@@ -188,12 +202,14 @@ class Tables:
         return (False, True) if self.candidates.kept_nodes[position] else (False,)
 
     def suffix(self, level: int, start: int, stop: int, kept: bool) -> Stairs:
-        """The staircase of the stretch `(start, stop]` from `(start, kept)` inside RECOMPUTE runs of `level + 1`."""
+        """The staircase of the stretch `(start, stop]` from `(start, kept)` inside RECOMPUTE runs of
+        `level + 1`."""
         if start == stop:
             return _DONE
         return self.stairs[level].get((start, stop, kept), _NOTHING)
 
-    # -- filling -------------------------------------------------------------------------------------------------
+    # -- filling
+    # -------------------------------------------------------------------------------------------------
 
     def _fill(self, level: int) -> None:
         """One level, by lengths of stretches."""
@@ -207,7 +223,8 @@ class Tables:
         room = max(2 * self.size, min(self.size * (self.size + 3), _ROOM))
         right = Buffer(self.grid, self.span, room)
         left = Buffer(self.grid, self.span, 2 * room, sheeted=True)
-        # rows[r, e, s] of T[s, r, e]: 0 where s = r, 1 where there is no schedule; again[e, s, r] of the RECOMPUTE run, 0 where there is none.
+        # rows[r, e, s] of T[s, r, e]: 0 where s = r, 1 where there is no schedule; again[e, s, r] of the
+        # RECOMPUTE run, 0 where there is none.
         right.extend(2, np.zeros(1, dtype=np.int64), *_DONE)
         left.extend(1, none, none, none)
         rows = np.ones((self.size + 1, 2, self.size + 1), dtype=np.int64)
@@ -272,8 +289,9 @@ class Tables:
         again: Ints | None,
         left: Buffer,
     ) -> None:
-        """The STORE, MOONWALK and INVERT runs of less than `n` layers from the given nodes, those that are not known yet; without those that a RECOMPUTE run
-        beats, of which `again` has the rows in `left`, if there are any."""
+        """The STORE, MOONWALK and INVERT runs of less than `n` layers from the given nodes, those that are
+        not known yet; without those that a RECOMPUTE run beats, of which `again` has the rows in `left`, if
+        there are any."""
         heads: list[tuple[int, ...]] = []
         columns: list[list[Ints]] = []
         for start, kept in news:
@@ -364,8 +382,9 @@ class Tables:
         rows: Ints,
         waiting: Ints,
     ) -> tuple[Ints, Pairs]:
-        """The groups that stretches may begin with, and which stretch each is of: RECOMPUTE runs up to `limits`, in rows `again`, in order of their ends, and those of
-        the stretches' first `nodes`. `rows[k, e, s]`: what is left of stretch `k` from a node on; `waiting`: cotangents."""
+        """The groups that stretches may begin with, and which stretch each is of: RECOMPUTE runs up to
+        `limits`, in rows `again`, in order of their ends, and those of the stretches' first `nodes`.
+        `rows[k, e, s]`: what is left of stretch `k` from a node on; `waiting`: cotangents."""
         start, kept = np.array(begins, dtype=np.int64).T
         counts = np.maximum(np.array(limits) - start, 0)
         sizes = np.array([node.groups.shape[1] for node in nodes])
@@ -384,14 +403,16 @@ class Tables:
         return of, Pairs(left, right, holds, floors + waiting[of], shifts)
 
     def _is_plain(self) -> bool:
-        """Whether the lowest level has runs of one layer only, so that all stretches with one beginning can be merged at once."""
+        """Whether the lowest level has runs of one layer only, so that all stretches with one beginning can
+        be merged at once."""
         if self.depth is None or self.candidates.profile.time_bound() * (self.size + 2) >= 2**62:
             return False
         atoms = self.candidates.atoms
         return all((atoms(s, e).stop == s + 1).all() for s in range(self.size) for e in self.kept_states(s))
 
     def _fill_plain(self) -> None:
-        """The lowest level, where every run is one layer: `T[s, r, e]` for all `r` at once, keyed by `r` and need."""
+        """The lowest level, where every run is one layer: `T[s, r, e]` for all `r` at once, keyed by `r` and
+        need."""
         c, span, stairs = self.candidates, self.span, self.stairs[0]
         slowest = c.profile.time_bound() + 1
         none = np.zeros(0, dtype=np.int64)
@@ -414,7 +435,8 @@ class Tables:
                 # Each part is in order already: the sort is a merge.
                 order = np.argsort(stop * span + need, kind="stable")
                 stop, need, time = stop[order], need[order], time[order]
-                # Times of later stops lie below all earlier ones, so that the running minimum begins anew with each.
+                # Times of later stops lie below all earlier ones, so that the running minimum begins anew
+                # with each.
                 best = np.minimum.accumulate(time - stop * slowest)
                 keep = np.append(True, time[1:] - stop[1:] * slowest < best[:-1])
                 if self.cap is not None:
@@ -450,8 +472,9 @@ class Tables:
     ) -> Top:
         """The staircases of all suffixes of the chain at the top level.
 
-        **Arguments:** `candidates`, if other than inside RECOMPUTE runs (layers pinned); `closing`, whether a RECOMPUTE run may end the
-        chain, which is never better but may be asked for; `penalty_ns`, added to the time of each run of the top level.
+        **Arguments:** `candidates`, if other than inside RECOMPUTE runs (layers pinned); `closing`, whether a
+        RECOMPUTE run may end the chain, which is never better but may be asked for; `penalty_ns`, added to
+        the time of each run of the top level.
         """
         c = candidates or self.candidates
         stop, none = self.size, np.zeros(0, dtype=np.int64)
@@ -542,7 +565,8 @@ class Tables:
         c: Candidates,
         share: float = 1.0,
     ) -> Points:
-        """The staircases of stretches of `n` layers, as stretch, need, time: of the groups `pairs`, or `known`."""
+        """The staircases of stretches of `n` layers, as stretch, need, time: of the groups `pairs`, or
+        `known`."""
         # Short stretches have few points, and their losses would add up over the chain.
         loss = self.loss * share if n >= _SHORT else 0.0
         of, need, time = envelopes(
@@ -556,7 +580,8 @@ class Tables:
         return of, need, time
 
     def _undominated(self, columns: list[Ints], source: int, start: int, stop: int, kept: bool) -> list[Ints]:
-        """Those of the runs `(F, B, H, t)` from `(start, kept)` to `(stop, False)` that no RECOMPUTE run beats."""
+        """Those of the runs `(F, B, H, t)` from `(start, kept)` to `(stop, False)` that no RECOMPUTE run
+        beats."""
         f, b, held, time = columns
         c = self.candidates
         n, t = self.suffix(source, start, stop, kept)
@@ -569,14 +594,16 @@ class Tables:
         beaten &= f >= int(c.recompute_forward_peak(start, kept)[stop - start - 1])
         return [x[~beaten] for x in columns]
 
-    # -- reading -------------------------------------------------------------------------------------------------
+    # -- reading
+    # -------------------------------------------------------------------------------------------------
 
     def runs(self, top: Top, budget: int) -> tuple[Run, ...]:
         """The runs of the fastest schedule of the chain within `budget`, which must hold at least one."""
         return self.read(top, True, budget)[0]
 
     def read(self, top: Top, kept: bool, budget: int) -> tuple[tuple[Run, ...], bool, int]:
-        """As `runs`, of a part of a chain from the node with `kept`; with that of its end and the budget left there."""
+        """As `runs`, of a part of a chain from the node with `kept`; with that of its end and the budget left
+        there."""
         return self._read(self.levels, 0, self.size, kept, budget, top)
 
     def inner_runs(self, level: int, start: int, stop: int, kept: bool, budget: int) -> tuple[Run, ...]:
@@ -614,8 +641,9 @@ class Tables:
     def _first_run(
         self, level: int, start: int, stop: int, kept: bool, budget: int, top: Top | None
     ) -> tuple[Run | None, int, bool, int, int]:
-        """A run that begins a fastest schedule within `budget`, where it ends, the next node's `e`, the budget left there, and what the schedule
-        needs of `budget`; None for a RECOMPUTE run, whose inner schedule may need that much too."""
+        """A run that begins a fastest schedule within `budget`, where it ends, the next node's `e`, the
+        budget left there, and what the schedule needs of `budget`; None for a RECOMPUTE run, whose inner
+        schedule may need that much too."""
         c = top.candidates if top else self.candidates
         penalty = top.penalty_ns if top else 0
         k = 0 if top else int(c.cotangent[stop])
@@ -627,8 +655,8 @@ class Tables:
             k = int(found[0].searchsorted(budget, side="right")) - 1
             return (int(found[0][k]), int(found[1][k])) if k >= 0 else (INF, INF)
 
-        # At a point's own need, thinned staircases too give its time exactly; its own run needs all of that, and where merging overlooked one
-        # that takes as long and needs less, that one is another point's.
+        # At a point's own need, thinned staircases too give its time exactly; its own run needs all of that,
+        # and where merging overlooked one that takes as long and needs less, that one is another point's.
         budget, time = point(stairs(start, kept), budget)
         atoms = c.atoms(start, kept)
         peak = np.maximum(atoms.forward_peak + k, atoms.backward_peak)
@@ -655,10 +683,12 @@ class Tables:
 
 
 class JoinedTables:
-    """The top level of a chain in parts, from the last to the first: long stretches of identical layers by `mwplan.solvers.sparse`, the rest by `Tables`.
+    """The top level of a chain in parts, from the last to the first: long stretches of identical layers by
+    `mwplan.solvers.sparse`, the rest by `Tables`.
 
-    Each part's staircases end in those of what follows. No run crosses a joint but RECOMPUTE runs into identical layers from at most `_NEAR` layers before
-    them (`mwplan.solvers.approach`). `parts` are as `mwplan.solvers.uniform.stretches` gives them.
+    Each part's staircases end in those of what follows. No run crosses a joint but RECOMPUTE runs into
+    identical layers from at most `_NEAR` layers before them (`mwplan.solvers.approach`). `parts` are as
+    `mwplan.solvers.uniform.stretches` gives them.
     **Arguments:** as of `solve_frontier`; `thin` must not be 0. **Cost:** the sum of the parts'.
     """
 
@@ -723,7 +753,8 @@ class JoinedTables:
 class Frontier:
     """The Pareto set of `(need, time)` of all schedules of a profile, and the schedules themselves.
 
-    `points`: tuples `(need_bytes, time_ns)` of temporaries and time, need increasing, time decreasing; all of them if `thin` is 0.
+    `points`: tuples `(need_bytes, time_ns)` of temporaries and time, need increasing, time decreasing; all of
+    them if `thin` is 0.
     """
 
     def __init__(
@@ -750,14 +781,16 @@ class Frontier:
     def least_bytes(self) -> int | None:
         """The least budget that any schedule fits, in bytes of temporaries; None if there is none at any.
 
-        Exact when thinned too, except where chains have long stretches of identical layers: there it is the least one found.
+        Exact when thinned too, except where chains have long stretches of identical layers: there it is the
+        least one found.
         """
         return self.points[0][0] if self.points else None
 
     @property
     def bound_points(self) -> tuple[tuple[int, int], ...]:
-        """Points `(need, time)` such that no schedule within `need` is faster: `points` themselves, or, if thinned, a staircase at or below
-        them, from tables whose steps are merged downwards. **Cost:** that of the frontier again, once, if thinned.
+        """Points `(need, time)` such that no schedule within `need` is faster: `points` themselves, or, if
+        thinned, a staircase at or below them, from tables whose steps are merged downwards. **Cost:** that of
+        the frontier again, once, if thinned.
         """
         if self._bound is None:
             t = self.tables
@@ -800,12 +833,13 @@ class Frontier:
         return worst
 
     def at(self, budget_bytes: int) -> Solution:
-        """The fastest schedule within `budget_bytes` of temporaries; INFEASIBLE, with `least_bytes`, where none fits, UNKNOWN where none was found and
-        `least_bytes` is not proved.
+        """The fastest schedule within `budget_bytes` of temporaries; INFEASIBLE, with `least_bytes`, where
+        none fits, UNKNOWN where none was found and `least_bytes` is not proved.
 
-        OPTIMAL if the frontier is exact; if thinned, FEASIBLE (unless its bound is reached): the bound is that of `bound_points` if they have been
-        asked for before, else what every layer's fastest way takes.
-        **Raises:** `ArgumentError` unless `budget_bytes` is an integer. **Cost:** one pass over the candidates of each run chosen.
+        OPTIMAL if the frontier is exact; if thinned, FEASIBLE (unless its bound is reached): the bound is
+        that of `bound_points` if they have been asked for before, else what every layer's fastest way takes.
+        **Raises:** `ArgumentError` unless `budget_bytes` is an integer. **Cost:** one pass over the
+        candidates of each run chosen.
         """
         if isinstance(budget_bytes, bool) or not isinstance(budget_bytes, (int, np.integer)):
             raise ArgumentError(f"`budget_bytes={budget_bytes!r}` must be an integer")
@@ -833,7 +867,8 @@ class Frontier:
         )
 
     def next_gain(self, budget_bytes: int) -> tuple[int, int] | None:
-        """What a little more memory buys: `(further bytes, ns saved)` up to the next faster point; None at the fastest.
+        """What a little more memory buys: `(further bytes, ns saved)` up to the next faster point; None at
+        the fastest.
 
         Below the least budget: the bytes missing, and 0.
         """
@@ -854,12 +889,15 @@ def solve_frontier(
 ) -> Frontier:
     """The frontier of `profile` under `max_error` with the strategies `allowed`.
 
-    **Arguments:** `thin`, the relative loss of time aimed at, 0 for exact. Inside RECOMPUTE runs a stretch's merge may lose a factor `1 + thin`, the thinning after it
-    `1 + thin / 2`; at the top level, where losses add up along the chain, a tenth of that; moonwalk and invert runs up to `1 + 0.7 thin` a layer. Beforehand no more is proved than
-    these factors multiplied. Measured losses are below `thin`; `Frontier.loss` proves a bound for the profile at hand, from finer tables
-    (results/solver_scaling). Least need and least time stay exact, unless
-    a chain of `_LONG` layers or more has stretches of `_STRETCH` or more identical ones: these are taken by `mwplan.solvers.sparse`, and few runs cross from such a
-    stretch into what lies beside it (`JoinedTables`); what is proved then is as `mwplan.solvers.relaxed` says. `max_recompute_depth`, how deep RECOMPUTE runs may stand inside one another: 0 for none, None for any.
+    **Arguments:** `thin`, the relative loss of time aimed at, 0 for exact. Inside RECOMPUTE runs a stretch's
+    merge may lose a factor `1 + thin`, the thinning after it `1 + thin / 2`; at the top level, where losses
+    add up along the chain, a tenth of that; moonwalk and invert runs up to `1 + 0.7 thin` a layer. Beforehand
+    no more is proved than these factors multiplied. Measured losses are below `thin`; `Frontier.loss` proves
+    a bound for the profile at hand, from finer tables (results/solver_scaling). Least need and least time
+    stay exact, unless a chain of `_LONG` layers or more has stretches of `_STRETCH` or more identical ones:
+    these are taken by `mwplan.solvers.sparse`, and few runs cross from such a stretch into what lies beside
+    it (`JoinedTables`); what is proved then is as `mwplan.solvers.relaxed` says. `max_recompute_depth`, how
+    deep RECOMPUTE runs may stand inside one another: 0 for none, None for any.
     **Returns:** a `Frontier`. **Raises:** `ArgumentError`. **Cost:** see `Tables`.
     """
     if not isinstance(profile, Profile):

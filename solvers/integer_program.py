@@ -1,25 +1,30 @@
-r"""The integer program over candidate runs, in CP-SAT: proof, and side conditions that the frontier does not know.
+r"""The integer program over candidate runs, in CP-SAT: proof, and side conditions that the frontier does not
+know.
 
-Over the nodes `(i, e)` of the chain, with a binary `z_c` for each candidate run `c` from `(s, e)` to `(j, e')` of peak `P_c`, held
-bytes `H_c`, time `t_c`:
+Over the nodes `(i, e)` of the chain, with a binary `z_c` for each candidate run `c` from `(s, e)` to
+`(j, e')` of peak `P_c`, held bytes `H_c`, time `t_c`:
 
     minimise    sum t_c z_c
-    subject to  sum_{c out of n} z_c - sum_{c into n} z_c = [n = (0, 1)] - [n = (L, .)]      one path through the nodes
-                sum_{c ends before i} H_c z_c + sum_{c covers i} P_c z_c <= M                for each layer i: all its events
-                sum H_c z_c + sum_{c into (L, e)} turn_e z_c <= M                            the turn
-                z_c <= y_k for c in class k,  sum y_k <= D                                   at most D distinct runs, if asked
-                sum G_c z_c <= host memory                                                   OFFLOAD runs, all of which are away at the turn
+    subject to
+      one path through the nodes     sum_{c out of n} z_c - sum_{c into n} z_c = [n = (0, 1)] - [n = (L, .)]
+      each layer i, all its events   sum_{c ends before i} H_c z_c + sum_{c covers i} P_c z_c <= M
+      the turn                       sum H_c z_c + sum_{c into (L, e)} turn_e z_c <= M
+      at most D distinct runs        z_c <= y_k for c in class k,  sum y_k <= D          if asked
+      OFFLOAD runs                   sum G_c z_c <= host memory          all are offloaded at the turn
 
-Exactly one run covers layer `i`, so no big-M is needed: for the run that covers `i` the row reads `H(left of it) + P_c <= M`.
-A RECOMPUTE run stands once for each point of the Pareto set of its inner schedules, which offload nothing: what they keep is there for a moment, and the device has room for it then.
+Exactly one run covers layer `i`, so no big-M is needed: for the run that covers `i` the row reads
+`H(left of it) + P_c <= M`. A RECOMPUTE run stands once for each point of the Pareto set of its inner
+schedules, which offload nothing: what they keep is there for a moment, and the device has room for it then.
 
-**Bound filtering.** Let `V[n](b)` be the frontier's staircase at node `n`: no suffix from `n` within `b` bytes is faster. Labels
-`(held, time)` of prefixes grow from the left; a label or a run whose `time + t_c + V[n'](M - held - H_c)` exceeds a threshold `theta` is dropped.
-Every schedule of time at most `theta` survives whole, so an optimum found at or below `theta` is the optimum, and a threshold with no
-solution proves `theta + 1` a lower bound: thresholds grow until one holds or time is up. Without side conditions the first one holds.
-Before them there is a schedule already: the staircases' own, which under pins is the fastest, or, where distinct runs or the host's memory are limited, that of staircases with a
-penalty on each run that makes runs few, or on each byte that makes them offload less.
-The filter is ours; side conditions narrow the runs (`pins`, `forbid`) before `V` is computed, so that the bounds stay tight.
+**Bound filtering.** Let `V[n](b)` be the frontier's staircase at node `n`: no suffix from `n` within `b`
+bytes is faster. Labels `(held, time)` of prefixes grow from the left; a label or a run whose
+`time + t_c + V[n'](M - held - H_c)` exceeds a threshold `theta` is dropped. Every schedule of time at most
+`theta` survives whole, so an optimum found at or below `theta` is the optimum, and a threshold with no
+solution proves `theta + 1` a lower bound: thresholds grow until one holds or time is up. Without side
+conditions the first one holds. Before them there is a schedule already: the staircases' own, which under pins
+is the fastest, or, where distinct runs or the host's memory are limited, that of staircases with a penalty on
+each run that makes runs few, or on each byte that makes them offload less. The filter is ours; side
+conditions narrow the runs (`pins`, `forbid`) before `V` is computed, so that the bounds stay tight.
 
 `solve_least_bytes` exchanges objective and limit: minimise `M` subject to `sum t_c z_c <= T`.
 """
@@ -34,9 +39,18 @@ from typing import Any
 
 import numpy as np
 
-from mwplan.errors import ArgumentError
-from mwplan.profiles import Profile
-from mwplan.schedule import Choice, Run, RunKind, Solution, Status, Strategy, as_strategies, check_allowed
+from mwplan.common.errors import ArgumentError
+from mwplan.plans.profiles import Profile
+from mwplan.plans.schedule import (
+    Choice,
+    Run,
+    RunKind,
+    Solution,
+    Status,
+    Strategy,
+    as_strategies,
+    check_allowed,
+)
 from mwplan.solvers.frontier import Frontier, Tables, Top, solve_frontier
 from mwplan.solvers.pareto import INF, Ints, staircase, value_at
 from mwplan.solvers.runs import ALL_STRATEGIES, Candidates, error_of, fastest_ns
@@ -65,15 +79,19 @@ def solve(
 ) -> Solution:
     """The fastest schedule within a budget, with proof.
 
-    **Arguments:** `budget_bytes`, of temporaries; `pins` and `forbid`, for layers 1 to L the strategy or strategies they must or must not have
-    in the outermost runs (a layer inside a RECOMPUTE run is RECOMPUTE, as in `mwplan.ledger.strategies`); `host_bytes`, of the host's memory that OFFLOAD runs
-    may use (`Profile.offloading` gives layers such runs; outermost ones alone); `max_distinct_runs`, a limit
-    on different outermost runs: runs are the same when they do the same to equal layers and enter them alike; `max_recompute_depth`, as in
-    `solve_frontier`; `time_limit_s`, of the integer program after the frontier and the staircases under the side conditions; `slack`, how far above the
-    frontier's optimum (relative) runs are still given to the integer program; `frontier`, of the same profile and options, if known.
-    **Returns:** a `Solution`. OPTIMAL: proved. FEASIBLE: time was up; `bound_ns` is what was proved. INFEASIBLE: proved, with `least_bytes` where it
-    is known. UNKNOWN: time was up before any schedule was found.
-    **Raises:** `ArgumentError` on arguments that cannot be used, pins that contradict `forbid` or `allowed` among them.
+    **Arguments:** `budget_bytes`, of temporaries; `pins` and `forbid`, for layers 1 to L the strategy or
+    strategies they must or must not have in the outermost runs (a layer inside a RECOMPUTE run is RECOMPUTE,
+    as in `mwplan.plans.ledger.strategies`); `host_bytes`, of the host's memory that OFFLOAD runs may use
+    (`Profile.offloading` gives layers such runs; outermost ones alone); `max_distinct_runs`, a limit on
+    different outermost runs: runs are the same when they do the same to equal layers and enter them alike;
+    `max_recompute_depth`, as in `solve_frontier`; `time_limit_s`, of the integer program after the frontier
+    and the staircases under the side conditions; `slack`, how far above the frontier's optimum (relative)
+    runs are still given to the integer program; `frontier`, of the same profile and options, if known.
+    **Returns:** a `Solution`. OPTIMAL: proved. FEASIBLE: time was up; `bound_ns` is what was proved.
+    INFEASIBLE: proved, with `least_bytes` where it is known. UNKNOWN: time was up before any schedule was
+    found.
+    **Raises:** `ArgumentError` on arguments that cannot be used, pins that contradict `forbid` or `allowed`
+    among them.
     **Cost:** the frontier, if not given; then the filtered program, typically well below a second.
     """
     _check_number("budget_bytes", budget_bytes, 1)
@@ -112,10 +130,11 @@ def solve_least_bytes(
     workers: int = 2,
     frontier: Frontier | None = None,
 ) -> Solution:
-    """The leanest schedule that takes at most `limit_ns`: the other direction of `solve`, same arguments and errors.
+    """The leanest schedule that takes at most `limit_ns`: the other direction of `solve`, same arguments and
+    errors.
 
-    **Returns:** a `Solution` whose `peak_bytes` is minimal if OPTIMAL, `least_bytes` being what was proved of it: no schedule within `limit_ns`
-    needs less. INFEASIBLE: no schedule is that fast.
+    **Returns:** a `Solution` whose `peak_bytes` is minimal if OPTIMAL, `least_bytes` being what was proved of
+    it: no schedule within `limit_ns` needs less. INFEASIBLE: no schedule is that fast.
     """
     _check_number("limit_ns", limit_ns, 0)
     problem = _Problem.make(
@@ -140,7 +159,8 @@ class _Problem:
     """What is asked, with the staircases under its pins."""
 
     frontier: Frontier
-    #: None where the frontier has no tables of single stretches (long stretches of identical layers) and there are no side conditions: it is the answer
+    #: None where the frontier has no tables of single stretches (long stretches of identical layers) and
+    #: there are no side conditions: it is the answer
     top: Top | None
     #: of OFFLOAD runs; 0 where there are none
     host_bytes: int
@@ -248,7 +268,8 @@ class _Problem:
         return next(o.host_bytes for o in options if o.name == run.options[0])
 
     def at_host_price(self, price: int) -> Candidates:
-        """The candidates with `price` ns a MiB of the host's memory on top of times; `INF`: without OFFLOAD runs."""
+        """The candidates with `price` ns a MiB of the host's memory on top of times; `INF`: without OFFLOAD
+        runs."""
         c = self.candidates
         profile = c.profile
         if price < INF:
@@ -256,11 +277,12 @@ class _Problem:
                 id(layer): dataclasses.replace(
                     layer,
                     offload=tuple(
-                        dataclasses.replace(o, forward_ns=o.forward_ns + host_price_ns(o.host_bytes, price)) for o in layer.offload
+                        dataclasses.replace(o, forward_ns=o.forward_ns + host_price_ns(o.host_bytes, price))
+                        for o in layer.offload
                     ),
                 )
                 for layer in profile.layers
-            }  # fmt: skip
+            }
             profile = dataclasses.replace(
                 profile, layers=tuple(priced[id(layer)] for layer in profile.layers)
             )
@@ -298,7 +320,8 @@ def _narrowed(
     for layer, left in out.items():
         if not left:
             raise ArgumentError(
-                f"layer {layer} is left without a strategy: `pins`, `forbid` and `allowed` contradict each other there"
+                f"layer {layer} is left without a strategy: `pins`, `forbid` and `allowed` contradict each "
+                "other there"
             )
     return out
 
@@ -366,7 +389,8 @@ class _Node:
         self.top = top
 
     def completion(self, budget: int, held: int) -> Ints:
-        """For each run, a lower bound on its time and that of all after it, `held` bytes being held to its left."""
+        """For each run, a lower bound on its time and that of all after it, `held` bytes being held to its
+        left."""
         out = np.full(self.stop.size, INF, dtype=np.int64)
         for a, b in self.groups:
             need, time = self.top.nodes.get(
@@ -383,7 +407,8 @@ class _Node:
 def _filter(
     problem: _Problem, nodes: dict[Node, _Node], budget: int, theta: int, deadline: float
 ) -> _Columns | None:
-    """The runs that stand in some schedule within `budget` whose time may be at most `theta`; None if `deadline` comes first."""
+    """The runs that stand in some schedule within `budget` whose time may be at most `theta`; None if
+    `deadline` comes first."""
     out = _Columns()
     size = problem.candidates.size
     labels: dict[Node, tuple[Ints, Ints]] = {
@@ -460,8 +485,10 @@ def _keeps_end(problem: _Problem, run: Run) -> bool:
 
 
 def _incumbent(problem: _Problem, budget: int, deadline: float) -> Solution | None:
-    """A schedule within `budget`, the limit on distinct runs and the host's memory, if one is found: the staircases' own, or those under penalties, the
-    smaller the better, found by halving their logarithms until half of the time is gone. Penalties on each outermost run, which then offloads nothing, where distinct runs are limited; else on each byte of the host's."""
+    """A schedule within `budget`, the limit on distinct runs and the host's memory, if one is found: the
+    staircases' own, or those under penalties, the smaller the better, found by halving their logarithms until
+    half of the time is gone. Penalties on each outermost run, which then offloads nothing, where distinct
+    runs are limited; else on each byte of the host's."""
     tables, top = problem.tables, problem.staircases
     limit, size = problem.max_distinct_runs, problem.candidates.size
     half = (clock.monotonic() + deadline) / 2
@@ -507,7 +534,8 @@ def _least_penalty(
     best: Solution | None,
     until: float,
 ) -> Solution | None:
-    """The fastest of `best` and what is found `under` penalties between `low` and `high`, from the `first` on: smaller ones where something is found, larger ones where nothing is."""
+    """The fastest of `best` and what is found `under` penalties between `low` and `high`, from the `first`
+    on: smaller ones where something is found, larger ones where nothing is."""
     penalty = first
     while penalty > low and clock.monotonic() < until:
         found = under(penalty)
@@ -529,7 +557,8 @@ def _cheapest(
     quickest_ns: int,
     until: float,
 ) -> Solution | None:
-    """The fastest of `best` and schedules under prices on the host's memory, so high that they keep within it; `quickest_ns`: with as much of it as one likes."""
+    """The fastest of `best` and schedules under prices on the host's memory, so high that they keep within
+    it; `quickest_ns`: with as much of it as one likes."""
     high = 1 + 2 * max(quickest_ns, 0 if best is None else best.time_ns) * 2**20 // problem.host_bytes
     every = sum(o.host_bytes for layer in problem.candidates.profile.layers for o in layer.offload)
     high = min(high, 2**58 // (every + 1) << 20)
@@ -546,7 +575,8 @@ def _cheapest(
 
 
 def _search(problem: _Problem, budget: int | None, limit_ns: int | None, slack: float) -> Solution:
-    """Grows the threshold until the program's optimum lies at or below it; one of `budget`, `limit_ns` is given."""
+    """Grows the threshold until the program's optimum lies at or below it; one of `budget`, `limit_ns` is
+    given."""
     began = clock.monotonic()
     deadline = began + problem.time_limit_s
     if problem.top is None:
@@ -664,7 +694,8 @@ def _solve_columns(
     deadline: float,
     stats: dict[str, float],
 ) -> Solution:
-    """Builds and solves the program over `columns`: minimises time within `budget`, or the peak (at most `budget`) within `theta` ns. UNKNOWN if `deadline` comes first."""
+    """Builds and solves the program over `columns`: minimises time within `budget`, or the peak (at most
+    `budget`) within `theta` ns. UNKNOWN if `deadline` comes first."""
     if not len(columns):
         return Solution(status=Status.INFEASIBLE)
     from ortools.sat.python import cp_model
@@ -672,12 +703,14 @@ def _solve_columns(
     c, n = problem.candidates, len(columns)
     held, peak, spent = (np.array(x, dtype=np.int64) for x in (columns.held, columns.peak, columns.time))
     turn = np.array([c.turn_bytes(e) if i == c.size else 0 for i, e in columns.target], dtype=np.int64)
-    # Bytes only enter comparisons of sums, so a common divisor goes; what remains must not overflow CP-SAT's sums.
+    # Bytes only enter comparisons of sums, so a common divisor goes; what remains must not overflow CP-SAT's
+    # sums.
     unit = max(1, int(np.gcd.reduce(np.concatenate([held, peak, turn]))))
     top_bytes = sum(int(x) for x in held) + sum(int(x) for x in peak) + int(turn.sum())
     if top_bytes // unit >= 2**61 or sum(int(x) for x in spent) >= 2**61:
         raise ArgumentError(
-            f"`profile`: the {n} runs of the integer program sum to {top_bytes} bytes, past 2^61: state bytes and times in larger units"
+            f"`profile`: the {n} runs of the integer program sum to {top_bytes} bytes, past 2^61: state "
+            "bytes and times in larger units"
         )
     model = cp_model.CpModel()
     z = [model.new_bool_var(f"z{k}") for k in range(n)]

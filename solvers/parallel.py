@@ -40,13 +40,15 @@ if hasattr(os, "register_at_fork"):
 
 
 def parts(size: int, most: int, least: int) -> int:
-    """Into how many parts `each` should have work of `size`: of at most about `most`, and as many as let no processor wait, unless they would be of less than `least`."""
+    """Into how many parts `each` should have work of `size`: of at most about `most`, and as many as let no
+    processor wait, unless they would be of less than `least`."""
     count, threads = -(-size // most), _threads()
     return max(1, min(-(-count // threads) * threads, size // least))
 
 
 def each(function: Callable[[_Item], _Result], items: Sequence[_Item]) -> list[_Result]:
-    """`function` of each item, in their order; on as many threads as there are processors for. The first error is raised."""
+    """`function` of each item, in their order; on as many threads as there are processors for. The first
+    error is raised."""
     threads = _threads()
     if min(threads, len(items)) < 2 or threading.current_thread().name.startswith(_NAME):
         return [function(item) for item in items]

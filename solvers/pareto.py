@@ -1,7 +1,7 @@
 """Staircases and Pareto sets of integer points: the only numerics the solvers share.
 
-A staircase is a pair of int64 arrays `(need, time)`, `need` strictly increasing and `time` strictly decreasing: the
-least time at each budget, infinite below `need[0]`.
+A staircase is a pair of int64 arrays `(need, time)`, `need` strictly increasing and `time` strictly
+decreasing: the least time at each budget, infinite below `need[0]`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ Bools = NDArray[np.bool_]
 Floats = NDArray[np.float64]
 INF = np.iinfo(np.int64).max // 2
 _CELLS = 512
-#: from so many points on `nondominated` looks them up in a table first; how many values of the last coordinate that tells apart
+#: from so many points on `nondominated` looks them up in a table first; how many values of the last
+#: coordinate that tells apart
 _MANY, _LEVELS = 256, 128
 #: groups of up to so many points are compared with others, about so many pairs of points at once
 _TOGETHER, _PAIRS = 64, 200_000
@@ -26,7 +27,8 @@ _TOGETHER, _PAIRS = 64, 200_000
 def staircase(need: Ints, time: Ints) -> tuple[Ints, Ints]:
     """The Pareto set of the points `(need, time)`, both minimised.
 
-    **Cost:** linear for most of the points, which a grid of needs shows to be dominated; one sort of the rest.
+    **Cost:** linear for most of the points, which a grid of needs shows to be dominated; one sort of the
+    rest.
     """
     if need.size <= 1:
         return need, time
@@ -54,8 +56,9 @@ def staircase(need: Ints, time: Ints) -> tuple[Ints, Ints]:
 def thinned(need: Ints, time: Ints, loss: float, *, optimistic: bool) -> tuple[Ints, Ints]:
     """The staircase with at most one step for each factor `1 + loss` of time.
 
-    Steps within such a factor become one: at the least of their needs, with the largest of their times (a schedule that exists), or, if
-    `optimistic`, with the least (a bound that none beats). Least need and least time stay exact. **Cost:** linear.
+    Steps within such a factor become one: at the least of their needs, with the largest of their times (a
+    schedule that exists), or, if `optimistic`, with the least (a bound that none beats). Least need and least
+    time stay exact. **Cost:** linear.
     """
     if need.size < 3 or time[-1] <= 0:
         return need, time
@@ -91,9 +94,11 @@ def value_at(need: Ints, time: Ints, budget: int) -> int:
 
 
 def lexicographic(columns: Sequence[Ints]) -> NDArray[np.intp]:
-    """Indices of rows in the order of their first column, of equal ones by the second, and so on; no number may be negative.
+    """Indices of rows in the order of their first column, of equal ones by the second, and so on; no number
+    may be negative.
 
-    **Cost:** one sort of as many columns as fit one integer, and one by the others of the rows that agree in those: several times less than `np.lexsort`.
+    **Cost:** one sort of as many columns as fit one integer, and one by the others of the rows that agree in
+    those: several times less than `np.lexsort`.
     """
     key, bound, used = columns[0], int(columns[0].max(initial=0)) + 1, 1
     for column in columns[1:]:
@@ -112,9 +117,11 @@ def lexicographic(columns: Sequence[Ints]) -> NDArray[np.intp]:
 
 
 def _plainly_good(table: Ints, of: Ints) -> NDArray[np.intp]:
-    """Indices of the points, of two or three coordinates from 0, left when those with a better one of their group in an earlier cell are gone.
+    """Indices of the points, of two or three coordinates from 0, left when those with a better one of their
+    group in an earlier cell are gone.
 
-    Cells are stretches of the first coordinate and levels of the last of three; within a cell no points are compared.
+    Cells are stretches of the first coordinate and levels of the last of three; within a cell no points are
+    compared.
     **Cost:** linear, but for one sort of the last coordinate.
     """
     first, second = table[0], table[1]
@@ -139,7 +146,8 @@ def _plainly_good(table: Ints, of: Ints) -> NDArray[np.intp]:
 def _sweep(second: Ints, third: Ints, block: int = 32) -> NDArray[np.intp]:
     """Indices of points no earlier one is at most as large as in both coordinates.
 
-    Within blocks all pairs are compared; then blocks twice as long, again and again: their second halves against the staircases of their first.
+    Within blocks all pairs are compared; then blocks twice as long, again and again: their second halves
+    against the staircases of their first.
     **Cost:** O(n block + n log n).
     """
     count = -(-second.size // block)
@@ -159,7 +167,8 @@ def _sweep(second: Ints, third: Ints, block: int = 32) -> NDArray[np.intp]:
     while width < second.size:
         half = kept // width
         pair, first = half >> 1, half & 1 == 0
-        # Pair by pair of halves, and still in order of the second coordinate, of equal ones the earlier first.
+        # Pair by pair of halves, and still in order of the second coordinate, of equal ones the earlier
+        # first.
         order = np.argsort(pair.astype(np.uint16 if count < 2**16 else np.int64), kind="stable")
         # Those of later pairs lie below all earlier ones, so that the running minimum begins anew with each.
         low = (third[kept] - pair * high)[order]
@@ -173,10 +182,13 @@ def _sweep(second: Ints, third: Ints, block: int = 32) -> NDArray[np.intp]:
 def nondominated(
     columns: Sequence[NDArray[Any]], of: Ints | None = None, block: int = 256
 ) -> NDArray[np.intp]:
-    """Indices of the points no other point of their group dominates, group by group; of equal points one is kept.
+    """Indices of the points no other point of their group dominates, group by group; of equal points one is
+    kept.
 
-    **Arguments:** `columns`, one array for each coordinate, all minimised; floats must not be negative. `of`: the groups, in any order; None for one.
-    **Cost:** near linear for up to three coordinates that differ within groups; for more O(n * kept * coordinates) for each group, in blocks of `block` points.
+    **Arguments:** `columns`, one array for each coordinate, all minimised; floats must not be negative. `of`:
+    the groups, in any order; None for one.
+    **Cost:** near linear for up to three coordinates that differ within groups; for more O(n * kept *
+    coordinates) for each group, in blocks of `block` points.
     """
     size = len(columns[0])
     if size <= 1:
@@ -206,7 +218,8 @@ def nondominated(
     order, of, table = order[sort], of[sort], table[:, sort]
     if len(table) == 1:
         return order[begins(of)]
-    # In lexicographic order a point is dominated only by earlier ones. Groups are told apart by their second coordinate: that of later ones is less.
+    # In lexicographic order a point is dominated only by earlier ones. Groups are told apart by their second
+    # coordinate: that of later ones is less.
     second, groups = table[1], int(of[-1]) + 1
     if (int(second.max()) + 1) * groups >= INF:
         second = np.unique(second, return_inverse=True)[1]
@@ -217,14 +230,16 @@ def nondominated(
 
 
 def _ordered(column: Floats) -> Ints:
-    """Integers in the order of floats that are not negative, small where the floats are 0 or near each other: their bits are."""
+    """Integers in the order of floats that are not negative, small where the floats are 0 or near each other:
+    their bits are."""
     bits = column.view(np.int64)
     low = int(bits.min(initial=INF, where=bits > 0))
     return np.where(bits > 0, bits - low + 1, 0)
 
 
 def _compared_all(table: Ints, first: NDArray[np.intp], block: int) -> NDArray[np.intp]:
-    """Indices of the points that no other of their group dominates, group by group. Small groups of about equal size are compared together."""
+    """Indices of the points that no other of their group dominates, group by group. Small groups of about
+    equal size are compared together."""
     sizes = np.diff(first, append=table.shape[1])
     kept = [a + _compared(table[:, a : a + n], block) for a, n in zip(first, sizes) if n > _TOGETHER]
     width = 1

@@ -1,14 +1,18 @@
 r"""Schedules of few different runs for long stretches of identical layers: what compiles fast.
 
-Equal runs in a row are one loop of a compiled step, different ones a loop each, so that the time to compile is that of the different runs. Thinned tables of a long
-stretch (`mwplan.solvers.sparse`) do not know that, and return up to hundreds of nearly equal ones. Here the top-level runs within a stretch are replaced by at most two groups of
+Equal runs in a row are one loop of a compiled step, different ones a loop each, so that the time to compile
+is that of the different runs. Thinned tables of a long stretch (`mwplan.solvers.sparse`) do not know that,
+and return up to hundreds of nearly equal ones. Here the top-level runs within a stretch are replaced by at
+most two groups of
 
     c times RECOMPUTE of k layers, whose inner schedule is one group again, or none;   a tail of m layers,
 
-the tail by one STORE option throughout, or by one MOONWALK or INVERT run with the options that the given schedule has in the stretch; or, if that takes longer, by a schedule of
-recomputation and one STORE option, which compiles to a few loops however many runs it has (`mwplan.tape`). A RECOMPUTE run holds least
-for each layer, so for each `c` of the last group the tail is as long as fits, and `k` follows: few shapes are to be compared. Bytes are counted slightly too
-high here; what is found counts only if the ledger says that it fits.
+the tail by one STORE option throughout, or by one MOONWALK or INVERT run with the options that the given
+schedule has in the stretch; or, if that takes longer, by a schedule of recomputation and one STORE option,
+which compiles to a few loops however many runs it has (`mwplan.plans.tape`). A RECOMPUTE run holds least for
+each layer, so for each `c` of the last group the tail is as long as fits, and `k` follows: few shapes are to
+be compared. Bytes are counted slightly too high here; what is found counts only if the ledger says that it
+fits.
 
 **Cost:** `O(log(n)^4)` shapes (half a second for 10,000 layers), and a few replays of the schedule.
 """
@@ -24,12 +28,12 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from mwplan.ledger import replay
-from mwplan.profiles import Profile
-from mwplan.schedule import Run, RunKind, Strategy, shifted, walk
+from mwplan.plans.ledger import replay
+from mwplan.plans.profiles import Profile
+from mwplan.plans.schedule import Run, RunKind, Strategy, shifted, walk
+from mwplan.plans.tape import SWEEPS, WRITTEN_OUT, loops
 from mwplan.solvers.sparse import SparseTables
 from mwplan.solvers.uniform import UniformTables, part, repeated, stretches
-from mwplan.tape import SWEEPS, WRITTEN_OUT, loops
 
 #: shorter stretches of identical layers are left as they are
 LEAST_STRETCH = 96
@@ -111,7 +115,8 @@ class _Body:
                 self.leaves.append(leaf)
 
     def _costs(self, leaf: _Leaf, size: int) -> tuple[int, int]:
-        """Peak, its input counted, and time of a leaf of so many layers, of STORE runs from what 8 and 16 of them need; no peak is large enough where the error is too large."""
+        """Peak, its input counted, and time of a leaf of so many layers, of STORE runs from what 8 and 16 of
+        them need; no peak is large enough where the error is too large."""
         if leaf.kind is RunKind.STORE and size > 16:
             (low, some), (high, more) = self.costs(leaf, 8), self.costs(leaf, 16)
             return high + -((low - high) * (size - 16) // 8), more + (more - some) * (size - 16) // 8
@@ -139,7 +144,8 @@ class _Body:
         )
 
     def _one_group(self, size: int, room: int, levels: int) -> _Shape | None:
-        """The best of at most one group at each of so many levels, in about `room` bytes; None where nothing fits."""
+        """The best of at most one group at each of so many levels, in about `room` bytes; None where nothing
+        fits."""
         found = []
         for leaf in self.leaves:
             if self.longest(leaf, size, room) == size:
@@ -181,14 +187,16 @@ def _counts(most: int) -> Iterator[int]:
 
 
 def affordable(runs: Sequence[Run], loss: float) -> float:
-    """The share of its time that a schedule may lose for fewer loops: `loss`, and in proportion more where it has more than `_MANY`."""
+    """The share of its time that a schedule may lose for fewer loops: `loss`, and in proportion more where it
+    has more than `_MANY`."""
     return loss * max(1.0, loops(runs) / _MANY)
 
 
 def simplify(
     profile: Profile, runs: tuple[Run, ...], room: int, *, max_error: float, loss: float
 ) -> tuple[Run, ...]:
-    """`runs`, or a schedule of fewer different ones that fits `room` bytes as well and takes longer by at most the share `affordable` of `loss`.
+    """`runs`, or a schedule of fewer different ones that fits `room` bytes as well and takes longer by at
+    most the share `affordable` of `loss`.
 
     **Arguments:** `runs`, a schedule of `profile` that keeps `max_error`. **Cost:** as the module says.
     """
@@ -211,7 +219,8 @@ def _replaced(
     max_error: float,
     most_ns: int,
 ) -> tuple[Run, ...]:
-    """`runs` with others in place of `within`, which reach into a stretch that begins at `start`, if there are better ones."""
+    """`runs` with others in place of `within`, which reach into a stretch that begins at `start`, if there
+    are better ones."""
     begin, end = max(start, within[0].start), within[-1].stop
     # A RECOMPUTE run may come from a few layers before the stretch: those are stored then.
     left = tuple(run for run in runs if run.stop <= within[0].start)
@@ -258,13 +267,15 @@ def _replaced(
 
 
 def _most_stored(runs: Sequence[Run]) -> list[str]:
-    """The options of STORE runs, at any depth, that a tape might do with alone: at most `_OPTIONS`, the most frequent first."""
+    """The options of STORE runs, at any depth, that a tape might do with alone: at most `_OPTIONS`, the most
+    frequent first."""
     stored = collections.Counter(run.options[0] for run in walk(runs) if run.kind is RunKind.STORE)
     return [name for name, _ in stored.most_common(_OPTIONS)]
 
 
 def _one_tape(piece: Profile, begin: int, option: str, room: int) -> tuple[Run, ...] | None:
-    """The fastest schedule of `piece`, from layer `begin` on, by recomputation and one STORE option; None where nothing fits. It compiles as a tape where memory is scarce."""
+    """The fastest schedule of `piece`, from layer `begin` on, by recomputation and one STORE option; None
+    where nothing fits. It compiles as a tape where memory is scarce."""
     tables = _tables(piece, begin, option)
     if isinstance(tables, UniformTables):  # which knows the chain's own input only, and does not count it
         room -= piece.activation_bytes[0] if begin else 0
@@ -288,7 +299,8 @@ def _tables(piece: Profile, begin: int, option: str) -> SparseTables | UniformTa
 
 
 def _leaves(piece: Profile, within: Sequence[Run], begin: int) -> list[_Leaf]:
-    """STORE by any option; MOONWALK and INVERT by the options that the longest such run in `within`, at any depth, has from `begin` on."""
+    """STORE by any option; MOONWALK and INVERT by the options that the longest such run in `within`, at any
+    depth, has from `begin` on."""
     stored = any(run.kind is RunKind.STORE for run in walk(tuple(within)))
     out = [_Leaf(RunKind.STORE, (o.name,)) for o in piece.layers[0].store] if stored else []
     for kind in (RunKind.MOONWALK, RunKind.INVERT):

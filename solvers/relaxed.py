@@ -1,11 +1,16 @@
-r"""A lower bound for long chains with stretches of identical layers, whose own tables (`mwplan.solvers.sparse`) prove nothing.
+r"""A lower bound for long chains with stretches of identical layers, whose own tables
+(`mwplan.solvers.sparse`) prove nothing.
 
-Cut a schedule within `b` bytes down to some consecutive layers: runs are cut where they cross the ends, and of a RECOMPUTE run that covers all that is left its inner schedule
-remains. What is left is nearly a schedule of these layers alone within `b`, entered with its input kept and with nothing to turn on: what is held to its left only adds to its
-events. Nearly: an event may need up to `cut_bytes` less than the layers alone say, since another cotangent than `C` waits (forward events), another one than `D` stays
-(events of M), what an input kept by others forbids is saved, or more than `last_workspace` is not needed. An INVERT run's share of the error shrinks with its length, so shares
-are those of a chain of one layer. Times are sums over layers. So with `T` a lower bound of the layers' frontier, no schedule spends less than `T(b + cut_bytes)` on them, and
-bounds of disjoint pieces add up; other layers count with their fastest options. A chain that is one piece is not cut.
+Cut a schedule within `b` bytes down to some consecutive layers: runs are cut where they cross the ends, and
+of a RECOMPUTE run that covers all that is left its inner schedule remains. What is left is nearly a schedule
+of these layers alone within `b`, entered with its input kept and with nothing to turn on: what is held to its
+left only adds to its events. Nearly: an event may need up to `cut_bytes` less than the layers alone say,
+since another cotangent than `C` waits (forward events), another one than `D` stays (events of M), what an
+input kept by others forbids is saved, or more than `last_workspace` is not needed. An INVERT run's share of
+the error shrinks with its length, so shares are those of a chain of one layer. Times are sums over layers. So
+with `T` a lower bound of the layers' frontier, no schedule spends less than `T(b + cut_bytes)` on them, and
+bounds of disjoint pieces add up; other layers count with their fastest options. A chain that is one piece is
+not cut.
 
 What is lost: the memory that pieces take from one another; most at lean budgets and in chains of many pieces.
 """
@@ -16,8 +21,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from mwplan.profiles import Profile
-from mwplan.schedule import Strategy
+from mwplan.plans.profiles import Profile
+from mwplan.plans.schedule import Strategy
 from mwplan.solvers.pareto import Ints
 from mwplan.solvers.runs import fastest_ns
 from mwplan.solvers.sparse import SparseTables
@@ -30,7 +35,8 @@ _PIECE = 320
 
 
 def cut_bytes(profile: Profile) -> int:
-    """By how much less than the tables of a uniform `profile` say events may need where it is cut out of a longer chain."""
+    """By how much less than the tables of a uniform `profile` say events may need where it is cut out of a
+    longer chain."""
     layer = profile.layers[0]
     waits = profile.cotangent_bytes[0]
     backward = [o.backward_saving_bytes for o in layer.store]
@@ -53,8 +59,8 @@ def lower_bound(
 ) -> Stairs:
     """A staircase that no schedule of the chain beats at any budget. No schedule fits below its least need.
 
-    **Arguments:** as of `mwplan.solvers.frontier.solve_frontier`; `parts`, as `mwplan.solvers.uniform.stretches` gives them. **Cost:** the frontier of a piece for each
-    uniform part.
+    **Arguments:** as of `mwplan.solvers.frontier.solve_frontier`; `parts`, as
+    `mwplan.solvers.uniform.stretches` gives them. **Cost:** the frontier of a piece for each uniform part.
     """
     pieces: list[tuple[int, Stairs]] = []
     rest = 0

@@ -1,12 +1,14 @@
 r"""rotor's dynamic program: the best persistent checkpointing for one budget, bytes rounded up to slots.
 
-With `m` slots, `n(b) = ceil(b / slot)` and `K = C[r]` waiting inside a recomputed stretch, in the accounting of docs/accounting.md:
+With `m` slots, `n(b) = ceil(b / slot)` and `K = C[r]` waiting inside a recomputed stretch, in the accounting
+of docs/accounting.md:
 
     T[s, r](m) = min  t_o + T[s+1, r](m - n(H_o))                         STORE option o, if n(peak_o) <= m
                       fwd(s, j) + T[s, j](m) + T[j, r](m - n(A[s]))       RECOMPUTE (s, j], if n(P_j + K) <= m
 
-Source: Beaumont, Eyraud-Dubois, Herrmann, Joly, Shilova, *Optimal re-materialization strategies for heterogeneous chains*, ACM TOMS 2024.
-Written from the recurrence, with the events of our accounting and its nodes `(s, e)`. With one byte a slot it is exact: a second opinion on the frontier.
+Source: Beaumont, Eyraud-Dubois, Herrmann, Joly, Shilova, *Optimal re-materialization strategies for
+heterogeneous chains*, ACM TOMS 2024. Written from the recurrence, with the events of our accounting and its
+nodes `(s, e)`. With one byte a slot it is exact: a second opinion on the frontier.
 **Cost:** O(L^3 slots), vectorised over `j` and slots.
 """
 
@@ -14,9 +16,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from mwplan.errors import ArgumentError
-from mwplan.profiles import Profile
-from mwplan.schedule import Run, RunKind, Solution, Status, Strategy
+from mwplan.common.errors import ArgumentError
+from mwplan.plans.profiles import Profile
+from mwplan.plans.schedule import Run, RunKind, Solution, Status, Strategy
 from mwplan.solvers.pareto import Ints
 from mwplan.solvers.runs import Atoms, Candidates
 
@@ -25,9 +27,11 @@ INF = 2**60
 
 
 def rotor(profile: Profile, budget_bytes: int, slots: int = 500) -> Solution:
-    """The fastest schedule of STORE and RECOMPUTE runs whose bytes, rounded up to `slots` parts of the budget, fit it.
+    """The fastest schedule of STORE and RECOMPUTE runs whose bytes, rounded up to `slots` parts of the
+    budget, fit it.
 
-    **Returns:** a `Solution`: FEASIBLE (its optimality is that of rounded bytes), or INFEASIBLE. `peak_bytes` is the budget's upper estimate, rounded.
+    **Returns:** a `Solution`: FEASIBLE (its optimality is that of rounded bytes), or INFEASIBLE. `peak_bytes`
+    is the budget's upper estimate, rounded.
     **Raises:** `ArgumentError`.
     """
     for name, value in (("budget_bytes", budget_bytes), ("slots", slots)):

@@ -1,22 +1,27 @@
 r"""Candidate runs: everything that may stand between two nodes of a chain, with its exact bytes and time.
 
-A chain is a path over nodes `(position, e)`, `e` true where the boundary activation is kept by the run to the left
-(docs/accounting.md). A run `c` from `(s, e)` to `(r, e')` is known to a solver by five integers: forward peak `F`, without the
-waiting cotangent `K`; backward peak `B`; held bytes `H`; time `t`; and `e'`. Prepended to a suffix plan it gives
+A chain is a path over nodes `(position, e)`, `e` true where the boundary activation is kept by the run to the
+left (docs/accounting.md). A run `c` from `(s, e)` to `(r, e')` is known to a solver by five integers: forward
+peak `F`, without the waiting cotangent `K`; backward peak `B`; held bytes `H`; time `t`; and `e'`. Prepended
+to a suffix plan it gives
 
     need = max(F + K, B, H + need_rest),   time = t + time_rest.
 
-`Candidates` lists the STORE, MOONWALK and INVERT runs from a node, and OFFLOAD runs where there is memory on the host, dominated ones left out; RECOMPUTE runs need the table of
-inner schedules, which `mwplan.solvers.frontier` builds, and only their forward part is here.
+`Candidates` lists the STORE, MOONWALK and INVERT runs from a node, and OFFLOAD runs where there is memory on
+the host, dominated ones left out; RECOMPUTE runs need the table of inner schedules, which
+`mwplan.solvers.frontier` builds, and only their forward part is here.
 
-**Moonwalk runs** (ours). From `(s, e)` labels grow to the right, one option a layer. A label is `(t, h, b, F, err)`: time, held
-bytes, backward peak, forward peak, error. Appending layer `l` with fragment `f` adds `f` to every R and M event before it, since
-these events come while the fragments to their right are alive, so `b' = max(b + f, R_l, M_l)`: prefixes are all that is needed,
-and a label that is no better in any of the five numbers can be dropped whatever follows. This is exact. Whether layer `l`
-`keeps_output` decides what the next layer sees, so labels compete only within that class.
+**Moonwalk runs** (ours). From `(s, e)` labels grow to the right, one option a layer. A label is
+`(t, h, b, F, err)`: time, held bytes, backward peak, forward peak, error. Appending layer `l` with fragment
+`f` adds `f` to every R and M event before it, since these events come while the fragments to their right are
+alive, so `b' = max(b + f, R_l, M_l)`: prefixes are all that is needed, and a label that is no better in any
+of the five numbers can be dropped whatever follows. This is exact. Whether layer `l` `keeps_output` decides
+what the next layer sees, so labels compete only within that class.
 
-**Invert runs** grow to the left from `r`, with labels `(t, F, B, h, a, e, err)`: `h` is what the layers keep besides `x_r`, all of which is there at every event
-to the right of the next layer's; `a` is the error of the activation, `e` that of the cotangent, `err` that of the run. A run ends where `err` is within its share of `max_error`; longer ones have larger shares.
+**Invert runs** grow to the left from `r`, with labels `(t, F, B, h, a, e, err)`: `h` is what the layers keep
+besides `x_r`, all of which is there at every event to the right of the next layer's; `a` is the error of the
+activation, `e` that of the cotangent, `err` that of the run. A run ends where `err` is within its share of
+`max_error`; longer ones have larger shares.
 """
 
 from __future__ import annotations
@@ -29,9 +34,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mwplan.errors import ArgumentError
-from mwplan.profiles import InvertOption, MoonwalkOption, Profile
-from mwplan.schedule import Choice, Run, RunKind, Strategy, check_allowed, walk
+from mwplan.common.errors import ArgumentError
+from mwplan.plans.profiles import InvertOption, MoonwalkOption, Profile
+from mwplan.plans.schedule import Choice, Run, RunKind, Strategy, check_allowed, walk
 from mwplan.solvers.parallel import each, processors
 from mwplan.solvers.pareto import Bools, Floats, Ints, begins, ends, nondominated
 
@@ -45,7 +50,8 @@ _TOGETHER = 64
 class Atoms:
     """The STORE, MOONWALK, INVERT and OFFLOAD runs from one node, one row each, sorted by `stop`.
 
-    `forward_peak` is without `K`. `host`: bytes in the host's memory. `kind` and `handle` say how `Candidates.run` spells the run out.
+    `forward_peak` is without `K`. `host`: bytes in the host's memory. `kind` and `handle` say how
+    `Candidates.run` spells the run out.
     """
 
     stop: Ints
@@ -66,10 +72,11 @@ class Atoms:
 
 @dataclass(slots=True)
 class _Labels:
-    """Moonwalk labels from some nodes to one position, in order of `node`; each goes on from label `code // n` of the position before by option `code % n` of `n`.
+    """Moonwalk labels from some nodes to one position, in order of `node`; each goes on from label
+    `code // n` of the position before by option `code % n` of `n`.
 
-    `back` is for the label going on; what it is where the run ends here, `_grow` says apart. `pattern` numbers the strategies from the node on, if
-    `by_strategy`, and is 0 if not.
+    `back` is for the label going on; what it is where the run ends here, `_grow` says apart. `pattern`
+    numbers the strategies from the node on, if `by_strategy`, and is 0 if not.
     """
 
     node: Ints
@@ -157,7 +164,8 @@ def moonwalk_strategy(option: MoonwalkOption) -> Strategy:
 
 
 def error_of(profile: Profile, runs: Iterable[Run]) -> float:
-    """The predicted error of `runs`: the largest of the MOONWALK runs' or, if larger, the INVERT runs' together; inner ones included."""
+    """The predicted error of `runs`: the largest of the MOONWALK runs' or, if larger, the INVERT runs'
+    together; inner ones included."""
     worst = inverted = 0.0
     for run in walk(tuple(runs)):
         layers = profile.layers[run.start : run.stop]
@@ -174,7 +182,8 @@ def error_of(profile: Profile, runs: Iterable[Run]) -> float:
 
 
 def invert_error(options: Sequence[InvertOption]) -> float:
-    """The error of an INVERT run by these options, input first: of its activations, of its gradients, and of the cotangent that leaves it."""
+    """The error of an INVERT run by these options, input first: of its activations, of its gradients, and of
+    the cotangent that leaves it."""
     error = left = worst = 0.0
     for o in reversed(options):
         error = math.hypot(o.growth * error, o.local_error)
@@ -186,7 +195,8 @@ def invert_error(options: Sequence[InvertOption]) -> float:
 
 
 def invert_share(max_error: float, layers: Any, size: int) -> Any:
-    """The largest error allowed to an INVERT run of `layers` layers (a number or an array of them) in a chain of `size`: the runs' errors add in squares."""
+    """The largest error allowed to an INVERT run of `layers` layers (a number or an array of them) in a chain
+    of `size`: the runs' errors add in squares."""
     return max_error * np.sqrt(layers / size)
 
 
@@ -205,13 +215,17 @@ def fastest_ns(profile: Profile) -> int:
 class Candidates:
     """The candidate runs of a profile under `max_error` and `allowed`.
 
-    **Arguments:** `max_error`, the largest error that any run may predict; `allowed`, the strategies that may be used, at any depth; `per_layer`,
-    a narrower choice for some layers (1 to L); `loss`, if not 0: labels of moonwalk and invert runs whose times differ by less than that factor count as equally
-    fast, so that fewer survive, at a loss of at most `(1 + loss)` for each layer of a run; `optimistic`: their times are then rounded down, for a bound; `by_strategy`: runs are left out only for runs of the
-    same strategies layer by layer (there are many of those), because a side condition may single out some layers and count different runs; `host`: whether there are OFFLOAD
-    runs, left out only for runs that need no more of the host's memory either; `of`: how many layers the chain has of which `profile` is a part.
-    **Cost:** moonwalk labels are grown on first use, once for each distinct stretch of layers (equal layers at different depths
-    share them); their number is that of the five-way trade-offs among the options, small when options are few or ordered.
+    **Arguments:** `max_error`, the largest error that any run may predict; `allowed`, the strategies that may
+    be used, at any depth; `per_layer`, a narrower choice for some layers (1 to L); `loss`, if not 0: labels
+    of moonwalk and invert runs whose times differ by less than that factor count as equally fast, so that
+    fewer survive, at a loss of at most `(1 + loss)` for each layer of a run; `optimistic`: their times are
+    then rounded down, for a bound; `by_strategy`: runs are left out only for runs of the same strategies
+    layer by layer (there are many of those), because a side condition may single out some layers and count
+    different runs; `host`: whether there are OFFLOAD runs, left out only for runs that need no more of the
+    host's memory either; `of`: how many layers the chain has of which `profile` is a part.
+    **Cost:** moonwalk labels are grown on first use, once for each distinct stretch of layers (equal layers
+    at different depths share them); their number is that of the five-way trade-offs among the options, small
+    when options are few or ordered.
     **Assumes** (checked by `Profile`): byte and time sums fit 63 bits.
     """
 
@@ -251,7 +265,8 @@ class Candidates:
         self._usable = [self._options(at, layer.moonwalk) for at, layer in enumerate(profile.layers)]
         self._usable_invert = [self._options(at, layer.invert) for at, layer in enumerate(profile.layers)]
         self._moonwalks = [_Options.of(options) for options in self._usable]
-        # codes[start, kept][stop]: the labels' parents and options; nodes whose runs were made together share them
+        # codes[start, kept][stop]: the labels' parents and options; nodes whose runs were made together share
+        # them
         self._codes: dict[tuple[int, bool], dict[int, Ints]] = {}
         self._atoms: dict[tuple[int, bool], Atoms] = {}
         self._peaks: dict[tuple[int, bool], Ints] = {}
@@ -259,7 +274,8 @@ class Candidates:
         self._inverts = self._invert_runs()
         self.kept_nodes = self._kept_nodes()
 
-    # -- what the other solvers ask for -------------------------------------------------------------------------
+    # -- what the other solvers ask for
+    # -------------------------------------------------------------------------
 
     def turn_bytes(self, keeps_end: bool) -> int:
         """Bytes above the held ones when the loss is differentiated."""
@@ -324,10 +340,11 @@ class Candidates:
         return self._peaks[key]
 
     def fastest_need(self) -> int | None:
-        """Bytes beyond which no schedule of any stretch gains time, where that is plain: the peak of the fastest all-STORE schedule, with
-        the largest `K` waiting.
+        """Bytes beyond which no schedule of any stretch gains time, where that is plain: the peak of the
+        fastest all-STORE schedule, with the largest `K` waiting.
 
-        None where some layer has a way faster than its fastest STORE option, or STORE is not allowed: then nothing is cut.
+        None where some layer has a way faster than its fastest STORE option, or STORE is not allowed: then
+        nothing is cut.
         """
         if not all(Strategy.STORE in allowed for allowed in self.layer_allowed):
             return None
@@ -346,10 +363,12 @@ class Candidates:
             held, kept = held + h, keeps
         return max(peak, held + self.turn_bytes(kept))
 
-    # -- construction --------------------------------------------------------------------------------------------
+    # -- construction
+    # --------------------------------------------------------------------------------------------
 
     def _classes(self) -> list[int]:
-        """`classes[l]`, equal for positions whose layer and boundary cost the same; `classes[0]` is the input's."""
+        """`classes[l]`, equal for positions whose layer and boundary cost the same; `classes[0]` is the
+        input's."""
         seen: dict[Any, int] = {}
         p = self.profile
         out = []
@@ -382,7 +401,8 @@ class Candidates:
         return out
 
     def _store_cost(self, start: int, kept: bool, index: int) -> tuple[int, int, int, bool]:
-        """Forward peak, backward peak, held bytes and keeps_end of STORE option `index` of layer `start+1`."""
+        """Forward peak, backward peak, held bytes and keeps_end of STORE option `index` of layer
+        `start+1`."""
         p, o = self.profile, self.profile.layers[start].store[index]
         own = 0 if kept else p.activation_bytes[start]
         held = o.residual_bytes + own * o.keeps_input + p.activation_bytes[start + 1] * o.keeps_output
@@ -486,7 +506,8 @@ class Candidates:
         ) if self.optimistic else time
 
     def _moonwalk_runs(self, nodes: list[tuple[int, bool]]) -> list[list[Any]]:
-        """The moonwalk runs from some nodes, which are in order, as pieces of the columns of `_make_atoms`."""
+        """The moonwalk runs from some nodes, which are in order, as pieces of the columns of
+        `_make_atoms`."""
         pieces: list[list[Any]] = []
         starts = np.array([start for start, _ in nodes])
         own = np.array([0 if kept else self.activation[start] for start, kept in nodes])
@@ -506,8 +527,8 @@ class Candidates:
         return pieces
 
     def _grow(self, stop: int, old: _Labels, starts: Ints, bare: Bools, pieces: list[list[Any]]) -> _Labels:
-        """Appends layer `stop` to labels of the position before, from nodes at `starts` that are kept (`bare`) or not: adds the runs that
-        end here to `pieces`, and returns the labels that go on."""
+        """Appends layer `stop` to labels of the position before, from nodes at `starts` that are kept
+        (`bare`) or not: adds the runs that end here to `pieces`, and returns the labels that go on."""
         a, d = self.activation, self.sweep
         at = stop - 1
         x, n = self._moonwalks[at], len(self._usable[at])
@@ -557,15 +578,18 @@ class Candidates:
         return _Labels(node, time, held, back, forward, error, keeps, code, pattern).take(index)
 
     def _invert_runs(self) -> dict[tuple[int, bool], tuple[Ints, ...]]:
-        """For each node, the INVERT runs from it as columns: `stop`, forward peaks, backward peaks, held bytes without the end, times, label indices.
+        """For each node, the INVERT runs from it as columns: `stop`, forward peaks, backward peaks, held
+        bytes without the end, times, label indices.
 
-        Labels of all runs grow together, layer by layer towards the input. `_invert[at]`: the option that each label takes at layer `at + 1`, and its number among the labels
-        before, of which the last begins a run.
+        Labels of all runs grow together, layer by layer towards the input. `_invert[at]`: the option that
+        each label takes at layer `at + 1`, and its number among the labels before, of which the last begins a
+        run.
         """
         out: dict[tuple[int, bool], tuple[Ints, ...]] = {}
         a, c = self.activation, self.cotangent
         self._invert = [(np.zeros(0, dtype=np.int64),) * 2] * self.size
-        # stop, time, F, F where the input is kept, B, B likewise, held; error of the activation, of the cotangent, of the run
+        # stop, time, F, F where the input is kept, B, B likewise, held; error of the activation, of the
+        # cotangent, of the run
         costs, errors = np.zeros((7, 0), dtype=np.int64), np.zeros((3, 0))
         for at in range(self.size - 1, -1, -1):
             usable = self._usable_invert[at]

@@ -1,17 +1,21 @@
 r"""Long chains of identical layers, thinned: tables at few lengths, equal runs taken together.
 
-As in `mwplan.solvers.uniform` a stretch is known by its number of layers `n` and `e`. Tables are made at lengths of `_BITS` binary digits only: all up to
-`2^_BITS`, every second up to twice that, and so on; and at the chain's own length, with its lowest digits gone one after the other. A stretch begins with
+As in `mwplan.solvers.uniform` a stretch is known by its number of layers `n` and `e`. Tables are made at
+lengths of `_BITS` binary digits only: all up to `2^_BITS`, every second up to twice that, and so on; and at
+the chain's own length, with its lowest digits gone one after the other. A stretch begins with
 
-- one run, or the same run `p = 2^i` times, of `d` layers together, wherever `n - d` is such a length again. If a run has the staircase `m(b)` (of inner
-  schedules and forward, or one step) and holds `H`, then `p` of them have `m_p(b) = m_{p/2}(b) + m_{p/2}(b - H p / 2)` and hold `H p`.
+- one run, or the same run `p = 2^i` times, of `d` layers together, wherever `n - d` is such a length again.
+  If a run has the staircase `m(b)` (of inner schedules and forward, or one step) and holds `H`, then `p` of
+  them have `m_p(b) = m_{p/2}(b) + m_{p/2}(b - H p / 2)` and hold `H p`.
 
-Every point is a schedule. What is lost: splits between these lengths, RECOMPUTE runs of all but less than one layer in `_SHARE` of their stretch (if
-any of them could be, schedules would nest as deep as the chain is long; like this a nest is at most about `_SHARE (1 + log(L / _SHARE))` deep), moonwalk and invert
-runs of more than `_LONGEST` layers or other lengths, one after the other only of `2^i` or `3 2^i` layers, those that others beat but for a factor
-`1 + _STEP thin` in each of their costs, and what merging (a factor `1 + 2 thin / 3` at each table) and thinning (`1 + thin / 3`) lose.
-What does not fit is UNKNOWN, not INFEASIBLE; `mwplan.solvers.relaxed` bounds from below what these tables take; losses measured against
-exact tables, and how far the leanest schedule is from the least bytes, are in results/solver_scaling.
+Every point is a schedule. What is lost: splits between these lengths, RECOMPUTE runs of all but less than one
+layer in `_SHARE` of their stretch (if any of them could be, schedules would nest as deep as the chain is
+long; like this a nest is at most about `_SHARE (1 + log(L / _SHARE))` deep), moonwalk and invert runs of more
+than `_LONGEST` layers or other lengths, one after the other only of `2^i` or `3 2^i` layers, those that
+others beat but for a factor `1 + _STEP thin` in each of their costs, and what merging (a factor
+`1 + 2 thin / 3` at each table) and thinning (`1 + thin / 3`) lose. What does not fit is UNKNOWN, not
+INFEASIBLE; `mwplan.solvers.relaxed` bounds from below what these tables take; losses measured against exact
+tables, and how far the leanest schedule is from the least bytes, are in results/solver_scaling.
 
 **Cost:** O(2^_BITS log L) merges of O(2^_BITS log L) groups.
 """
@@ -23,9 +27,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mwplan.errors import ArgumentError
-from mwplan.profiles import Profile
-from mwplan.schedule import Run, RunKind, Strategy
+from mwplan.common.errors import ArgumentError
+from mwplan.plans.profiles import Profile
+from mwplan.plans.schedule import Run, RunKind, Strategy
 from mwplan.solvers.diagonals import NO_POINTS, envelopes, thinned_all
 from mwplan.solvers.pareto import Ints, begins, nondominated, thinned
 from mwplan.solvers.runs import Candidates
@@ -39,7 +43,8 @@ _BITS = 6
 _LONGEST = 256
 _SHARE = 32
 _CELLS = 1024
-#: share of the losses of merging and thinning at the top level of a bound, where they would add up along the chain
+#: share of the losses of merging and thinning at the top level of a bound, where they would add up along the
+#: chain
 _TOP = 0.1
 #: runs of several layers that differ by less than a factor `1 + _STEP thin` in everything count as one
 _STEP = 1.0
@@ -47,8 +52,9 @@ _STEP = 1.0
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """Runs of `layers` layers together, from a node with `e` to one with `keeps`: one RECOMPUTE run or one of `atoms`, the rows of
-    `Candidates.atoms`, or two pieces one after the other, by number. `floor`, `held` and `stairs`: as of a group of `mwplan.solvers.splits`."""
+    """Runs of `layers` layers together, from a node with `e` to one with `keeps`: one RECOMPUTE run or one of
+    `atoms`, the rows of `Candidates.atoms`, or two pieces one after the other, by number. `floor`, `held` and
+    `stairs`: as of a group of `mwplan.solvers.splits`."""
 
     layers: int
     keeps: bool
@@ -86,7 +92,8 @@ def longest_within(n: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """The tables of all lengths, inside RECOMPUTE runs or at the top level: `rows[n, e]` in the buffer of all, -1 where there are none; `waiting`, the cotangent beside them."""
+    """The tables of all lengths, inside RECOMPUTE runs or at the top level: `rows[n, e]` in the buffer of
+    all, -1 where there are none; `waiting`, the cotangent beside them."""
 
     rows: Ints
     waiting: int
@@ -95,9 +102,11 @@ class Family:
 class SparseTables:
     """The tables. `candidates` are those of a chain of at most `_LONGEST + 1` layers.
 
-    **Arguments:** as of `mwplan.solvers.frontier.solve_frontier`; `thin` must not be 0. Where `profile` is a part of the chain `whole`, after its first
-    `first` layers: `ends`, the staircases of what follows, without and with its first input kept; None where nothing does. `bound`: tables at all lengths, with all runs, merged
-    and thinned downwards; not schedules then, but a bound (`mwplan.solvers.relaxed`). **Cost** then: O(L^2) groups.
+    **Arguments:** as of `mwplan.solvers.frontier.solve_frontier`; `thin` must not be 0. Where `profile` is a
+    part of the chain `whole`, after its first `first` layers: `ends`, the staircases of what follows, without
+    and with its first input kept; None where nothing does. `bound`: tables at all lengths, with all runs,
+    merged and thinned downwards; not schedules then, but a bound (`mwplan.solvers.relaxed`). **Cost** then:
+    O(L^2) groups.
     """
 
     def __init__(
@@ -136,19 +145,21 @@ class SparseTables:
         self.span = 1 << (high + 1).bit_length()
         if self.span * (2 * len(self.lengths) + 2) >= 2**63:
             raise ArgumentError(
-                f"`profile` has {self.size} layers and up to {profile.bytes_bound()} bytes: too many for its tables; state bytes in a larger unit"
+                f"`profile` has {self.size} layers and up to {profile.bytes_bound()} bytes: too many for its "
+                "tables; state bytes in a larger unit"
             )
         least = 2 * (self.activation + self.waiting) + layer.forward_workspace_bytes
         self.grid = grid(least // 2, least, high, _CELLS)
         if ends:
             self.grid = with_tail(self.grid, least, high, ends)
-        #: pieces, each in the row of its number of `_left` as soon as a merge asks for it, and the numbers of those from either node
+        #: pieces, each in the row of its number of `_left` as soon as a merge asks for it, and the numbers of
+        #: those from either node
         self.pieces: list[_Piece] = []
         self._from: dict[bool, list[int]] = {False: [], True: []}
         self._left = Buffer(self.grid, self.span, 512, sheeted=True)
         self.shifts = Shifts(self.grid)
-        #: of the pieces in `_left` from either node: number, `held`, `floor`, row of shifts, `layers`, `keeps`, from which stretch length on they are used,
-        #: and whether up to any
+        #: of the pieces in `_left` from either node: number, `held`, `floor`, row of shifts, `layers`,
+        #: `keeps`, from which stretch length on they are used, and whether up to any
         self._costs = {e: np.zeros((8, 0), dtype=np.int64) for e in (False, True)}
         none = np.full((self.size + 1, 2), -1)
         self.inner, self.top = Family(none, self.waiting), Family(none.copy(), 0)
@@ -173,7 +184,8 @@ class SparseTables:
     def _turn(self, e: bool) -> Stairs:
         return np.array([self.candidates.turn_bytes(e)]), np.zeros(1, dtype=np.int64)
 
-    # -- pieces --------------------------------------------------------------------------------------------------
+    # -- pieces
+    # --------------------------------------------------------------------------------------------------
 
     def _add(self, e: bool, piece: _Piece) -> int:
         self.pieces.append(piece)
@@ -206,7 +218,8 @@ class SparseTables:
             self._costs[e] = np.concatenate([costs, np.array(columns, dtype=np.int64)], axis=1)
 
     def _add_repeated(self, same: dict[bool, _Piece]) -> None:
-        """Pieces that are one run from either node, or from one of them, and the run `p = 2, 4, ...` times, as far as the chain goes."""
+        """Pieces that are one run from either node, or from one of them, and the run `p = 2, 4, ...` times,
+        as far as the chain goes."""
         numbers = {e: self._add(e, piece) for e, piece in same.items()}
         while same and not self.bound:
             twice: dict[bool, _Piece] = {}
@@ -272,7 +285,8 @@ class SparseTables:
             self._add_repeated(pieces)
 
     def _few(self, columns: list[Ints]) -> list[Ints]:
-        """Of runs `(F, B, H, t)` of one length: those that no other beats by steps of a factor `1 + _STEP thin` in each."""
+        """Of runs `(F, B, H, t)` of one length: those that no other beats by steps of a factor
+        `1 + _STEP thin` in each."""
         f, b, held, time = columns
         steps = [np.where(f + self.waiting <= b, 0, f), b, held, time]
         rough = [
@@ -294,7 +308,8 @@ class SparseTables:
                 same[e] = _Piece(n, False, own + self.peaks[n > 1], own, stairs)
         self._add_repeated(same)
 
-    # -- tables --------------------------------------------------------------------------------------------------
+    # -- tables
+    # --------------------------------------------------------------------------------------------------
 
     def _stairs(self, family: Family, n: int, e: bool) -> Stairs:
         return stairs_at(self.tables, int(family.rows[n, int(e)]))
@@ -319,7 +334,8 @@ class SparseTables:
         return tuple(e for e in (False, True) if may[e])
 
     def _merge(self, asked: list[tuple[Family, int]]) -> None:
-        """Makes the tables of `n` layers of each family asked for; from nodes that there are not, empty ones."""
+        """Makes the tables of `n` layers of each family asked for; from nodes that there are not, empty
+        ones."""
         self._make_ready()
         apart: dict[tuple[float, float], list[tuple[Family, int]]] = {}
         for family, n in asked:
@@ -341,7 +357,8 @@ class SparseTables:
                 found = thinned_all(*found, loss, optimistic=self.bound)
             self.tables.extend(2 * len(some), *found)
 
-    # -- reading -------------------------------------------------------------------------------------------------
+    # -- reading
+    # -------------------------------------------------------------------------------------------------
 
     def points(self, e: bool = True) -> Stairs:
         """The staircase of the chain, or of this part and what follows, from the node with `e`."""
@@ -352,7 +369,8 @@ class SparseTables:
         return self.read(True, budget)[0]
 
     def read(self, e: bool, budget: int) -> tuple[tuple[Run, ...], bool, int]:
-        """As `runs`, of a part of a chain from the node with `e`; with `e` at its end and the budget left there."""
+        """As `runs`, of a part of a chain from the node with `e`; with `e` at its end and the budget left
+        there."""
         return self.rest(self.first, self.first + self.size, e, budget, self.top)
 
     def rest(
@@ -365,7 +383,8 @@ class SparseTables:
             step = int(need.searchsorted(budget, side="right")) - 1
             budget, time = int(need[step]), int(times[step])
             pairs = self._choices(stop - at, e, family)
-            # The point's own piece needs all of its budget; one that needs less may take as long, where merging overlooked it.
+            # The point's own piece needs all of its budget; one that needs less may take as long, where
+            # merging overlooked it.
             needs, times = pairs.values(self._left, self.tables, np.full(pairs.left.size, budget))
             number = int(pairs.left[np.flatnonzero((needs == budget) & (times == time))[0]])
             piece = self.pieces[number]

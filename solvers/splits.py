@@ -1,16 +1,20 @@
 r"""All ways to begin a stretch, at once: what `mwplan.solvers.diagonals` compares and evaluates.
 
-The runs from one node `(s, e)` come in groups: the same end `j` and `e'`, the same forward peak `F` and held bytes `H`. RECOMPUTE runs to `j` are
-one group (`H = A[s]`), whose staircase is that of the inner schedules and the forward; of MOONWALK runs, which differ in backward peak and
-time, a group has a staircase too. For a stretch that ends at `r` a group is a step function of the budget `b`,
+The runs from one node `(s, e)` come in groups: the same end `j` and `e'`, the same forward peak `F` and held
+bytes `H`. RECOMPUTE runs to `j` are one group (`H = A[s]`), whose staircase is that of the inner schedules
+and the forward; of MOONWALK runs, which differ in backward peak and time, a group has a staircase too. For a
+stretch that ends at `r` a group is a step function of the budget `b`,
 
     f_g(b) = left_g(b) + T[j, r, e'](b - H)       for b >= F + K,  infinite below,
 
-whose steps are at those of `left_g`, at `H` plus those of the suffix, and at `F + K`. The lower envelope over all groups is wanted. A fixed grid of
-budgets cuts them into cells `(b_{q-1}, b_q]`. With each staircase sampled at the grid once, `f_g` is bounded from below in a cell (left part and
-suffix at the cell's end) and from above at its beginning. Wide intervals of cells come first: of the groups whose bounds there say that they may matter, narrower ones, at last cells. Only where a group's lower bound is less than
-`1 / (1 + slack)` of what the envelope is known to be at the cell's beginning are its steps in the cell evaluated, exactly; elsewhere the known
-schedule at the cell's beginning stands for all of the cell, so that the merge loses at most that factor of time, and nothing if `slack` is 0.
+whose steps are at those of `left_g`, at `H` plus those of the suffix, and at `F + K`. The lower envelope over
+all groups is wanted. A fixed grid of budgets cuts them into cells `(b_{q-1}, b_q]`. With each staircase
+sampled at the grid once, `f_g` is bounded from below in a cell (left part and suffix at the cell's end) and
+from above at its beginning. Wide intervals of cells come first: of the groups whose bounds there say that
+they may matter, narrower ones, at last cells. Only where a group's lower bound is less than `1 / (1 + slack)`
+of what the envelope is known to be at the cell's beginning are its steps in the cell evaluated, exactly;
+elsewhere the known schedule at the cell's beginning stands for all of the cell, so that the merge loses at
+most that factor of time, and nothing if `slack` is 0.
 
 Samples are float32: they only decide what is left out, with a margin above their rounding (`MARGIN`).
 """
@@ -23,7 +27,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from mwplan.errors import ArgumentError
+from mwplan.common.errors import ArgumentError
 from mwplan.solvers.parallel import each
 from mwplan.solvers.pareto import INF, Ints, staircase
 
@@ -32,7 +36,8 @@ Samples = NDArray[np.float32]
 Index = NDArray[np.intp]
 _Array = TypeVar("_Array", bound=NDArray[Any])
 MARGIN = 2e-6
-#: so many cells are bounded together, at first and where that leaves groups; each number divides the one before
+#: so many cells are bounded together, at first and where that leaves groups; each number divides the one
+#: before
 LEVELS = (16, 4, 1)
 #: points of a row that a buffer begins with room for
 _POINTS = 64
@@ -42,7 +47,8 @@ _INF = np.float32(np.inf)
 
 
 def grid(low: int, least: int, high: int, cells: int) -> Ints:
-    """About `cells` budgets from `low` to `high`, most of them a little above `least`, where frontiers are steep."""
+    """About `cells` budgets from `low` to `high`, most of them a little above `least`, where frontiers are
+    steep."""
     low, least, high = max(1, low), max(2, least), max(3, high)
     below = np.geomspace(low, max(low, least), cells // 12)
     above = least * (1 + np.linspace(0, 0.05, cells // 12))
@@ -51,7 +57,8 @@ def grid(low: int, least: int, high: int, cells: int) -> Ints:
 
 
 def with_tail(budgets: Ints, least: int, high: int, ends: tuple[Stairs, Stairs]) -> Ints:
-    """The budgets of a grid, made for stretches that need `least`, with those of stretches that `ends` follow, where they need much more."""
+    """The budgets of a grid, made for stretches that need `least`, with those of stretches that `ends`
+    follow, where they need much more."""
     lowest = min((int(need[0]) for need, _ in ends if need.size), default=0)
     if 2 * lowest < 3 * least:
         return budgets
@@ -59,8 +66,9 @@ def with_tail(budgets: Ints, least: int, high: int, ends: tuple[Stairs, Stairs])
 
 
 def sheets(n: int) -> list[tuple[Index, Index]]:
-    """With a grid of `n` budgets: for each of `LEVELS` the columns of samples (`Buffer`) that bound the intervals from below, those within one interval of the level before in
-    a row, and the numbers of the budgets at their ends, `n` where there is none. Behind cell `n` samples are infinite: column `n + 1`."""
+    """With a grid of `n` budgets: for each of `LEVELS` the columns of samples (`Buffer`) that bound the
+    intervals from below, those within one interval of the level before in a row, and the numbers of the
+    budgets at their ends, `n` where there is none. Behind cell `n` samples are infinite: column `n + 1`."""
     out = []
     before = -(-(n + 1) // LEVELS[0]) * LEVELS[0]
     for width, wider in zip(LEVELS, (before, *LEVELS)):
@@ -79,11 +87,13 @@ def longer(old: _Array, rows: int) -> _Array:
 
 
 class Buffer:
-    """Staircases of many rows, one after another, each element keyed by `base[row] + need`; and their samples.
+    """Staircases of many rows, one after another, each element keyed by `base[row] + need`; and their
+    samples.
 
-    Cell `q` is `(grid[q-1], grid[q]]`, the first one without beginning, the last, `n`, without end. `pointer[row, q]`: the first element of the row
-    beyond cell `q - 1`. `samples[row]`: the times at the ends of the `n + 1` cells, infinite below `floor`, then infinity; if `sheeted`, `sheets[k][row]` has them in the order of
-    `sheets` instead.
+    Cell `q` is `(grid[q-1], grid[q]]`, the first one without beginning, the last, `n`, without end.
+    `pointer[row, q]`: the first element of the row beyond cell `q - 1`. `samples[row]`: the times at the ends
+    of the `n + 1` cells, infinite below `floor`, then infinity; if `sheeted`, `sheets[k][row]` has them in
+    the order of `sheets` instead.
     """
 
     __slots__ = (
@@ -117,12 +127,14 @@ class Buffer:
     def extend(
         self, rows: int, of: Ints, need: Ints, time: Ints, floor: Ints | None = None, at: Ints | None = None
     ) -> Ints:
-        """Adds the staircases of the next `rows` rows at once; `of`, in order: the row of each point, from 0; `at`, what this returned where it is known already: how
-        many points lie in each cell of each row and before, earlier rows included."""
+        """Adds the staircases of the next `rows` rows at once; `of`, in order: the row of each point, from 0;
+        `at`, what this returned where it is known already: how many points lie in each cell of each row and
+        before, earlier rows included."""
         n, size, first = self.grid.size, self.size, self.rows
         if (first + rows + 1) * self.span >= 2**63:
             raise ArgumentError(
-                f"`profile`: {first + rows} stretches are too many for its byte counts: state bytes in a larger unit"
+                f"`profile`: {first + rows} stretches are too many for its byte counts: state bytes in a "
+                "larger unit"
             )
         if first + rows > self.base.size:
             for name in ("base", "pointer", *([] if self.sheets else ["samples"])):
@@ -163,8 +175,9 @@ class Buffer:
 
 
 class Shifts:
-    """Where the samples of suffixes stand when bytes are held to their left: `moves` of each number of held bytes, once, as rows of `sheets`: `columns` of it, from the
-    function `sheets`, those that bound from below and those at budgets."""
+    """Where the samples of suffixes stand when bytes are held to their left: `moves` of each number of held
+    bytes, once, as rows of `sheets`: `columns` of it, from the function `sheets`, those that bound from below
+    and those at budgets."""
 
     __slots__ = ("budgets", "columns", "ends", "high", "known", "low", "sheets")
 
@@ -174,7 +187,8 @@ class Shifts:
         n, columns = budgets.size, sheets(budgets.size)
         #: the cells `(low, high]`
         self.low, self.high = np.append(np.int64(-1), budgets), np.append(budgets, np.int64(2**62))
-        #: the budgets at the ends of the intervals of each level, in the order of `sheets`; -1 where there is none
+        #: the budgets at the ends of the intervals of each level, in the order of `sheets`; -1 where there is
+        #: none
         self.ends = [np.append(budgets, -1)[ends] for _, ends in columns]
         self.columns = [
             np.concatenate([np.where(lower > n, 2 * n + 1, lower), n + 1 + ends], axis=1)
@@ -200,7 +214,8 @@ class Shifts:
         return self.cell(moved, cell - 1), self._column(moved, cell, 0)
 
     def cell(self, moved: Ints, budget: Ints) -> Ints:
-        """The cell of a suffix that what budget number `budget` leaves for it begins or lies in; -1 counts as a budget of 0, `n` as one without limit."""
+        """The cell of a suffix that what budget number `budget` leaves for it begins or lies in; -1 counts as
+        a budget of 0, `n` as one without limit."""
         n = self.budgets.size
         column = self._column(moved, np.clip(budget, 0, n - 1), 1)
         found = np.where((column > n) | (budget < 0), 0, column + 1)
@@ -217,7 +232,8 @@ class Shifts:
 
 @dataclass(frozen=True, slots=True)
 class Pairs:
-    """Groups by their parts: the rows of `left_g` and of the suffix in two buffers, `H`, `F + K`, and the row of `H` in `Shifts`."""
+    """Groups by their parts: the rows of `left_g` and of the suffix in two buffers, `H`, `F + K`, and the row
+    of `H` in `Shifts`."""
 
     left: Ints
     right: Ints
@@ -297,7 +313,8 @@ def _pointer(buffer: Buffer, row: Ints, column: Ints) -> Ints:
 
 
 def _beyond(buffer: Buffer, ranges: tuple[Ints, Ints], base: Ints, pair: Ints, need: Ints) -> Ints:
-    """The first element of the range `pair` with a key of more than its `base` and `need`, its end where there is none: all ranges halved together."""
+    """The first element of the range `pair` with a key of more than its `base` and `need`, its end where
+    there is none: all ranges halved together."""
     found = ranges[0][pair]
     active = np.flatnonzero((ranges[0] < ranges[1])[pair])
     of = pair[active]
@@ -323,7 +340,8 @@ def joined(pairs: list[Pairs]) -> Pairs:
 
 
 def moves(budgets: Ints, held: int | Ints) -> Index:
-    """Columns of a suffix's samples that bound it in each cell, and then at each budget, `held` bytes less being left for it; then one that is infinite."""
+    """Columns of a suffix's samples that bound it in each cell, and then at each budget, `held` bytes less
+    being left for it; then one that is infinite."""
     n = budgets.size
     less = budgets - held
     ahead = budgets.searchsorted(less, side="left")
@@ -336,7 +354,8 @@ def moves(budgets: Ints, held: int | Ints) -> Index:
 def grouped(columns: list[Ints], waiting: int) -> list[tuple[int, int, Stairs]]:
     """Runs `(F, B, H, t)` between two nodes as groups of equal `F` and `H`: `(F, H, staircase of (B, t))`.
 
-    A forward peak that is no more than the backward one even with the largest cotangent waiting, `waiting`, says nothing and counts as 0.
+    A forward peak that is no more than the backward one even with the largest cotangent waiting, `waiting`,
+    says nothing and counts as 0.
     """
     f, b, held, time = columns
     if f.size == 1:

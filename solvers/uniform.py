@@ -1,7 +1,8 @@
 r"""Chains of identical layers: a stretch is known by its length alone.
 
-With equal layers and boundaries `T[s, r, e]` of `mwplan.solvers.frontier` depends on `n = r - s` and `e` only, so one table of L rows replaces one of
-L^2. Every split is tried: exact. Long chains that need not be exact have `mwplan.solvers.sparse`.
+With equal layers and boundaries `T[s, r, e]` of `mwplan.solvers.frontier` depends on `n = r - s` and `e`
+only, so one table of L rows replaces one of L^2. Every split is tried: exact. Long chains that need not be
+exact have `mwplan.solvers.sparse`.
 
 **Cost:** O(L^2) combinations of staircases.
 """
@@ -13,8 +14,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from mwplan.profiles import LayerProfile, Profile
-from mwplan.schedule import Run, RunKind, Strategy
+from mwplan.plans.profiles import LayerProfile, Profile
+from mwplan.plans.schedule import Run, RunKind, Strategy
 from mwplan.solvers.pareto import Ints, staircase, value_at
 from mwplan.solvers.runs import Candidates
 from mwplan.solvers.splits import grouped
@@ -42,7 +43,8 @@ def repeated(profile: Profile, size: int) -> Profile:
 
 
 def stretches(profile: Profile, least: int) -> list[tuple[int, int, bool]]:
-    """The chain in parts `(start, stop, uniform)`: stretches of at least `least` equal layers (names apart) between equal boundaries, and what lies between them."""
+    """The chain in parts `(start, stop, uniform)`: stretches of at least `least` equal layers (names apart)
+    between equal boundaries, and what lies between them."""
     boundaries = list(
         zip(profile.activation_bytes, profile.cotangent_bytes, profile.sweep_cotangent_bytes, strict=True)
     )
@@ -98,7 +100,8 @@ class UniformTables:
         # Forward peak of RECOMPUTE runs without x_s: of one layer, and of more.
         self.peaks = (peaks, peaks + (self.own if self.size > 1 else 0))
         none = (np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64))
-        #: inner[e][n]: the staircase of n layers inside a RECOMPUTE run; e is True for its start as the chain's too
+        #: inner[e][n]: the staircase of n layers inside a RECOMPUTE run; e is True for its start as the
+        #: chain's too
         self.inner: dict[bool, list[Stairs]] = {False: [none], True: [none]}
         self.top: dict[bool, list[Stairs]] = {
             e: [(np.array([self.candidates.turn_bytes(e)]), np.zeros(1, dtype=np.int64))]
@@ -143,8 +146,9 @@ class UniformTables:
         return need, time
 
     def _atoms(self, e: bool, n: int) -> Iterator[Group]:
-        """STORE, MOONWALK and INVERT runs of at most `n` layers, `(length, e', F, H, staircase of (B, t))`; those shorter than `n` without
-        the runs that a RECOMPUTE run in their place beats (see `mwplan.solvers.frontier.Tables`)."""
+        """STORE, MOONWALK and INVERT runs of at most `n` layers, `(length, e', F, H, staircase of (B, t))`;
+        those shorter than `n` without the runs that a RECOMPUTE run in their place beats (see
+        `mwplan.solvers.frontier.Tables`)."""
         start = self._start(e)
         if start >= self.size:
             return
@@ -203,7 +207,8 @@ class UniformTables:
             needs.append(np.maximum(need[ok], peak[g]))
             times.append(time[ok] + other_time[at[ok]] + forward[g])
 
-    # -- reading -------------------------------------------------------------------------------------------------
+    # -- reading
+    # -------------------------------------------------------------------------------------------------
 
     def points(self) -> Stairs:
         """The chain's staircase."""
@@ -216,7 +221,8 @@ class UniformTables:
     def _read(
         self, start: int, stop: int, e: bool, budget: int, k: int, family: dict[bool, list[Stairs]]
     ) -> tuple[Run, ...]:
-        # A stack of stretches instead of calls, as in `mwplan.solvers.frontier`: start, position, stop, e, budget, runs.
+        # A stack of stretches instead of calls, as in `mwplan.solvers.frontier`: start, position, stop, e,
+        # budget, runs.
         stack: list[tuple[int, int, int, bool, int, list[Run]]] = [(start, start, stop, e, budget, [])]
         while True:
             begin, at, end, e, budget, runs = stack.pop()
@@ -240,7 +246,8 @@ class UniformTables:
     def _first(
         self, start: int, stop: int, e: bool, budget: int, time: int, k: int, family: dict[bool, list[Stairs]]
     ) -> tuple[Run | None, int, bool, int]:
-        """The run that comes first (None for RECOMPUTE), where it ends, the next `e`, and the budget left there."""
+        """The run that comes first (None for RECOMPUTE), where it ends, the next `e`, and the budget left
+        there."""
         n = stop - start
         base = self._start(e)
         if base < self.size:

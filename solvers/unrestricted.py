@@ -1,10 +1,12 @@
 r"""What the run structure gives away: an integer program over single operations, for tiny chains.
 
-In the manner of Checkmate (Jain et al., MLSys 2020), with alternative producers for each value and no runs: at every step one
-operation is done, any value may be kept or dropped between steps, anything may be recomputed.
+In the manner of Checkmate (Jain et al., MLSys 2020), with alternative producers for each value and no runs:
+at every step one operation is done, any value may be kept or dropped between steps, anything may be
+recomputed.
 
-Values: activations `x_0..x_L`, cotangents `ct_0..ct_L`, fragments, input residuals and full residuals of each layer's options, and the
-parameter gradient of each layer (an output: it is made once and not counted). Operations of layer `l`:
+Values: activations `x_0..x_L`, cotangents `ct_0..ct_L`, fragments, input residuals and full residuals of each
+layer's options, and the parameter gradient of each layer (an output: it is made once and not counted).
+Operations of layer `l`:
 
     forward                 x_{l-1} -> x_l                                  any number of times
     forward, option o       x_{l-1} -> x_l, residuals of option o
@@ -20,16 +22,19 @@ Binaries `do[t, k]`, operation `k` at step `t`, and `live[t, v]`, value `v` aliv
     sum_k do[t, k] <= 1                                                     one operation a step
     do[t, k] <= live[t, v]                                                  v an input of k
     live[t+1, v] <= live[t, v] + sum_{k makes v} do[t, k]
-    sum_v bytes_v live[t, v] + sum_k (new_k + workspace_k) do[t, k] <= M    new_k: outputs of k that are not alive already
+    sum_v bytes_v live[t, v] + sum_k (new_k + workspace_k) do[t, k] <= M
+                                        new_k: outputs of k that are not alive already
     sum_t sum_{k makes gradient l} do[t, k] = 1                             each layer
     minimise sum_t sum_k time_k do[t, k]
 
-A value alive that is made again is counted twice at that step, never less than the truth. Errors of vijps are not modelled: `max_error` must not bind for a
-fair comparison. Boundary rules are more generous than those of runs on purpose: the optimum is a lower bound for any schedule made of
-these operations under the same prices (tested: never above the run space's optimum on chains without savings).
+A value alive that is made again is counted twice at that step, never less than the truth. Errors of vijps are
+not modelled: `max_error` must not bind for a fair comparison. Boundary rules are more generous than those of
+runs on purpose: the optimum is a lower bound for any schedule made of these operations under the same prices
+(tested: never above the run space's optimum on chains without savings).
 
-**Steps:** the program is given as many steps as the best run schedule has operations; fewer can be used, so its optimum is at most that
-schedule's time. More steps can only help: the bound is for schedules of at most that many operations.
+**Steps:** the program is given as many steps as the best run schedule has operations; fewer can be used, so
+its optimum is at most that schedule's time. More steps can only help: the bound is for schedules of at most
+that many operations.
 """
 
 from __future__ import annotations
@@ -37,9 +42,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from mwplan.errors import ArgumentError
-from mwplan.profiles import Profile
-from mwplan.schedule import Choice, Run, RunKind, Solution, Status, Strategy, check_allowed
+from mwplan.common.errors import ArgumentError
+from mwplan.plans.profiles import Profile
+from mwplan.plans.schedule import Choice, Run, RunKind, Solution, Status, Strategy, check_allowed
 from mwplan.solvers.runs import ALL_STRATEGIES, moonwalk_strategy
 
 Value = tuple[str, int, str]
@@ -47,7 +52,8 @@ Value = tuple[str, int, str]
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One operation: what it needs alive, what it makes, the layer whose gradient it makes (0: none), workspace and time."""
+    """One operation: what it needs alive, what it makes, the layer whose gradient it makes (0: none),
+    workspace and time."""
 
     name: str
     needs: frozenset[Value]
@@ -176,8 +182,10 @@ def solve_unrestricted(
 ) -> tuple[Solution, tuple[str, ...]]:
     """The fastest sequence of at most `steps` operations within a budget, of any order and without runs.
 
-    **Returns:** a `Solution` without runs (its `time_ns` and `bound_ns` hold), and the operations' names in order.
-    **Raises:** `ArgumentError`. **Cost:** `steps` times (operations + values) binaries: chains of up to 3 or 4 layers.
+    **Returns:** a `Solution` without runs (its `time_ns` and `bound_ns` hold), and the operations' names in
+    order.
+    **Raises:** `ArgumentError`. **Cost:** `steps` times (operations + values) binaries: chains of up to 3 or
+    4 layers.
     """
     for name, value in (("budget_bytes", budget_bytes), ("steps", steps)):
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**62:

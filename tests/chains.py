@@ -1,11 +1,19 @@
-"""Random profiles for the solvers' tests: small sizes, all options, every irregularity the accounting knows."""
+"""Random profiles for the solvers' tests: small sizes, all options, every irregularity the accounting
+knows."""
 
 from __future__ import annotations
 
 import dataclasses
 import random
 
-from mwplan.profiles import InvertOption, LayerProfile, MoonwalkOption, OffloadOption, Profile, StoreOption
+from mwplan.plans.profiles import (
+    InvertOption,
+    LayerProfile,
+    MoonwalkOption,
+    OffloadOption,
+    Profile,
+    StoreOption,
+)
 
 
 def random_profile(
@@ -19,9 +27,11 @@ def random_profile(
     flags: float = 0.25,
     plain: bool = False,
 ) -> Profile:
-    """A chain of `size` layers with up to so many options each; byte and time costs up to a few times `scale`.
+    """A chain of `size` layers with up to so many options each; byte and time costs up to a few times
+    `scale`.
 
-    `flags` is the chance of each of `keeps_input`, `keeps_output`. `plain`: one STORE option only, input kept.
+    `flags` is the chance of each of `keeps_input`, `keeps_output`. `plain`: one STORE option only, input
+    kept.
     """
 
     def n(top: int) -> int:
@@ -110,7 +120,8 @@ def random_profile(
 
 
 def with_host(rng: random.Random, profile: Profile, scale: int = 8) -> Profile:
-    """`profile` with up to two ways for each layer to store in the host's memory, most of them slower than on the device."""
+    """`profile` with up to two ways for each layer to store in the host's memory, most of them slower than on
+    the device."""
 
     def option(layer: LayerProfile, name: str) -> OffloadOption:
         return OffloadOption(

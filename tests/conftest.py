@@ -9,15 +9,18 @@ import jax
 import pytest
 
 if shutil.which("nvidia-smi") is None:
-    # Most of the suite's time is compilation. LLVM's part takes half as long without optimisations; what XLA makes of a program, its buffers too, stays the same.
+    # Most of the suite's time is compilation. LLVM's part takes half as long without optimisations; what XLA
+    # makes of a program, its buffers too, stays the same.
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _whole_float32() -> None:
-    """Where there is a GPU: products of float32 operands as they are. JAX's default there has ten bits, and the tests compare digits.
+    """Where there is a GPU: products of float32 operands as they are. JAX's default there has ten bits, and
+    the tests compare digits.
 
-    Asked for once tests run: whoever starts JAX's CPU client while they are collected forestalls `experiments.zoo`.
+    Asked for once tests run: whoever starts JAX's CPU client while they are collected forestalls
+    `experiments.zoo`.
     """
     if jax.default_backend() != "cpu":
         jax.config.update("jax_default_matmul_precision", "highest")

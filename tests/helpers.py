@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import mwplan as mw
-from mwplan import rules
-from mwplan.chain import boundaries
 from mwplan.layers import Conv2D, Dense, Flatten, LeakyReLU, MaxMin
-from mwplan.schedule import SINGLE, Run, RunKind
+from mwplan.network import rules
+from mwplan.network.chain import boundaries
+from mwplan.plans.schedule import SINGLE, Run, RunKind
 
 
 def mlp(depth: int = 3, width: int = 8, seed: int = 0) -> mw.Chain:
@@ -34,7 +34,8 @@ def tanh(x: Any) -> Any:
 
 
 def small_cnn(seed: int = 0) -> mw.Chain:
-    """A convolutional classifier with layers of every kind: widening, halo, order, strided, plain functions."""
+    """A convolutional classifier with layers of every kind: widening, halo, order, strided, plain
+    functions."""
     a, b, c, d = jax.random.split(jax.random.key(seed), 4)
     return mw.Chain(
         [
@@ -48,6 +49,15 @@ def small_cnn(seed: int = 0) -> mw.Chain:
             Dense.init(d, 128, 5),
         ]
     )
+
+
+def alike(kind: RunKind, option: str, depth: int) -> tuple[Run, ...]:
+    """`depth` layers by one option: each by itself, or in one run."""
+    if kind in SINGLE:
+        return tuple(Run(kind=kind, start=i, stop=i + 1, options=(option,)) for i in range(depth))
+    if kind is RunKind.RECOMPUTE:
+        return (Run(kind=kind, start=0, stop=depth, inner=alike(RunKind.STORE, option, depth)),)
+    return (Run(kind=kind, start=0, stop=depth, options=(option,) * depth),)
 
 
 def random_runs(
@@ -122,7 +132,8 @@ def segments(chain: mw.Chain, size: int) -> tuple[Run, ...]:
 
 @functools.cache
 def fewest(pieces: int, slots: int) -> tuple[int, int]:
-    """The fewest pieces recomputed with room for `slots` RECOMPUTE runs at once, and how many the first of them covers."""
+    """The fewest pieces recomputed with room for `slots` RECOMPUTE runs at once, and how many the first of
+    them covers."""
     if pieces == 1:
         return 0, 0
     if slots == 0:
@@ -137,7 +148,8 @@ def fewest(pieces: int, slots: int) -> tuple[int, int]:
 
 
 def binomial(size: int, length: int, slots: int, option: str, start: int = 0) -> tuple[Run, ...]:
-    """The schedule of fewest steps for identical layers in stored pieces of `length`, the first maybe shorter."""
+    """The schedule of fewest steps for identical layers in stored pieces of `length`, the first maybe
+    shorter."""
     pieces = -(-size // length)
     cuts = [start, *(start + size - k * length for k in reversed(range(pieces)))]
 
@@ -154,7 +166,8 @@ def binomial(size: int, length: int, slots: int, option: str, start: int = 0) ->
 
 
 def with_round_times(profile: mw.Profile) -> mw.Profile:
-    """`profile` with times by rule, products the dearest, and memory that costs none: plans no longer depend on how busy the machine was."""
+    """`profile` with times by rule, products the dearest, and memory that costs none: plans no longer depend
+    on how busy the machine was."""
     times = {"forward_ns": 2, "backward_ns": 4, "reverse_ns": 2, "rebuild_ns": 3}
 
     def one(layer: Any) -> Any:

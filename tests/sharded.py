@@ -1,7 +1,7 @@
 """Gradients on a mesh of eight virtual devices: what tests/test_sharding.py starts as a program of its own.
 
-How many devices the CPU has is settled when JAX starts, so none of this can share a process with the other tests. Writes
-`{check: figure}` as JSON.
+How many devices the CPU has is settled when JAX starts, so none of this can share a process with the other
+tests. Writes `{check: figure}` as JSON.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import mwplan as mw
-from mwplan import rules
-from mwplan.chain import boundaries
 from mwplan.layers import Conv2D, Dense, Flatten, LeakyReLU, MaxMin, OrthogonalDense, Sequential
-from mwplan.schedule import Run, RunKind, Schedule
+from mwplan.network import rules
+from mwplan.network.chain import boundaries
+from mwplan.plans.schedule import Run, RunKind, Schedule
 from tests.helpers import binomial, mlp, relative_error, segments, store_all
 
 P = PartitionSpec
@@ -76,7 +76,11 @@ def networks() -> dict[str, tuple[mw.Chain, Any, tuple[Run, ...]]]:
     blocks = mw.stack(mw.Chain([Sequential((Dense.init(k, 8, 8), LeakyReLU(0.8))) for k in keys[:16]]), x)
     return {
         "stack, taped": (blocks, x, binomial(16, 1, 3, options(blocks, x, rules.store_rules)[0])),
-        "convolutions": (cnn, images, (walk(cnn, images, 0, 6), *store_all(cnn)[6:8], walk(cnn, images, 8, 10))),
+        "convolutions": (
+            cnn,
+            images,
+            (walk(cnn, images, 0, 6), *store_all(cnn)[6:8], walk(cnn, images, 8, 10)),
+        ),
         "every run": (
             plain,
             x,
@@ -88,7 +92,7 @@ def networks() -> dict[str, tuple[mw.Chain, Any, tuple[Run, ...]]]:
         "stack, recomputed": (stack, x, (recomputed,)),
         "stack, walked": (stack, x, (walk(stack, x, 0, 32),)),
         "stack, inverted": (stack, x, (Run(kind=RunKind.INVERT, start=0, stop=32, options=inverted),)),
-    }  # fmt: skip
+    }
 
 
 def check(name: str, chain: mw.Chain, x: Any, runs: tuple[Run, ...], out: dict[str, float]) -> None:
@@ -162,7 +166,8 @@ def check(name: str, chain: mw.Chain, x: Any, runs: tuple[Run, ...], out: dict[s
 
 
 def updates(out: dict[str, float]) -> None:
-    """Layers updated as their gradients come, on a mesh: placed by `jax.jit`, and averaged by the optimizer within `shard_map`."""
+    """Layers updated as their gradients come, on a mesh: placed by `jax.jit`, and averaged by the optimizer
+    within `shard_map`."""
     chain, x, runs = networks()["stack, walked"]
     target, adam = jnp.zeros_like(x), optax.adam(1e-2)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
@@ -189,7 +194,8 @@ def updates(out: dict[str, float]) -> None:
 
 
 def memory(out: dict[str, float]) -> None:
-    """The temporaries of one device of a data-parallel step against the profile of a sharded input, for three schedules."""
+    """The temporaries of one device of a data-parallel step against the profile of a sharded input, for three
+    schedules."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     chain = jax.device_put(mlp(depth=12, width=64), NamedSharding(mesh, P()))
     x = jax.device_put(jnp.ones((8 * 1024, 64)), NamedSharding(mesh, P("data")))

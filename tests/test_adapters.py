@@ -89,7 +89,8 @@ def test_state_that_a_call_changes_is_dropped() -> None:
 
 
 def test_what_is_no_parameter_is_not_trained() -> None:
-    """Running averages: no gradient, no weight decay, whatever the optimizer; keys: leaves that may change."""
+    """Running averages: no gradient, no weight decay, whatever the optimizer; keys: leaves that may
+    change."""
     import equinox as eqx
     import optax
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from mwplan.canonical import canonical
+from mwplan.network.canonical import canonical
 
 CANONICAL = lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
 

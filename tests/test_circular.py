@@ -12,11 +12,11 @@ from jax import lax
 from jax.test_util import check_grads
 
 from mwplan import layers as ml
-from mwplan.canonical import canonical
-from mwplan.compiling import compiler_options, temporaries
+from mwplan.compilers.compiling import compiler_options, temporaries
 from mwplan.layers.bilinear import bilinear
 from mwplan.layers.circular import Circular
 from mwplan.layers.geometry import geometry
+from mwplan.network.canonical import canonical
 
 CASES = [
     ((6, 5), (3, 3), (1, 1), 3, 2),
@@ -119,7 +119,8 @@ def test_arrays_of_an_explicit_mesh() -> None:
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="what is lean is so on CPUs")
 def test_memory() -> None:
-    """In activations: what padding takes 2.4, 3.5 and 3.5 for. And the residuals are the layer's own input."""
+    """In activations: what padding takes 2.4, 3.5 and 3.5 for. And the residuals are the layer's own
+    input."""
     one, x, w, ct = case((16, 16), (3, 3), (1, 1), 32, 32, examples=32)
 
     def bytes_of(function: Any, *args: Any) -> float:

@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 import mwplan as mw
-from mwplan import cli, training
+from mwplan.app import cli
 from mwplan.layers import Dense, LeakyReLU
 from tests.chains import random_profile
 
@@ -100,7 +100,7 @@ def test_plans_for_a_device_that_is_not_here(tmp_path: Path) -> None:
         (["plan", "PROFILE", "--budget", "2 bananas"], "2 bananas"),
         (["plan", "PROFILE", "--budget", "1MB", "--host-budget", "1MB"], "profile.offloading"),
         (["plan", "PROFILE", "--budget", "1MB", "--link-rate", "fast"], "--link-rate='fast'"),
-        (["plan", "PROFILE", "--budget", "1 B"], "leanest schedule needs"),
+        (["plan", "PROFILE", "--budget", "1 B"], "least-memory schedule needs"),
         (["plan", "missing.json", "--budget", "1GB"], "does not exist"),
         (["explain", "no.such.module:net"], "cannot be imported"),
         (["explain", "nothing"], "MODULE:NAME"),
@@ -153,16 +153,18 @@ def test_the_main_job_in_small(tmp_path: Path) -> None:
         str(tmp_path),
     )
     assert "test accuracy" in result.output
-    got = training.TrainResult.from_json((tmp_path / "training.json").read_text())
+    got = train_result.TrainResult.from_json((tmp_path / "training.json").read_text())
     assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
     room = got.budget_bytes - got.fixed_bytes
     assert got.measured_temporary_bytes <= room < got.backprop_temporary_bytes
-    # What is alive, plus the holes that the allocator leaves; in most schedules none (experiments.prediction).
+    # What is alive, plus the holes that the allocator leaves; in most schedules none
+    # (experiments.prediction).
     assert 0.9 < got.measured_temporary_bytes / got.predicted_temporary_bytes < 1.35
     assert max(got.gradient_error_first, got.gradient_error_last) < 1e-4
     assert got.losses_planned == pytest.approx(got.losses_plain, rel=0.05)
     assert got.losses_planned[-1] < got.losses_planned[0]
-    # The default budget is a fifth of backpropagation's temporaries; where that is too little, the output says so.
+    # The default budget is a fifth of backpropagation's temporaries; where that is too little, the output
+    # says so.
     plain = got.backprop_temporary_bytes
     assert ("1.25 times the least" in " ".join(result.output.split())) == (room > plain // 5)
     assert "1.25 times the least" in cli._budget_note(

@@ -10,21 +10,31 @@ from pathlib import Path
 import pytest
 
 import mwplan as mw
-from mwplan import serial
-from mwplan.profiles import LayerProfile, StoreOption
-from mwplan.sizes import parse_bytes, show_bytes, show_ns
+from mwplan.common import serial
+from mwplan.common.sizes import parse_bytes, show_bytes, show_ns
+from mwplan.plans.profiles import LayerProfile, StoreOption
 from tests.chains import random_profile
 
 
 @pytest.mark.parametrize(
     ("text", "want"),
-    [("2GiB", 2**31), ("500 MB", 500_000_000), ("1.5KiB", 1536), ("1_000", 1000), (7, 7), (" 3 B ", 3), ("1tib", 2**40)],
-)  # fmt: skip
+    [
+        ("2GiB", 2**31),
+        ("500 MB", 500_000_000),
+        ("1.5KiB", 1536),
+        ("1_000", 1000),
+        (7, 7),
+        (" 3 B ", 3),
+        ("1tib", 2**40),
+    ],
+)
 def test_sizes_are_read(text: int | str, want: int) -> None:
     assert parse_bytes(text) == want
 
 
-@pytest.mark.parametrize("bad", ["2 bananas", "", "GiB", "-1GiB", 0, -5, "0", True, 1.5, None, "1e3", 2**63, "9999999 TiB", "0.1"])  # fmt: skip
+@pytest.mark.parametrize(
+    "bad", ["2 bananas", "", "GiB", "-1GiB", 0, -5, "0", True, 1.5, None, "1e3", 2**63, "9999999 TiB", "0.1"]
+)
 def test_what_is_no_size_is_refused(bad: object) -> None:
     with pytest.raises(mw.ArgumentError, match=r"`budget="):
         parse_bytes(bad)  # type: ignore[arg-type]

@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mwplan as mw
-from mwplan import compiling
+from mwplan.compilers import compiling
 from mwplan.layers import Dense, LeakyReLU, MaxMin, layer
-from mwplan.schedule import Run, RunKind, Schedule
+from mwplan.plans.schedule import Run, RunKind, Schedule
 from tests.helpers import mean_square, mlp, random_runs, relative_error, segments, small_cnn, store_all
 
 
@@ -70,10 +70,12 @@ def temporaries(chain: mw.Chain, x: Any, runs: tuple[Run, ...]) -> int:
 
 
 def test_memory_of_compiled_steps() -> None:
-    """32 activations of 1 MiB: what each schedule keeps shows in the compiled program, exactly enough to tell them apart."""
+    """32 activations of 1 MiB: what each schedule keeps shows in the compiled program, exactly enough to tell
+    them apart."""
     chain, x = mlp(depth=16, width=64), jnp.ones((4096, 64))
     size = x.nbytes
-    # Dense layers keep their input, leaky ReLU a mask byte an element until packed: the last is 1/32 of an activation.
+    # Dense layers keep their input, leaky ReLU a mask byte an element until packed: the last is 1/32 of an
+    # activation.
     exact = tuple(n for i in range(16) for n in ("exact", "divide"))
     stored = temporaries(chain, x, store_all(chain))
     redone = temporaries(chain, x, segments(chain, 8))
@@ -84,7 +86,8 @@ def test_memory_of_compiled_steps() -> None:
 
 
 def test_recomputation_is_not_undone_only_with_the_option() -> None:
-    """The reason for `mw.jit`: without it the XLA:CPU of JAX 0.10 merges the recomputation away. That of 0.11 does not."""
+    """The reason for `mw.jit`: without it the XLA:CPU of JAX 0.10 merges the recomputation away. That of 0.11
+    does not."""
     if jax.default_backend() != "cpu":
         pytest.skip("only XLA:CPU drops the barriers")
     chain, x = mlp(depth=16, width=64), jnp.ones((4096, 64))
@@ -133,7 +136,8 @@ def test_an_input_larger_than_planned_warns() -> None:
 
 
 def test_the_report_is_the_true_error() -> None:
-    """A slope of 0.1 loses digits fast: what the run reports is what its last cotangent is off by, within the sketch's spread."""
+    """A slope of 0.1 loses digits fast: what the run reports is what its last cotangent is off by, within the
+    sketch's spread."""
     keys = jax.random.split(jax.random.key(0), 6)
     layers = [f for k in keys for f in (Dense.init(k, 256, 256), LeakyReLU(0.1))][:-1]
     chain = mw.Chain(layers)
@@ -176,7 +180,7 @@ def test_the_report_asks_for_no_more_of_the_last_sweep() -> None:
 
 def test_invert_runs_report_too() -> None:
     chain, x = mlp(4), jax.random.normal(jax.random.key(0), (16, 8))
-    from mwplan import rules
+    from mwplan.network import rules
 
     names = tuple(rules.invert_rules(one, x)[0].name for one in chain)
     plan = schedule_of(Run(kind=RunKind.INVERT, start=0, stop=8, options=names))
@@ -310,7 +314,8 @@ class TestAtHome:
     @pytest.mark.parametrize("stacks", [False, True])
     @pytest.mark.parametrize("kind", ["nested", "walked", "stored"])
     def test_dropout_replays_under_every_run(self, kind: str, stacks: bool) -> None:
-        """Recomputation, the M sweep and scans over stacked keys see the same randomness as the forward pass."""
+        """Recomputation, the M sweep and scans over stacked keys see the same randomness as the forward
+        pass."""
 
         @layer
         class Dropout:
@@ -336,7 +341,8 @@ class TestAtHome:
         )
 
     def test_bfloat16_activations_invert_in_float32(self) -> None:
-        """Through sixteen vijps the gradient is as good as bfloat16 backpropagation's: inverses in bfloat16 would lose it."""
+        """Through sixteen vijps the gradient is as good as bfloat16 backpropagation's: inverses in bfloat16
+        would lose it."""
         chain, x = mlp(8), jax.random.normal(jax.random.key(0), (16, 8))
         plan = schedule_of(walk(0, 16, *("exact", "divide") * 8))
         truth = jax.grad(lambda c: mean_square(c(x)))(chain)

@@ -14,13 +14,13 @@ import pytest
 
 import mwplan as mw
 from experiments import alternatives, deep, fragments, precision, reading, sweep, training, zoo
-from mwplan.errors import ArgumentError
-from mwplan.interpret import Detours
-from mwplan.schedule import Schedule
-from tests.helpers import relative_error, segments, with_round_times
+from mwplan.common.errors import ArgumentError
+from mwplan.plans.schedule import Schedule
+from tests.helpers import relative_error, segments
 
 SMALL = {"depth": 2, "width": 8, "batch": 4, "resolution": 8}
-#: Sizes that a model needs to be more than these. The Cayley convolutions' solves need threads of their own: see zoo.py.
+#: Sizes that a model needs to be more than these. The Cayley convolutions' solves need threads of their own:
+#: see zoo.py.
 OWN: dict[str, dict[str, int]] = {
     "fragmental": {"resolution": 128},
     "lipschitz": {"depth": 1},
@@ -89,7 +89,8 @@ def test_grouped_blocks_are_the_same_network(model: str) -> None:
 
 
 def test_alternatives_gradients() -> None:
-    """Every method on one chain: the same gradient; what does not apply says why; what has a budget keeps it."""
+    """Every method on one chain: the same gradient; what does not apply says why; what has a budget keeps
+    it."""
     config = zoo.Config(model="mlp", depth=4, width=16, batch=256, resolution=8)
     study = alternatives.Study(budgets=2, rounds=3, ties=2, repeats=1, yardstick=3, try_settings=False)
     record = alternatives.measure(json.loads(json.dumps(alternatives.point(config, study))))
@@ -128,7 +129,8 @@ def test_ties_are_the_fastest_and_what_it_hardly_beats() -> None:
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="XLA:CPU's reports")
 def test_further_rounds_count_against_a_base_that_did_not_run_in_them() -> None:
-    # Equal programs, twice as fast as the base; one was unlucky in the rounds of both, and all further rounds are slow.
+    # Equal programs, twice as fast as the base; one was unlucky in the rounds of both, and all further rounds
+    # are slow.
     def row(*seconds: float) -> dict[str, Any]:
         return {"seconds": list(seconds), "program": None}
 
@@ -139,23 +141,6 @@ def test_further_rounds_count_against_a_base_that_did_not_run_in_them() -> None:
         assert reading.over(record, one, base) == pytest.approx(0.55)
     assert reading.over(record, base, base) == 1.0
     assert reading.relative(unlucky, base) == pytest.approx(0.605)
-
-
-def test_schedules_are_arranged_to_fit() -> None:
-    """As `mw.fit` would: the same step with detours, if it fits with any, and no way that is no schedule of ours."""
-    config = zoo.Config(model="mlp", depth=4, width=16, batch=256, resolution=8)
-    problem = alternatives.Problem(*zoo.build(config), repeats=1)
-    bench = alternatives.Bench(problem, try_settings=False)
-    schedule = mw.frontier(with_round_times(problem.profile)).at(1 << 40)
-    plain = bench.compile(alternatives.applied(problem, schedule))
-    total = problem.fixed_bytes + plain.temporary_bytes
-    arranged = bench._arranged(plain.way, total + (1 << 15))
-    assert arranged is not None
-    assert isinstance(arranged.way.key[1], Detours)
-    assert arranged.temporary_bytes <= plain.temporary_bytes + (1 << 15)
-    assert all(map(jnp.array_equal, *map(jax.tree.leaves, (arranged.run(), plain.run()))))
-    assert bench._arranged(plain.way, problem.fixed_bytes + plain.temporary_bytes // 4) is None
-    assert bench._arranged(alternatives.backprop(problem, None), total) is None
 
 
 def test_what_does_not_apply_says_why() -> None:
@@ -233,8 +218,13 @@ class Threads(cf.ThreadPoolExecutor):
 def test_sweep_on_a_dask_cluster(tmp_path: Path) -> None:
     distributed = pytest.importorskip("distributed")
     with distributed.LocalCluster(
-        n_workers=1, threads_per_worker=1, processes=False, protocol="tcp://", host="127.0.0.1", dashboard_address=None
-    ) as cluster:  # fmt: skip
+        n_workers=1,
+        threads_per_worker=1,
+        processes=False,
+        protocol="tcp://",
+        host="127.0.0.1",
+        dashboard_address=None,
+    ) as cluster:
         address = cluster.scheduler_address.removeprefix("tcp://")
         path = tmp_path / "records.jsonl"
         found = sweep.run(points_in(tmp_path), square, path, executor=f"dask://{address}")
@@ -252,7 +242,8 @@ def test_options_of_the_command_line() -> None:
 
 
 def test_fragments_of_one_convolution() -> None:
-    """Smaller fragments for larger blocks, down to the halo; stable where the first tap dominates, and not for ordinary weights."""
+    """Smaller fragments for larger blocks, down to the halo; stable where the first tap dominates, and not
+    for ordinary weights."""
     sizes = {"channels": 4, "samples": 512, "rounds": 3, "seed": 0}
     rows = {
         weights: {
@@ -270,7 +261,8 @@ def test_fragments_of_one_convolution() -> None:
 
 
 def test_precision_of_one_network() -> None:
-    """What was predicted, what the step reported and the truth, for pure Moonwalk and a plan; with steps, over training."""
+    """What was predicted, what the step reported and the truth, for pure Moonwalk and a plan; with steps,
+    over training."""
     sizes = {"kind": "slope_0.8", "width": 16, "batch": 64, "repeats": 1, "seed": 0, "tolerances": [1e-4]}
     rows = {row["name"]: row for row in precision.measure({"depth": 4, "steps": 0, **sizes})["rows"]}
     assert set(rows) == {"pure moonwalk", "max_error 1e-04", "backpropagation"}
@@ -286,9 +278,17 @@ def test_precision_of_one_network() -> None:
 def test_training_in_small(tmp_path: Path) -> None:
     """A few steps of one network: the records, the summary and the figure."""
     config = training.Config(
-        models=("mlp",), depths=(4,), widths=(32,), resolutions=(8,), batches=(256,), steps=4, checks=2, repeats=1, executor="serial",
+        models=("mlp",),
+        depths=(4,),
+        widths=(32,),
+        resolutions=(8,),
+        batches=(256,),
+        steps=4,
+        checks=2,
+        repeats=1,
+        executor="serial",
         out=tmp_path,
-    )  # fmt: skip
+    )
     training.main(config)
     (row,) = json.loads((tmp_path / "summary.json").read_text())["rows"]
     assert row["planned_bytes"] <= row["budget_bytes"] < row["backprop_bytes"]
@@ -298,7 +298,8 @@ def test_training_in_small(tmp_path: Path) -> None:
 
 
 def test_deep_in_small(tmp_path: Path) -> None:
-    """The experiment's figures at toy depths: a step within a fraction of backpropagation's temporaries, and its gradient."""
+    """The experiment's figures at toy depths: a step within a fraction of backpropagation's temporaries, and
+    its gradient."""
     sizes = {"compiled": 8, "depth": 64, "fraction": 0.5, "batch": 2, "size": 8, "channels": 4}
     figures = deep.main(deep.Config(**sizes, turns=1, repeats=1, executor="serial", out=tmp_path))  # type: ignore[arg-type]
     assert figures["measured_bytes"] <= figures["room_bytes"] < 0.51 * figures["backpropagation_bytes"]

@@ -14,9 +14,10 @@ import pytest
 
 import mwplan as mw
 from experiments import growth as study
-from mwplan import growth, residuals, rules
 from mwplan import layers as ml
-from mwplan.schedule import Run, RunKind, Strategy
+from mwplan.network import residuals, rules
+from mwplan.plans.schedule import Run, RunKind, Strategy
+from mwplan.profiling import growth
 
 K = jax.random.key
 STRUCT = jax.ShapeDtypeStruct
@@ -126,7 +127,8 @@ def relu_branch(key: Any) -> Any:
     return ml.Sequential((ml.RMSNorm.init(None, 32), ml.ReLU(), first))
 
 
-# Blocks, repeats, the shape of the input, and how far above the measured error the predicted one may be: far where kinks are rarely met.
+# Blocks, repeats, the shape of the input, and how far above the measured error the predicted one may be: far
+# where kinks are rarely met.
 INVERTED = {
     "leaky": (lambda k: [ml.Dense.init(k, 32, 32), ml.LeakyReLU(0.8)], 16, (8192, 32), 5),
     "smooth": (lambda k: [ml.Dense.init(k, 64, 64), ml.Smooth("gelu", 0.5)], 8, (64, 64), 3),
@@ -141,7 +143,8 @@ INVERTED = {
 
 @pytest.mark.parametrize("name", INVERTED)
 def test_inverse_prediction(name: str) -> None:
-    """The predicted error of an INVERT run covers its gradients and the cotangent that leaves it, for white and for coherent cotangents."""
+    """The predicted error of an INVERT run covers its gradients and the cotangent that leaves it, for white
+    and for coherent cotangents."""
     block, repeats, shape, most = INVERTED[name]
     layers = [one for i in range(repeats) for one in block(K(100 + i))]
     x = jax.random.normal(K(1), shape)
@@ -157,7 +160,8 @@ def test_inverse_prediction(name: str) -> None:
 
 
 def reversible(zeros: bool, activation: Any) -> mw.Chain:
-    """A small RevNet; with `zeros`, half the channels of its stem begin as zeros, where norms are steep and ReLUs sit at their kink."""
+    """A small RevNet; with `zeros`, half the channels of its stem begin as zeros, where norms are steep and
+    ReLUs sit at their kink."""
     keys = iter(jax.random.split(K(0), 32))
 
     def branch() -> Any:
@@ -185,7 +189,8 @@ def distance(got: Any, want: Any) -> float:
 
 @pytest.mark.parametrize("kind", ["zeros", "relu", "smooth"])
 def test_inverted_gradients(kind: str) -> None:
-    """A RevNet is inverted where its gradients allow it. Where they do not, the prediction, the planner and the run-time report all say so."""
+    """A RevNet is inverted where its gradients allow it. Where they do not, the prediction, the planner and
+    the run-time report all say so."""
     chain = reversible(kind == "zeros", ml.Smooth("gelu") if kind == "smooth" else ml.ReLU())
     x = jax.random.uniform(K(1), (256, 8))
     labels = jax.random.normal(K(2), (256, 4))
@@ -219,7 +224,8 @@ def test_inverted_gradients(kind: str) -> None:
 
 @pytest.mark.slow
 def test_no_mask_flips() -> None:
-    """A RevNet of 16 blocks of ReLUs and convolutions: some masks flip where they are rebuilt, none where they are kept for 1/32 of an activation a block."""
+    """A RevNet of 16 blocks of ReLUs and convolutions: some masks flip where they are rebuilt, none where
+    they are kept for 1/32 of an activation a block."""
 
     def branch(key: Any) -> Any:
         one = ml.Conv2D.he(key, 32, 32)
@@ -248,7 +254,8 @@ def test_no_mask_flips() -> None:
 
 
 def test_kinks() -> None:
-    """ReLUs have a kink, their sensitivity apart from it is small; those that sit at it, as large as can be. Smooth layers have none, nor do kept masks."""
+    """ReLUs have a kink, their sensitivity apart from it is small; those that sit at it, as large as can be.
+    Smooth layers have none, nor do kept masks."""
     x = jax.random.normal(K(2), (512, 64))
 
     def errors(one: Any, x: Any, which: int = 0) -> growth.InverseErrors:
@@ -268,7 +275,8 @@ def test_kinks() -> None:
 
 
 def test_linear_layers_carry_no_error_on() -> None:
-    """What a linear layer makes of a cotangent does not depend on its input; its gradient does, proportionally."""
+    """What a linear layer makes of a cotangent does not depend on its input; its gradient does,
+    proportionally."""
     one = ml.Dense.init(K(0), 64, 64)
     x = jax.random.normal(K(1), (256, 64))
     got = growth.measure_inverse(one, rules.invert_rules(one, x)[0], x, K(2))
@@ -338,7 +346,8 @@ def test_refinement() -> None:
 
 
 def test_stale_basis() -> None:
-    """A basis of other weights is still exact; it costs growth. Scaling it, as weight decay does, changes nothing."""
+    """A basis of other weights is still exact; it costs growth. Scaling it, as weight decay does, changes
+    nothing."""
     one = ml.Dense.he(K(0), 128, 128)
     x = jax.random.normal(K(1), (64, 128))
     stale = ml.Dense(one.weight, one.bias, ml.Dense.he(K(5), 128, 128).basis)
@@ -394,7 +403,8 @@ def test_the_study_of_the_library_is_of_the_whole_library() -> None:
         for c in subclasses(rules.VijpRule) | subclasses(rules.InvertRule)
         if "mwplan.layers" in c.__module__
     }
-    # The first is abstract, the next two keep the whole cotangent, the last cuts zeros off: none makes an error.
+    # The first is abstract, the next two keep the whole cotangent, the last cuts zeros off: none makes an
+    # error.
     exact = {"LinearRule", "WholeOf", "ReLUMask", "PadCut"}
     assert {c.__name__ for c in library - seen} <= exact
 

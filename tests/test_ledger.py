@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import mwplan as mw
-from mwplan.ledger import strategies
-from mwplan.profiles import InvertOption, LayerProfile, MoonwalkOption, StoreOption
-from mwplan.schedule import Run, RunKind
+from mwplan.plans.ledger import strategies
+from mwplan.plans.profiles import InvertOption, LayerProfile, MoonwalkOption, StoreOption
+from mwplan.plans.schedule import Run, RunKind
 
 A = 100  # bytes of an activation and of a cotangent
 
@@ -28,15 +28,26 @@ def chain(size: int) -> mw.Profile:
         name="layer",
         forward_ns=10,
         store=(
-            StoreOption(name="vjp", residual_bytes=0, keeps_input=True, keeps_output=False, forward_ns=10, backward_ns=20),
+            StoreOption(
+                name="vjp",
+                residual_bytes=0,
+                keeps_input=True,
+                keeps_output=False,
+                forward_ns=10,
+                backward_ns=20,
+            ),
         ),
         moonwalk=(
-            MoonwalkOption(name="exact", fragment_bytes=0, rebuild_ns=15, local_error=1e-7, growth=2.0, **fast),
-            MoonwalkOption(name="part", fragment_bytes=30, rebuild_ns=15, local_error=1e-7, growth=1.0, **fast),
+            MoonwalkOption(
+                name="exact", fragment_bytes=0, rebuild_ns=15, local_error=1e-7, growth=2.0, **fast
+            ),
+            MoonwalkOption(
+                name="part", fragment_bytes=30, rebuild_ns=15, local_error=1e-7, growth=1.0, **fast
+            ),
             MoonwalkOption(name="whole", fragment_bytes=A, fragment_is_cotangent=True, rebuild_ns=10, **fast),
         ),
         invert=(InvertOption(name="inverse", forward_ns=10, backward_ns=30, local_error=1e-6, growth=1.0),),
-    )  # fmt: skip
+    )
     sizes = (A,) * (size + 1)
     return mw.Profile(
         layers=(layer,) * size, activation_bytes=sizes, cotangent_bytes=sizes, sweep_cotangent_bytes=sizes
@@ -66,7 +77,8 @@ def invert(start: int, stop: int) -> Run:
         ([store(i) for i in range(4)], 5 * A, 4 * 30, "turn"),
         # one run from the input: x_{l-1}, ct_0, ct_{l-1}, ct_l in the vijp, then x_l in place of ct_{l-1}
         ([walk(0, 4)], 4 * A, 4 * 35 + 3 * 10, "rebuild"),
-        # the first run's residuals (2); x_2, x_3, ct_2, ct_3 as the second run advances, and as much in its next vijp
+        # the first run's residuals (2); x_2, x_3, ct_2, ct_3 as the second run advances, and as much in its
+        # next vijp
         ([walk(0, 2), walk(2, 4)], 4 * A + 2, 4 * 35 + 2 * 10, "advance"),
         # x_1 held; x_2, x_3, ct_2, ct_3 and the fragment of layer 4 (30)
         ([store(0), store(1), walk(2, 4, "part", "part")], 5 * A + 30, 2 * 30 + 2 * 35 + 10, "advance"),
@@ -100,7 +112,8 @@ def test_errors_add_in_squares_and_restart() -> None:
 
 
 def test_what_an_inverse_does_to_gradients_is_its_error() -> None:
-    """Activations off by 1, sqrt 2, sqrt 3 (times 1e-6) change cotangents by 10 times that, which add up and leave the run."""
+    """Activations off by 1, sqrt 2, sqrt 3 (times 1e-6) change cotangents by 10 times that, which add up and
+    leave the run."""
 
     def sensitive(size: int, **change: float) -> mw.Profile:
         made = chain(size)

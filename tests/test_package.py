@@ -15,11 +15,12 @@ ROOT = Path(__file__).parent.parent
 
 def test_all_lists_the_public_names() -> None:
     public = {n for n, v in vars(mw).items() if not n.startswith("_") and not isinstance(v, types.ModuleType)}
-    assert sorted(public | {"adapters", "layers"}) == mw.__all__
+    assert sorted(public | {"adapters", "layers", "targets"}) == mw.__all__
 
 
 def test_import_loads_neither_solvers_nor_plots() -> None:
-    code = "import mwplan, sys; print([m for m in ('ortools', 'pandas', 'matplotlib', 'optax', 'flax', 'equinox') if m in sys.modules])"
+    heavy = ("ortools", "pandas", "matplotlib", "optax", "flax", "equinox")
+    code = f"import mwplan, sys; print([m for m in {heavy} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert out.stdout.strip() == "[]"
 
@@ -31,7 +32,7 @@ def test_solvers_do_not_load_jax() -> None:
 import sys, types, pathlib
 package = types.ModuleType("mwplan"); package.__path__ = [str(pathlib.Path("mwplan").absolute())]
 sys.modules["mwplan"] = package
-import mwplan.solvers.frontier, mwplan.solvers.integer_program, mwplan.ledger
+import mwplan.solvers.frontier, mwplan.solvers.integer_program, mwplan.plans.ledger
 print({loaded})
 """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)

@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mwplan as mw
-from mwplan import planning, trees
-from mwplan.compiling import workspace
-from mwplan.ledger import buffers
-from mwplan.packing import ALIGNMENT, Buffer, Packing, Workspace, pack
+from mwplan.common import trees
+from mwplan.compilers.compiling import workspace
+from mwplan.plans.ledger import buffers
+from mwplan.plans.packing import ALIGNMENT, Buffer, Packing, Workspace, pack
 from tests.chains import random_profile
 
 
@@ -26,7 +26,12 @@ def alive_at_once(some: Sequence[Buffer]) -> int:
     return max((sum(b.size_bytes for b in some if b.start <= a.start <= b.stop) for a in some), default=0)
 
 
-LIVES = st.builds(lambda size, start, life: Buffer(size, start, start + life), st.integers(1, 300), st.integers(0, 20), st.integers(0, 20))  # fmt: skip
+LIVES = st.builds(
+    lambda size, start, life: Buffer(size, start, start + life),
+    st.integers(1, 300),
+    st.integers(0, 20),
+    st.integers(0, 20),
+)
 
 
 @given(st.lists(LIVES, max_size=25))
@@ -40,7 +45,8 @@ def test_no_two_buffers_meet(some: list[Buffer]) -> None:
 
 
 def test_a_hole() -> None:
-    """A row of four, never more than two at once: the longest-lived and the first lie at 0, so the last but one meets it, and the one between both."""
+    """A row of four, never more than two at once: the longest-lived and the first lie at 0, so the last but
+    one meets it, and the one between both."""
     some = [Buffer(64, 5, 7), Buffer(64, 2, 4), Buffer(64, 7, 10), Buffer(64, 4, 6)]
     assert alive_at_once(some) == 128
     assert pack(some) == Packing(192, (64, 0, 0, 128))
@@ -114,13 +120,16 @@ def test_what_a_compiled_program_tells_of_its_workspace() -> None:
 
 
 def test_plans_keep_the_budget_with_the_holes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the allocator is foreseen to take half as much again, the plan is the one for two thirds of the room; where nothing helps, it stays."""
+    """Where the allocator is foreseen to take half as much again, the plan is the one for two thirds of the
+    room; where nothing helps, it stays."""
     profile = random_profile(random.Random(4), 5)
     profile = dataclasses.replace(
         profile, workspaces=(Workspace(total_bytes=1, buffers=(Buffer(1, 0, 0),)),), fixed_bytes=0
     )
     plain = mw.frontier(dataclasses.replace(profile, workspaces=()))
-    monkeypatch.setattr(planning, "pack", lambda some: Packing(alive_at_once(some) * 3 // 2, ()))
+    monkeypatch.setattr(
+        "mwplan.planning.budgets.pack", lambda some: Packing(alive_at_once(some) * 3 // 2, ())
+    )
     holed = mw.frontier(profile)
     budget = plain.points[-1][0]
     for got in (holed.at(budget), mw.plan(profile, budget)):

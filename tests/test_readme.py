@@ -12,7 +12,8 @@ README = Path(__file__).parent.parent / "README.md"
 
 @pytest.mark.slow
 def test_the_code_runs_and_prints_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
-    """In one namespace, as a reader would. Every line printed begins as one in README does; the figures differ from machine to machine."""
+    """In one namespace, as a reader would. Every line printed begins as one in README does; the figures
+    differ from machine to machine."""
     blocks = re.findall(r"^```(\w*)\n(.*?)^```$", README.read_text(), re.DOTALL | re.MULTILINE)
     namespace: dict[str, object] = {"__name__": "readme"}
     ran = 0

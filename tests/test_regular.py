@@ -10,12 +10,22 @@ import pytest
 
 from experiments.solver_scaling import deep, identical
 from mwplan import planning
-from mwplan.ledger import replay
-from mwplan.profiles import Profile
-from mwplan.schedule import Run, RunKind, Schedule, Solution, Status, Strategy, check_cover, nesting, walk
+from mwplan.plans.ledger import replay
+from mwplan.plans.profiles import Profile
+from mwplan.plans.schedule import (
+    Run,
+    RunKind,
+    Schedule,
+    Solution,
+    Status,
+    Strategy,
+    check_cover,
+    nesting,
+    walk,
+)
+from mwplan.plans.tape import LOOPS, loops, written_out
 from mwplan.solvers import baselines
 from mwplan.solvers.regular import affordable, simplify
-from mwplan.tape import LOOPS, loops, written_out
 
 CHAINS = {
     "recomputation alone": functools.partial(identical, 400, submersive=False),
@@ -44,7 +54,7 @@ def test_fewer_loops_in_the_same_bytes_and_nearly_the_time(name: str) -> None:
         assert (found.peak_bytes, found.time_ns) == (simple.peak_bytes, simple.time_ns)
         assert simple.total_bytes <= total
         assert simple.error <= 1e-4
-        assert simple.time_ns <= (1 + affordable(plain.runs, planning.REGULAR)) * time
+        assert simple.time_ns <= (1 + affordable(plain.runs, planning.TUNING.regular_loss)) * time
         assert loops(plain.runs) > 50 or simple.time_ns <= 1.01 * time
         assert loops(simple.runs) <= loops(plain.runs)
 
@@ -85,18 +95,26 @@ def test_what_is_not_recomputed_stays_so() -> None:
 def test_runs_that_reach_into_a_stretch_from_other_layers() -> None:
     """Only the options that such a run has within the stretch are those of the layer that repeats there."""
     profile = identical(200, submersive=True)
-    odd = dataclasses.replace(profile.layers[0], moonwalk=tuple(dataclasses.replace(o, name=f"odd {o.name}") for o in profile.layers[0].moonwalk))  # fmt: skip
+    odd = dataclasses.replace(
+        profile.layers[0],
+        moonwalk=tuple(dataclasses.replace(o, name=f"odd {o.name}") for o in profile.layers[0].moonwalk),
+    )
     profile = dataclasses.replace(profile, layers=(odd, odd, *profile.layers[2:]))
     option = profile.layers[2].moonwalk[0].name
     walked = Run(
         kind=RunKind.MOONWALK, start=0, stop=100, options=(f"odd {option}", f"odd {option}", *[option] * 98)
     )
-    stored = [Run(kind=RunKind.STORE, start=i, stop=i + 1, options=(profile.layers[i].store[0].name,)) for i in range(100, 200)]  # fmt: skip
+    stored = [
+        Run(kind=RunKind.STORE, start=i, stop=i + 1, options=(profile.layers[i].store[0].name,))
+        for i in range(100, 200)
+    ]
     lengths = itertools.cycle((3, 5, 7, 4))
     parts, at = [], 100
     while at < 200:
         stop = min(200, at + next(lengths))
-        parts.append(Run(kind=RunKind.RECOMPUTE, start=at, stop=stop, inner=tuple(stored[at - 100 : stop - 100])))  # fmt: skip
+        parts.append(
+            Run(kind=RunKind.RECOMPUTE, start=at, stop=stop, inner=tuple(stored[at - 100 : stop - 100]))
+        )
         at = stop
     runs = (walked, *parts)
     before = replay(profile, runs)
@@ -115,7 +133,8 @@ def test_proved_plans_stay_as_they_are() -> None:
 
 
 def test_recomputation_nested_deeper_than_python_calls() -> None:
-    """The leanest schedule of a deep chain holds a RECOMPUTE run inside another at every layer: it is replayed, saved and read all the same."""
+    """The leanest schedule of a deep chain holds a RECOMPUTE run inside another at every layer: it is
+    replayed, saved and read all the same."""
     depth = 700
     profile = identical(depth, submersive=False)
     option = profile.layers[0].store[0].name

@@ -1,4 +1,5 @@
-"""Planned steps on a mesh: eight virtual CPU devices, in a program of their own (tests/sharded.py says why)."""
+"""Planned steps on a mesh: eight virtual CPU devices, in a program of their own (tests/sharded.py says
+why)."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ def figures() -> dict[str, float]:
 
 
 def test_gradients_on_meshes_are_those_of_one_device(figures: dict[str, float]) -> None:
-    """Data-parallel and parameter-sharded by `NamedSharding`, and `jax.shard_map`; every kind of run, stacked chains too."""
+    """Data-parallel and parameter-sharded by `NamedSharding`, and `jax.shard_map`; every kind of run, stacked
+    chains too."""
     assert figures["devices"] == 8
     checks = {name: error for name, error in figures.items() if ": " in name and "memory" not in name}
     checks = {name: error for name, error in checks.items() if "profile" not in name}

@@ -1,4 +1,5 @@
-"""Two trainings at once: equal while the plan is safe, planned again once its report says that it no longer is."""
+"""Two trainings at once: equal while the plan is safe, planned again once its report says that it no longer
+is."""
 
 from __future__ import annotations
 
@@ -12,10 +13,12 @@ import optax
 import pytest
 
 import mwplan as mw
-from mwplan import measure, planning, side_by_side
-from mwplan.errors import InfeasibleError
+from mwplan import planning
+from mwplan.app import side_by_side
+from mwplan.common.errors import InfeasibleError
 from mwplan.layers import Dense, LeakyReLU
-from mwplan.schedule import Strategy
+from mwplan.plans.schedule import Strategy
+from mwplan.profiling import measure
 
 MAX_ERROR = 1e-6
 
@@ -35,10 +38,18 @@ def task(rate: float, allowed: frozenset[Strategy], steps: int = 12) -> side_by_
         return 5 * least
 
     return side_by_side.Task(
-        chain=mw.Chain(layers), loss=lambda y, target: jnp.mean((y - target) ** 2), batch=side_by_side.shuffled(x, y, 128, 0),
-        steps=steps, optimizer=optax.adam(rate), budget=budget, max_error=MAX_ERROR, allowed=allowed, checks=(0, steps), patience=4,
+        chain=mw.Chain(layers),
+        loss=lambda y, target: jnp.mean((y - target) ** 2),
+        batch=side_by_side.shuffled(x, y, 128, 0),
+        steps=steps,
+        optimizer=optax.adam(rate),
+        budget=budget,
+        max_error=MAX_ERROR,
+        allowed=allowed,
+        checks=(0, steps),
+        patience=4,
         repeats=1,
-    )  # fmt: skip
+    )
 
 
 def test_a_plan_that_is_no_longer_safe_is_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import pytest
 from jaxtyping import Array
 
-from mwplan import sketch
-from mwplan.compiling import temporaries
+from mwplan.compilers.compiling import temporaries
+from mwplan.network import sketch
 
 IMAGES = [(64, 32, 32, 16), (21, 30, 30, 16)]
 CASES = [
@@ -26,7 +26,8 @@ CASES = [
 
 @pytest.mark.parametrize(("shape", "where"), CASES)
 def test_the_distance_is_right_within_a_factor_of_two(shape: tuple[int, ...], where: str) -> None:
-    """Of large arrays few rows are read: a difference in an example, an edge or a channel is seen all the same."""
+    """Of large arrays few rows are read: a difference in an example, an edge or a channel is seen all the
+    same."""
     keys = jax.random.split(jax.random.key(len(shape)), 2)
     truth, noise = (jax.random.normal(key, shape) for key in keys)
     if where == "one example":

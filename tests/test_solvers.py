@@ -1,4 +1,5 @@
-"""The frontier and the integer program against exhaustive search and the ledger, on chains small enough to enumerate."""
+"""The frontier and the integer program against exhaustive search and the ledger, on chains small enough to
+enumerate."""
 
 from __future__ import annotations
 
@@ -17,10 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mwplan.solvers
-from mwplan.errors import ArgumentError
-from mwplan.ledger import replay, strategies
-from mwplan.profiles import InvertOption, LayerProfile, Profile, StoreOption
-from mwplan.schedule import Run, RunKind, Status, Strategy
+from mwplan.common.errors import ArgumentError
+from mwplan.plans.ledger import replay, strategies
+from mwplan.plans.profiles import InvertOption, LayerProfile, Profile, StoreOption
+from mwplan.plans.schedule import Run, RunKind, Status, Strategy
 from mwplan.solvers.brute_force import every_cost, every_plan
 from mwplan.solvers.frontier import Frontier, Tables, solve_frontier
 from mwplan.solvers.integer_program import solve, solve_least_bytes
@@ -114,7 +115,8 @@ def test_max_error_bounds_every_run(max_error: float) -> None:
 
 
 def test_invert_runs_share_the_error() -> None:
-    """Four layers whose inverses each put 4e-5 into the cotangent: 8e-5 together, in one run or in several, fits whole or not at all."""
+    """Four layers whose inverses each put 4e-5 into the cotangent: 8e-5 together, in one run or in several,
+    fits whole or not at all."""
     inverse = InvertOption(name="i", forward_ns=1, backward_ns=1, sensitivity=4.0, local_error=1e-5)
     store = StoreOption(
         name="s", residual_bytes=0, keeps_input=True, keeps_output=False, forward_ns=1, backward_ns=1
@@ -237,7 +239,8 @@ def test_long_chains_have_their_fastest_schedule() -> None:
 def test_bound_of_long_chains_is_below_every_exact_frontier(
     monkeypatch: pytest.MonkeyPatch, piece: int
 ) -> None:
-    """What bounds chains too long for exact tables, on chains that are not: all cut somewhere, or none of it, within the least need too."""
+    """What bounds chains too long for exact tables, on chains that are not: all cut somewhere, or none of it,
+    within the least need too."""
     monkeypatch.setattr("mwplan.solvers.relaxed._PIECE", piece)
     above = 0
     for seed in range(40):
@@ -579,19 +582,32 @@ def test_the_order_is_lexicographic(highs: tuple[int, ...]) -> None:
 
 
 def test_thinned_invert_runs_lose_little_and_are_few() -> None:
-    """Of layers with two inverses, one of which keeps more and errs less, many choices take about the same time."""
+    """Of layers with two inverses, one of which keeps more and errs less, many choices take about the same
+    time."""
     size, activation, rng = 20, 1 << 20, random.Random(0)
     layers = []
     for _ in range(size):
         more = 1 + 0.1 * rng.random()
         ns = int(10**6 * more)
         store = StoreOption(
-            name="all", residual_bytes=3 * activation, keeps_input=False, keeps_output=False, forward_ns=ns, backward_ns=2 * ns
-        )  # fmt: skip
+            name="all",
+            residual_bytes=3 * activation,
+            keeps_input=False,
+            keeps_output=False,
+            forward_ns=ns,
+            backward_ns=2 * ns,
+        )
         lean = InvertOption(
-            name="lean", residual_bytes=0, forward_ns=ns, backward_ns=3 * ns, local_error=6e-8 * more, growth=1.02 * more**0.2,
-            sensitivity=2 * more, gradient_sensitivity=more, kink=1e-6 * more,
-        )  # fmt: skip
+            name="lean",
+            residual_bytes=0,
+            forward_ns=ns,
+            backward_ns=3 * ns,
+            local_error=6e-8 * more,
+            growth=1.02 * more**0.2,
+            sensitivity=2 * more,
+            gradient_sensitivity=more,
+            kink=1e-6 * more,
+        )
         bits = dataclasses.replace(
             lean,
             name="bits",
@@ -647,7 +663,8 @@ def test_a_chain_of_one_layer() -> None:
 
 
 def test_solvers_load_no_ortools_and_import_no_jax() -> None:
-    code = "import sys, mwplan.solvers.frontier, mwplan.solvers.integer_program; assert 'ortools' not in sys.modules"
+    modules = "mwplan.solvers.frontier, mwplan.solvers.integer_program"
+    code = f"import sys, {modules}; assert 'ortools' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
     for path in Path(mwplan.solvers.__file__).parent.glob("*.py"):
         assert not re.search(r"^\s*(import|from) jax", path.read_text(), re.MULTILINE), path

@@ -1,4 +1,5 @@
-"""Baselines: published step counts, rotor's recurrence as a second opinion, heuristics never above the optimum's bound."""
+"""Baselines: published step counts, rotor's recurrence as a second opinion, heuristics never above the
+optimum's bound."""
 
 from __future__ import annotations
 
@@ -11,10 +12,10 @@ import pytest
 
 from experiments.solver_scaling import deep
 from mwplan import planning
-from mwplan.errors import ArgumentError, InfeasibleError
-from mwplan.ledger import replay
-from mwplan.profiles import LayerProfile, Profile, StoreOption
-from mwplan.schedule import Run, Status, Strategy
+from mwplan.common.errors import ArgumentError, InfeasibleError
+from mwplan.plans.ledger import replay
+from mwplan.plans.profiles import LayerProfile, Profile, StoreOption
+from mwplan.plans.schedule import Run, Status, Strategy
 from mwplan.solvers import baselines
 from mwplan.solvers.frontier import JoinedTables, Tables, solve_frontier
 from mwplan.solvers.rotor import rotor
@@ -28,7 +29,8 @@ RECOMPUTATION = frozenset({Strategy.STORE, Strategy.RECOMPUTE})
 
 
 def unit_chain(n: int) -> Profile:
-    """Steps of cost 1, activations of 1 byte, cotangents free: the time of a schedule is its number of forward steps."""
+    """Steps of cost 1, activations of 1 byte, cotangents free: the time of a schedule is its number of
+    forward steps."""
     option = StoreOption(
         name="x", residual_bytes=0, keeps_input=True, keeps_output=False, forward_ns=1, backward_ns=0
     )
@@ -204,7 +206,8 @@ def test_lengths_with_tables_leave_lengths_with_tables(size: int) -> None:
     assert found[-1] == size
     assert len(found) <= 64 + 32 * max(0, size.bit_length() - 6) + 14
     known = {0, *found}
-    # From each of them a stretch of a power of two of layers leads to another: what is kept layer by layer can be kept in these steps.
+    # From each of them a stretch of a power of two of layers leads to another: what is kept layer by layer
+    # can be kept in these steps.
     assert all(any(n - (1 << k) in known for k in range(14)) for n in found)
 
 
@@ -296,7 +299,7 @@ def test_deep_networks_are_planned_in_seconds() -> None:
     assert frontier.at(frontier.points[0][0] - 1).status is Status.UNKNOWN
     plan = planning.plan(profile, budget + profile.fixed_bytes)
     assert (plan.time_ns, plan.status) == (solution.time_ns, Status.FEASIBLE)
-    with pytest.raises(InfeasibleError, match="leaner one may exist"):
+    with pytest.raises(InfeasibleError, match="smaller one may exist"):
         planning.plan(profile, frontier.points[0][0] - 1, frontier=planning.frontier(profile, thin=0.02))
 
 

@@ -8,16 +8,17 @@ from typing import Any
 
 import pytest
 
-from mwplan.errors import ArgumentError
-from mwplan.profiles import Profile
-from mwplan.schedule import Status
+from mwplan.common.errors import ArgumentError
+from mwplan.plans.profiles import Profile
+from mwplan.plans.schedule import Status
 from mwplan.solvers.frontier import solve_frontier
 from mwplan.solvers.unrestricted import solve_unrestricted, steps_of
 from tests.chains import random_profile
 
 
 def plain(profile: Profile) -> Profile:
-    """`profile` in the prices the operations know: no savings, no errors, whole fragments copied, one size a boundary."""
+    """`profile` in the prices the operations know: no savings, no errors, whole fragments copied, one size a
+    boundary."""
 
     def option(o: Any) -> Any:
         zero = {f.name: 0 for f in dataclasses.fields(o) if f.name.endswith("saving_bytes")}

@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mwplan as mw
-from mwplan import rules
-from mwplan.chain import fingerprint, repeats
 from mwplan.layers import Dense, LayerNorm, LeakyReLU, MaxMin
-from mwplan.schedule import Run, RunKind, Schedule, shifted
+from mwplan.network import rules
+from mwplan.network.chain import boundaries, fingerprint, layer_name, repeats
+from mwplan.plans.schedule import Run, RunKind, Schedule, shifted, walk
 from tests.helpers import mean_square, random_runs, relative_error, segments, store_all
 
 DEPTH = 6
@@ -87,7 +87,7 @@ def test_schedules_that_repeat_have_the_gradient_of_backpropagation(seed: int) -
 
 
 def options(chain: mw.Chain, x: Any, find: Any) -> tuple[str, ...]:
-    structs = mw.chain.boundaries(chain, x)
+    structs = boundaries(chain, x)
     return tuple(
         next(r.name for r in find(one, s) if not isinstance(r, rules.Unavailable))
         for one, s in zip(chain, structs)
@@ -123,7 +123,7 @@ def test_long_runs(name: str) -> None:
     made = long_runs()
     chain, x = made["chain"]
     report = check(chain, x, made[name], 1e-4)
-    assert len(report.runs) == sum(run.kind is RunKind.MOONWALK for run in mw.schedule.walk(made[name]))
+    assert len(report.runs) == sum(run.kind is RunKind.MOONWALK for run in walk(made[name]))
     if len(report.runs):
         assert bool(jnp.all(report.discrepancy < 1e-4))
 
@@ -196,7 +196,7 @@ def profile_names(chain: mw.Chain) -> list[Any]:
     class tanh:
         pass
 
-    return [tanh() if mw.chain.layer_name(one) == "tanh" else one for one in chain]
+    return [tanh() if layer_name(one) == "tanh" else one for one in chain]
 
 
 def test_deep_stacks_are_profiled_by_a_few_repetitions() -> None:
@@ -245,23 +245,33 @@ def test_a_loop_within_loops_is_traced_once(levels: int) -> None:
 
     depth = 4 * 4**levels
     keys = jax.random.split(jax.random.key(0), depth)
-    chain, x = mw.Chain([mw.Stack.of((jax.vmap(lambda k: Dense.init(k, 4, 4))(keys), once), depth)]), jnp.ones((2, 4))  # fmt: skip
+    chain, x = (
+        mw.Chain([mw.Stack.of((jax.vmap(lambda k: Dense.init(k, 4, 4))(keys), once), depth)]),
+        jnp.ones((2, 4)),
+    )
 
     def nested(start: int, stop: int, level: int) -> tuple[Run, ...]:
         if level == 0:
-            return tuple(Run(kind=RunKind.STORE, start=i, stop=i + 1, options=("vjp",)) for i in range(start, stop))  # fmt: skip
+            return tuple(
+                Run(kind=RunKind.STORE, start=i, stop=i + 1, options=("vjp",)) for i in range(start, stop)
+            )
         size = (stop - start) // 4
         cuts = range(start, stop, size)
-        return tuple(Run(kind=RunKind.RECOMPUTE, start=s, stop=s + size, inner=nested(s, s + size, level - 1)) for s in cuts)  # fmt: skip
+        return tuple(
+            Run(kind=RunKind.RECOMPUTE, start=s, stop=s + size, inner=nested(s, s + size, level - 1))
+            for s in cuts
+        )
 
     step = mw.jit(mw.value_and_grad(mean_square, Schedule(runs=nested(0, 2 * depth, levels))))
     step.lower(chain, x)
-    # The shapes of the boundaries, once forward and once backward; each loop's body, and the backward one of the innermost.
+    # The shapes of the boundaries, once forward and once backward; each loop's body, and the backward one of
+    # the innermost.
     assert len(traced) <= 6 + 3 * (levels + 1)
 
 
 def test_a_loop_of_one_operation_needs_no_ties() -> None:
-    """What ties do between operations, a loop does between its turns; so the body's reads and writes can be fused with it."""
+    """What ties do between operations, a loop does between its turns; so the body's reads and writes can be
+    fused with it."""
     keys = jax.random.split(jax.random.key(0), 32)
     chain = mw.Chain([mw.Stack.of(jax.vmap(lambda k: Dense.init(k, 8, 8))(keys), 32)])
     step = mw.jit(mw.value_and_grad(mean_square, Schedule(runs=store_all(chain))))

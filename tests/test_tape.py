@@ -15,18 +15,21 @@ from hypothesis import strategies as st
 
 import mwplan as mw
 from mwplan import layers as L
-from mwplan import operations, rules, taped, trees
-from mwplan.compiling import temporaries
-from mwplan.schedule import Run, RunKind, Schedule, walk
-from mwplan.tape import loops, written_out
-from mwplan.tape import taped as tape_of
+from mwplan.common import trees
+from mwplan.compilers.compiling import temporaries
+from mwplan.execution import taped
+from mwplan.network import operations, rules
+from mwplan.plans.schedule import Run, RunKind, Schedule, walk
+from mwplan.plans.tape import loops, written_out
+from mwplan.plans.tape import taped as tape_of
 from tests.helpers import binomial, mean_square, relative_error
 
 
 @given(size=st.integers(2, 60), length=st.integers(1, 5), slots=st.integers(1, 6), keeps=st.booleans())
 @settings(max_examples=60, deadline=None)
 def test_binomial_schedules_have_a_tape(size: int, length: int, slots: int, keeps: bool) -> None:
-    """A tape does every layer forward as often as the schedule, and each backward once from the last on, in no more than is alive at the loss."""
+    """A tape does every layer forward as often as the schedule, and each backward once from the last on, in
+    no more than is alive at the loss."""
     length = min(length, size - 1)
     runs = binomial(size, length, slots, "vjp", start=7)
     tape = tape_of(runs, 10, 13, keeps_input=keeps)
@@ -96,7 +99,8 @@ def option(chain: mw.Chain, x: Any, *, keeps_input: bool) -> str:
 def test_gradients_equal_those_of_backpropagation(
     kind: str, keeps: bool, stem: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In float64, with respect to parameters and input, with options that share the input and those that do not; the norm under `vmap` too."""
+    """In float64, with respect to parameters and input, with options that share the input and those that do
+    not; the norm under `vmap` too."""
     used = []
     plain = taped.forward
     monkeypatch.setattr(taped, "forward", lambda *args: used.append(1) or plain(*args))
@@ -170,7 +174,8 @@ def test_compiled_to_the_same_code_whatever_the_depth(monkeypatch: pytest.Monkey
 
 
 def test_residuals_smaller_than_an_activation() -> None:
-    """With one RECOMPUTE run at a time nothing but they is kept: the stack still holds what loops that take no turn would write."""
+    """With one RECOMPUTE run at a time nothing but they is kept: the stack still holds what loops that take
+    no turn would write."""
     chain = mw.Chain([L.Dense.he(jax.random.key(0), 4, 4), mw.Stack.of(L.MaxMin(), 8)])
     x = jax.random.normal(jax.random.key(1), (8, 4))
     name = option(chain, x, keeps_input=False)

@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mwplan as mw
-from mwplan import rules
-from mwplan.chain import boundaries
 from mwplan.layers import Dense, MaxMin
-from mwplan.schedule import Run, RunKind, Schedule
+from mwplan.network import rules
+from mwplan.network.chain import boundaries
+from mwplan.plans.schedule import Run, RunKind, Schedule
 from tests.helpers import mean_square, mlp, random_runs, relative_error, segments, small_cnn, store_all
 from tests.test_stack import repeated, stacked, wide
 
@@ -123,10 +123,11 @@ def wide_network(kind: str, depth: int) -> tuple[mw.Chain, Any, Schedule]:
 @pytest.mark.parametrize("stacks", [False, True])
 @pytest.mark.parametrize("kind", ["stored", "recomputed", "walked"])
 def test_gradients_never_live_together(kind: str, stacks: bool) -> None:
-    """The compiled step needs about the gradients' bytes less than `value_and_grad` and the optimizer after it.
+    """The compiled step needs about the gradients' bytes less than `value_and_grad` and the optimizer after
+    it.
 
-    Of layers that are not stacked XLA:CPU sees to that by itself if both are one program; so there the gradient step alone is the measure,
-    as where gradients are summed or sent before the update.
+    Of layers that are not stacked XLA:CPU sees to that by itself if both are one program; so there the
+    gradient step alone is the measure, as where gradients are summed or sent before the update.
     """
     chain, x, schedule = wide_network(kind, 24 if stacks else 8)
     chain = mw.stack(chain, x) if stacks else chain
@@ -154,9 +155,10 @@ def test_gradients_never_live_together(kind: str, stacks: bool) -> None:
 def test_the_planner_knows() -> None:
     """A profile without gradients: its plan is for less, and the compiled step needs no more.
 
-    At the least budget (3.5 activations) XLA:CPU keeps one activation more in the recomputed layers, with `value_and_grad` as well, and
-    places the gradients of a quarter of an activation between the activations, so that one hole of that size is left. That is stated here
-    as it is: against what the same schedule without the updates needs, not against a wider share of so small a prediction.
+    At the least budget (3.5 activations) XLA:CPU keeps one activation more in the recomputed layers, with
+    `value_and_grad` as well, and places the gradients of a quarter of an activation between the activations,
+    so that one hole of that size is left. That is stated here as it is: against what the same schedule
+    without the updates needs, not against a wider share of so small a prediction.
     """
     chain, x = mlp(depth=12, width=256), jnp.ones((512, 256))
     optimizer = optax.adam(1e-3)

@@ -1,4 +1,5 @@
-"""The operator: it mirrors `jax.vjp`, refuses what it cannot do, and explains; on random shapes and weights."""
+"""The operator: it mirrors `jax.vjp`, refuses what it cannot do, and explains; on random shapes and
+weights."""
 
 from __future__ import annotations
 
@@ -14,10 +15,10 @@ from hypothesis import strategies as st
 
 import mwplan as mw
 from mwplan import layers as ml
-from mwplan import rules
-from mwplan.errors import ArgumentError, NotSubmersiveError
-from mwplan.operator import explain, fragment_of, vijp
-from mwplan.trees import parameters, with_parameters
+from mwplan.common.errors import ArgumentError, NotSubmersiveError
+from mwplan.common.trees import parameters, with_parameters
+from mwplan.network import rules
+from mwplan.network.operator import explain, fragment_of, vijp
 
 K = jax.random.key
 EXAMPLES = settings(max_examples=8, deadline=None, derandomize=True)
@@ -93,7 +94,8 @@ def test_conv2d(data: Any) -> None:
     inner = data.draw(st.integers(1, 3))
     outer = data.draw(st.integers(1, min(stride, kernel[0]) * min(stride, kernel[1]) * inner))
     padding = data.draw(st.sampled_from(["SAME", "VALID", 1, "CIRCULAR"]))
-    # XLA:CPU (jaxlib 0.10.2) aborts in compiling jax.vjp of a strided convolution with fewer outputs than taps along an axis.
+    # XLA:CPU (jaxlib 0.10.2) aborts in compiling jax.vjp of a strided convolution with fewer outputs than
+    # taps along an axis.
     size = [stride * (k + data.draw(st.integers(1, 4))) for k in kernel]
     seed = data.draw(st.integers(0, 99))
     layer = ml.Conv2D.init(K(seed), inner, outer, kernel, stride=stride, padding=padding)
@@ -269,7 +271,8 @@ def test_explain() -> None:
 
 
 def test_layers_that_hold_an_array_twice() -> None:
-    """Both branches of a coupling are one object: explained, and differentiated without `jit`, where JAX sees that they are."""
+    """Both branches of a coupling are one object: explained, and differentiated without `jit`, where JAX sees
+    that they are."""
     branch = ml.Sequential((ml.Dense.init(K(0), 4, 4), ml.MaxMin()))
     tied, x = ml.Coupling(branch, branch), noise(0, (3, 8))
     assert {w.strategy for w in explain(tied, x).ways if w.available} >= {

@@ -1,7 +1,8 @@
-"""Flax modules as layers: the parameters become leaves, the code structure. Needs the `flax` extra for `from_nnx`.
+"""Flax modules as layers: the parameters become leaves, the code structure. Needs the `flax` extra for
+`from_nnx`.
 
-Variables that are no parameters (the running averages of a BatchNorm) are leaves too, but held as integers of the same bits: they have no gradient, and no optimizer
-touches them.
+Variables that are no parameters (the running averages of a BatchNorm) are leaves too, but held as integers of
+the same bits: they have no gradient, and no optimizer touches them.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mwplan import trees
-from mwplan.errors import ArgumentError
-from mwplan.layers.base import layer, static
+from mwplan.common import trees
+from mwplan.common.errors import ArgumentError
+from mwplan.network.layer import layer, static
 
 PyTree = Any
 
@@ -24,24 +25,28 @@ class Fixed:
 
     bits: Any
     dtype: str = static()
+    weak: bool = static(default=False)
 
     @classmethod
     def of(cls, numbers: Any) -> Fixed:
         """From an array, or its shape; of complex numbers the parts on a last axis."""
         if isinstance(numbers, jax.ShapeDtypeStruct):
-            return jax.eval_shape(cls.of, numbers)
+            shaped: Fixed = jax.eval_shape(cls.of, numbers)
+            return shaped
         parts = jnp.stack([numbers.real, numbers.imag], -1) if jnp.iscomplexobj(numbers) else numbers
-        bits = jax.lax.bitcast_convert_type(parts, f"uint{8 * parts.dtype.itemsize}")
-        return cls(bits, jnp.dtype(numbers.dtype).name)
+        bits = jax.lax.bitcast_convert_type(parts, f"uint{trees.bits(parts.dtype)}")
+        return cls(bits, jnp.dtype(numbers.dtype).name, trees.is_weak(numbers))
 
     @property
     def value(self) -> Any:
         """The numbers."""
         if not self.dtype.startswith("complex"):
-            return jax.lax.bitcast_convert_type(self.bits, self.dtype)
-        half = f"float{int(self.dtype.removeprefix('complex')) // 2}"
-        parts = jax.lax.bitcast_convert_type(self.bits, half)
-        return jax.lax.complex(parts[..., 0], parts[..., 1])
+            numbers = jax.lax.bitcast_convert_type(self.bits, self.dtype)
+        else:
+            half = f"float{int(self.dtype.removeprefix('complex')) // 2}"
+            parts = jax.lax.bitcast_convert_type(self.bits, half)
+            numbers = jax.lax.complex(parts[..., 0], parts[..., 1])
+        return trees.weakened(numbers) if self.weak else numbers
 
 
 def _fix(tree: PyTree) -> PyTree:
@@ -49,7 +54,7 @@ def _fix(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: Fixed.of(leaf) if trees.is_inexact(leaf) else leaf, tree)
 
 
-def _loose(tree: PyTree) -> PyTree:
+def _restored(tree: PyTree) -> PyTree:
     """What `_fix` was given."""
     return jax.tree.map(
         lambda leaf: leaf.value if isinstance(leaf, Fixed) else leaf,
@@ -62,7 +67,8 @@ def _loose(tree: PyTree) -> PyTree:
 class Linen:
     """A Flax Linen module with its variables; `y = module.apply(variables, x, rngs=rngs, **options)`.
 
-    Variables that `apply` would change (batch statistics) are read, not updated; those of the collection "params" alone are parameters.
+    Variables that `apply` would change (batch statistics) are read, not updated; those of the collection
+    "params" alone are parameters.
     """
 
     params: PyTree
@@ -74,7 +80,8 @@ class Linen:
     @property
     def variables(self) -> dict[str, PyTree]:
         """All of them, as `module.init` returns them."""
-        return {"params": self.params} | _loose(self.others) if self.params else _loose(self.others)
+        others: dict[str, PyTree] = _restored(self.others)
+        return {"params": self.params} | others if self.params else others
 
     def __call__(self, x: PyTree) -> PyTree:
         """Applies the module."""
@@ -85,13 +92,16 @@ class Linen:
 def from_linen(module: Any, variables: PyTree, *, rngs: PyTree = None, **options: Any) -> Linen:
     """`module` (hashable, as Linen modules are) with `variables`, as from `module.init(key, x)`.
 
-    **Arguments:** `rngs`, random keys by name, as `module.apply` takes them: leaves of the layer, so that other keys (`dataclasses.replace(layer, rngs=...)`) need no new plan and no new
-    compilation; `options` go to every call and are part of the structure: True, False, numbers, texts. **Raises:** `ArgumentError` for an array among them.
+    **Arguments:** `rngs`, random keys by name, as `module.apply` takes them: leaves of the layer, so that
+    other keys (`dataclasses.replace(layer, rngs=...)`) need no new plan and no new compilation; `options` go
+    to every call and are part of the structure: True, False, numbers, texts. **Raises:** `ArgumentError` for
+    an array among them.
     """
     for name, value in options.items():
         if any(map(trees.is_array, jax.tree.leaves(value))):
             raise ArgumentError(
-                f"`{name}` holds arrays, and options are structure: keys go into `rngs`, other arrays into the activation"
+                f"`{name}` holds arrays, and options are structure: keys go into `rngs`, other arrays into "
+                "the activation"
             )
     others = {name: tree for name, tree in variables.items() if name != "params"}
     return Linen(variables.get("params", {}), _fix(others), rngs, module, tuple(sorted(options.items())))
@@ -99,7 +109,8 @@ def from_linen(module: Any, variables: PyTree, *, rngs: PyTree = None, **options
 
 @layer
 class NNX:
-    """A Flax NNX module taken apart; called, it is put together again, as a copy: what a call changes of its state goes with the copy.
+    """A Flax NNX module taken apart; called, it is put together again, as a copy: what a call changes of its
+    state goes with the copy.
 
     `params`: its state of `nnx.Param`; `others`: all other state, which is no parameter.
     """
@@ -112,7 +123,7 @@ class NNX:
         """A copy of the module, with the parameters as they are."""
         from flax import nnx
 
-        return nnx.merge(self.graph, _fresh(self.params), _loose(_fresh(self.others)))
+        return nnx.merge(self.graph, _fresh(self.params), _restored(_fresh(self.others)))
 
     def __call__(self, x: PyTree) -> PyTree:
         """Applies the module."""
@@ -122,8 +133,9 @@ class NNX:
 def from_nnx(module: Any) -> NNX:
     """`module` as a layer: its state are the leaves, and `module` stays as it is.
 
-    Changes that a call makes to the state (batch statistics, the counters of random streams) are dropped: two calls agree, and Dropout draws the same mask in
-    each. For another mask a step, make the layer again from a module with other `rngs`; its plan holds.
+    Changes that a call makes to the state (batch statistics, the counters of random streams) are dropped: two
+    calls agree, and Dropout draws the same mask in each. For another mask a step, make the layer again from a
+    module with other `rngs`; its plan holds.
     """
     from flax import nnx
 
@@ -132,5 +144,6 @@ def from_nnx(module: Any) -> NNX:
 
 
 def _fresh(state: PyTree) -> PyTree:
-    """The same arrays in variables of its own: a module that is put together of variables writes into them."""
+    """The same arrays in variables of its own: a module that is put together of variables writes into
+    them."""
     return jax.tree.map(lambda leaf: leaf, state)

@@ -9,12 +9,12 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from mwplan.errors import ArgumentError
+from mwplan.common.errors import ArgumentError
+from mwplan.common.trees import widen
 from mwplan.layers import bits
-from mwplan.layers.base import layer, static
 from mwplan.layers.linear import InputShape, WholeOf
-from mwplan.rules import InvertRule, OutputStore, StoreRule, Unavailable, VijpRule
-from mwplan.trees import widen
+from mwplan.network.layer import layer, static
+from mwplan.network.rules import InvertRule, OutputStore, StoreRule, Unavailable, VijpRule
 
 
 @layer
@@ -39,7 +39,8 @@ class LeakyReLU:
         return [LeakyDivide()]
 
     def store_rules(self, x: Any) -> Sequence[StoreRule]:
-        """One bit an element; for positive slopes also the output, which the next layer often keeps anyway."""
+        """One bit an element; for positive slopes also the output, which the next layer often keeps
+        anyway."""
         return [LeakyBits(), SignOfOutput(bits=LeakyBits())] if self.slope > 0 else [LeakyBits()]
 
     def invert_rules(self, x: Any) -> Sequence[InvertRule | Unavailable]:
@@ -71,7 +72,8 @@ class LeakyBits(StoreRule):
 
 @dataclass(frozen=True)
 class SignOfOutput(OutputStore):
-    """Keeps the output, whose sign is the input's: `bits`, of which a rule keeps one an element, need no packing."""
+    """Keeps the output, whose sign is the input's: `bits`, of which a rule keeps one an element, need no
+    packing."""
 
     bits: StoreRule = field(kw_only=True)
 
@@ -82,10 +84,12 @@ class SignOfOutput(OutputStore):
 
 @dataclass(frozen=True)
 class LeakyDivide(VijpRule):
-    r"""Divides by the derivative: $\bar x = \bar y \odot f'(x)$, $\bar y = \bar x / f'(x)$ with $f' \in \{1, slope\}$.
+    r"""Divides by the derivative: $\bar x = \bar y \odot f'(x)$, $\bar y = \bar x / f'(x)$ with
+    $f' \in \{1, slope\}$.
 
-    Nothing is erased while the slope is not 0. **Residuals:** one bit an element, the sign of `x`. **Cost:** one pass. **Growth:** about
-    $\sqrt{(1 + slope^{-2}) (1 + slope^2)} / 2$ for random signs: 1.25 at slope 0.5, 1.8 at 0.3.
+    Nothing is erased while the slope is not 0. **Residuals:** one bit an element, the sign of `x`. **Cost:**
+    one pass. **Growth:** about $\sqrt{(1 + slope^{-2}) (1 + slope^2)} / 2$ for random signs: 1.25 at slope
+    0.5, 1.8 at 0.3.
     **Source:** arXiv:2402.14212.
     """
 
@@ -120,8 +124,8 @@ class LeakyInverse(InvertRule):
 class ReLU:
     """`x` where positive, 0 elsewhere.
 
-    It erases a part of the cotangent that depends on the data, so no fragment of fixed size but the whole restores it. One bit an
-    element is all that any strategy keeps for it.
+    It erases a part of the cotangent that depends on the data, so no fragment of fixed size but the whole
+    restores it. One bit an element is all that any strategy keeps for it.
     """
 
     def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -178,9 +182,11 @@ class ReLUMask(VijpRule):
 
 @layer
 class MaxMin:
-    """The larger and the smaller of each pair of channels: channel `c` of the first half and channel `c` of the second.
+    """The larger and the smaller of each pair of channels: channel `c` of the first half and channel `c` of
+    the second.
 
-    1-Lipschitz and norm-preserving for cotangents, forward invertible given one bit a pair. Needs an even number of channels, last.
+    1-Lipschitz and norm-preserving for cotangents, forward invertible given one bit a pair. Needs an even
+    number of channels, last.
     """
 
     def __call__(self, x: Float[Array, "*batch channels"]) -> Float[Array, "*batch channels"]:
@@ -235,7 +241,8 @@ class MaxMinBits(StoreRule):
 
 @dataclass(frozen=True)
 class Unpermute(InvertRule):
-    """Undoes the permutation that `base` keeps, of the output as of the cotangent: exact, and the order is what it was, however near to each other two values are rebuilt.
+    """Undoes the permutation that `base` keeps, of the output as of the cotangent: exact, and the order is
+    what it was, however near to each other two values are rebuilt.
 
     **Residuals:** those of `base`. **Cost:** a pass over each.
     """
@@ -261,7 +268,8 @@ class Unpermute(InvertRule):
 class MaxMinUndo(VijpRule):
     r"""The Jacobian is a permutation $P$: $\bar x = \bar y P^\top$, $\bar y = \bar x P$.
 
-    Nothing is erased. **Residuals:** one bit a pair. **Cost:** one pass. **Growth:** exactly 1, local error 0.
+    Nothing is erased. **Residuals:** one bit a pair. **Cost:** one pass. **Growth:** exactly 1, local error
+    0.
     **Source:** ours.
     """
 
@@ -284,14 +292,16 @@ class MaxMinUndo(VijpRule):
 
 @layer
 class GroupSort:
-    """Sorts each group of `size` channels, ascending: the channels `c, c + C/size, c + 2C/size, ...` of `C`, last."""
+    """Sorts each group of `size` channels, ascending: the channels `c, c + C/size, c + 2C/size, ...` of `C`,
+    last."""
 
     size: int = static(default=4)
 
     def rank(self, x: Float[Array, "*batch channels"]) -> Int[Array, "*batch size groups"]:
         """Where each value goes within its group: how many are smaller, or equal and before it.
 
-        Counting takes `size` comparisons an element in one fused pass, which XLA does faster than it sorts short rows.
+        Counting takes `size` comparisons an element in one fused pass, which XLA does faster than it sorts
+        short rows.
         """
         x = self.split(x)
         mine, other = x[..., :, None, :], x[..., None, :, :]
@@ -360,7 +370,8 @@ class GroupSortBits(StoreRule):
 
 @dataclass(frozen=True)
 class GroupSortUndo(VijpRule):
-    r"""The Jacobian is a permutation: as MaxMin, with `log2(size)` bits an element for residuals. Growth exactly 1, local error 0."""
+    r"""The Jacobian is a permutation: as MaxMin, with `log2(size)` bits an element for residuals. Growth
+    exactly 1, local error 0."""
 
     name: str = "undo"
 

@@ -1,4 +1,5 @@
-"""Bilinear maps that say how they are transposed, where what JAX derives from their parts takes more memory or time."""
+"""Bilinear maps that say how they are transposed, where what JAX derives from their parts takes more memory
+or time."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array
 
-from mwplan.trees import vary, varying_axes
+from mwplan.common.trees import vary, varying_axes
 
 
 class BilinearMap(Protocol):
@@ -28,10 +29,12 @@ class BilinearMap(Protocol):
 def bilinear(product: BilinearMap, x: Array, w: Array) -> Array:
     """`product(x, w)`, whose transposes are the product's own. It keeps nothing but `x` and `w`.
 
-    May be differentiated any number of times, forward too; under `jax.vmap` the derivatives are those that JAX derives.
+    May be differentiated any number of times, forward too; under `jax.vmap` the derivatives are those that
+    JAX derives.
     """
     x, w = vary((x, w), varying_axes((x, w)))
-    return _bilinear.bind(x, w, product=product, jaxpr=jax.make_jaxpr(product)(x, w))
+    y: Array = _bilinear.bind(x, w, product=product, jaxpr=jax.make_jaxpr(product)(x, w))
+    return y
 
 
 def _apply(x: Array, w: Array, *, product: BilinearMap, jaxpr: Any) -> Array:

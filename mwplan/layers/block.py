@@ -1,4 +1,5 @@
-"""The block recursion of one-dimensional convolutions of stride 1: the fragmental checkpointing of the paper."""
+"""The block recursion of one-dimensional convolutions of stride 1: the fragmental checkpointing of the
+paper."""
 
 from __future__ import annotations
 
@@ -10,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from mwplan import trees
+from mwplan.common import trees
 from mwplan.layers.geometry import Geometry
 from mwplan.layers.linear import LinearRule, left_inverse, no_examples, rank_problem
 from mwplan.layers.spectral import flatten_batch
-from mwplan.rules import Unavailable, VijpRule
+from mwplan.network.rules import Unavailable, VijpRule
 
 BLOCKS = (4, 8, 16, 32, 64)
 """The block sizes that are offered as options."""
@@ -58,14 +59,16 @@ def rules(layer: Any, g: Geometry) -> list[VijpRule | Unavailable]:
 class Block(LinearRule):
     r"""Blocks of $B$ positions whose first $d(k-1)$ are known; the others follow by substitution with tap 0.
 
-    $u_i = \sum_t \bar y_{i - dt} W_t^\top$ gives $\bar y_i = (u_i - \sum_{t \ge 1} \bar y_{i - dt} W_t^\top)(W_0^+)^\top$: each position from
-    the $d(k-1)$ before it. All blocks advance together. Padding by at most $d(k-1)$ zeros a side leaves $u_i$ inside the input for every position that
-    is solved for. Errors are multiplied at each substitution, up to $\rho^B$ with $\rho$ the growth of the recursion: the measured
+    $u_i = \sum_t \bar y_{i - dt} W_t^\top$ gives $\bar y_i = (u_i - \sum_{t \ge 1} \bar y_{i - dt}
+    W_t^\top)(W_0^+)^\top$: each position from the $d(k-1)$ before it. All blocks advance together. Padding by
+    at most $d(k-1)$ zeros a side leaves $u_i$ inside the input for every position that is solved for. Errors
+    are multiplied at each substitution, up to $\rho^B$ with $\rho$ the growth of the recursion: the measured
     growth decides which $B$ a plan can use.
 
-    **Fragment:** the known slices, $d(k-1)/B$ of the cotangent. **Condition:** tap 0 (`inner x outer` a group) has full column rank. **Cost:**
-    that of a forward, in $B - d(k-1)$ sequential steps. **Source:** arXiv:2402.14212, whose fragmental setting this is; blocks in parallel and
-    the left inverse for $outer < inner$ are ours.
+    **Fragment:** the known slices, $d(k-1)/B$ of the cotangent. **Condition:** tap 0 (`inner x outer` a
+    group) has full column rank. **Cost:** that of a forward, in $B - d(k-1)$ sequential steps. **Source:**
+    arXiv:2402.14212, whose fragmental setting this is; blocks in parallel and the left inverse for
+    $outer < inner$ are ours.
     """
 
     block: int

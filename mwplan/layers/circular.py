@@ -1,14 +1,17 @@
 r"""Circular convolutions of stride 1, without a padded copy of their input.
 
-$y_j = \sum_t x_{(j + dt - lo) \bmod n} W_t$, for each spatial axis. On CPUs this is the zero-padded convolution and, for what it misses at each end of each axis, a
-small product of patches that is added there. Its transposes are of the same kind:
+$y_j = \sum_t x_{(j + dt - lo) \bmod n} W_t$, for each spatial axis. On CPUs this is the zero-padded
+convolution and, for what it misses at each end of each axis, a small product of patches that is added there.
+Its transposes are of the same kind:
 
-- with respect to `x`, the circular convolution of the cotangent with the taps flipped, inputs and outputs exchanged, and `lo` and `hi` too;
-- with respect to `W`, the sum over some examples at a time: XLA:CPU transposes both operands, which are then two copies of some examples only, and
-  stay in its caches.
+- with respect to `x`, the circular convolution of the cotangent with the taps flipped, inputs and outputs
+  exchanged, and `lo` and `hi` too;
+- with respect to `W`, the sum over some examples at a time: XLA:CPU transposes both operands, which are then
+  two copies of some examples only, and stay in its caches.
 
-**Cost:** of 3 x 3 taps and 32 channels on 32 x 16 x 16 positions (jaxlib 0.10.2, one core), beside what JAX derives from padding and a VALID convolution:
-workspace 0.3 instead of 2.4 activations (`x` to `y`), 0.3 instead of 3.5 (to `x`) and 0.6 instead of 3.5 (to `W`), in equal, 0.7 and 0.7 of the time.
+**Cost:** of 3 x 3 taps and 32 channels on 32 x 16 x 16 positions (jaxlib 0.10.2, one core), beside what JAX
+derives from padding and a VALID convolution: workspace 0.3 instead of 2.4 activations (`x` to `y`), 0.3
+instead of 3.5 (to `x`) and 0.6 instead of 3.5 (to `W`), in equal, 0.7 and 0.7 of the time.
 """
 
 from __future__ import annotations
@@ -24,10 +27,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Inexact
 
-from mwplan import trees
+from mwplan.common import platforms, trees
 from mwplan.layers.bilinear import bilinear
 
-# Of the parts of a gradient of taps: the least bytes of input, and the most parts. Of few channels XLA:CPU (jaxlib 0.10.2) needs many examples to be fast.
+# Of the parts of a gradient of taps: the least bytes of input, and the most parts. Of few channels XLA:CPU
+# (jaxlib 0.10.2) needs many examples to be fast.
 _PART_BYTES, _PARTS = 1 << 18, 8
 _FEW_CHANNELS, _MANY_EXAMPLES = 24, 32
 
@@ -50,7 +54,8 @@ def convolve(
 
 @dataclass(frozen=True)
 class Circular:
-    """The convolution of `x` (examples, size of each axis, channels) with `taps`, a `BilinearMap`; `pads`: `(lo, hi)`, an axis each, none above the size."""
+    """The convolution of `x` (examples, size of each axis, channels) with `taps`, a `BilinearMap`; `pads`:
+    `(lo, hi)`, an axis each, none above the size."""
 
     pads: tuple[tuple[int, int], ...]
     dilation: tuple[int, ...]
@@ -59,7 +64,7 @@ class Circular:
         self, x: Inexact[Array, "examples *size inner"], taps: Inexact[Array, "*kernel inner outer"]
     ) -> Inexact[Array, "examples *size outer"]:
         """The convolution."""
-        if jax.default_backend() != "cpu":
+        if platforms.platform() != "cpu":
             padded = jnp.pad(x, [(0, 0), *self.pads, (0, 0)], mode="wrap")
             return convolve(padded, taps, ((0, 0),) * len(self.pads), (1,) * len(self.pads), self.dilation)
         y = self._inside(x, taps)
@@ -84,8 +89,9 @@ class Circular:
         """The cotangent of the taps."""
         kernel = [(lo + hi) // d + 1 for (lo, hi), d in zip(self.pads, self.dilation)]
         taps = jax.ShapeDtypeStruct((*kernel, x.shape[-1], ct.shape[-1]), x.dtype)
-        if jax.default_backend() != "cpu":
-            return trees.transpose(partial(self, x), taps, ct)
+        if platforms.platform() != "cpu":
+            transposed: Array = trees.transpose(partial(self, x), taps, ct)
+            return transposed
         found = jnp.zeros((), x.dtype)
         count = _parts(x, ct.shape[-1])
         for i in range(count):
@@ -114,7 +120,8 @@ class Circular:
 class _Edge:
     """What the first (or the `last`) `count` outputs along `axis` see of the input's other end.
 
-    Along earlier axes with zeros around, along later axes with the input's other ends, so that each corner is seen once.
+    Along earlier axes with zeros around, along later axes with the input's other ends, so that each corner is
+    seen once.
     """
 
     pads: tuple[tuple[int, int], ...]
@@ -133,8 +140,8 @@ class _Edge:
     def __call__(self, x: Array, taps: Array) -> Array:
         """The sum over those taps alone that reach across, in working precision.
 
-        Of the wrapped positions, numbered from 0, the first outputs see with tap `t` number `j + dt`; the last, of the taps from the end,
-        number `j - ds`.
+        Of the wrapped positions, numbered from 0, the first outputs see with tap `t` number `j + dt`; the
+        last, of the taps from the end, number `j - ds`.
         """
         axis, size = self.axis + 1, x.shape[self.axis + 1]
         used = -(-self.count // self.dilation[self.axis])

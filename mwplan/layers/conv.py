@@ -1,4 +1,5 @@
-r"""Convolutions in one and two dimensions: the layers. Their vijps are in `spectral`, `pointwise` and `block`.
+r"""Convolutions in one and two dimensions: the layers. Their vijps are in `spectral`, `pointwise` and
+`block`.
 
 Channels last: `*batch *space channels`. Any stride, dilation, number of groups, and zero or circular padding.
 """
@@ -7,24 +8,24 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from mwplan import trees
-from mwplan.errors import ArgumentError
+from mwplan.common import platforms, trees
+from mwplan.common.errors import ArgumentError
 from mwplan.layers import block, pointwise, spectral
-from mwplan.layers.base import layer, static
 from mwplan.layers.bilinear import bilinear
 from mwplan.layers.circular import Circular, convolve
 from mwplan.layers.geometry import Geometry, Padding, geometry
 from mwplan.layers.linear import cast, times
-from mwplan.rules import InvertRule, Unavailable, VijpRule
+from mwplan.network.layer import layer, static
+from mwplan.network.rules import InvertRule, Unavailable, VijpRule
 
 
 class _Conv:
@@ -44,11 +45,13 @@ class _Conv:
         return self.weight.ndim - 2
 
     def geometry(self, shape: Sequence[int]) -> Geometry:
-        """Where the taps fall for an input of `shape`. Raises `ArgumentError` where the layer does not take it."""
+        """Where the taps fall for an input of `shape`. Raises `ArgumentError` where the layer does not take
+        it."""
         channels = self.weight.shape[-2] * self.groups
         if len(shape) < self.dims + 1 or shape[-1] != channels:
             raise ArgumentError(
-                f"`x.shape={tuple(shape)}`: this {type(self).__name__} takes {self.dims} spatial axes and {channels} channels, last"
+                f"`x.shape={tuple(shape)}`: this {type(self).__name__} takes {self.dims} spatial axes and "
+                f"{channels} channels, last"
             )
         return geometry(
             shape[-1 - self.dims : -1],
@@ -69,8 +72,9 @@ class _Conv:
 
     def _convolve(self, x: Array, pads: Sequence[tuple[int, int]]) -> Array:
         kernel = self.weight.shape[0]
-        # XLA:CPU (jaxlib 0.10.2) is up to ten times slower without any padding: a row of zeros is added, and its output cut off.
-        slow = not any(map(any, pads)) and kernel > 1 and self.dims == 2 and jax.default_backend() == "cpu"
+        # XLA:CPU (jaxlib 0.10.2) is up to ten times slower without any padding: a row of zeros is added, and
+        # its output cut off.
+        slow = not any(map(any, pads)) and kernel > 1 and self.dims == 2 and platforms.platform() == "cpu"
         pads = ((0, 1), *pads[1:]) if slow else pads
         y = convolve(x, cast(self.weight, x.dtype), pads, self.stride, self.dilation, self.groups)
         return y[:, : (x.shape[1] - self.dilation[0] * (kernel - 1) - 1) // self.stride[0] + 1] if slow else y
@@ -103,7 +107,8 @@ class _Conv:
         return y if self.bias is None else y + self.bias
 
     def _is_product(self, g: Geometry, x: Array) -> bool:
-        """Whether the layer is one product of matrices. XLA:CPU (jaxlib 0.10.2) takes four times as long for the weight's gradient of a convolution with one tap."""
+        """Whether the layer is one product of matrices. XLA:CPU (jaxlib 0.10.2) takes four times as long for
+        the weight's gradient of a convolution with one tap."""
         single = math.prod((*g.kernel, *self.stride, self.groups)) == 1 and not any(map(any, g.pads))
         return single and not trees.explicitly_sharded((x, self.weight))
 
@@ -112,7 +117,8 @@ class _Conv:
         return times(x, cast(self.weight, x.dtype).reshape(self.weight.shape[-2:]), bias)
 
     def with_basis(self, x: Any, fraction: float = 0.5) -> Self:
-        """This layer with a basis for the `cokernel_*` options, for inputs like `x` (array or struct). An SVD a frequency."""
+        """This layer with a basis for the `cokernel_*` options, for inputs like `x` (array or struct). An SVD
+        a frequency."""
         if not 0 < fraction <= 1:
             raise ArgumentError(f"`fraction={fraction!r}` must be above 0 and at most 1")
         basis = spectral.make_basis(self, self.geometry(x.shape), fraction)
@@ -138,7 +144,8 @@ class _Conv:
 def _delta(
     key: Array, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int], inner: int, outer: int
 ) -> Array:
-    """Delta-orthogonal taps: a semi-orthogonal matrix over the centre taps, one for each phase of the stride, zero elsewhere."""
+    """Delta-orthogonal taps: a semi-orthogonal matrix over the centre taps, one for each phase of the stride,
+    zero elsewhere."""
     one = any(d > 1 for d in dilation)
     width = [1 if one else min(k, s) for k, s in zip(kernel, stride)]
     matrix = jax.nn.initializers.orthogonal()(key, (math.prod(width) * inner, outer))
@@ -147,8 +154,11 @@ def _delta(
     return jnp.pad(matrix.reshape(*width, inner, outer), [*pads, (0, 0), (0, 0)])
 
 
+Convolution = TypeVar("Convolution", bound="_Conv")
+
+
 def _make(
-    cls: type[Any],
+    cls: Callable[..., Convolution],
     key: Array,
     inner: int,
     outer: int,
@@ -160,7 +170,7 @@ def _make(
     groups: int,
     bias: bool,
     dtype: Any,
-) -> Any:
+) -> Convolution:
     if inner % groups or outer % groups:
         raise ArgumentError(f"`groups={groups}` must divide both {inner} inputs and {outer} outputs")
     if he is None:
@@ -248,7 +258,8 @@ class Conv1D(_Conv):
         bias: bool = True,
         dtype: Any = jnp.float32,
     ) -> Conv1D:
-        """He initialisation for a leaky ReLU of `slope`: ill-conditioned, so give it a basis (`with_basis`)."""
+        """He initialisation for a leaky ReLU of `slope`: ill-conditioned, so give it a basis
+        (`with_basis`)."""
         return _make(
             Conv1D, key, inner, outer, _tuple(kernel, 1), slope, _tuple(stride, 1), _padding(padding, 1),
             _tuple(dilation, 1), groups, bias, dtype,
@@ -305,7 +316,8 @@ class Conv2D(_Conv):
         bias: bool = True,
         dtype: Any = jnp.float32,
     ) -> Conv2D:
-        """He initialisation for a leaky ReLU of `slope`: ill-conditioned, so give it a basis (`with_basis`)."""
+        """He initialisation for a leaky ReLU of `slope`: ill-conditioned, so give it a basis
+        (`with_basis`)."""
         return _make(
             Conv2D, key, inner, outer, _tuple(kernel, 2), slope, _tuple(stride, 2), _padding(padding, 2),
             _tuple(dilation, 2), groups, bias, dtype,

@@ -1,7 +1,8 @@
 r"""Dense layers and their vijps.
 
-Rows multiply from the left: $y = xW + b$ with $W$ of `inner x outer`, so $\bar x = \bar y W^\top$ erases the part of
-$\bar y$ in the null space of $W$: nothing where $W$ has full column rank, `outer - inner` directions of each row where $W$ is wide.
+Rows multiply from the left: $y = xW + b$ with $W$ of `inner x outer`, so $\bar x = \bar y W^\top$ erases the
+part of $\bar y$ in the null space of $W$: nothing where $W$ has full column rank, `outer - inner` directions
+of each row where $W$ is wide.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from mwplan.errors import ArgumentError
-from mwplan.layers.base import layer
+from mwplan.common.errors import ArgumentError
+from mwplan.common.trees import widen
 from mwplan.layers.linear import LinearRule, Refined, left_inverse, percent_of, rank_problem, times
-from mwplan.rules import InvertRule, Unavailable, VijpRule, full_precision
-from mwplan.trees import widen
+from mwplan.network.layer import layer
+from mwplan.network.rules import InvertRule, Unavailable, VijpRule, full_precision
 
 PERCENTS = (2, 5, 10, 20, 30, 50)
 """The fractions of the numerical cokernel that are offered as options."""
@@ -31,10 +32,10 @@ PERCENTS = (2, 5, 10, 20, 30, 50)
 class Dense:
     """`y = x @ weight + bias` over the last axis.
 
-    `basis`, where there is one, holds the right singular directions of `weight` with the smallest singular values, smallest
-    first, as columns: what the `cokernel_*` options keep of the cotangent. The forward pass never reads it, so its gradient
-    is zero; its columns are normalised on use, so weight decay does not harm it; it may be stale at the price of growth
-    alone (`refresh` renews it).
+    `basis`, where there is one, holds the right singular directions of `weight` with the smallest singular
+    values, smallest first, as columns: what the `cokernel_*` options keep of the cotangent. The forward pass
+    never reads it, so its gradient is zero; its columns are normalised on use, so weight decay does not harm
+    it; it may be stale at the price of growth alone (`refresh` renews it).
     """
 
     weight: Float[Array, "inner outer"]
@@ -68,7 +69,8 @@ class Dense:
         return made.with_basis(basis) if basis else made
 
     def with_basis(self, fraction: float = 0.5) -> Dense:
-        """This layer with a basis of the `fraction` of directions of smallest singular value. One SVD, on the host."""
+        """This layer with a basis of the `fraction` of directions of smallest singular value. One SVD, on the
+        host."""
         if not 0 < fraction <= 1:
             raise ArgumentError(f"`fraction={fraction!r}` must be above 0 and at most 1")
         outer = self.weight.shape[1]
@@ -92,12 +94,14 @@ class Dense:
     def _times(self, x: Array, bias: Array | None) -> Array:
         if x.ndim < 1 or x.shape[-1] != self.weight.shape[0]:
             raise ArgumentError(
-                f"`x.shape={x.shape}`: this Dense layer takes {self.weight.shape[0]} features on the last axis"
+                f"`x.shape={x.shape}`: this Dense layer takes {self.weight.shape[0]} features on the last "
+                "axis"
             )
         return times(x, self.weight, bias)
 
     def vijp_rules(self, x: Any) -> Sequence[VijpRule | Unavailable]:
-        """Exact for `outer <= inner`, with the null-space fragment otherwise; cokernel fragments where there is a basis."""
+        """Exact for `outer <= inner`, with the null-space fragment otherwise; cokernel fragments where there
+        is a basis."""
         inner, outer = self.weight.shape
         rules: list[VijpRule | Unavailable] = []
         if outer <= inner:
@@ -149,8 +153,9 @@ def _small_directions(weight: Array, count: int) -> Array:
 class DenseExact(LinearRule):
     r"""Solves $\bar x = \bar y W^\top$ for $\bar y$.
 
-    Nothing is erased where $W$ has full column rank (`outer <= inner`): $\bar y = \bar x\,(W^+)^\top$ is the only solution.
-    $W^+$ is formed once a step, by LU where $W$ is square and QR otherwise, and multiplied: examples are many.
+    Nothing is erased where $W$ has full column rank (`outer <= inner`): $\bar y = \bar x\,(W^+)^\top$ is the
+    only solution. $W^+$ is formed once a step, by LU where $W$ is square and QR otherwise, and multiplied:
+    examples are many.
 
     **Cost:** $2\,batch\,inner\,outer$ flop, as the forward; once a step about $4\,inner\,outer^2$ flop and
     $inner\,outer$ numbers of workspace. No residuals, no fragment.
@@ -173,12 +178,13 @@ class DenseNull(LinearRule):
     r"""A wide layer, `outer > inner`: keeps the cotangent's part in the null space of $W$.
 
     $\bar x = \bar y W^\top$ erases $\bar y N$ for the orthonormal basis $N$ (`outer x (outer - inner)`) of
-    $\{v : Wv = 0\}$. The fragment is $c = \bar y N$ and $\bar y = \bar x (W W^\top)^{-1} W + c N^\top$, the first term the part in the
-    row space. With $W^\top = QR$, complete, $Q = [Q_1\ N]$: $(WW^\top)^{-1}W = R^{-1} Q_1^\top$. The same factorisation of the
-    same weights serves both sweeps, so $N$ agrees with itself.
+    $\{v : Wv = 0\}$. The fragment is $c = \bar y N$ and $\bar y = \bar x (W W^\top)^{-1} W + c N^\top$, the
+    first term the part in the row space. With $W^\top = QR$, complete, $Q = [Q_1\ N]$:
+    $(WW^\top)^{-1}W = R^{-1} Q_1^\top$. The same factorisation of the same weights serves both sweeps, so $N$
+    agrees with itself.
 
-    **Fragment:** `(outer - inner) / outer` of the cotangent. **Cost:** $2\,batch\,outer^2$ flop; once in each of the two sweeps a
-    complete QR, about $4\,outer^2\,inner$ flop. **Condition:** full row rank.
+    **Fragment:** `(outer - inner) / outer` of the cotangent. **Cost:** $2\,batch\,outer^2$ flop; once in each
+    of the two sweeps a complete QR, about $4\,outer^2\,inner$ flop. **Condition:** full row rank.
     **Source:** ours, from linear algebra.
     """
 
@@ -207,18 +213,20 @@ class DenseNull(LinearRule):
 class DenseCokernel(LinearRule):
     r"""Keeps the cotangent's part in the numerical cokernel: ordinary, ill-conditioned weights, made stable.
 
-    What the input vjp nearly erases are the directions of small singular value. With $Q_2$ (`outer x kept`) spanning them, or
-    anything near them, the fragment is $c = \bar y Q_2$, and $\bar y$ is the one solution of
+    What the input vjp nearly erases are the directions of small singular value. With $Q_2$ (`outer x kept`)
+    spanning them, or anything near them, the fragment is $c = \bar y Q_2$, and $\bar y$ is the one solution
+    of
 
     $$\bar y\,[W^\top\ \ \alpha Q_2] = [\bar x\ \ \alpha c],$$
 
-    a dense layer with `kept` more inputs, whose smallest singular value is about the smallest that $Q_2$ leaves out. It is exact for any
-    $Q_2$ that makes the stacked matrix of full column rank, orthonormal or not: a stale basis costs growth and nothing else.
-    $\alpha$, twice the root mean square singular value of $W$, makes the solution trust $c$, which is exact, before $\bar x$, which carries the
-    errors of the layers before. `outer > inner` is covered where `kept >= outer - inner`.
+    a dense layer with `kept` more inputs, whose smallest singular value is about the smallest that $Q_2$
+    leaves out. It is exact for any $Q_2$ that makes the stacked matrix of full column rank, orthonormal or
+    not: a stale basis costs growth and nothing else. $\alpha$, twice the root mean square singular value of
+    $W$, makes the solution trust $c$, which is exact, before $\bar x$, which carries the errors of the layers
+    before. `outer > inner` is covered where `kept >= outer - inner`.
 
-    **Fragment:** `kept / outer` of the cotangent. **Cost:** $2\,batch\,outer\,(inner + 2\,kept)$ flop in both sweeps together, and
-    once a step a QR of `(inner + kept) x outer`. **Source:** ours, from linear algebra.
+    **Fragment:** `kept / outer` of the cotangent. **Cost:** $2\,batch\,outer\,(inner + 2\,kept)$ flop in both
+    sweeps together, and once a step a QR of `(inner + kept) x outer`. **Source:** ours, from linear algebra.
     """
 
     percent: int
@@ -234,7 +242,8 @@ class DenseCokernel(LinearRule):
         assert layer.basis is not None
         count = percent_of(self.percent, layer.weight.shape[1])
         basis = jax.lax.stop_gradient(widen(layer.basis[:, :count]))
-        return basis / jnp.linalg.norm(basis, axis=0)
+        unit: Array = basis / jnp.linalg.norm(basis, axis=0)
+        return unit
 
     def stacked(self, layer: Dense) -> tuple[Array, Array]:
         r"""$[W;\ \alpha Q_2^\top]$ and $\alpha$."""
@@ -258,7 +267,8 @@ class DenseCokernel(LinearRule):
 
 @dataclass(frozen=True)
 class DenseInverse(InvertRule):
-    r"""$x = (y - b)\,W^{+}$ for `outer >= inner`, with $W W^{+} = I$: one product, and a factorisation once a step."""
+    r"""$x = (y - b)\,W^{+}$ for `outer >= inner`, with $W W^{+} = I$: one product, and a factorisation once a
+    step."""
 
     name: str = "solve"
 

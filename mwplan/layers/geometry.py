@@ -1,7 +1,7 @@
 r"""Where a convolution's taps fall: sizes, padding, phases and grids, in any number of dimensions.
 
-Along one axis, $y_j = \sum_t \tilde x_{sj + dt} W_t$ with $\tilde x$ the padded input, stride $s$, dilation $d$ and $k$ taps; the cotangent of the
-padded input is $u_i = \sum_{sj + dt = i} \bar y_j W_t^\top$.
+Along one axis, $y_j = \sum_t \tilde x_{sj + dt} W_t$ with $\tilde x$ the padded input, stride $s$, dilation
+$d$ and $k$ taps; the cotangent of the padded input is $u_i = \sum_{sj + dt = i} \bar y_j W_t^\top$.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from jaxtyping import Array, Inexact
 
-from mwplan.errors import ArgumentError
+from mwplan.common.errors import ArgumentError
 
 Padding = str | tuple[tuple[int, int], ...]
 """`"SAME"`, `"VALID"`, `"CIRCULAR"`, or the numbers of zeros before and after, an axis each."""
@@ -52,13 +52,15 @@ class Geometry:
 
     @property
     def grid(self) -> tuple[int, ...]:
-        """Frequencies an axis. Circular: `size / stride`. Else room for `out` and the taps' tail, rounded up to a fast even size."""
+        """Frequencies an axis. Circular: `size / stride`. Else room for `out` and the taps' tail, rounded up
+        to a fast even size."""
         if self.circular:
             return tuple(n // s for n, s in zip(self.size, self.stride))
         return tuple(fast_size(m + r // s) for m, r, s in zip(self.out, self.reach, self.stride))
 
     def halo(self) -> list[tuple[int, int, int]]:
-        """`(axis, before, after)`: the touched zeros of each axis, as slabs that are whole in the later axes and inner in the earlier."""
+        """`(axis, before, after)`: the touched zeros of each axis, as slabs that are whole in the later axes
+        and inner in the earlier."""
         found = []
         for axis, ((lo, _), n, t) in enumerate(zip(self.pads, self.size, self.touched)):
             found.append((axis, min(lo, t), max(0, t - lo - n)))
@@ -116,7 +118,8 @@ def geometry(
 def split_halo(
     u: Inexact[Array, "examples *padded channels"], g: Geometry
 ) -> tuple[Inexact[Array, "examples *size channels"], tuple[Array, ...]]:
-    """Takes the cotangent of the padded input apart: the input's, and the halo's slabs (those that are not empty)."""
+    """Takes the cotangent of the padded input apart: the input's, and the halo's slabs (those that are not
+    empty)."""
     inner = tuple(slice(lo, lo + n) for (lo, _), n in zip(g.pads, g.size))
     ct_in = u[(slice(None), *inner)]
     box = u[(slice(None), *(slice(0, t) for t in g.touched))]

@@ -1,7 +1,8 @@
 r"""What the rules of linear layers share: the transposed map, left inverses, and refinement.
 
-A linear layer $y = xJ + b$ keeps nothing for its input vjp, $\bar x = \bar y J^\top$; its vijp applies a left inverse of
-$J^\top$'s transpose. Everything here computes in float32 or wider, whatever the activations' dtype.
+A linear layer $y = xJ + b$ keeps nothing for its input vjp, $\bar x = \bar y J^\top$; its vijp applies a left
+inverse of $J^\top$'s transpose. Everything here computes in float32 or wider, whatever the activations'
+dtype.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Inexact
 
-from mwplan import trees
-from mwplan.rules import VijpRule, WholeFragment, full_precision
+from mwplan.common import trees
+from mwplan.network.rules import VijpRule, WholeFragment, full_precision
 
 
 class LinearLayer(Protocol):
@@ -54,8 +55,8 @@ def times(
 ) -> Inexact[Array, "*batch outer"]:
     """`x @ matrix + bias`, as a product of two matrices.
 
-    With more axes than two XLA:CPU computes the gradient of `matrix` from a transposed copy of the cotangent: one activation more at the
-    step's peak.
+    With more axes than two XLA:CPU computes the gradient of `matrix` from a transposed copy of the cotangent:
+    one activation more at the step's peak.
     """
     y = x.reshape(-1, x.shape[-1]) @ matrix
     if bias is not None:
@@ -66,7 +67,8 @@ def times(
 
 
 def transpose(layer: LinearLayer, x: Any, ct_out: Any) -> Any:
-    """`ct_in = ct_out J^T` of a linear layer, in working precision; `x`: an `InputShape`, or a pytree of them. Cost: one input vjp."""
+    """`ct_in = ct_out J^T` of a linear layer, in working precision; `x`: an `InputShape`, or a pytree of
+    them. Cost: one input vjp."""
     wide = jax.tree.map(InputShape.wide, x, is_leaf=lambda one: isinstance(one, InputShape))
     return trees.transpose(trees.widen(layer).linear, wide, trees.widen(ct_out))
 
@@ -77,7 +79,8 @@ def cast(a: Array, dtype: Any) -> Array:
 
 
 class LinearRule(VijpRule):
-    """Base of the vijps of linear layers: no input residuals, and a reverse in working precision. Both sweeps multiply in `full_precision`."""
+    """Base of the vijps of linear layers: no input residuals, and a reverse in working precision. Both sweeps
+    multiply in `full_precision`."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -101,13 +104,15 @@ def no_examples(layer: LinearLayer, x: Any, ct_in: Array) -> Array:
 def left_inverse(a: Inexact[Array, "*batch rows cols"]) -> Inexact[Array, "*batch cols rows"]:
     r"""$A^+$ with $A^+ A = I$, for `rows >= cols` and full column rank.
 
-    Square: LU. Tall: $A = QR$ (Householder), $A^+ = R^{-1} Q^H$, so the error grows with the condition number and not with
-    its square, as it would from the normal equations. Cost: about $4\,rows\,cols^2$ flop a matrix (four times that if
-    complex), once a step. A singular matrix gives non-finite or huge entries; `check` finds it beforehand.
+    Square: LU. Tall: $A = QR$ (Householder), $A^+ = R^{-1} Q^H$, so the error grows with the condition number
+    and not with its square, as it would from the normal equations. Cost: about $4\,rows\,cols^2$ flop a
+    matrix (four times that if complex), once a step. A singular matrix gives non-finite or huge entries;
+    `check` finds it beforehand.
     """
     rows, cols = a.shape[-2:]
     if rows == cols:
-        return jnp.linalg.inv(a)
+        inverse: Array = jnp.linalg.inv(a)
+        return inverse
     q, r = jnp.linalg.qr(a)
     qh = jnp.conj(jnp.swapaxes(q, -1, -2))
     return jax.lax.linalg.triangular_solve(r, qh, left_side=True, lower=False)
@@ -116,8 +121,8 @@ def left_inverse(a: Inexact[Array, "*batch rows cols"]) -> Inexact[Array, "*batc
 def rank_problem(a: Any, what: str) -> str | None:
     """Why `a` (..., rows, cols), concrete, has no usable left inverse, or None: for `VijpRule.check`.
 
-    Non-finite entries, or a smallest singular value below 100 eps of the largest (eps of the working precision), over all matrices
-    of the batch.
+    Non-finite entries, or a smallest singular value below 100 eps of the largest (eps of the working
+    precision), over all matrices of the batch.
     """
     dtype = trees.working_dtype(np.asarray(a).dtype)
     eps = float(jnp.finfo(dtype).eps)
@@ -125,7 +130,8 @@ def rank_problem(a: Any, what: str) -> str | None:
     if not np.isfinite(a).all():
         return f"{what} has non-finite entries"
     if eps > 1e-12 and a.size:
-        # Cheap and sufficient: Gram - (100 eps |A|_F)^2 I positive definite, in float64. What fails is looked at closely.
+        # Cheap and sufficient: Gram - (100 eps |A|_F)^2 I positive definite, in float64. What fails is looked
+        # at closely.
         bound = 100 * eps * np.sqrt(np.sum(np.abs(a) ** 2, axis=(-2, -1)).max())
         gram = np.conj(np.swapaxes(a, -1, -2)) @ a
         try:
@@ -138,13 +144,17 @@ def rank_problem(a: Any, what: str) -> str | None:
         return f"{what} has fewer rows than columns: {a.shape[-2:]}"
     largest, smallest = float(s.max(initial=0.0)), float(s.min(initial=math.inf))
     if not smallest > 100 * eps * largest:
-        return f"{what} is singular in working precision: smallest singular value {smallest:.1e}, largest {largest:.1e}"
+        return (
+            f"{what} is singular in working precision: "
+            f"smallest singular value {smallest:.1e}, largest {largest:.1e}"
+        )
     return None
 
 
 @dataclass(frozen=True)
 class WholeOf(WholeFragment):
-    """The whole cotangent as the fragment, with the residuals of another rule of the layer: leaner than what `jax.vjp` keeps."""
+    """The whole cotangent as the fragment, with the residuals of another rule of the layer: leaner than what
+    `jax.vjp` keeps."""
 
     base: VijpRule = field(kw_only=True)
 
@@ -171,9 +181,10 @@ def percent_of(percent: int, count: int) -> int:
 class Refined(VijpRule):
     r"""A vijp followed by one step of iterative refinement.
 
-    With $V$ the vijp and $J$ the layer's Jacobian, $\bar y_1 = \bar y_0 + V(\bar x - \bar y_0 J^\top)$, the residual of the fragment
-    taken along. It removes the part of the local error that comes from an inexact factorisation (the error of the error is
-    of second order) and leaves growth as it is. Cost: one more forward of what the residuals need, an input vjp and a vijp.
+    With $V$ the vijp and $J$ the layer's Jacobian, $\bar y_1 = \bar y_0 + V(\bar x - \bar y_0 J^\top)$, the
+    residual of the fragment taken along. It removes the part of the local error that comes from an inexact
+    factorisation (the error of the error is of second order) and leaves growth as it is. Cost: one more
+    forward of what the residuals need, an input vjp and a vijp.
     """
 
     base: VijpRule

@@ -12,11 +12,11 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from mwplan import trees
-from mwplan.layers.base import layer, lean, static
+from mwplan.common import trees
+from mwplan.common.trees import widen
 from mwplan.layers.linear import WholeOf
-from mwplan.rules import StoreRule, Unavailable, VijpRule
-from mwplan.trees import widen
+from mwplan.network.layer import layer, lean, static
+from mwplan.network.rules import StoreRule, Unavailable, VijpRule
 
 
 class _Norm:
@@ -27,9 +27,11 @@ class _Norm:
     centred: bool = False
 
     def known(self, number: float, like: Array) -> Array:
-        """`number` in the dtype of `like`, as something that depends on the scale (and is not a number where that is none).
+        """`number` in the dtype of `like`, as something that depends on the scale (and is not a number where
+        that is none).
 
-        XLA:CPU writes a constant that several operations of a step share out for each row, once, and keeps it from the first to the last.
+        XLA:CPU writes a constant that several operations of a step share out for each row, once, and keeps it
+        from the first to the last.
         """
         first = lax.stop_gradient(self.scale).reshape(-1)[0]
         return jnp.where(first == first, number, jnp.nan).astype(like.dtype)
@@ -47,7 +49,8 @@ class _Norm:
         return self.divided(x, size), size
 
     def divided(self, x: Array, size: Array) -> Array:
-        """`x / size`, as XLA computes it anyway: its own constant 1 over `size` would be one that operations share."""
+        """`x / size`, as XLA computes it anyway: its own constant 1 over `size` would be one that operations
+        share."""
         return x * (self.known(1, size) / size)
 
     def pull(self, x: Array, ct_out: Array) -> tuple[Array, Array]:
@@ -71,7 +74,8 @@ class _Norm:
 
 @jax.custom_jvp
 def _centred(norm: LayerNorm, x: Array) -> Array:
-    """The normalised rows, with their derivative written down: it is its own transpose, where JAX takes three times as long to go back."""
+    """The normalised rows, with their derivative written down: it is its own transpose, where JAX takes three
+    times as long to go back."""
     return norm.normalised(x)[0]
 
 
@@ -86,7 +90,8 @@ def _(primals: tuple[LayerNorm, Array], tangents: tuple[LayerNorm, Array]) -> tu
 
 @layer
 class LayerNorm(_Norm):
-    r"""$y = \gamma \hat x + \beta$, $\hat x = (x - \mu)/\sigma$, $\sigma^2 = \mathrm{var}(x) + \epsilon$ over the last axis. Statistics in float32 or wider."""
+    r"""$y = \gamma \hat x + \beta$, $\hat x = (x - \mu)/\sigma$, $\sigma^2 = \mathrm{var}(x) + \epsilon$ over
+    the last axis. Statistics in float32 or wider."""
 
     scale: Float[Array, " channels"]
     offset: Float[Array, " channels"]
@@ -101,12 +106,14 @@ class LayerNorm(_Norm):
     @lean
     def __call__(self, x: Float[Array, "*batch channels"]) -> Float[Array, "*batch channels"]:
         """Applies the layer."""
-        return (_centred(self, x) * widen(self.scale) + widen(self.offset)).astype(x.dtype)
+        y: Array = (_centred(self, x) * widen(self.scale) + widen(self.offset)).astype(x.dtype)
+        return y
 
 
 @layer
 class RMSNorm(_Norm):
-    r"""$y = \gamma x/\rho$, $\rho^2 = \mathrm{mean}(x^2) + \epsilon$ over the last axis. Statistics in float32 or wider."""
+    r"""$y = \gamma x/\rho$, $\rho^2 = \mathrm{mean}(x^2) + \epsilon$ over the last axis. Statistics in
+    float32 or wider."""
 
     scale: Float[Array, " channels"]
     eps: float = static(default=1e-6)
@@ -119,7 +126,8 @@ class RMSNorm(_Norm):
     @lean
     def __call__(self, x: Float[Array, "*batch channels"]) -> Float[Array, "*batch channels"]:
         """Applies the layer."""
-        return (self.normalised(x)[0] * widen(self.scale)).astype(x.dtype)
+        y: Array = (self.normalised(x)[0] * widen(self.scale)).astype(x.dtype)
+        return y
 
 
 @dataclass(frozen=True)
@@ -145,12 +153,16 @@ class NormInput(StoreRule):
 
 @dataclass(frozen=True)
 class Moments(VijpRule):
-    r"""LayerNorm: with $g = \gamma \bar y$, $\bar x = (g - a - b \hat x)/\sigma$ erases $a = \mathrm{mean}(g)$ and $b = \mathrm{mean}(g \hat x)$ of each row.
+    r"""LayerNorm: with $g = \gamma \bar y$, $\bar x = (g - a - b \hat x)/\sigma$ erases
+    $a = \mathrm{mean}(g)$ and $b = \mathrm{mean}(g \hat x)$ of each row.
 
-    They are the fragment, and $g = \sigma \bar x + a + b \hat x$, $\bar y = g/\gamma$, whatever $\epsilon$. RMSNorm is the same without $a$.
+    They are the fragment, and $g = \sigma \bar x + a + b \hat x$, $\bar y = g/\gamma$, whatever $\epsilon$.
+    RMSNorm is the same without $a$.
 
-    **Fragment:** 2 numbers a row (RMSNorm: 1). **Residuals:** the input, full size but often shared. **Condition:** no entry of $\gamma$ is 0.
-    **Cost:** two passes and the row statistics. **Growth:** about 1 for $\gamma$ of one size. **Source:** ours, from linear algebra.
+    **Fragment:** 2 numbers a row (RMSNorm: 1). **Residuals:** the input, full size but often shared.
+    **Condition:** no entry of $\gamma$ is 0.
+    **Cost:** two passes and the row statistics. **Growth:** about 1 for $\gamma$ of one size. **Source:**
+    ours, from linear algebra.
     """
 
     name: str = "moments"
@@ -172,7 +184,8 @@ class Moments(VijpRule):
 
     def reverse(self, layer: Any, residuals: Any, ct_out: Any) -> tuple[Any, Any]:
         """`ct_in` and the moments, `*batch 2` or `*batch 1`."""
-        return layer.pull(residuals, ct_out)
+        ct_in, moments = layer.pull(residuals, ct_out)
+        return ct_in, moments
 
     def rebuild(self, layer: Any, x: Any, ct_in: Any, fragment: Any) -> Any:
         """`ct_out`."""

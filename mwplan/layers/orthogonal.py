@@ -1,7 +1,8 @@
 r"""Layers that are orthogonal by construction: their vijp is their jvp, and growth is 1 at any depth.
 
-With $Q^\top Q = I$, $\bar x = \bar y Q^\top$ gives $\bar y = \bar x Q$: the layer itself, without its bias, applied to the cotangent. **Source:** ours,
-from linear algebra; the Cayley transform of a convolution in the Fourier domain is Trockman and Kolter, arXiv:2104.07167.
+With $Q^\top Q = I$, $\bar x = \bar y Q^\top$ gives $\bar y = \bar x Q$: the layer itself, without its bias,
+applied to the cotangent. **Source:** ours, from linear algebra; the Cayley transform of a convolution in the
+Fourier domain is Trockman and Kolter, arXiv:2104.07167.
 """
 
 from __future__ import annotations
@@ -16,19 +17,21 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Complex, Float
 
-from mwplan.errors import ArgumentError
-from mwplan.layers.base import layer, static
+from mwplan.common.errors import ArgumentError
+from mwplan.common.trees import transpose, widen
 from mwplan.layers.fourier import irfftn, rfftn
 from mwplan.layers.linear import LinearRule, WholeOf, times
-from mwplan.rules import InvertRule, Unavailable, VijpRule, full_precision
-from mwplan.trees import transpose, widen
+from mwplan.network.layer import layer, static
+from mwplan.network.rules import InvertRule, Unavailable, VijpRule, full_precision
 
 METHODS = ("cayley", "householder", "expm")
 
 
 def _solve(a: Array, b: Array) -> Array:
-    """`a^-1 b` for `a = I + S` with skew `S`: its condition number is that of `I + S`, its eigenvalues at least 1 in modulus."""
-    return jnp.linalg.solve(a, b)
+    """`a^-1 b` for `a = I + S` with skew `S`: its condition number is that of `I + S`, its eigenvalues at
+    least 1 in modulus."""
+    solved: Array = jnp.linalg.solve(a, b)
+    return solved
 
 
 @layer
@@ -37,8 +40,9 @@ class OrthogonalDense:
 
     - `cayley`: $S = R - R^\top$, $Q = (I + S)^{-1}(I - S)$; `raw` is $R$, square.
     - `expm`: $Q = e^S$.
-    - `householder`: $Q = \prod_i (I - 2 v_i v_i^\top / |v_i|^2)$ over the columns of `raw`, any number of them, by the compact form
-      $I - V T V^\top$ with $T^{-1} = \mathrm{striu}(V^\top V) + \mathrm{diag}(|v_i|^2)/2$.
+    - `householder`: $Q = \prod_i (I - 2 v_i v_i^\top / |v_i|^2)$ over the columns of `raw`, any number of
+      them, by the compact form $I - V T V^\top$ with
+      $T^{-1} = \mathrm{striu}(V^\top V) + \mathrm{diag}(|v_i|^2)/2$.
 
     $Q$ is made anew in every sweep, about $2 n^3$ flop for $n = \max(inner, outer)$, and is never kept.
     """
@@ -75,10 +79,12 @@ class OrthogonalDense:
         if self.method == "householder":
             gram = raw.T @ raw
             half = jnp.triu(gram, 1) + jnp.diag(jnp.diag(gram)) / 2
-            return eye - raw @ jax.scipy.linalg.solve_triangular(half, raw.T)
+            reflected: Array = eye - raw @ jax.scipy.linalg.solve_triangular(half, raw.T)
+            return reflected
         skew = raw - raw.T
         if self.method == "expm":
-            return jax.scipy.linalg.expm(skew)
+            rotation: Array = jax.scipy.linalg.expm(skew)
+            return rotation
         return _solve(eye + skew, eye - skew)
 
     def linear(self, x: Float[Array, "*batch inner"]) -> Float[Array, "*batch outer"]:
@@ -117,7 +123,8 @@ def _finite(layer: Any) -> str | None:
 
 @dataclass(frozen=True)
 class OrthogonalJvp(LinearRule):
-    r"""$\bar y = \bar x Q$: the layer applied to the cotangent. Nothing is erased or kept; cost of a forward; growth 1."""
+    r"""$\bar y = \bar x Q$: the layer applied to the cotangent. Nothing is erased or kept; cost of a forward;
+    growth 1."""
 
     name: str = "jvp"
     any_weights: ClassVar[bool] = True
@@ -135,7 +142,8 @@ class OrthogonalJvp(LinearRule):
 class OrthogonalNull(LinearRule):
     r"""`outer > inner`: the layer is the first rows of $Q$, and the rest, $N^\top$, spans what is erased.
 
-    The fragment is $c = \bar y N$, `(outer - inner) / outer` of the cotangent; $\bar y = [\bar x\ \ c]\,Q$. Growth below 1.
+    The fragment is $c = \bar y N$, `(outer - inner) / outer` of the cotangent; $\bar y = [\bar x\ \ c]\,Q$.
+    Growth below 1.
     """
 
     name: str = "null"
@@ -173,7 +181,8 @@ class OrthogonalInverse(InvertRule):
 
 
 class CircularOrthogonal:
-    """What orthogonal convolutions share: circular, stride 1, `inner` channels to the first `outer`; `linear` is theirs."""
+    """What orthogonal convolutions share: circular, stride 1, `inner` channels to the first `outer`; `linear`
+    is theirs."""
 
     bias: Array | None
     outer: int
@@ -198,11 +207,13 @@ class CircularOrthogonal:
         raise NotImplementedError
 
     def check_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """The spatial size of an input of `shape`. Raises `ArgumentError` where the layer does not take it."""
+        """The spatial size of an input of `shape`. Raises `ArgumentError` where the layer does not take
+        it."""
         dims, name = self.dims, type(self).__name__
         if len(shape) < dims + 1 or shape[-1] != self.inner:
             raise ArgumentError(
-                f"`x.shape={tuple(shape)}`: this {name} takes {dims} spatial axes and {self.inner} channels, last"
+                f"`x.shape={tuple(shape)}`: this {name} takes {dims} spatial axes and {self.inner} channels, "
+                "last"
             )
         size = tuple(shape[-1 - dims : -1])
         if any(k > n for k, n in zip(self.kernel, size)):
@@ -235,13 +246,15 @@ def check_sizes(inner: int, outer: int, dims: int) -> None:
 
 @layer
 class OrthogonalConv(CircularOrthogonal):
-    r"""A circular convolution of stride 1 in one or two dimensions whose symbol is unitary at every frequency: the Cayley transform.
+    r"""A circular convolution of stride 1 in one or two dimensions whose symbol is unitary at every
+    frequency: the Cayley transform.
 
-    With $A(\omega)$ the transform of the taps, $S = A - A^H$, $Q(\omega) = (I + S)^{-1}(I - S)$, of which the first `outer` columns are used. As a
-    filter it reaches across the whole input, with taps that decay. Channels last; `outer <= inner`. A stride is had by a `SpaceToDepth` in front.
+    With $A(\omega)$ the transform of the taps, $S = A - A^H$, $Q(\omega) = (I + S)^{-1}(I - S)$, of which the
+    first `outer` columns are used. As a filter it reaches across the whole input, with taps that decay.
+    Channels last; `outer <= inner`. A stride is had by a `SpaceToDepth` in front.
 
-    **Cost:** transforms of input and output, $8\,inner\,outer$ flop a frequency and example on half the frequencies, and a complex solve of
-    `inner` a frequency once a sweep.
+    **Cost:** transforms of input and output, $8\,inner\,outer$ flop a frequency and example on half the
+    frequencies, and a complex solve of `inner` a frequency once a sweep.
     """
 
     weight: Float[Array, "*kernel inner inner"]

@@ -8,26 +8,30 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mwplan.errors import ArgumentError
-from mwplan.layers.base import layer, static
+from mwplan.common.errors import ArgumentError
+from mwplan.common.trees import widen
 from mwplan.layers.conv import Conv1D, Conv2D
 from mwplan.layers.orthogonal import CircularOrthogonal, check_sizes
-from mwplan.trees import widen
+from mwplan.network.layer import layer, static
 
 
 @layer
 class ParaunitaryConv(CircularOrthogonal):
-    r"""A circular convolution of stride 1 in one or two dimensions, orthogonal by construction, with `taps` taps an axis.
+    r"""A circular convolution of stride 1 in one or two dimensions, orthogonal by construction, with `taps`
+    taps an axis.
 
-    Its symbol is $K(z) = Q_0 D(z_1) Q_1 D(z_1) \cdots Q_m$, where $D(z) = \mathrm{diag}(I, z I)$ shifts the second half of the channels by one
-    position along an axis, `taps - 1` times along each axis in turn, and the $Q_i$ are orthogonal: unitary at every frequency, as each
-    factor is. Each $Q_i$ is a product of Householder reflections $I - 2 v v^\top / |v|^2$, so nothing is solved or factored, and rounding does not
+    Its symbol is $K(z) = Q_0 D(z_1) Q_1 D(z_1) \cdots Q_m$, where $D(z) = \mathrm{diag}(I, z I)$ shifts the
+    second half of the channels by one position along an axis, `taps - 1` times along each axis in turn, and
+    the $Q_i$ are orthogonal: unitary at every frequency, as each factor is. Each $Q_i$ is a product of
+    Householder reflections $I - 2 v v^\top / |v|^2$, so nothing is solved or factored, and rounding does not
     accumulate. `outer <= inner`: the first `outer` columns.
 
-    **Cost:** that of `Conv2D` with circular padding, and once a sweep the kernel: $2 r c^2$ flop for each $Q_i$ of $r$ reflections, and as many small
-    products as factors. Against `OrthogonalConv`, whose filters reach across the whole input, it needs no transforms.
-    **Source:** lossless systems are products of such factors (Vaidyanathan, 1993); as layers of networks: Li et al., arXiv:1911.00937; Su et
-    al., arXiv:2106.09121. Shifts of half the channels between products of reflections are our choice among the parametrisations.
+    **Cost:** that of `Conv2D` with circular padding, and once a sweep the kernel: $2 r c^2$ flop for each
+    $Q_i$ of $r$ reflections, and as many small products as factors. Against `OrthogonalConv`, whose filters
+    reach across the whole input, it needs no transforms.
+    **Source:** lossless systems are products of such factors (Vaidyanathan, 1993); as layers of networks: Li
+    et al., arXiv:1911.00937; Su et al., arXiv:2106.09121. Shifts of half the channels between products of
+    reflections are our choice among the parametrisations.
     """
 
     raw: Float[Array, "factors reflections inner"]
@@ -94,7 +98,8 @@ class ParaunitaryConv(CircularOrthogonal):
             before[axis], after[axis] = (1, 0), (0, 1)
             shifted = [jnp.pad(kernel[..., :half], after), jnp.pad(kernel[..., half:], before)]
             kernel = jnp.einsum("...ab,bc->...ac", jnp.concatenate(shifted, -1), matrix, precision="highest")
-        return kernel[..., : self.outer]
+        taps: Array = kernel[..., : self.outer]
+        return taps
 
     def linear(self, x: Array) -> Array:
         """The layer without its bias."""

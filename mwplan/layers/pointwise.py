@@ -12,14 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from mwplan import trees
+from mwplan.common import trees
 from mwplan.layers.geometry import Geometry
 from mwplan.layers.linear import LinearRule, Refined, left_inverse, no_examples, rank_problem, times
-from mwplan.rules import Unavailable, VijpRule
+from mwplan.network.rules import Unavailable, VijpRule
 
 
 def lone_taps(g: Geometry) -> list[list[int]]:
-    """For each axis the taps `t` whose input position no other output reads, and that lie inside the input for every output.
+    """For each axis the taps `t` whose input position no other output reads, and that lie inside the input
+    for every output.
 
     Another tap `t'` reads position `s j + d t` for the output `j + d (t - t') / s`, if that is an integer.
     """
@@ -40,7 +41,10 @@ def rules(layer: Any, g: Geometry) -> list[VijpRule | Unavailable]:
     inner, outer = layer.weight.shape[-2], layer.weight.shape[-1] // layer.groups
     count = int(np.prod([len(t) for t in taps]))
     if not count:
-        reason = f"every input position is read by several outputs (kernel {g.kernel}, stride {g.stride}), or lies in the padding"
+        reason = (
+            f"every input position is read by several outputs (kernel {g.kernel}, stride {g.stride}), "
+            "or lies in the padding"
+        )
         return [Unavailable("pointwise", reason)]
     if outer > count * inner:
         return [
@@ -56,12 +60,15 @@ def rules(layer: Any, g: Geometry) -> list[VijpRule | Unavailable]:
 class Pointwise(LinearRule):
     r"""Solves for each output from the input positions that it alone reads.
 
-    With stride $s$ and $k \le 2s - 1$ taps (dilation 1), tap $t \in [k - s, s - 1]$ of output $j$ reads position $sj + t$, and no other
-    output does, so $u_{sj+t} = \bar y_j W_t^\top$ there. Stacking these taps gives $[u_{sj+t}]_t = \bar y_j\,[W_t]_t^\top$: one small
-    left inverse for all positions, as for a dense layer; in several dimensions the taps are a product of sets.
+    With stride $s$ and $k \le 2s - 1$ taps (dilation 1), tap $t \in [k - s, s - 1]$ of output $j$ reads
+    position $sj + t$, and no other output does, so $u_{sj+t} = \bar y_j W_t^\top$ there. Stacking these taps
+    gives $[u_{sj+t}]_t = \bar y_j\,[W_t]_t^\top$: one small left inverse for all positions, as for a dense
+    layer; in several dimensions the taps are a product of sets.
 
-    **Condition:** the stack, `(taps * inner) x outer` a group, has full column rank; the positions lie inside the input for every output.
-    **Cost:** $2\,taps\,inner\,outer$ flop an output position, $taps / k^d$ of a forward. No residuals, no fragment.
+    **Condition:** the stack, `(taps * inner) x outer` a group, has full column rank; the positions lie inside
+    the input for every output.
+    **Cost:** $2\,taps\,inner\,outer$ flop an output position, $taps / k^d$ of a forward. No residuals, no
+    fragment.
     **Source:** ours, from linear algebra.
     """
 

@@ -10,22 +10,24 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mwplan.errors import ArgumentError
+from mwplan.common.errors import ArgumentError
+from mwplan.common.trees import widen
 from mwplan.layers import bits
-from mwplan.layers.base import layer, static
 from mwplan.layers.linear import InputShape, LinearRule, WholeOf
-from mwplan.rules import StoreRule, Unavailable, VijpRule
-from mwplan.trees import widen
+from mwplan.network.layer import layer, static
+from mwplan.network.rules import StoreRule, Unavailable, VijpRule
 
 
 def _windows(
     x: Float[Array, "*batch_space channels"], window: tuple[int, ...]
 ) -> Float[Array, "*batch_out window channels"]:
-    """Each window's members along the last axis but one; what is left over at the end of an axis is cut off."""
+    """Each window's members along the last axis but one; what is left over at the end of an axis is cut
+    off."""
     dims = len(window)
     if x.ndim < dims + 1 or any(n < w for n, w in zip(x.shape[-1 - dims : -1], window)):
         raise ArgumentError(
-            f"`x.shape={x.shape}`: pooling over {window} needs as many spatial axes, as long, and channels last"
+            f"`x.shape={x.shape}`: pooling over {window} needs as many spatial axes, as long, and channels "
+            "last"
         )
     lead, space, channels = x.shape[: -1 - dims], x.shape[-1 - dims : -1], x.shape[-1]
     counts = [n // w for n, w in zip(space, window)]
@@ -75,10 +77,11 @@ class AveragePool:
 
 @dataclass(frozen=True)
 class AverageSum(LinearRule):
-    r"""$\bar x = \bar y / w$ at each of the $w$ members of a window, so $\bar y = \sum \bar x$ over the window.
+    r"""$\bar x = \bar y / w$ at each of the $w$ members of a window, so $\bar y = \sum \bar x$ over the
+    window.
 
-    Nothing is erased or kept. **Cost:** one pass. Of noise in $\bar x$ only the window's mean survives: growth is below 1 relative to white
-    noise, exactly 1 in the signal. **Source:** ours.
+    Nothing is erased or kept. **Cost:** one pass. Of noise in $\bar x$ only the window's mean survives:
+    growth is below 1 relative to white noise, exactly 1 in the signal. **Source:** ours.
     """
 
     name: str = "sum"
@@ -135,7 +138,8 @@ class MaxPoolIndex(StoreRule):
 class MaxPoolRead(VijpRule):
     r"""$\bar x$ is $\bar y$ at each window's largest member and zero elsewhere: the vijp reads it there.
 
-    Nothing is erased. **Residuals:** the index in the fewest bits. **Cost:** one pass. **Growth:** at most 1, local error 0.
+    Nothing is erased. **Residuals:** the index in the fewest bits. **Cost:** one pass. **Growth:** at most 1,
+    local error 0.
     **Source:** ours.
     """
 

@@ -1,7 +1,8 @@
-"""Layers that move numbers and change none: flatten, reshape, permute, split, concatenate, space to depth, channel padding.
+"""Layers that move numbers and change none: flatten, reshape, permute, split, concatenate, space to depth,
+channel padding.
 
-All act on trailing axes and accept any leading ones. Their transposes are their inverses, so the vijp is the layer itself applied
-to the cotangent: exact, no residuals, growth 1.
+All act on trailing axes and accept any leading ones. Their transposes are their inverses, so the vijp is the
+layer itself applied to the cotangent: exact, no residuals, growth 1.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mwplan import trees
-from mwplan.errors import ArgumentError
-from mwplan.layers.base import layer, static
+from mwplan.common import trees
+from mwplan.common.errors import ArgumentError
 from mwplan.layers.linear import LinearRule
-from mwplan.rules import InvertRule, Unavailable, VijpRule
+from mwplan.network.layer import layer, static
+from mwplan.network.rules import InvertRule, Unavailable, VijpRule
 
 
 class _Moves:
@@ -44,7 +45,8 @@ class _Moves:
 
 @dataclass(frozen=True)
 class Move(LinearRule):
-    r"""The Jacobian is a permutation $P$: $\bar y = \bar x P$. Nothing is erased or kept, growth 1, local error 0."""
+    r"""The Jacobian is a permutation $P$: $\bar y = \bar x P$. Nothing is erased or kept, growth 1, local
+    error 0."""
 
     name: str = "move"
 
@@ -55,7 +57,8 @@ class Move(LinearRule):
 
 @dataclass(frozen=True)
 class MoveBack(InvertRule):
-    """The transpose of a permutation is its inverse. `shape`: of one input, of which only trailing axes matter; of `Concatenate`, its parts' sizes."""
+    """The transpose of a permutation is its inverse. `shape`: of one input, of which only trailing axes
+    matter; of `Concatenate`, its parts' sizes."""
 
     shape: tuple[int, ...]
     name: str = "move"
@@ -106,7 +109,8 @@ class Reshape(_Moves):
 
 @layer
 class Permute(_Moves):
-    """Permutes the trailing axes: axis `a` of the output's trailing axes is axis `order[a]` of the input's."""
+    """Permutes the trailing axes: axis `a` of the output's trailing axes is axis `order[a]` of the
+    input's."""
 
     order: tuple[int, ...] = static()
 
@@ -136,7 +140,8 @@ class Split(_Moves):
         """The layer itself."""
         if x.ndim < 1 or self.parts < 1 or x.shape[-1] % self.parts:
             raise ArgumentError(
-                f"`x.shape={x.shape}`: Split({self.parts}) needs a multiple of {self.parts} channels on the last axis"
+                f"`x.shape={x.shape}`: Split({self.parts}) needs a multiple of {self.parts} channels on the "
+                "last axis"
             )
         return tuple(jnp.split(x, self.parts, -1))
 
@@ -166,7 +171,8 @@ class Concatenate(_Moves):
 
 @layer
 class SpaceToDepth(_Moves):
-    """Moves each block of `block` positions, one entry a spatial axis, into the channels: positions first, channels last."""
+    """Moves each block of `block` positions, one entry a spatial axis, into the channels: positions first,
+    channels last."""
 
     block: tuple[int, ...] = static(default=(2, 2))
 
@@ -222,7 +228,8 @@ class PadChannels:
 
 @dataclass(frozen=True)
 class PadAppend(LinearRule):
-    """The kept channels are `ct_in`; erased is the cotangent of the padded ones, which is the fragment. Growth 1, local error 0."""
+    """The kept channels are `ct_in`; erased is the cotangent of the padded ones, which is the fragment.
+    Growth 1, local error 0."""
 
     name: str = "padded"
     has_fragment: bool = True

@@ -1,4 +1,5 @@
-"""Smooth activations: monotone ones with a derivative away from zero have a vijp; all have lean ways to be stored."""
+"""Smooth activations: monotone ones with a derivative away from zero have a vijp; all have lean ways to be
+stored."""
 
 from __future__ import annotations
 
@@ -12,23 +13,26 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from mwplan.errors import ArgumentError
-from mwplan.layers.base import layer, lean, static
+from mwplan.common.errors import ArgumentError
+from mwplan.common.trees import widen
 from mwplan.layers.linear import WholeOf
-from mwplan.rules import InvertRule, OutputStore, StoreRule, Unavailable, VijpRule
-from mwplan.trees import widen
+from mwplan.network.layer import layer, lean, static
+from mwplan.network.rules import InvertRule, OutputStore, StoreRule, Unavailable, VijpRule
 
 
 def _gelu(x: Array) -> Array:
-    """By `erf`: right to 1e-6 up to 12 in float32, in less time than by `erfc`, which is for the relative error of what is nearly 0."""
+    """By `erf`: right to 1e-6 up to 12 in float32, in less time than by `erfc`, which is for the relative
+    error of what is nearly 0."""
     wide = widen(x)
-    return (0.5 * wide * (1 + lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
+    y: Array = (0.5 * wide * (1 + lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
+    return y
 
 
 _softplus = jax.custom_jvp(jax.nn.softplus)
 _softplus.defjvp(lambda x, dx: (_softplus(*x), dx[0] * jax.nn.sigmoid(x[0])))
 
-# Name: the function, and bounds below and above of its derivative (outward from the true extrema). JAX's tanh and sigmoid keep the output alone.
+# Name: the function, and bounds below and above of its derivative (outward from the true extrema). JAX's tanh
+# and sigmoid keep the output alone.
 _KINDS: dict[str, tuple[Callable[[Array], Array], float, float]] = {
     "gelu": (lean(_gelu), -0.13, 1.13),
     "gelu_tanh": (lean(lambda x: jax.nn.gelu(x, approximate=True)), -0.131, 1.131),
@@ -41,10 +45,11 @@ _KINDS: dict[str, tuple[Callable[[Array], Array], float, float]] = {
 
 @layer
 class Smooth:
-    """`slope * x + (1 - slope) * f(x)`, elementwise, with `f` one of gelu, gelu_tanh, silu, softplus, tanh, sigmoid.
+    """`slope * x + (1 - slope) * f(x)`, elementwise, with `f` one of gelu, gelu_tanh, silu, softplus, tanh,
+    sigmoid.
 
-    `slope=0` is `f` itself. A derivative of at least `c > 0` everywhere, which a slope of 0.2 gives each of them, makes it submersive and
-    invertible.
+    `slope=0` is `f` itself. A derivative of at least `c > 0` everywhere, which a slope of 0.2 gives each of
+    them, makes it submersive and invertible.
     """
 
     kind: str = static(default="gelu")
@@ -64,7 +69,8 @@ class Smooth:
     def derivative(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         """The derivative at `x`, in float32 or wider."""
         x = widen(x)
-        return jax.jvp(self.__call__, (x,), (jnp.ones_like(x),))[1]
+        slope: Array = jax.jvp(self.__call__, (x,), (jnp.ones_like(x),))[1]
+        return slope
 
     @property
     def bounds(self) -> tuple[float, float]:
@@ -73,7 +79,8 @@ class Smooth:
         return self.slope + (1 - self.slope) * low, self.slope + (1 - self.slope) * high
 
     def vijp_rules(self, x: Any) -> Sequence[VijpRule | Unavailable]:
-        """Division by the derivative, where it is bounded away from zero; the whole fragment with the input as residual."""
+        """Division by the derivative, where it is bounded away from zero; the whole fragment with the input
+        as residual."""
         low = self.bounds[0]
         if low < 1e-3:
             reason = (
@@ -83,7 +90,8 @@ class Smooth:
         return [SmoothDivide(), WholeOf("whole_input", base=SmoothDivide())]
 
     def store_rules(self, x: Any) -> Sequence[StoreRule]:
-        """Of tanh and sigmoid the input alone; or the output alone, where the derivative is a function of it. The others are lean."""
+        """Of tanh and sigmoid the input alone; or the output alone, where the derivative is a function of it.
+        The others are lean."""
         if self.kind not in ("tanh", "sigmoid"):
             return []
         return [SmoothInput()] if self.slope else [SmoothOutput(), SmoothInput()]
@@ -129,8 +137,8 @@ class SmoothOutput(OutputStore):
 class SmoothDivide(VijpRule):
     r"""Divides by the derivative at `x`: nothing is erased where $|f'| \ge c > 0$.
 
-    **Residuals:** the input, full size but often shared. **Cost:** two evaluations of the derivative. **Growth:** at most
-    $\max f' / c$. **Source:** ours.
+    **Residuals:** the input, full size but often shared. **Cost:** two evaluations of the derivative.
+    **Growth:** at most $\max f' / c$. **Source:** ours.
     """
 
     name: str = "divide"
@@ -150,7 +158,8 @@ class SmoothDivide(VijpRule):
 
 @dataclass(frozen=True)
 class SmoothInverse(InvertRule):
-    r"""Solves $f(x) = y$ elementwise by Newton's method inside a bracket, 24 steps, bisecting where a step would leave it.
+    r"""Solves $f(x) = y$ elementwise by Newton's method inside a bracket, 24 steps, bisecting where a step
+    would leave it.
 
     The bracket comes from the bounds of the derivative: $x$ lies between $(y - f(0))/c$ and $(y - f(0))/C$.
     """

@@ -1,21 +1,27 @@
-r"""The spectral vijp of convolutions: one small solve a frequency, any stride, with the halo of the padding as fragment.
+r"""The spectral vijp of convolutions: one small solve a frequency, any stride, with the halo of the padding
+as fragment.
 
-**Derivation.** Split the cotangent $u$ of the padded input by its position modulo the stride: with $dt = s b_t + r_t$,
+**Derivation.** Split the cotangent $u$ of the padded input by its position modulo the stride: with
+$dt = s b_t + r_t$,
 
 $$u^{(r)}_a = \sum_{t : r_t = r} \bar y_{a - b_t} W_t^\top,$$
 
-for each phase $r$ a full convolution of $\bar y$ with its own taps. On a grid of at least $m + \max b$ frequencies an axis nothing wraps, so
-with $A_r(\omega) = \sum_{t : r_t = r} W_t e^{-i \omega b_t}$ and the phases stacked,
+for each phase $r$ a full convolution of $\bar y$ with its own taps. On a grid of at least $m + \max b$
+frequencies an axis nothing wraps, so with $A_r(\omega) = \sum_{t : r_t = r} W_t e^{-i \omega b_t}$ and the
+phases stacked,
 
-$$\hat u(\omega) = \hat{\bar y}(\omega)\, A(\omega)^\top, \qquad A(\omega): s^d\,inner \times outer\ \text{(of one group)}.$$
+$$\hat u(\omega) = \hat{\bar y}(\omega)\, A(\omega)^\top, \qquad$$
+$$A(\omega): s^d\,inner \times outer\ \text{(of one group)}.$$
 
-Where $A(\omega)$ has full column rank at every frequency of the grid, $\hat{\bar y} = \hat u\,(A^+)^\top$ and $\bar y$ is the start of the inverse transform. What is erased
-is the cotangent of the zero padding, which the input's cotangent does not show: the **halo**, kept as the fragment. VALID and circular convolutions
-have none (circular: the grid is `size / stride` exactly, and the wrapping is wanted).
+Where $A(\omega)$ has full column rank at every frequency of the grid, $\hat{\bar y} = \hat u\,(A^+)^\top$ and
+$\bar y$ is the start of the inverse transform. What is erased is the cotangent of the zero padding, which the
+input's cotangent does not show: the **halo**, kept as the fragment. VALID and circular convolutions have none
+(circular: the grid is `size / stride` exactly, and the wrapping is wanted).
 
-**Cost** of a vijp: transforms of $u$ and $\bar y$, and $8\,inner\,outer\,s^d$ flop a frequency and example on half the frequencies, so about
-$4 s^d / k^d$ times the multiplications of a forward; once a step, a complex left inverse a frequency. Workspace: about three times the padded
-cotangent, and the inverses. All of it parallel: no recursion. **Source:** the operator is arXiv:2402.14212; this form is ours, from linear algebra.
+**Cost** of a vijp: transforms of $u$ and $\bar y$, and $8\,inner\,outer\,s^d$ flop a frequency and example on
+half the frequencies, so about $4 s^d / k^d$ times the multiplications of a forward; once a step, a complex
+left inverse a frequency. Workspace: about three times the padded cotangent, and the inverses. All of it
+parallel: no recursion. **Source:** the operator is arXiv:2402.14212; this form is ours, from linear algebra.
 """
 
 from __future__ import annotations
@@ -30,7 +36,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Complex, Float
 
-from mwplan import trees
+from mwplan.common import trees
 from mwplan.layers.dense import PERCENTS
 from mwplan.layers.fourier import irfftn, rfftn
 from mwplan.layers.geometry import Geometry, join_halo, phases, split_halo
@@ -43,16 +49,17 @@ from mwplan.layers.linear import (
     percent_of,
     rank_problem,
 )
-from mwplan.rules import InvertRule, Unavailable, VijpRule, full_precision
+from mwplan.network.rules import InvertRule, Unavailable, VijpRule, full_precision
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Basis:
-    """Directions of small singular value at every frequency of a grid, and those values: the numerical cokernel of a convolution.
+    """Directions of small singular value at every frequency of a grid, and those values: the numerical
+    cokernel of a convolution.
 
-    `vectors`: real and imaginary parts, smallest singular value first. Not trained: its gradient is zero, its vectors are
-    normalised on use and its values only ordered, so weight decay does not harm it.
+    `vectors`: real and imaginary parts, smallest singular value first. Not trained: its gradient is zero, its
+    vectors are normalised on use and its values only ordered, so weight decay does not harm it.
     """
 
     vectors: Float[Array, "2 *frequencies groups outer kept"]
@@ -130,7 +137,10 @@ def rules(layer: Any, g: Geometry) -> list[VijpRule | Unavailable]:
     if outer <= rows:
         found += [base, Refined(base)]
     else:
-        reason = f"{rows} inputs a frequency (stride^d * channels) do not determine {outer} output channels a group"
+        reason = (
+            f"{rows} inputs a frequency (stride^d * channels) "
+            f"do not determine {outer} output channels a group"
+        )
         found.append(Unavailable(base.name, reason))
     if layer.basis is None:
         return [*found, Unavailable("cokernel", "the layer has no basis: see `with_basis`")]
@@ -207,7 +217,8 @@ class Spectral(LinearRule):
 
 @dataclass(frozen=True)
 class SpectralHalo(Spectral):
-    r"""A zero-padded convolution: the halo is the fragment, about $2p/n$ of the activation per spatial axis. See the module's derivation."""
+    r"""A zero-padded convolution: the halo is the fragment, about $2p/n$ of the activation per spatial axis.
+    See the module's derivation."""
 
     name: str = "halo"
     has_fragment: bool = True
@@ -221,7 +232,8 @@ def _vectors(basis: Basis) -> Complex[Array, "*frequencies groups outer kept"]:
     """The normalised directions."""
     v = jax.lax.stop_gradient(trees.widen(basis.vectors))
     v = jax.lax.complex(v[0], v[1])
-    return v / jnp.linalg.norm(v, axis=-2, keepdims=True)
+    unit: Array = v / jnp.linalg.norm(v, axis=-2, keepdims=True)
+    return unit
 
 
 def _count(percent: int, basis: Basis, outer: int) -> int:
@@ -233,13 +245,16 @@ def _count(percent: int, basis: Basis, outer: int) -> int:
 class SpectralCokernel(LinearRule):
     r"""The halo, and the directions of smallest singular value over all frequencies together.
 
-    As `DenseCokernel`, a frequency at a time: with $v_1, v_2, \ldots$ the kept directions of a frequency (columns of $V$), the fragment is
-    $c = \hat{\bar y} \bar V$, and $\hat{\bar y}$ the solution of $\hat{\bar y}\,[A^\top\ \ \alpha \bar V] = [\hat u\ \ \alpha c]$. Which directions are kept is decided over
-    the whole grid: the `percent` of all (frequency, direction) pairs with the smallest singular values. How many a frequency has varies, and directions
-    that are not kept enter as zero columns, so shapes are static. It is exact for any basis that makes the stack of full column rank.
+    As `DenseCokernel`, a frequency at a time: with $v_1, v_2, \ldots$ the kept directions of a frequency
+    (columns of $V$), the fragment is $c = \hat{\bar y} \bar V$, and $\hat{\bar y}$ the solution of
+    $\hat{\bar y}\,[A^\top\ \ \alpha \bar V] = [\hat u\ \ \alpha c]$. Which directions are kept is decided
+    over the whole grid: the `percent` of all (frequency, direction) pairs with the smallest singular values.
+    How many a frequency has varies, and directions that are not kept enter as zero columns, so shapes are
+    static. It is exact for any basis that makes the stack of full column rank.
 
-    **Fragment:** the halo, and `percent` of $4 \cdot 2$ bytes for each channel and frequency of the half grid: that share of the cotangent on the
-    padded grid. **Cost:** as spectral, with `kept` more rows in the solve, and a transform of $\bar y$ in the reverse sweep.
+    **Fragment:** the halo, and `percent` of $4 \cdot 2$ bytes for each channel and frequency of the half
+    grid: that share of the cotangent on the padded grid. **Cost:** as spectral, with `kept` more rows in the
+    solve, and a transform of $\bar y$ in the reverse sweep.
     **Source:** ours, from linear algebra.
     """
 
@@ -354,7 +369,8 @@ def invert_rules(layer: Any, g: Geometry, x: Any) -> list[InvertRule | Unavailab
 
 @dataclass(frozen=True)
 class SpectralInverse(InvertRule):
-    r"""$\hat y = \hat x\,\overline{A}$ at every frequency, solved for $\hat x$: circular convolutions with $outer \ge s^d\,inner$."""
+    r"""$\hat y = \hat x\,\overline{A}$ at every frequency, solved for $\hat x$: circular convolutions with
+    $outer \ge s^d\,inner$."""
 
     geometry: Geometry
     name: str = "spectral"

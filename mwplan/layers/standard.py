@@ -1,23 +1,23 @@
-"""JAX's own activations as layers: the same values and derivatives, with lean stores, vijps and inverses besides."""
+"""JAX's own activations as layers: the same values and derivatives, with lean stores, vijps and inverses
+besides."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from mwplan.layers.activations import ReLU
 from mwplan.layers.smooth import Smooth
+from mwplan.network.chain import STANDARD
 
-#: What stands in a chain for each of these functions.
-STANDARD: dict[Callable[..., Any], Any] = {
-    jnp.tanh: Smooth("tanh"),
-    jax.lax.tanh: Smooth("tanh"),
-    jax.nn.gelu: Smooth("gelu_tanh"),
-    jax.nn.relu: ReLU(),
-    jax.nn.sigmoid: Smooth("sigmoid"),
-    jax.nn.silu: Smooth("silu"),
-    jax.nn.softplus: Smooth("softplus"),
-}
+STANDARD.update(
+    {
+        jnp.tanh: Smooth("tanh"),
+        jax.lax.tanh: Smooth("tanh"),
+        jax.nn.gelu: Smooth("gelu_tanh"),
+        jax.nn.relu: ReLU(),
+        jax.nn.sigmoid: Smooth("sigmoid"),
+        jax.nn.silu: Smooth("silu"),
+        jax.nn.softplus: Smooth("softplus"),
+    }
+)

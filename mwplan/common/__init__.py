@@ -1,0 +1,4 @@
+"""What everything stands on.
+
+Errors, sizes as text, JSON files, pytrees, figures of plain data. Imports nothing of ours.
+"""

@@ -1,0 +1,190 @@
+"""Pytree helpers: a layer's parameters apart from the rest, sizes in bytes, working precision."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def is_inexact(leaf: Any) -> bool:
+    """Whether `leaf` is a floating or complex array, a tracer of one, or a `jax.ShapeDtypeStruct` of one."""
+    return hasattr(leaf, "dtype") and hasattr(leaf, "shape") and jnp.issubdtype(leaf.dtype, jnp.inexact)
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether `leaf` is an array (or a tracer) that may be an argument of a compiled function."""
+    return isinstance(leaf, (jax.Array, np.ndarray, np.generic))
+
+
+def is_key(leaf: Any) -> bool:
+    """Whether `leaf`, an array or a `jax.ShapeDtypeStruct`, holds typed random keys."""
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def tie(tree: Any, free: type | tuple[type, ...] = ()) -> Any:
+    """The same arrays, none of which exists for XLA before all of them do; but for those in nodes of the
+    types `free`."""
+    leaves, treedef = jax.tree.flatten(tree, is_leaf=lambda node: isinstance(node, free))
+    index = [i for i, leaf in enumerate(leaves) if is_array(leaf) and leaf.dtype != jax.dtypes.float0]
+    if index:
+        for i, leaf in zip(index, jax.lax.optimization_barrier([leaves[i] for i in index])):
+            leaves[i] = leaf
+    return jax.tree.unflatten(treedef, leaves)
+
+
+def parameters(layer: Any) -> list[Any]:
+    """The inexact-array leaves of `layer`, in order: what a gradient is taken of."""
+    return [leaf for leaf in jax.tree.leaves(layer) if is_inexact(leaf)]
+
+
+def with_parameters(layer: Any, params: list[Any]) -> Any:
+    """`layer` with its inexact-array leaves replaced by `params`, in the order of `parameters`."""
+    leaves, treedef = jax.tree.flatten(layer)
+    new = iter(params)
+    return jax.tree.unflatten(treedef, [next(new) if is_inexact(leaf) else leaf for leaf in leaves])
+
+
+def nbytes(tree: Any) -> int:
+    """Bytes of all array leaves of `tree` (arrays, tracers or `jax.ShapeDtypeStruct`s) as devices hold them:
+    numbers of 4 and of 2 bits share bytes."""
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        if hasattr(leaf, "dtype") and hasattr(leaf, "shape"):
+            count = math.prod(leaf.shape)
+            total += count * leaf.dtype.itemsize if is_key(leaf) else -(-count * bits(leaf.dtype) // 8)
+    return total
+
+
+def bits(dtype: Any) -> int:
+    """Bits that a device needs for one number of `dtype` (no random key); 0 for float0."""
+    known = np.dtype(jax.dtypes.canonicalize_dtype(dtype))
+    return 0 if known == jax.dtypes.float0 else int(jax.dtypes.itemsize_bits(known))
+
+
+def struct(tree: Any) -> Any:
+    """The same pytree with a `jax.ShapeDtypeStruct` for every array leaf, weakly typed where that is."""
+    return jax.tree.map(struct_of, tree)
+
+
+def struct_of(leaf: Any, shape: tuple[int, ...] | None = None) -> jax.ShapeDtypeStruct:
+    """The `jax.ShapeDtypeStruct` of one leaf, or of another `shape`, weakly typed where `leaf` is."""
+    return jax.ShapeDtypeStruct(
+        jnp.shape(leaf) if shape is None else shape, jnp.result_type(leaf), weak_type=is_weak(leaf)
+    )
+
+
+def is_weak(leaf: Any) -> bool:
+    """Whether `leaf`, an array, a number or a `jax.ShapeDtypeStruct`, takes the dtype of what it meets, as
+    Python's numbers and `jnp.full(shape, 0.1)` do."""
+    kind = leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jax.typeof(leaf)
+    return bool(getattr(kind, "weak_type", False))
+
+
+def typed_like(leaf: Any, like: Any) -> Any:
+    """The array `leaf` weakly typed where `like`, of the same dtype, is."""
+    return weakened(leaf) if is_weak(like) and not is_weak(leaf) else leaf
+
+
+def weakened(leaf: Any) -> Any:
+    """The array `leaf`, weakly typed (`is_weak`). Costs nothing."""
+    dtype = np.dtype(leaf.dtype)
+    return jax.lax.convert_element_type_p.bind(leaf, new_dtype=dtype, weak_type=True, sharding=None)
+
+
+def working_dtype(dtype: Any) -> Any:
+    """The dtype that cotangents have inside a moonwalk run: `dtype`, or float32 where that is wider."""
+    return jnp.float32 if bits(dtype) <= 8 else jnp.promote_types(dtype, jnp.float32)
+
+
+def widen(tree: Any) -> Any:
+    """`tree` (arrays or shapes) with its inexact leaves in `working_dtype`: the same object where one is
+    already."""
+
+    def one(a: Any) -> Any:
+        wide = working_dtype(a.dtype) if is_inexact(a) else None
+        if wide is None or a.dtype == wide:
+            return a
+        return jax.ShapeDtypeStruct(a.shape, wide) if isinstance(a, jax.ShapeDtypeStruct) else a.astype(wide)
+
+    return jax.tree.map(one, tree)
+
+
+def no_cotangent(leaf: Any) -> Any:
+    """What `jax.vjp` has for the cotangent of an array (or its shape) that is no parameter, an integer, a
+    mask or random keys: float0 zeros, which have no memory."""
+    return np.zeros(jnp.shape(leaf), jax.dtypes.float0)
+
+
+def as_cotangent(tree: Any, like: Any) -> Any:
+    """`tree`, a cotangent of `like`, with `no_cotangent` where `like` has integers, masks or random keys,
+    whatever `tree` has there."""
+    return jax.tree.map(lambda a, b: a if is_inexact(b) or _is_float0(a) else no_cotangent(b), tree, like)
+
+
+def cast_like(tree: Any, like: Any) -> Any:
+    """`as_cotangent`, with each inexact leaf in the dtype of the matching leaf of `like`."""
+    return jax.tree.map(
+        lambda a, b: a.astype(b.dtype) if is_inexact(b) and a.dtype != b.dtype else a,
+        as_cotangent(tree, like),
+        like,
+    )
+
+
+def _is_float0(leaf: Any) -> bool:
+    return getattr(leaf, "dtype", None) == jax.dtypes.float0
+
+
+def transpose(linear: Callable[[Any], Any], x: Any, ct: Any) -> Any:
+    """`ct` through the transpose of `linear`, a function of arrays like the `jax.ShapeDtypeStruct`s of the
+    pytree `x`.
+
+    Within `jax.shard_map` such an array varies from device to device as `ct` does: otherwise the transpose
+    would sum over the devices.
+    """
+    axes = varying_axes(ct)
+    like = jax.eval_shape(lambda: jax.tree.map(lambda one: vary(jnp.zeros(one.shape, one.dtype), axes), x))
+    return jax.linear_transpose(linear, like)(ct)[0]
+
+
+def varying_axes(tree: Any) -> frozenset[str]:
+    """The axes of a surrounding `jax.shard_map` along which any array (or `jax.ShapeDtypeStruct`) of `tree`
+    varies from device to device.
+
+    None where JAX does not track it: outside `shard_map`, and with `check_vma=False`.
+    """
+    found: frozenset[str] = frozenset()
+    for leaf in jax.tree.leaves(tree):
+        kind = jax.typeof(leaf) if is_array(leaf) else leaf
+        # jax 0.11 says `manual_axis_type`, what came before `vma`.
+        names = getattr(getattr(kind, "manual_axis_type", None), "varying", None)
+        found |= frozenset((getattr(kind, "vma", None) or ()) if names is None else names)
+    return found
+
+
+def vary(tree: Any, axes: frozenset[str]) -> Any:
+    """`tree` with every array declared to vary along `axes`, as values that meet in a loop or in a derivative
+    must be. Costs nothing."""
+
+    def one(leaf: Any) -> Any:
+        missing = tuple(sorted(axes - varying_axes(leaf))) if is_array(leaf) else ()
+        if not missing or leaf.dtype == jax.dtypes.float0:
+            return leaf
+        cast = getattr(jax.lax, "pcast", None)
+        if cast is None:  # older than jax 0.9
+            return getattr(jax.lax, "pvary")(leaf, missing)  # noqa: B009
+        return cast(leaf, missing, to="varying")
+
+    return jax.tree.map(one, tree) if axes else tree
+
+
+def explicitly_sharded(tree: Any) -> bool:
+    """Whether the type of any array of `tree` says how it is sharded: a mesh axis of type `Explicit`."""
+    meshes = (
+        getattr(getattr(jax.typeof(leaf), "sharding", None), "mesh", None) for leaf in jax.tree.leaves(tree)
+    )
+    return any(jax.sharding.AxisType.Explicit in (getattr(mesh, "axis_types", None) or ()) for mesh in meshes)

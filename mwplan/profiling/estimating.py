@@ -1,0 +1,215 @@
+"""Profiles of devices that are not at hand: bytes from shapes, times from a roofline, errors measured on this
+host where there are weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mwplan.common import trees
+from mwplan.common.errors import ArgumentError, ChainError
+from mwplan.network import rules
+from mwplan.network.chain import Chain, Stack, boundaries, check_chain, one_block
+from mwplan.plans.profiles import Profile
+from mwplan.profiling import measure
+from mwplan.profiling.growth import random_cotangent
+from mwplan.profiling.roofline import Device, Roofline, device_of
+
+PyTree = Any
+
+
+def estimate(
+    chain: Chain,
+    x: PyTree,
+    *,
+    device: str | Device,
+    examples: int = 16,
+    seed: int = 0,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Profile:
+    """Estimates what `mw.profile` would measure of `chain` at input `x` on a device that is not at hand.
+
+    **Arguments:** `chain`, its weights arrays or `jax.ShapeDtypeStruct`s (`jax.eval_shape(make_chain, key)`
+    gives the latter without computing anything); `x`, arrays or `jax.ShapeDtypeStruct`s of the shape that
+    will be trained on; `device`, "h100", "a100", "laptop" or a `mw.Device`; `examples`, of how many the
+    errors are measured; `seed`, of random cotangents and inputs; `progress(done, layers, name)`, called after
+    each layer.
+    **Returns:** a `Profile` whose `source` says "estimated". The same network's plans from it run anywhere;
+    `mw.fit` or a profile on the device itself should have the last word.
+    **Raises:** `ChainError` where a layer does not accept what it gets; `ArgumentError` for an unknown
+    device, or a layer that needs its weights' values to be traced and has only their shapes.
+    **Cost:** one tracing of each operation of each distinct layer. With weights, and where a rule makes
+    errors, also a forward pass of `examples` examples on this host's default device, and compilations to
+    measure them: most of the time, some seconds a rule. Nothing of the size of `x` is allocated.
+
+    **Bytes.** Activations, residuals, fragments and the fixed part are counted as `mw.profile` counts them,
+    and equal its figures. Workspaces and savings are the liveness of the program's kernels: XLA's schedule,
+    fusion, padding and library scratch are not known. Seen on a CPU: equal in the median; too low by about
+    the layer's activations for convolutions' weight gradients, by up to two of them for attention, so that
+    plans passed lean budgets by up to 28%. Leave a margin.
+
+    **Times** are a roofline's (`mwplan.profiling.roofline`, `mwplan.profiling.costs`): arithmetic or traffic
+    at the device's full rates, and a launch for each kernel. Not in the model: how far a kernel stays below
+    those rates (small or oddly shaped products: often a half), caches, autotuned algorithms (Winograd),
+    fusion of products with what follows, launches that overlap, several devices. Ratios between the options
+    of a layer are what a plan depends on, and are better than the times themselves. Checked on a CPU alone
+    (results/estimate); the built-in GPUs' figures are data sheets', not yet held against a GPU. Where a layer
+    chooses its operations by `jax.default_backend()`, this host's are counted.
+
+    **Errors** depend on weights and working precision, hardly on the device. Where all weights are arrays
+    they are measured as in `mw.profile`, at the first `examples` examples of `x`, or of white noise (zeros
+    for integers) where `x` is shapes; on this host, in its own matrix precision: float32 at reduced precision
+    (TF32) on the device makes them larger. Where weights are shapes, rules whose errors no weights change are
+    measured at random ones: those of layers without parameters at white noise, of orthogonal layers, and
+    whole fragments (0). All others' local error and growth are infinite, so that no plan uses them.
+
+    >>> make = lambda key: mw.Chain([mw.layers.Dense.init(key, 1024, 1024), jnp.tanh])
+    >>> net = jax.eval_shape(make, jax.random.key(0))  # no weights: nothing is computed
+    >>> profile = mw.estimate(net, jax.ShapeDtypeStruct((4096, 1024), jnp.float32), device="h100")
+    >>> profile.activation_bytes
+    (16777216, 16777216, 16777216)
+    """
+    check_chain(chain)
+    pricing = Roofline(device_of(device))
+    if isinstance(examples, bool) or not isinstance(examples, int) or examples < 1:
+        raise ArgumentError(f"`examples={examples!r}` must be an integer, at least 1")
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((chain, x))):
+        raise ArgumentError("`chain` and `x` must be arrays or shapes: call `mw.estimate` outside `jax.jit`")
+    structs = boundaries(chain, x)
+    abstract = _abstract(chain)
+    tell = progress or (lambda done, layers, name: None)
+    names, keys = measure.layer_names(chain), measure.layer_keys(chain, structs)
+    counted: dict[Hashable, measure.Costs] = {}
+    for i, one in enumerate(_layers(chain)):
+        if keys[i] not in counted:
+            counted[keys[i]] = _count(pricing, one, structs[i], f"layer {i + 1} ({names[i]})")
+            if abstract:
+                _errors_without_weights(counted[keys[i]], one, structs[i], examples, seed)
+        if abstract:
+            tell(i + 1, len(chain), names[i])
+    unusable: dict[int, frozenset[measure.Name]] = {}
+    if not abstract:
+        key = jax.random.key(seed)
+        sampled = measure.spread(keys, measure.GROWTH_SAMPLES)
+        inexact = [i for i, k in enumerate(keys) if not _exact(counted[k].checked())]
+        last = max(inexact, default=-1)
+        x = _some(chain, x, structs, examples, key) if inexact else None
+        forward = jax.jit(lambda one, x: one(x))
+        for i, one, at in measure.visit(chain, x, sampled, forward) if inexact else ():
+            unusable[i] = counted[keys[i]].check(one, structs[i])
+            if i in sampled:
+                counted[keys[i]].add_errors(key, one, at, unusable[i])
+            tell(i + 1, len(chain), names[i])
+            if i >= last:  # nothing further on has errors: its inputs need not be computed
+                break
+        tell(len(chain), len(chain), names[-1])
+    return measure.assemble(
+        chain,
+        structs,
+        [(names[i], counted[key], unusable.get(i)) for i, key in enumerate(keys)],
+        fixed_bytes=sum(map(trees.nbytes, (chain, trees.parameters(chain), structs[0]))),
+        fresh=pricing.fresh(),
+        device=pricing.device.name,
+        source=f"estimated by a roofline, jax {jax.__version__}, "
+        + ("errors without weights" if abstract else f"errors of {examples} examples"),
+    )
+
+
+def _exact(checked: list[rules.VijpRule | rules.InvertRule]) -> bool:
+    """Whether these rules make no errors at all, whatever the weights."""
+    return all(isinstance(rule, rules.WholeFragment) for rule in checked)
+
+
+def _abstract(tree: PyTree) -> bool:
+    return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree))
+
+
+def _layers(chain: Chain) -> Iterator[Any]:
+    """Every layer; of a stack the first repetition's stand for all."""
+    for part in chain.parts:
+        if not isinstance(part, Stack):
+            yield part
+            continue
+        block = one_block(part) if _abstract(part) else [part.layer(0, j) for j in range(len(part.block))]
+        for _ in range(part.depth):
+            yield from block
+
+
+def _count(pricing: Roofline, one: PyTree, struct: PyTree, where: str) -> measure.Costs:
+    """Prices one layer's operations."""
+    try:
+        return measure.measure_layer(pricing, one, struct)
+    except (TypeError, AttributeError, ValueError, jax.errors.JAXTypeError) as error:
+        if not _abstract(one):
+            raise
+        why = str(error).partition("\n")[0]
+        raise ArgumentError(
+            f"{where} cannot be estimated from the shapes of its weights alone: {why}. Give it arrays"
+        ) from error
+
+
+def _some(chain: Chain, x: PyTree, structs: list[PyTree], examples: int, key: jax.Array) -> PyTree:
+    """The first `examples` examples of `x` as arrays, white noise where it is shapes; all, where layers do
+    not take them one by one."""
+    leaves = jax.tree.leaves(structs[0])
+    sizes = {leaf.shape[:1] for leaf in leaves}
+    if len(sizes) == 1 and sizes != {()} and leaves[0].shape[0] > examples:
+        batch = leaves[0].shape[0]
+        few = jax.tree.map(lambda s: trees.struct_of(s, (examples, *s.shape[1:])), structs[0])
+        try:
+            alike = all(
+                _scaled(a, b, examples, batch) for a, b in zip(boundaries(chain, few), structs, strict=True)
+            )
+        except ChainError:
+            alike = False
+        if alike:
+            x = few if _abstract(x) else jax.tree.map(lambda a: a[:examples], x)
+    return _noise(x, key)
+
+
+def _scaled(few: PyTree, many: PyTree, examples: int, batch: int) -> bool:
+    """Whether leaves differ in their leading axis alone, as `examples` and `batch` do."""
+    return all(
+        a.ndim == b.ndim > 0 and a.shape[1:] == b.shape[1:] and a.shape[0] * batch == b.shape[0] * examples
+        for a, b in zip(jax.tree.leaves(few), jax.tree.leaves(many), strict=True)
+    )
+
+
+def _noise(tree: PyTree, key: jax.Array) -> PyTree:
+    """`tree` with white noise for its shapes, zeros where they are not of floating numbers."""
+    leaves, treedef = jax.tree.flatten(tree)
+    made = [
+        leaf
+        if not isinstance(leaf, jax.ShapeDtypeStruct)
+        else random_cotangent(leaf, jax.random.fold_in(key, i)).astype(leaf.dtype)
+        if trees.is_inexact(leaf)
+        else jnp.zeros(leaf.shape, leaf.dtype)
+        for i, leaf in enumerate(leaves)
+    ]
+    return jax.tree.unflatten(treedef, made)
+
+
+def _errors_without_weights(
+    costs: measure.Costs, one: PyTree, struct: PyTree, examples: int, seed: int
+) -> None:
+    """The errors that no weights change, at random ones; infinite for the others."""
+    key = jax.random.key(seed)
+    known = [r for r in costs.checked() if not jax.tree.leaves(one) or getattr(r, "any_weights", False)]
+    others = frozenset(measure.name_of(r) for r in costs.checked() if r not in known)
+    costs.errors.update(dict.fromkeys(others, (math.inf, math.inf)))
+    if _exact(known):
+        return
+    x = _some(Chain([one]), struct, boundaries(Chain([one]), struct), examples, jax.random.fold_in(key, 1))
+    # White, each column of about unit length, whatever the parameters stand for: no wide range of sizes.
+    weights = jax.tree.map(
+        lambda leaf, noise: (
+            noise / max(1, math.prod(leaf.shape[:-1])) ** 0.5 if trees.is_inexact(leaf) else noise
+        ),
+        one,
+        _noise(one, jax.random.fold_in(key, 2)),
+    )
+    costs.add_errors(key, weights, x, others)
