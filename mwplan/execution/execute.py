@@ -18,9 +18,10 @@ from mwplan.common import trees
 from mwplan.common.errors import ArgumentError, ScheduleMismatchError, SecondDerivativeError
 from mwplan.common.sizes import show_bytes
 from mwplan.compilers.compiling import warn_if_undone
+from mwplan.execution import barriers
+from mwplan.execution.barriers import Performer
 from mwplan.execution.gradients import Gradients
 from mwplan.execution.interpreter import Interpreter
-from mwplan.execution.performers import Performer, alone, compiled, loose
 from mwplan.execution.view import View
 from mwplan.network import residuals, sharding
 from mwplan.network.chain import Chain, Stack, boundaries, check_chain, fingerprint
@@ -123,7 +124,7 @@ class _Saved:
 
 
 def _planned(
-    schedule: Schedule, *, check: bool, perform: Performer = compiled
+    schedule: Schedule, *, check: bool, perform: Performer
 ) -> Callable[[Chain, PyTree, Array], PyTree]:
     """`(chain, x, probe) -> chain(x)`, differentiated by `schedule`; the probe's cotangent is the report.
 
@@ -337,7 +338,7 @@ def value_and_grad(
     return step
 
 
-#: How the program of a step is written: 0, as planned; `UNTIED`; `LOOSE`.
+#: How the program of a step is written: 0, with the barriers that its platform needs; `UNTIED`; `LOOSE`.
 Arrangement = int
 #: The arrangement without barriers around operations: those around recomputed stretches and reconstructions
 #: stay.
@@ -347,7 +348,7 @@ LOOSE = -2
 
 
 def _performer(arrangement: Arrangement) -> Performer:
-    known: dict[int, Performer] = {0: compiled, UNTIED: alone, LOOSE: loose}
+    known = {0: barriers.planned(), UNTIED: barriers.UNTIED, LOOSE: barriers.LOOSE}
     if isinstance(arrangement, bool) or arrangement not in known:
         raise ArgumentError(
             f"`arrangement={arrangement!r}` must be 0, `mw.UNTIED`, `mw.LOOSE` or what `mw.fit` found "

@@ -30,8 +30,8 @@ PyTree = Any
 @dataclass(frozen=True)
 class _Spec:
     """Where each leaf comes from: `("own", i)`, `("bits", i, shape)`, `("all", number, shape, dtype)`,
-    `("made", program)`, `("layer" | "input" | "output", i)`, or `("layer" | "input", i, shape)` where the leaf
-    there has another shape; and the treedef."""
+    `("made", program)`, `("layer" | "input" | "output", i)`, or `("layer" | "input", i, shape)` where the
+    leaf there has another shape; and the treedef."""
 
     sources: tuple[tuple[Any, ...], ...]
     treedef: Any
@@ -143,9 +143,9 @@ class Made:
 
 
 def origins(function: Callable[..., Any], *args: PyTree) -> tuple[Any, ...]:
-    """For each leaf of what `function(*args)` returns: the number that all its elements are whatever the arrays in
-    `args`, the program that makes it whatever they are (`Made`), the leaf of `args` that it is in another shape
-    (`Reshaped`), or None.
+    """For each leaf of what `function(*args)` returns: the number that all its elements are whatever the
+    arrays in `args`, the program that makes it whatever they are (`Made`), the leaf of `args` that it is in
+    another shape (`Reshaped`), or None.
 
     Nothing at all, `()`, where an argument has a part that cannot be hashed, or the same array twice: what is
     returned is then of another structure, which JAX makes without the duplicates. **Cost:** one more trace of
@@ -189,14 +189,13 @@ def _origins(
 
 #: primitives so cheap that their results are made again rather than kept
 _CHEAP = frozenset(
-    ("iota", "broadcast_in_dim", "reshape", "squeeze", "expand_dims", "transpose", "convert_element_type", "copy")
-    + ("eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not", "xor", "select_n", "stop_gradient")
-    + ("add", "sub", "mul", "neg", "max", "min", "sign", "abs")
+    "iota broadcast_in_dim reshape squeeze expand_dims transpose convert_element_type copy stop_gradient "
+    "eq ne lt le gt ge and or not xor select_n add sub mul neg max min sign abs".split()
 )
 
 
 def _made(jaxpr: Jaxpr, var: Any) -> Made | None:
-    """The part of a program that makes `var`, if it needs no argument, and is of `_CHEAP` operations alone."""
+    """The part of a program that makes `var`, if it needs no argument and has `_CHEAP` operations alone."""
     if isinstance(var, Literal):
         return None
     alone, used = dce_jaxpr(jaxpr, [one is var for one in jaxpr.outvars])
