@@ -19,7 +19,7 @@ from mwplan.common.errors import ArgumentError, ScheduleMismatchError, SecondDer
 from mwplan.common.sizes import show_bytes
 from mwplan.compilers.compiling import warn_if_undone
 from mwplan.execution import barriers
-from mwplan.execution.barriers import Performer
+from mwplan.execution.barriers import Barriers, Performer
 from mwplan.execution.gradients import Gradients
 from mwplan.execution.interpreter import Interpreter
 from mwplan.execution.view import View
@@ -338,8 +338,9 @@ def value_and_grad(
     return step
 
 
-#: How the program of a step is written: 0, with the barriers that its platform needs; `UNTIED`; `LOOSE`.
-Arrangement = int
+#: How the program of a step is written: 0, with the barriers that its platform needs; `UNTIED`; `LOOSE`; or
+#: with barriers of one's own (`mwplan.execution.barriers.Barriers`).
+Arrangement = int | Barriers
 #: The arrangement without barriers around operations: those around recomputed stretches and reconstructions
 #: stay.
 UNTIED = -1
@@ -348,6 +349,8 @@ LOOSE = -2
 
 
 def _performer(arrangement: Arrangement) -> Performer:
+    if isinstance(arrangement, Barriers):
+        return arrangement
     known = {0: barriers.planned(), UNTIED: barriers.UNTIED, LOOSE: barriers.LOOSE}
     if isinstance(arrangement, bool) or arrangement not in known:
         raise ArgumentError(

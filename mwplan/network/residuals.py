@@ -188,10 +188,11 @@ def _origins(
 
 
 #: primitives so cheap that their results are made again rather than kept
-_CHEAP = frozenset(
-    "iota broadcast_in_dim reshape squeeze expand_dims transpose convert_element_type copy stop_gradient "
-    "eq ne lt le gt ge and or not xor select_n add sub mul neg max min sign abs".split()
-)
+_CHEAP = frozenset((
+    "iota", "broadcast_in_dim", "reshape", "squeeze", "expand_dims", "transpose", "copy", "stop_gradient",
+    "convert_element_type", "eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not", "xor", "select_n", "add",
+    "sub", "mul", "neg", "max", "min", "sign", "abs",
+))  # fmt: skip
 
 
 def _made(jaxpr: Jaxpr, var: Any) -> Made | None:
