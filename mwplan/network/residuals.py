@@ -202,14 +202,18 @@ def _made(jaxpr: Jaxpr, var: Any) -> Made | None:
     alone, used = dce_jaxpr(jaxpr, [one is var for one in jaxpr.outvars])
     if any(used) or not all(map(_is_cheap, alone.eqns)):
         return None
-    read = {one for eqn in alone.eqns for one in eqn.invars if not isinstance(one, Literal)}
-    if not read.isdisjoint(alone.constvars):
+    read = [*alone.outvars, *(one for eqn in alone.eqns for one in eqn.invars)]
+    if not {one for one in read if not isinstance(one, Literal)}.isdisjoint(alone.constvars):
         return None
     program = ClosedJaxpr(alone.replace(constvars=[]), [])
     return Made(str(program), program)
 
 
 def _is_cheap(eqn: Any) -> bool:
+    """Whether an operation may be done again. None may that reads an array of the program's own: that is
+    memory, and no part of the program's text."""
+    if any(isinstance(one, Literal) and np.ndim(one.val) > 0 for one in eqn.invars):
+        return False
     inner = eqn.params.get("jaxpr")
     if eqn.primitive.name in ("jit", "pjit") and isinstance(inner, ClosedJaxpr):
         return not inner.consts and all(map(_is_cheap, inner.jaxpr.eqns))
