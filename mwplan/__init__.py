@@ -24,6 +24,7 @@ from mwplan.functions.cut import Cut, cut
 from mwplan.functions.fit_function import FittedFunction, fit_function
 from mwplan.network.chain import Chain, Stack, stack, unstack
 from mwplan.network.operator import explain, fragment_of, vijp
+from mwplan.network.wrapping import frozen, trainable
 from mwplan.planning import Frontier, frontier, plan
 from mwplan.plans.ledger import replay
 from mwplan.plans.profiles import Profile
@@ -79,6 +80,7 @@ __all__ = [  # noqa: RUF022 (plainly sorted, as the test compares it)
     "fit_function",
     "fragment_of",
     "frontier",
+    "frozen",
     "init_states",
     "jit",
     "layers",
@@ -89,6 +91,7 @@ __all__ = [  # noqa: RUF022 (plainly sorted, as the test compares it)
     "targets",
     "temporaries",
     "trace",
+    "trainable",
     "unstack",
     "value_and_grad",
     "value_and_update",

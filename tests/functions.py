@@ -86,3 +86,23 @@ def transformer_loss(params: PyTree, batch: Any) -> Any:
     for p in params["blocks"]:
         x = block(x, p, mask)
     return head(x, params, targets)
+
+
+def scanned(params: PyTree) -> PyTree:
+    """A transformer's parameters with its blocks stacked."""
+    return {**params, "blocks": jax.tree.map(lambda *leaves: jnp.stack(leaves), *params["blocks"])}
+
+
+def scanned_loss(params: PyTree, batch: Any) -> Any:
+    """As `transformer_loss`, blocks in a scan, each in a checkpoint, the mask made within."""
+    tokens, targets = batch[:, :-1], batch[:, 1:]
+
+    @jax.checkpoint
+    def body(carry: Any, p: PyTree) -> tuple[Any, None]:
+        x, count = carry
+        mask = jnp.tril(jnp.ones((tokens.shape[1],) * 2, bool))
+        return (block(x, p, mask), count + 1), None
+
+    x = params["wte"][tokens] + params["wpe"][: tokens.shape[1]]
+    (x, _), _ = jax.lax.scan(body, (x, 0), params["blocks"])
+    return head(x, params, targets)

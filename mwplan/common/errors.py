@@ -102,18 +102,32 @@ class InfeasibleError(MwplanError):
 
 
 class TargetError(MwplanError):
-    """A program that cannot be compiled for the device asked for; the message says what the compiler said."""
+    """A program that cannot be compiled for the device asked for; the message says what the compiler said.
+
+    >>> issubclass(mw.CompilerMissingError, mw.TargetError), issubclass(mw.TargetMemoryError, mw.TargetError)
+    (True, True)
+    """
 
 
 class CompilerMissingError(TargetError, ImportError):
-    """A device whose compiler is not installed here, or does not start: the message says what to install."""
+    """A device whose compiler is not installed here, or does not start: the message says what to install.
+
+    >>> try:
+    ...     place = mw.targets.target_of("v5e").place()
+    ... except mw.CompilerMissingError as error:
+    ...     assert "JAX_PLATFORMS=cpu" in str(error)
+    """
 
 
 class TargetMemoryError(TargetError):
     """A program that needs more memory than the device asked for has.
 
     **Attributes:** `needed_bytes`, as the compiler says: of the whole program, or of its temporaries where
-    these alone are too many; None where it does not say."""
+    these alone are too many; None where it does not say.
+
+    >>> mw.TargetMemoryError("it does not fit", needed_bytes=20 << 30).needed_bytes >> 30
+    20
+    """
 
     def __init__(self, message: str, *, needed_bytes: int | None = None) -> None:
         super().__init__(message)

@@ -24,15 +24,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 
 from mwplan.common import platforms, trees
 from mwplan.network.canonical import canonical
+from mwplan.network.constants import tied
 from mwplan.network.residuals import Residuals
 
 
+@runtime_checkable
 class Performer(Protocol):
     """Executes one operation. `sweep`, `layer`, `depth` as in `ledger.Event`."""
 
@@ -42,7 +44,8 @@ class Performer(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Around:
-    """The barriers around one operation: whether its `arguments` wait for one another, and its `results`;
+    """The barriers around one operation: whether its `arguments` wait for one another (and what it makes of
+    constants, an array of zeros that it writes to, say, for all of them), and its `results`;
     `residuals`, whether those among them do (else XLA may compute them again where they are used, from what
     is there anyway, instead of keeping them)."""
 
@@ -53,8 +56,7 @@ class Around:
     def __call__(self, operation: Callable[..., Any], *args: Any) -> Any:
         """`operation(*args)`, between them."""
         free = () if self.residuals else Residuals
-        args = trees.tie(args, free) if self.arguments else args
-        result = operation(*args)
+        result = (tied(operation, free) if self.arguments else operation)(*args)
         return trees.tie(result, free) if self.results else result
 
 

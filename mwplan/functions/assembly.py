@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mwplan.functions.flow import ELEMENTWISE, SHAPES, Flow
+from mwplan.functions.flow import Flow
+from mwplan.functions.kinds import ELEMENTWISE, SHAPES
 from mwplan.functions.pieces import BITS, STOPPED, Label, Piece, given_out, held_as, taken
 from mwplan.functions.programs import Program
+from mwplan.functions.scans import stacked_by
 from mwplan.functions.tracing import Step
-from mwplan.network.chain import Chain
+from mwplan.network.chain import Chain, Stack
 
 #: Sources that so many pieces read, or more, cross the cuts between them; those of fewer are held by each of
 #: these pieces.
@@ -38,6 +41,8 @@ class PieceSpec:
     crosses: tuple[int, ...]
     made_bytes: int
     label: str
+    region: int
+    depth: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,14 +72,17 @@ class Plan:
     def chain(self, carry: list[Any], rest: list[Any]) -> tuple[Chain, tuple[Any, ...]]:
         """The chain and its input, of what `leaves` returned."""
         one, other = iter(carry), iter(rest)
-        layers = []
+        parts: list[Any] = []
         before = self.inputs
-        for piece in self.pieces:
-            params = tuple(next(one) for _ in piece.params)
-            others = tuple(next(other) for _ in piece.others)
-            layers.append(self._layer(piece, before, params, others))
-            before = piece.crosses
-        return Chain(layers), tuple(next(one if v in self.carrying else other) for v in self.inputs)
+        for region, group in itertools.groupby(self.pieces, key=lambda piece: piece.region):
+            block = []
+            for piece in group:
+                params = tuple(next(one) for _ in piece.params)
+                others = tuple(next(other) for _ in piece.others)
+                block.append(self._layer(piece, before, params, others))
+                before = piece.crosses
+            parts += block if region < 0 else [Stack(tuple(block), piece.depth)]
+        return Chain(parts), tuple(next(one if v in self.carrying else other) for v in self.inputs)
 
     def _layer(
         self, piece: PieceSpec, before: Sequence[int], params: tuple[Any, ...], others: tuple[Any, ...]
@@ -93,7 +101,10 @@ class Plan:
 
     def gradients(self, chain_grads: Chain, x_grads: Sequence[Any]) -> list[Any]:
         """Of the first that `leaves` returned, in order."""
-        found = [grad for layer in chain_grads.layers for grad in layer.params]
+        layers = [
+            one for part in chain_grads.parts for one in (part.block if isinstance(part, Stack) else [part])
+        ]
+        found = [grad for layer in layers for grad in layer.params]
         return found + [g for v, g in zip(self.inputs, x_grads) if v in self.carrying]
 
     def results(self, y: Sequence[Any], avals: Sequence[Any]) -> dict[int, Any]:
@@ -121,7 +132,13 @@ class _Assembler:
             for v, where in self.uses.items()
             if v in flow.sources
         }
-        self.carried = {v for v, pieces in self.readers.items() if len(pieces) >= SHARED_BY}
+        self.regions = [flow.steps[start].region for start in self.bounds[:-1]]
+        self.rows = {row for region in flow.traced.regions for row in region.rows}
+        self.carried = {
+            v
+            for v, pieces in self.readers.items()
+            if v not in self.rows and (len(pieces) >= SHARED_BY or any(self.regions[k] >= 0 for k in pieces))
+        }
 
     def piece_at(self, step: int) -> int:
         """The piece in which an operation stands; results are made in the last."""
@@ -129,16 +146,35 @@ class _Assembler:
 
     def first_input(self) -> tuple[int, ...]:
         """The values of the chain's input: what is carried, and the data that the first piece alone reads."""
-        alone = {v for v, pieces in self.readers.items() if pieces == [0] and v not in self.flow.carrying}
+        alone = {
+            v
+            for v, pieces in self.readers.items()
+            if pieces == [0] and v not in self.flow.carrying | self.rows
+        }
         return self.ordered(self.carried | alone, 0)
 
     def crossing(self, k: int) -> tuple[int, ...]:
         """The values that cross the cut after piece `k`."""
+        if k < 0:
+            return self.first_input()
         if k == self.count - 1:
             return tuple(self.flow.results())
-        at = self.bounds[k + 1]
+        at, region, following = self.bounds[k + 1], self.regions[k], self.regions[k + 1]
         values = {v for v, first in self.born.items() if first < at <= self.dies.get(v, -1)}
-        return self.ordered(values | {v for v in self.carried if self.readers[v][-1] > k}, at)
+        if region < 0:
+            values |= {v for v in self.carried if self.readers[v][-1] > k}
+            # Before a loop also what the loop carries and never reads.
+            values |= {*self.flow.traced.regions[following].carry} if following >= 0 else set()
+            return self.ordered(values, at)
+        # In a loop nothing from outside is dropped, and at its end everything is where it was.
+        carry = self.flow.traced.regions[region].carry
+        before = self.crossing(self.regions.index(region) - 1)
+        if following != region:
+            return tuple(carry.get(v, v) for v in before)
+        begins = self.bounds[self.regions.index(region)]
+        inner = {v for v in values if self.born[v] >= begins or v in carry}
+        inner |= {v for v in self.born if begins <= self.born[v] < at and v in carry.values()}
+        return self.ordered(inner | {v for v in before if v not in carry}, at)
 
     def ordered(self, values: set[int], at: int) -> tuple[int, ...]:
         """Those with a gradient by their next use, so that equal pieces have them in the same places; then
@@ -195,6 +231,8 @@ class _Assembler:
             results=results,
             crosses=crosses,
             made_bytes=sum(flow.traced.nbytes(v) for step in main for v in step.outputs),
+            region=self.regions[k],
+            depth=flow.traced.regions[self.regions[k]].depth if self.regions[k] >= 0 else 1,
             label=_label(flow, main, (*params, *(v for v in reads if v in flow.sources))),
         )
 
@@ -204,7 +242,7 @@ class _Assembler:
         out = specs[:1]
         for k, spec in enumerate(specs[1:], 1):
             before = out[-1]
-            if k < self.count - 1 and spec.program == before.program:
+            if k < self.count - 1 and spec.region == before.region == -1 and spec.program == before.program:
                 left = [v for v in before.crosses if v not in spec.crosses and v not in self.flow.carrying]
                 crosses = self.ordered({*spec.crosses, *left}, spec.stop)
                 spec = dataclasses.replace(spec, crosses=crosses)
@@ -234,7 +272,8 @@ def _label(flow: Flow, steps: Sequence[Step], params: Sequence[int]) -> str:
         return "/".join(shared)
     names = flow.traced.signature.names
     dynamic = flow.traced.signature.dynamic
-    paths = [names[dynamic[v]].strip("`") for v in params if v < len(dynamic)]
+    stacked = stacked_by(flow.traced.regions)
+    paths = [names[dynamic[v]].strip("`") for v in (stacked.get(v, v) for v in params) if v < len(dynamic)]
     paths = [path for path in paths if path.startswith("params")]
     if paths and len(shared := _prefix([_split(path) for path in paths])) > 1:
         return "".join(shared)

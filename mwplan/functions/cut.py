@@ -16,7 +16,8 @@ from mwplan.functions import cutting
 from mwplan.functions.assembly import Plan, assemble
 from mwplan.functions.flow import Flow, analyse
 from mwplan.functions.programs import evaluate
-from mwplan.functions.tracing import Constant, trace
+from mwplan.functions.scans import expand, stacked_by
+from mwplan.functions.tracing import Constant, Traced, trace
 from mwplan.network.chain import Chain
 
 PyTree = Any
@@ -29,13 +30,20 @@ class Cut:
     """A function cut into pieces: `mw.cut`. Printed, it shows them.
 
     **Attributes:** `flow`, its operations; `plan`, what each piece takes and gives.
+
+    >>> loss = lambda params, x: jnp.mean(jnp.tanh(jnp.tanh(x @ params["a"]) @ params["b"]) ** 2)
+    >>> params, x = {"a": jnp.eye(64), "b": jnp.eye(64)}, jnp.ones((256, 64))
+    >>> chain, inputs, back = mw.cut(loss, params, x).build(params, x)
+    >>> bool(jnp.allclose(chain(inputs)[0], loss(params, x)))
+    True
     """
 
     flow: Flow
     plan: Plan
 
     def __len__(self) -> int:
-        return len(self.plan.pieces)
+        """The layers of the chain: of loops, each piece as often as it is executed."""
+        return sum(piece.depth for piece in self.plan.pieces)
 
     def build(
         self, params: PyTree, *args: Any
@@ -61,6 +69,7 @@ class Cut:
             env = dict(enumerate([*arrays, *captured]))
             env.update(zip(order, diff))
             evaluate(self.flow.prologue, env, ())
+            env.update({row: env[v] for row, v in stacked_by(self.flow.traced.regions).items()})
             return self.plan.leaves(env)
 
         found, pull, rest = jax.vjp(leaves, [arrays[v] for v in order], has_aux=True)
@@ -103,12 +112,13 @@ class Cut:
         of its parameters, and that cross the cut after it; pieces that are the same program have the same
         letter."""
         letters: dict[Any, str] = {}
-        rows = [("piece", "program", "operations", "makes", "parameters", "crosses", "name")]
+        rows = [("piece", "times", "program", "operations", "makes", "parameters", "crosses", "name")]
         for i, piece in enumerate(self.plan.pieces):
             letter = letters.setdefault(piece.program, _letter(len(letters)))
             rows.append(
                 (
                     str(i + 1),
+                    str(piece.depth),
                     letter,
                     str(piece.stop - piece.start),
                     show_bytes(piece.made_bytes),
@@ -119,8 +129,8 @@ class Cut:
             )
         widths = [max(len(row[j]) for row in rows) for j in range(len(rows[0]) - 1)]
         lines = ["  ".join([*(c.rjust(w) for c, w in zip(row, widths)), row[-1]]) for row in rows]
-        kinds = len(letters)
-        head = f"{len(self)} pieces of {kinds} kind{'s' * (kinds != 1)}, {len(self.flow.steps)} operations"
+        pieces, operations = len(self.plan.pieces), len(self.flow.steps)
+        head = f"{pieces} pieces of {len(letters)} kinds, {operations} operations"
         return "\n".join([head, *lines])
 
 
@@ -140,14 +150,22 @@ def cut(
     **Raises:** `ArgumentError` for a loss that is not a real scalar or does not depend on `params`, for side
     effects and callbacks, where Python branches on values, and where there is no place to cut.
 
-    **Example:** `print(mw.cut(loss, params, batch))`
+    >>> loss = lambda params, x: jnp.mean(jnp.tanh(jnp.tanh(x @ params["a"]) @ params["b"]) ** 2)
+    >>> params, x = {"a": jnp.eye(64), "b": jnp.eye(64)}, jnp.ones((256, 64))
+    >>> pieces = mw.cut(loss, params, x)
+    >>> len(pieces) >= 1
+    True
     """
     if isinstance(most, bool) or not isinstance(most, int) or most < 1:
         raise ArgumentError(f"`most={most!r}` must be a number of pieces, at least 1")
     traced = trace(loss, params, args, has_aux=has_aux, keep_checkpoints=keep_checkpoints)
+    return cut_traced(expand(traced, keep_checkpoints=keep_checkpoints), most)
+
+
+def cut_traced(traced: Traced, most: int) -> Cut:
+    """As `cut`, of a function that is traced already."""
     flow = analyse(traced)
-    chosen = cutting.choose(cutting.weights(flow), cutting.keeps(flow), most)
-    return Cut(flow=flow, plan=assemble(flow, chosen))
+    return Cut(flow=flow, plan=assemble(flow, cutting.cuts(flow, most)))
 
 
 def _letter(i: int) -> str:

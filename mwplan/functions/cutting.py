@@ -30,7 +30,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mwplan.functions.flow import ELEMENTWISE, SHAPES, Flow
+from mwplan.functions.flow import Flow
+from mwplan.functions.kinds import ELEMENTWISE, SHAPES
+from mwplan.functions.tracing import ALIAS
 
 #: What the bytes that an elementwise operation makes count for.
 FUSED_WEIGHT = 0.25
@@ -40,20 +42,36 @@ UNFUSED = 1.25
 LEAST_RATIO = 1.0
 
 
-def weights(flow: Flow) -> np.ndarray:
+def cuts(flow: Flow, most: int) -> list[int]:
+    """The cuts of a flow into at most `most` layers (more only where loops and what stands between them need
+    more), `0` and the end not among them: around loops, and those that `choose` finds in each stretch."""
+    spans = flow.spans()
+    outside = sum(region < 0 for _, _, region in spans)
+    depths = [flow.traced.regions[region].depth if region >= 0 else 1 for _, _, region in spans]
+    inside = sum(depth for depth in depths if depth > 1)
+    found: list[int] = []
+    for start, stop, region in spans:
+        # A loop of many repetitions is cut into fewer pieces, what is outside shares what is left.
+        share = most // (2 * inside) if region >= 0 else (most - min(inside, most // 2)) // outside
+        some = choose(weights(flow, start, stop), keeps(flow, start, stop), max(1, share))
+        found += [start + p for p in some] + [stop]
+    return found[:-1]
+
+
+def weights(flow: Flow, start: int, stop: int) -> np.ndarray:
     """The bytes that each operation makes, as they count."""
     out = []
-    for step in flow.steps:
+    for step in flow.steps[start:stop]:
         fused = step.primitive.name in ELEMENTWISE or step.primitive.name in SHAPES
-        made = sum(map(flow.traced.nbytes, step.outputs))
+        made = 0 if step.primitive is ALIAS else sum(map(flow.traced.nbytes, step.outputs))
         out.append(made * (FUSED_WEIGHT if fused else 1.0))
     return np.asarray(out, dtype=np.float64)
 
 
-def keeps(flow: Flow) -> np.ndarray:
-    """The bytes alive at each position `0 .. n`, as they count."""
-    alive = flow.alive_bytes().astype(np.float64)
-    for i, step in enumerate(flow.steps):
+def keeps(flow: Flow, start: int, stop: int) -> np.ndarray:
+    """The bytes alive at each position from `start` to `stop`, as they count."""
+    alive = flow.alive_bytes(start, stop).astype(np.float64)
+    for i, step in enumerate(flow.steps[start:stop]):
         if step.primitive.name in ELEMENTWISE:
             alive[i] *= UNFUSED
     return alive

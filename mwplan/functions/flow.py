@@ -9,114 +9,13 @@ operations: every piece that reads one makes it itself."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
-import jax
 import numpy as np
 
-from mwplan.common import trees
-from mwplan.common.errors import ArgumentError
-from mwplan.functions.tracing import Step, Traced
-
-#: Operations that change types and shapes alone.
-SHAPES = frozenset(
-    [
-        "broadcast_in_dim",
-        "convert_element_type",
-        "copy",
-        "expand_dims",
-        "iota",
-        "reshape",
-        "rev",
-        "slice",
-        "squeeze",
-        "transpose",
-        "reduce_precision",
-        "bitcast_convert_type",
-        "stop_gradient",
-        "name",
-        "pvary",
-        "pcast",
-        "split",
-        "unstack",
-    ]
-)
-#: Operations on each element by itself.
-ELEMENTWISE = frozenset(
-    [
-        "abs",
-        "acos",
-        "acosh",
-        "add",
-        "add_any",
-        "and",
-        "asin",
-        "asinh",
-        "atan",
-        "atan2",
-        "atanh",
-        "cbrt",
-        "ceil",
-        "clamp",
-        "complex",
-        "conj",
-        "cos",
-        "cosh",
-        "div",
-        "eq",
-        "erf",
-        "erf_inv",
-        "erfc",
-        "exp",
-        "exp2",
-        "expm1",
-        "floor",
-        "ge",
-        "gt",
-        "imag",
-        "integer_pow",
-        "is_finite",
-        "le",
-        "log",
-        "log1p",
-        "logistic",
-        "lt",
-        "max",
-        "min",
-        "mul",
-        "ne",
-        "neg",
-        "nextafter",
-        "not",
-        "or",
-        "pow",
-        "real",
-        "rem",
-        "round",
-        "rsqrt",
-        "select_n",
-        "shift_left",
-        "shift_right_arithmetic",
-        "shift_right_logical",
-        "sign",
-        "sin",
-        "sinh",
-        "sqrt",
-        "square",
-        "sub",
-        "tan",
-        "tanh",
-        "xor",
-        "population_count",
-    ]
-)
-#: Operations that take a part of an array.
-SLICES = frozenset(["slice", "squeeze", "dynamic_slice", "gather", "split", "unstack", "reshape"])
-#: Values of at most so many bytes, made from data alone, are computed before the chain.
-SMALL_BYTES = 1024
-#: A cheap value takes at most so many operations.
-CHEAP_STEPS = 64
+from mwplan.functions.gradients import dependents, gradients
+from mwplan.functions.order import cheap, hoisted, late
+from mwplan.functions.tracing import ALIAS, Step, Traced
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,35 +74,46 @@ class Flow:
         dies.update(dict.fromkeys((v for v in self.closure(self.results())[1] if v in born), len(self.steps)))
         return born, dies
 
-    def alive_bytes(self) -> np.ndarray:
-        """For each position `0 .. len(steps)`, the bytes made before it that are read after it. Results do
-        not count: they stay alive to the end wherever the cuts are."""
-        change = np.zeros(len(self.steps) + 2, dtype=np.int64)
+    def alive_bytes(self, start: int, stop: int) -> np.ndarray:
+        """For each position `start .. stop`, the bytes made before it that are read after it. Results do not
+        count: they stay alive to the end wherever the cuts are. In a region, nor does what is made before
+        it."""
+        inside = self.steps[start].region >= 0
+        change = np.zeros(stop - start + 2, dtype=np.int64)
         born, dies = self.lifetimes()
+        carry = self.traced.regions[self.steps[start].region].carry if inside else {}
         for value, last in dies.items():
-            if last < len(self.steps):
-                change[born[value] + 1] += self.traced.nbytes(value)
-                change[last + 1] -= self.traced.nbytes(value)
-        return np.cumsum(change)[: len(self.steps) + 1]
+            first = born[value]
+            if last < len(self.steps) and last >= start and (first >= start or not inside or value in carry):
+                begins, ends = max(first + 1 - start, 0), min(last + 1 - start, stop - start + 1)
+                if begins < ends:
+                    change[begins] += self.traced.nbytes(value)
+                    change[ends] -= self.traced.nbytes(value)
+        return np.cumsum(change)[: stop - start + 1]
+
+    def spans(self) -> Sequence[tuple[int, int, int]]:
+        """`(start, stop, region)` of each stretch of operations in one region, or in none (-1)."""
+        bounds = [i for i, step in enumerate(self.steps) if i == 0 or step.region != self.steps[i - 1].region]
+        return [(a, b, self.steps[a].region) for a, b in zip(bounds, [*bounds[1:], len(self.steps)])]
 
 
 def analyse(traced: Traced) -> Flow:
     """The flow of a function. Raises `ArgumentError` where the loss does not depend on any parameter."""
-    differentiated, carrying = _gradients(traced)
-    of_params = _dependents(traced, differentiated)
-    of_data = _dependents(traced, set(range(traced.sources)) - differentiated)
-    from_sources = [
-        not (any(v in of_params for v in step.outputs) and any(v in of_data for v in step.outputs))
-        for step in traced.steps
-    ]
-    hoisted = _hoisted(traced, of_params, of_data)
-    prologue = [step for i, step in enumerate(traced.steps) if i in hoisted]
-    sources = set(range(traced.sources)) | {v for step in prologue for v in step.outputs}
+    differentiated, carrying = gradients(traced)
+    rows = {row for region in traced.regions for row in region.rows}
+    of_params = dependents(traced.steps, differentiated, traced.regions)
+    of_data = dependents(traced.steps, set(range(traced.sources)) - differentiated, traced.regions)
+    both = of_params & of_data
+    before = hoisted(traced, of_params, of_data)
+    prologue = [step for i, step in enumerate(traced.steps) if i in before]
+    sources = set(range(traced.sources)) | rows | {v for step in prologue for v in step.outputs}
     rest = [
-        (step, alone) for i, (step, alone) in enumerate(zip(traced.steps, from_sources)) if i not in hoisted
+        (step, step.primitive is not ALIAS and both.isdisjoint(step.outputs))
+        for i, step in enumerate(traced.steps)
+        if i not in before
     ]
-    recipes = _cheap(rest, sources, traced.outputs[0])
-    ordered = _late([(step, alone) for step, alone in rest if step.outputs[0] not in recipes], recipes)
+    recipes = cheap(rest, sources, traced.outputs[0])
+    ordered = late([(step, alone) for step, alone in rest if step.outputs[0] not in recipes], recipes)
     flow = Flow(
         traced=traced,
         differentiated=frozenset(differentiated),
@@ -214,133 +124,4 @@ def analyse(traced: Traced) -> Flow:
         recipes=recipes,
         reads=(),
     )
-    reads = tuple(tuple(flow.closure(step.read)[1]) for step in flow.steps)
-    return Flow(**{**{name: getattr(flow, name) for name in flow.__dataclass_fields__}, "reads": reads})
-
-
-def _gradients(traced: Traced) -> tuple[set[int], set[int]]:
-    """The differentiated parameters, and the values that lie between them and the loss."""
-    count = sum(i < traced.signature.params for i in traced.signature.dynamic)
-    depends = {v for v in range(count) if trees.is_inexact(traced.avals[v])}
-    for step in traced.steps:
-        if step.primitive.name != "stop_gradient" and not depends.isdisjoint(step.read):
-            depends.update(v for v in step.outputs if trees.is_inexact(traced.avals[v]))
-    loss = traced.outputs[0]
-    if not isinstance(loss, int) or loss not in depends:
-        raise ArgumentError(
-            "`loss` does not depend, differentiably, on any array of `params`: its gradient is zero "
-            "everywhere. Are the parameters "
-            "the first argument, and floating-point?"
-        )
-    wanted = {loss}
-    for step in reversed(traced.steps):
-        if step.primitive.name != "stop_gradient" and not wanted.isdisjoint(step.outputs):
-            wanted.update(v for v in step.read if v in depends)
-    return {v for v in range(count) if v in wanted}, wanted
-
-
-def _dependents(traced: Traced, on: set[int]) -> set[int]:
-    """`on`, and all that depends on them."""
-    found = set(on)
-    for step in traced.steps:
-        if not found.isdisjoint(step.read):
-            found.update(step.outputs)
-    return found
-
-
-def _hoisted(traced: Traced, of_params: set[int], of_data: set[int]) -> set[int]:
-    """The steps that are executed before the chain: small values made of data alone, random keys, and parts
-    of parameters."""
-    ready = set(range(traced.sources))
-    whole = {
-        v: v for v in ready if v in of_params
-    }  # the parameter that a value is a part of, or all of in another shape
-    chosen: dict[int, bool] = {}  # candidates, and whether each is wanted for itself
-    for i, step in enumerate(traced.steps):
-        if not ready.issuperset(step.read) or traced.outputs[0] in step.outputs:
-            continue
-        avals = [traced.avals[v] for v in step.outputs]
-        of = [whole[v] for v in step.read if v in whole]
-        if of_params.isdisjoint(step.outputs):
-            small = sum(map(trees.nbytes, avals)) <= SMALL_BYTES
-            keys = any(jax.dtypes.issubdtype(a.dtype, jax.dtypes.extended) for a in avals)
-            if not small or not (keys or of_data.intersection(step.outputs)):
-                continue
-            chosen[i] = True
-        elif step.primitive.name in SLICES and len(of) == 1 and of_data.isdisjoint(step.outputs):
-            chosen[i] = any(a.size < traced.avals[of[0]].size for a in avals)
-            whole.update(dict.fromkeys(step.outputs, of[0]))
-        else:
-            continue
-        ready.update(step.outputs)
-    wanted: set[int] = set()
-    kept: set[int] = set()
-    for i in reversed(chosen):
-        step = traced.steps[i]
-        if chosen[i] or not wanted.isdisjoint(step.outputs):
-            kept.add(i)
-            wanted.update(step.read)
-    return kept
-
-
-def _cheap(steps: Sequence[tuple[Step, bool]], sources: set[int], loss: Any) -> dict[int, Step]:
-    """The cheap values and the operations that make them."""
-    cost: dict[int, int] = dict.fromkeys(sources, 0)
-    recipes: dict[int, Step] = {}
-    for step, alone in steps:
-        if loss in step.outputs:
-            continue
-        if alone and step.primitive.name in SHAPES | ELEMENTWISE and all(v in cost for v in step.read):
-            total = 1 + sum(cost[v] for v in step.read)
-            if total <= CHEAP_STEPS:
-                cost.update(dict.fromkeys(step.outputs, total))
-                recipes.update(dict.fromkeys(step.outputs, step))
-    return recipes
-
-
-def _late(steps: Sequence[tuple[Step, bool]], recipes: dict[int, Step]) -> list[Step]:
-    """The operations in program order, but what is computed from sources alone right before its first use."""
-    waiting = {v: step for step, alone in steps if alone for v in step.outputs}
-    if len({id(step) for step in waiting.values()}) == len(steps):
-        return [step for step, _ in steps]  # a function of parameters alone
-    out: list[Step] = []
-    done: set[int] = set()
-
-    def place(step: Step) -> None:
-        todo = [step]
-        while todo:
-            one = todo[-1]
-            if id(one) in done:
-                todo.pop()
-                continue
-            before = [
-                waiting[v] for v in _behind(one, recipes) if v in waiting and id(waiting[v]) not in done
-            ]
-            if before:
-                todo += before[::-1]
-            else:
-                done.add(id(todo.pop()))
-                out.append(one)
-
-    for step, alone in steps:
-        if not alone:
-            place(step)
-    for step, _ in steps:  # what only results need
-        place(step)
-    return out
-
-
-def _behind(step: Step, recipes: dict[int, Step]) -> list[int]:
-    """The values that are not cheap which `step` reads, itself or through cheap ones."""
-    found: dict[int, None] = {}
-    seen: set[int] = set()
-    waiting = list(step.read)
-    while waiting:
-        value = waiting.pop()
-        if value in recipes:
-            if value not in seen:
-                seen.add(value)
-                waiting += recipes[value].read
-        else:
-            found[value] = None
-    return list(found)
+    return replace(flow, reads=tuple(tuple(flow.closure(step.read)[1]) for step in flow.steps))

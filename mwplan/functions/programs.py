@@ -10,6 +10,7 @@ import functools
 import hashlib
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from mwplan.common import trees
-from mwplan.functions.tracing import Constant, Operand, Step
+from mwplan.functions.tracing import ALIAS, Constant, Operand, Step
 
 #: What stands for an address in a text: never the same from one process to the next.
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
@@ -41,12 +42,9 @@ class Program:
             return new[one] if isinstance(one, int) else one
 
         self.steps = tuple(
-            Step(
-                primitive=step.primitive, params=step.params, inputs=tuple(map(rename, step.inputs)),
-                outputs=tuple(new[v] for v in step.outputs), scope=step.scope, context=step.context,
-            )
+            replace(step, inputs=tuple(map(rename, step.inputs)), outputs=tuple(new[v] for v in step.outputs))
             for step in steps
-        )  # fmt: skip
+        )
         self.inputs = len(inputs)
         self.results = tuple(map(rename, results))
         self.in_avals = tuple(avals[value] for value in inputs)
@@ -90,12 +88,21 @@ def evaluate(steps: Sequence[Step], env: dict[int, Any], results: Sequence[Opera
         return env[one] if isinstance(one, int) else one.value
 
     for step in steps:
+        if step.primitive is ALIAS:
+            env[step.outputs[0]] = _named(step.inputs[0], step.params["aval"], env)
+            continue
         params = step.primitive.get_bind_params(step.params)
         functions, params = params if isinstance(params, tuple) else ((), params)  # older jax, newer jax
         with step.context.manager:
             got = step.primitive.bind(*functions, *map(read, step.inputs), **params)
         env.update(zip(step.outputs, got if step.primitive.multiple_results else [got]))
     return [read(one) for one in results]
+
+
+def _named(one: Operand, aval: Any, env: dict[int, Any]) -> Any:
+    if isinstance(one, int):
+        return env[one]
+    return jax.numpy.broadcast_to(jax.numpy.asarray(one.value, aval.dtype), aval.shape)
 
 
 def _type(aval: Any) -> str:

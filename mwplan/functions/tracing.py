@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -25,6 +25,18 @@ PyTree = Any
 CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr"}
 #: `jax.checkpoint` in a jaxpr.
 CHECKPOINTS = ("checkpoint", "remat", "remat2")
+
+
+class _Alias:
+    """Stands where a primitive does: another name for a value, or an array of a number."""
+
+    name = "alias"
+
+    def __repr__(self) -> str:
+        return "alias"
+
+
+ALIAS = _Alias()
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +64,7 @@ class Step:
     outputs: tuple[int, ...]
     scope: str
     context: Any
+    region: int = -1
 
     @property
     def read(self) -> list[int]:
@@ -127,6 +140,17 @@ class Signature:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Region:
+    """Operations that are executed `depth` times: `carry`, the values before the first operation and what
+    each is after the last; `rows`, the values of which each repetition has its own, and the stacked array of
+    each."""
+
+    depth: int
+    carry: dict[int, int]
+    rows: dict[int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Traced:
     """A function as a list of operations.
 
@@ -140,6 +164,7 @@ class Traced:
     avals: tuple[Any, ...]
     outputs: tuple[Operand, ...]
     out_tree: Any
+    regions: tuple[Region, ...] = ()
 
     @property
     def sources(self) -> int:
@@ -152,8 +177,8 @@ class Traced:
 
 
 @dataclass
-class _Flat:
-    """Collects operations; `keep`, the calls that stay whole."""
+class Flat:
+    """Collects operations; `keep`, the calls that stay whole; `avals`, the types of all values so far."""
 
     keep: frozenset[str]
     avals: list[Any] = field(default_factory=list)
@@ -161,6 +186,7 @@ class _Flat:
     captured: dict[int, tuple[int, Any]] = field(default_factory=dict)
 
     def value(self, aval: Any) -> int:
+        """The number of a new value."""
         self.avals.append(aval)
         return len(self.avals) - 1
 
@@ -249,16 +275,16 @@ def trace(
         ) from error
     _check_scalar(closed.out_avals[0])
     check_effects(closed.jaxpr)
-    collected = _Flat(frozenset(CHECKPOINTS if keep_checkpoints else ()))
+    collected = Flat(frozenset(CHECKPOINTS if keep_checkpoints else ()))
     given: list[Operand] = [collected.value(aval) for aval in closed.in_avals]
     outputs = collected.walk(closed.jaxpr, closed.consts, given, "")
     return _numbered(signature, collected, outputs, out_tree[0])
 
 
-def _numbered(signature: Signature, flat: _Flat, outputs: list[Operand], out_tree: Any) -> Traced:
+def _numbered(signature: Signature, flat: Flat, outputs: list[Operand], out_tree: Any) -> Traced:
     """What was collected, without what no result needs, and with what is captured numbered right after the
     arguments."""
-    steps = _needed(flat.steps, outputs)
+    steps = needed(flat.steps, outputs)
     used = {value for step in steps for value in step.read} | {v for v in outputs if isinstance(v, int)}
     captured = [(number, array) for number, array in flat.captured.values() if number in used]
     first = len(signature.dynamic)
@@ -269,12 +295,9 @@ def _numbered(signature: Signature, flat: _Flat, outputs: list[Operand], out_tre
         return new[one] if isinstance(one, int) else one
 
     renamed = tuple(
-        Step(
-            primitive=step.primitive, params=step.params, inputs=tuple(map(rename, step.inputs)),
-            outputs=tuple(new[v] for v in step.outputs), scope=step.scope, context=step.context,
-        )
+        replace(step, inputs=tuple(map(rename, step.inputs)), outputs=tuple(new[v] for v in step.outputs))
         for step in steps
-    )  # fmt: skip
+    )
     return Traced(
         signature=signature,
         captured=tuple(array for _, array in captured),
@@ -285,14 +308,16 @@ def _numbered(signature: Signature, flat: _Flat, outputs: list[Operand], out_tre
     )
 
 
-def _needed(steps: Sequence[Step], outputs: Iterable[Operand]) -> list[Step]:
+def needed(steps: Sequence[Step], outputs: Iterable[Operand], regions: Sequence[Region] = ()) -> list[Step]:
     """The steps on which the outputs depend, in order."""
+    stacked = {row: value for region in regions for row, value in region.rows.items()}
     wanted = {one for one in outputs if isinstance(one, int)}
+    wanted.update(v for region in regions for v in (*region.carry, *region.carry.values()))
     kept = []
     for step in reversed(steps):
         if not wanted.isdisjoint(step.outputs):
             kept.append(step)
-            wanted.update(step.read)
+            wanted.update(stacked.get(v, v) for v in step.read)
     return kept[::-1]
 
 

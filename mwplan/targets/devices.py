@@ -11,7 +11,7 @@ import dataclasses
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from mwplan.common.errors import ArgumentError
 
@@ -24,6 +24,16 @@ class GpuChip:
     multiprocessors; `l2_bytes`, its last cache; `clock_hz`, at boost. What follows from the compute
     capability is known for those in `PER_CORE`.
     **Raises:** `ArgumentError` for another compute capability.
+
+    >>> chip = mw.GpuChip(
+    ...     product="half of one",
+    ...     compute_capability=(9, 0),
+    ...     cores=66,
+    ...     l2_bytes=25 << 20,
+    ...     clock_hz=1.5e9,
+    ... )
+    >>> "core_count: 66" in chip.config(bytes_per_s=2e12, memory_bytes=40 << 30)
+    True
     """
 
     product: str
@@ -106,13 +116,20 @@ PER_CORE: dict[tuple[int, int], PerCore] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TpuChip:
-    """A TPU as its compiler must know it: `topology`, the smallest slice's name; `clock_hz`, of the cycles in
-    which the compiler estimates times."""
+    """A TPU as its compiler must know it.
+
+    **Attributes:** `topology`, the name of the smallest slice; `clock_hz`, of the cycles in which the
+    compiler estimates times.
+
+    >>> mw.targets.DEVICES["v5e"].chip
+    TpuChip(topology='v5e:2x2', clock_hz=1500000000.0)
+    """
 
     topology: str
     clock_hz: float
 
 
+@runtime_checkable
 class Work(Protocol):
     """A kernel, or a loop of some: what `Device.time_ns` needs to know of it."""
 

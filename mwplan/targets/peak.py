@@ -48,7 +48,12 @@ class Peak:
     **Attributes:** `target`; `temporary_bytes`, what the program takes beside arguments and results;
     `alive_bytes`, of what is alive at the peak; `at` and `scope`, the instruction that runs then; `buffers`,
     the largest first; `exact`, whether by the compiler's reports (else by the order of its text);
-    `expected_bytes` and `binding`, the ledger's word, where a schedule was given."""
+    `expected_bytes` and `binding`, the ledger's word, where a schedule was given.
+
+    >>> peak = mw.explain_peak(lambda x: jnp.sort(x) @ x.T, jnp.ones((256, 256)))
+    >>> peak.alive_bytes >= 256 * 256 * 4, peak.exact
+    (True, True)
+    """
 
     target: str
     temporary_bytes: int
@@ -98,20 +103,28 @@ def explain_peak(
     step's, for what the ledger expects beside it; `least_bytes`: smaller buffers are left out.
     **Returns:** a `Peak`; print it. Of a function it is exact: the compiler's own assignment of buffers. Of a
     compiled program, whose assignment is no longer known, lives are read from the order of its instructions,
-    and places are not known.
+    and places are not known. Where the program needs more memory than the target has, and its compiler says
+    so (TPUs), the peak says for what.
     **Raises:** `ArgumentError` for what is neither; as `mw.targets.compile`.
     **Cost:** a compilation.
 
-    ```python
-    print(mw.explain_peak(jax.value_and_grad(loss), params, batch, target="h200"))
-    ```
+    >>> def loss(weights, x):
+    ...     for w in weights:
+    ...         x = jnp.tanh(x @ w)
+    ...     return jnp.sum(x)
+    >>> weights, x = [jax.ShapeDtypeStruct((64, 64), jnp.float32)] * 4, jnp.ones((512, 64))
+    >>> peak = mw.explain_peak(jax.value_and_grad(loss), weights, x)
+    >>> list(peak.by_role())[0]
+    'kept for the backward pass'
     """
     one = target_of(target)
     known = getattr(function, "schedule", None)
     schedule = known if schedule is None and isinstance(known, Schedule) else schedule
     if args:
         lowered = program.lower(function, args, one)
-        compiled, lives = reports.compiled_with_reports(lowered, one.compiler_options)
+        compiled, lives = reports.compiled_with_reports(
+            lambda more: program.built(lowered, {**one.compiler_options, **more}, one)
+        )
         name = one.name
     else:
         compiled, lives, name = _compiled(function), None, one.name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -142,10 +142,10 @@ def compile(
     **Cost:** for a GPU 1 to 3 s a small program, 10 to 25 s a step of 28 layers on one core; ten times that
     for a TPU.
 
-    ```python
-    step = jax.value_and_grad(lambda net, x, labels: loss(net(x), labels))
-    print(mw.targets.compile(step, net, x, labels, target="h200"))
-    ```
+    >>> x = jax.ShapeDtypeStruct((64, 32), jnp.float32)
+    >>> compiled = mw.targets.compile(lambda x: jnp.tanh(x @ x.T) @ x, x)  # with `target="h200"`, for that
+    >>> compiled.argument_bytes, compiled.flop >= 2 * 2 * 64 * 64 * 32
+    (8192, True)
     """
     one = target_of(target)
     lowered = lower(function, args, one)
@@ -237,10 +237,10 @@ def placed(tree: PyTree, target: Target) -> PyTree:
     return found
 
 
-def built(lowered: Any, options: dict[str, str], target: Target) -> Any:
+def built(lowered: Any, options: Mapping[str, Any], target: Target) -> Any:
     """What was lowered, compiled: `jax.stages.Compiled`. Raises as `compile`."""
     try:
-        return lowered.compile(options or None)
+        return lowered.compile(dict(options) or None)
     except jax.errors.JaxRuntimeError as error:
         text = str(error)
         if "RESOURCE_EXHAUSTED" in text or "Ran out of memory" in text:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mwplan.common.errors import TargetMemoryError
 from mwplan.targets import hlo, kernels
 from mwplan.targets.hlo import Array, Computation, Instruction, Module
 
@@ -90,23 +91,38 @@ def _each_place(buffers: Iterable[Buffer]) -> list[Buffer]:
     return found
 
 
-def compiled_with_reports(lowered: Any, options: dict[str, str]) -> tuple[Any, Lives | None]:
-    """`lowered`, compiled, and the lives of its buffers as the compiler reports them; None where it writes no
-    such reports."""
+def compiled_with_reports(compile: Callable[[dict[str, str | bool]], Any]) -> tuple[Any, Lives | None]:
+    """What `compile(options)` gives, and the lives of its buffers as the compiler reports them; None where it
+    writes no such reports.
+
+    Where it finds that the program needs more memory than there is, it has mostly reported by then: the
+    program is then None. Raises what `compile` does."""
+    program, failed = None, None
     with tempfile.TemporaryDirectory() as folder:
-        more = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
-        program = lowered.compile({**options, **more})
-        texts = [
-            [Path(str(path).removesuffix("-buffer-assignment.txt") + end).read_text() for end in ENDS]
-            for path in Path(folder).glob("*after_optimizations-buffer-assignment.txt")
-            if Path(str(path).removesuffix("-buffer-assignment.txt") + "-live-range.txt").exists()
+        try:
+            program = compile({"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        except TargetMemoryError as error:
+            failed = error
+        stems = [
+            str(path).removesuffix(ENDS[0])
+            for path in Path(folder).glob(f"*after_optimizations{ENDS[0]}")
+            if Path(str(path).removesuffix(ENDS[0]) + ENDS[1]).exists()
         ]
-    found = [
-        lives
-        for assigned, ranges, text in texts
-        if (lives := from_reports(assigned, ranges, text)) is not None
-    ]
-    return program, max(found, key=lambda lives: len(lives.order), default=None)
+        texts = [[text for end in ENDS if (text := _text(stem, end))] for stem in stems]
+    found = [lives for some in texts if len(some) == len(ENDS) and (lives := from_reports(*some)) is not None]
+    best = max(found, key=lambda lives: len(lives.order), default=None)
+    if failed is not None and best is None:
+        raise failed
+    return program, best
+
+
+def _text(stem: str, end: str) -> str:
+    """A report; of the program itself also that from before its buffers were assigned, where the compiler
+    went no further."""
+    for path in (Path(stem + end), Path(f"{stem}_before_buffer_assignment{end}")):
+        if path.exists():
+            return path.read_text()
+    return ""
 
 
 #: Of the names of the reports on one program.
