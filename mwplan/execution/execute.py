@@ -310,11 +310,13 @@ def value_and_grad(
     """A function that returns `(loss, report), grads`, like `jax.value_and_grad` with the runs' error report.
 
     **Arguments:** `loss(y, *args)`, a scalar (with `has_aux`, a pair of it and anything); `schedule`;
-    `wrt_input`: also the gradient with respect to the input; `arrangement`, how the program is written:
+    `wrt_input`: also the gradient with respect to the input; `arrangement`, how the program is written. By
+    default with the barriers under which the peak is the planned one on the platform that it is compiled for:
+    around all operations on CPUs, behind those of the backward sweep on GPUs and TPUs (`docs/barriers.md`).
     `mw.UNTIED`: no barriers around operations, so that XLA fuses across layers; `mw.LOOSE`: none around
-    residuals, so that XLA may compute them again from what is there anyway. Both are often a few per cent
-    faster, but the peak is no longer the planned one (loose, it is mostly lower): compile and measure it.
-    `fitted.arrangement` is that of `mw.fit`.
+    residuals, so that XLA may compute them again from what is there anyway. On CPUs both are often a few per
+    cent faster, but the peak is no longer the planned one (loose, it is mostly lower): compile and measure
+    it. `fitted.arrangement` is that of `mw.fit`.
     **Returns:** `f(chain, x, *args) -> ((value, report), grads)`, where `value` is what `loss` returned,
     `grads` is a chain (with None for leaves that are not parameters), or a pair `(chain, x)` of gradients.
     `report` is a `Report`; within `jax.shard_map`, each run's worst of all devices.
