@@ -1,9 +1,9 @@
 """What was measured or compiled before, on disk, so that it need not be again.
 
-Files lie in `$XDG_CACHE_HOME/mwplan` (`~/.cache/mwplan` where that is not set), a folder for each kind, and may
-be deleted at any time. Of several processes that write the same one, one wins, and no one reads half a file;
-where the folder cannot be written, nothing is kept. A name is made from everything that the result depends
-on, so that nothing has to be thrown away when a program, a compiler or this package changes.
+Files lie in `$XDG_CACHE_HOME/mwplan` (`~/.cache/mwplan` where that is not set), a folder for each kind, and
+may be deleted at any time. Of several processes that write the same one, one wins, and no one reads half a
+file; where the folder cannot be written, nothing is kept. A name is made from everything that the result
+depends on, so that nothing has to be thrown away when a program, a compiler or this package changes.
 """
 
 from __future__ import annotations

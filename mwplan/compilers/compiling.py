@@ -44,6 +44,19 @@ def options_of(backend: str | None = None) -> dict[str, str]:
     return {}
 
 
+def memory_options(backend: str | None = None) -> dict[str, str | int | bool]:
+    """Options under which a program compiles fast, is slow, and has the buffers that it has with
+    `compiler_options`: to ask what it needs, not to run it.
+
+    On CPUs nearly all of the time goes into machine code; buffers are assigned before. Elsewhere the usual
+    options: GPUs choose algorithms, and their scratch memory, by trying them.
+    """
+    options: dict[str, str | int | bool] = dict(options_of(backend))
+    if (backend or jax.default_backend()) == "cpu":
+        options |= {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+    return options
+
+
 def jit(function: Callable[..., Any], **kwargs: Any) -> Any:
     """`jax.jit(function, **kwargs)` with `compiler_options()` for the default backend."""
 
