@@ -21,8 +21,7 @@ from mwplan.common.sizes import parse_bytes
 from mwplan.layers import Conv2D, Dense, LeakyReLU, MaxMin, layer
 from mwplan.network import operations, residuals, rules
 from mwplan.plans.schedule import Run, RunKind
-from mwplan.profiling import measure
-from mwplan.profiling.bench import Bench
+from mwplan.profiling import touch
 from mwplan.solvers.brute_force import every_cost
 from tests.chains import random_profile
 from tests.helpers import mean_square, relative_error, small_cnn, tanh, with_round_times
@@ -261,14 +260,11 @@ def test_of_what_keeps_the_same_the_lesser_is_left_out() -> None:
 def test_a_composite_is_inverted_at_its_parts_cost() -> None:
     """Of a rule that keeps nothing, too, a composite's backward is of all its parts."""
     one = layers.Coupling(layers.Smooth("gelu"), Dense.init(jax.random.key(0), 4, 4))
-    x, bench = jax.random.normal(jax.random.key(1), (2048, 8)), Bench(1, 0)
+    x = jax.random.normal(jax.random.key(1), (2048, 8))
 
     def option(layer: Any) -> InvertOption:
-        (rule,) = rules.invert_rules(layer, jax.eval_shape(lambda: x))
-        plain = bench.program(operations.plain_forward, layer, x)
-        made = measure._InvertPrograms(bench, rule, layer, x, plain.result, bench.cotangent(x), plain)
-        bench.settle()
-        return made.option()
+        (found,) = mw.profile(mw.Chain([layer]), x, repeats=1).layers[0].invert
+        return found
 
     alone, inside = option(one), option(layers.Sequential((one,)))
     assert alone.backward_workspace_bytes > x.nbytes // 2  # a branch's output at the very least
@@ -407,10 +403,10 @@ def test_memory_that_costs_time(seed: int) -> None:
     assert pinned.bound_ns <= pinned.time_ns
 
 
-def test_fresh_memory_is_measured() -> None:
-    kept, rate = Bench(2, 0).fresh()
-    assert 0 <= kept <= 2**25
-    assert 0 <= rate < 5e6  # 5 ms a MiB: a page in 20 microseconds
+def test_the_first_touch_of_memory_is_measured() -> None:
+    found = touch.measured()
+    assert 0 <= found.kept_bytes <= 2**25
+    assert 0 <= found.first_touch_mib_ns < 5e6  # 5 ms a MiB: a page in 20 microseconds
 
 
 class TestErrors:

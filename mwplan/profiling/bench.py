@@ -28,7 +28,6 @@ from mwplan.common import trees
 from mwplan.compilers.compiling import memory_options, options_of, temporaries, workspace
 from mwplan.plans.packing import Workspace
 from mwplan.profiling import costs, programs
-from mwplan.profiling.growth import random_cotangent
 from mwplan.profiling.roofline import DEVICES
 from mwplan.profiling.touch import FirstTouch
 from mwplan.solvers.parallel import processors
@@ -76,6 +75,10 @@ class Pricing(Protocol):
 
     def together(self, *handles: Any) -> None:
         """These operations follow one another: their times are measured in one program, if at all."""
+
+    def derive(self, handle: Any, base: Any, more: Any) -> None:
+        """The operation `handle` does what `base` does, and beside it some of what `more` does: its time need
+        not be measured."""
 
 
 def cotangent(y: PyTree) -> PyTree:
@@ -142,10 +145,15 @@ class Handle:
         return self._counted
 
     @property
+    def measured_ns(self) -> float:
+        """What its time has been found to be."""
+        assert self.time is not None
+        return self.time
+
+    @property
     def time_ns(self) -> int:
         """As `Priced.time_ns`."""
-        assert self.time is not None
-        return math.ceil(self.time)
+        return math.ceil(self.measured_ns)
 
     @property
     def workspace_bytes(self) -> int:
@@ -245,6 +253,7 @@ class Bench:
     def __init__(self, repeats: int, seed: int, touch: Callable[[], FirstTouch] = FirstTouch) -> None:
         self.repeats = repeats
         self.key = jax.random.key(seed)
+        self.noise = np.random.default_rng(seed)
         self.touch = touch
         self.known: dict[str, Future[Any]] = {}  # programs by their text
         self.times: dict[str, float] = {}
@@ -313,7 +322,7 @@ class _Run:
         self.program, self.inputs = program, inputs
         self.buffers = _buffers(outputs)
         self.samples: list[int] = []
-        self.warm = False
+        self.taken = 0  # by the last run
 
     @property
     def median_ns(self) -> float:
@@ -321,19 +330,21 @@ class _Run:
         return float(statistics.median(self.samples))
 
     def sample(self) -> None:
-        """The first time a run that does not count. What is short runs twice and the second time counts: in a
-        step what an operation reads has just been written, and here other programs ran since. What is long is
-        sampled no more often than it needs."""
-        if len(self.samples) * self.samples[-1] > _ENOUGH_NS if self.samples else False:
+        """The first time a run that does not count, unless it is long enough to make up for that.
+
+        What is short runs twice and the second time counts: in a step what an operation reads has just been
+        written, and here other programs ran since. What is long is sampled no more often than it needs.
+        """
+        if sum(self.samples) > _ENOUGH_NS:
             return
-        short = not self.samples or self.samples[-1] < _SHORT_NS
+        short = self.taken < _SHORT_NS
         for _ in range(1 + short):
             start = time.perf_counter_ns()
             self.buffers = jax.block_until_ready(self.program(self.buffers, self.inputs))
             taken = time.perf_counter_ns() - start
-        if self.warm:
+        if self.taken or taken > _ENOUGH_NS:
             self.samples.append(taken)
-        self.warm = True
+        self.taken = taken
 
 
 class Layer:
@@ -345,6 +356,7 @@ class Layer:
         self.handles: list[Handle] = []
         self.savings: list[Saving] = []
         self.joints: list[Joint] = []
+        self.derived: list[tuple[Handle, Handle, Handle]] = []
 
     def program(self, operation: Callable[..., Any], *args: Any) -> Handle:
         """As `Pricing.program`."""
@@ -359,6 +371,10 @@ class Layer:
     def together(self, *handles: Handle) -> None:
         """As `Pricing.together`."""
         self.joints.append(Joint(handles))
+
+    def derive(self, handle: Handle, base: Handle, more: Handle) -> None:
+        """As `Pricing.derive`."""
+        self.derived.append((handle, base, more))
 
     def start(self) -> list[Future[Any]]:
         """Has everything compiled: what is to be waited for."""
@@ -378,11 +394,15 @@ class Layer:
         def arrays(leaf: Any) -> Any:
             if id(leaf) in values:
                 return values[id(leaf)]
-            if trees.is_inexact(leaf):
-                return random_cotangent(leaf, self.bench.key).astype(leaf.dtype)
-            return jnp.zeros(leaf.shape, leaf.dtype)
+            if trees.is_inexact(leaf):  # by NumPy: nothing need be compiled for it
+                noise = self.bench.noise.standard_normal(leaf.shape, np.float32)
+                return jnp.array(noise.astype(leaf.dtype))
+            return _buffers([leaf])[0]
 
         self.bench.time(self.joints, arrays)
+        for handle, base, more in self.derived:
+            extra = (handle.counted_ns - base.counted_ns) * more.measured_ns / more.counted_ns
+            handle.time = max(0.0, base.measured_ns + extra)
         measured = sum(joint.ns for joint in self.joints)
         counted = sum(handle.counted_ns for joint in self.joints for handle in joint.handles)
         for handle in self.handles:

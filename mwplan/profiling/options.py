@@ -70,8 +70,9 @@ class Options:
 
     def derive(self) -> None:
         """The options that any layer has: keeping less than `jax.vjp` does, and the whole cotangent."""
+        whole = next(reversed(self.stores.values()))
         self.stores = {
-            rule: self.stores.get(rule) or _StorePrograms(self, rule)
+            rule: self.stores.get(rule) or _StorePrograms(self, rule, whole)
             for rule in operations.store_rules(self.one, self.x)
         }
         for i, rule in enumerate(self.vijps):
@@ -135,9 +136,10 @@ def _table_bytes(*tied: PyTree) -> int:
 
 
 class _StorePrograms:
-    """The operations of one way to store a layer."""
+    """The operations of one way to store a layer; by less than `whole` keeps, and the more work, if it is
+    given."""
 
-    def __init__(self, options: Options, rule: rules.StoreRule) -> None:
+    def __init__(self, options: Options, rule: rules.StoreRule, whole: _StorePrograms | None = None) -> None:
         self.name = rule.name
         self.forward, self.held = _forward(options, rule)
         y = self.forward.result[0]
@@ -147,7 +149,11 @@ class _StorePrograms:
         self.backward = options.pricing.program(backward, *args)
         dead = (self.held.own, shared, options.ct)
         self.saving = options.pricing.saving(self.backward, dead=dead, temporary=self.backward.result[1])
-        options.pricing.together(self.forward, self.backward)
+        if whole is None:
+            options.pricing.together(self.forward, self.backward)
+        else:
+            options.pricing.derive(self.forward, whole.forward, options.plain)
+            options.pricing.derive(self.backward, whole.backward, options.plain)
         self.table_bytes = _table_bytes(
             (options.layer, options.x), self.forward.result, args, self.backward.result
         )

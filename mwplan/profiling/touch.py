@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from mwplan.compilers.compiling import options_of
 
 _KEPT = 32 << 20  # bytes: glibc's largest threshold, up to which it keeps freed blocks
-_RUNS = 7
+_RUNS = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
