@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from mwplan.common import trees
 from mwplan.compilers.compiling import memory_options, options_of, temporaries, workspace
+from mwplan.network.constants import tied
 from mwplan.plans.packing import Workspace
 from mwplan.profiling import costs, programs
 from mwplan.profiling.roofline import DEVICES
@@ -39,6 +40,7 @@ _ENOUGH_NS = 100_000_000  # of one program's runs, together
 _SHORT_NS = 5_000_000  # what is over so soon may find in caches what it reads
 
 
+@runtime_checkable
 class Priced(Protocol):
     """An operation's result, time and workspace."""
 
@@ -55,6 +57,7 @@ class Priced(Protocol):
         """What it allocates beside inputs and outputs, once settled."""
 
 
+@runtime_checkable
 class Saved(Protocol):
     """What an operation needs less where it is the last user of something."""
 
@@ -63,6 +66,7 @@ class Saved(Protocol):
         """Bytes, once settled."""
 
 
+@runtime_checkable
 class Pricing(Protocol):
     """Tells what operations cost: by compiling and running them (`Bench`), or by counting
     (`mwplan.profiling.roofline.Roofline`). Arguments are pytrees of shapes."""
@@ -94,7 +98,7 @@ def cotangent(y: PyTree) -> PyTree:
 
 
 @dataclass(frozen=True)
-class _Memory:
+class Memory:
     """What is read off a compiled program."""
 
     temporaries: int
@@ -109,6 +113,7 @@ class Handle:
     def __init__(self, operation: Callable[..., Any], args: Any) -> None:
         leaves, treedef = jax.tree.flatten(args)
         real = [i for i, leaf in enumerate(leaves) if leaf.dtype != jax.dtypes.float0]
+        self.operation, self.args = operation, args
         made: list[Any] = []
 
         def flat(*arrays: Any) -> list[Any]:
@@ -124,13 +129,14 @@ class Handle:
         self.function = jaxpr_as_fun(self.jaxpr)
         self.result: Any = made.pop()
         self.outputs = [leaf for leaf in jax.tree.leaves(self.result) if leaf.dtype != jax.dtypes.float0]
-        self.memory: Future[_Memory] | None = None
+        self.memory: Future[Memory] | None = None
+        self.on_row: Future[Memory] | None = None  # the same, of a layer that is a row of a stack
         self.time: float | None = None
         self._counted: float | None = None
 
     def barred(self, arrays: Sequence[Any]) -> list[Any]:
         """The outputs, between barriers as within a step."""
-        return list(trees.tie(self.function(*trees.tie(list(arrays)))))
+        return list(trees.tie(tied(self.function)(*arrays)))
 
     def alone(self, *arrays: Any) -> list[Any]:
         """`barred`, as a function to be compiled."""
@@ -158,6 +164,11 @@ class Handle:
     @property
     def workspace_bytes(self) -> int:
         """As `Priced.workspace_bytes`."""
+        return max(self.alone_bytes, 0 if self.on_row is None else self.on_row.result().temporaries)
+
+    @property
+    def alone_bytes(self) -> int:
+        """The same of a layer that stands alone."""
         assert self.memory is not None
         return self.memory.result().temporaries
 
@@ -180,7 +191,7 @@ class Saving:
         self.apart = [leaf for leaf, dies in zip(handle.inputs, self.dies) if dies]
         made = [leaf for leaf, goes in zip(handle.outputs, self.goes) if goes]
         self.worth = min(trees.nbytes(self.apart), trees.nbytes(made)) >= SMALL
-        self.needs: Future[_Memory] | None = None
+        self.needs: Future[Memory] | None = None
 
     def lowered(self) -> Any:
         """The program, ready to be compiled."""
@@ -206,7 +217,7 @@ class Saving:
         """As `Saved.saving_bytes`."""
         if self.needs is None:
             return 0
-        apart = trees.nbytes(self.apart) + self.handle.workspace_bytes
+        apart = trees.nbytes(self.apart) + self.handle.alone_bytes
         return max(0, apart - self.needs.result().temporaries)
 
 
@@ -264,12 +275,12 @@ class Bench:
         """Ends its threads, without waiting for what nobody waits for."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def memory(self, lowered: Any) -> Future[_Memory]:
+    def memory(self, lowered: Any) -> Future[Memory]:
         """What a program needs, from a compilation that is not for running it."""
 
-        def compiled() -> _Memory:
+        def compiled() -> Memory:
             found = _compiled(lowered, memory_options())
-            return _Memory(temporaries(found), workspace(found, _PIECE))
+            return Memory(temporaries(found), workspace(found, _PIECE))
 
         return self._once("memory", lowered.as_text(), compiled)
 
@@ -360,13 +371,15 @@ class Layer:
 
     def program(self, operation: Callable[..., Any], *args: Any) -> Handle:
         """As `Pricing.program`."""
-        self.handles.append(Handle(operation, args))
-        return self.handles[-1]
+        handle = Handle(operation, args)
+        self.handles.append(handle)
+        return handle
 
     def saving(self, handle: Handle, *, dead: PyTree, temporary: PyTree) -> Saving:
         """As `Pricing.saving`."""
-        self.savings.append(Saving(handle, dead, temporary))
-        return self.savings[-1]
+        saving = Saving(handle, dead, temporary)
+        self.savings.append(saving)
+        return saving
 
     def together(self, *handles: Handle) -> None:
         """As `Pricing.together`."""
@@ -377,7 +390,7 @@ class Layer:
         self.derived.append((handle, base, more))
 
     def start(self) -> list[Future[Any]]:
-        """Has everything compiled: what is to be waited for."""
+        """Has everything compiled: what is waited for."""
         futures = [self.bench.program(joint) for joint in self.joints]
         for handle in self.handles:
             handle.memory = self.bench.memory(jax.jit(handle.alone).lower(*handle.inputs))

@@ -16,7 +16,7 @@ import jax
 
 from mwplan.common import trees
 from mwplan.common.errors import ArgumentError
-from mwplan.execution import interpret
+from mwplan.execution.repeats import LEAST_REPETITIONS
 from mwplan.network import residuals, sharding
 from mwplan.network.chain import Chain, boundaries, check_chain, fingerprint
 from mwplan.plans.packing import Workspace
@@ -58,6 +58,10 @@ def profile(
     **Cost:** for each distinct layer, a trace of each operation and a cheap compilation, to see what memory
     it needs; for each of its options a program that is compiled and run some times. They are compiled on as
     many threads as there are processors. Memory: that of one layer's operations and its activations.
+
+    >>> profile = mw.profile(mw.Chain([jnp.tanh] * 2), jnp.ones((256, 64)), repeats=1)
+    >>> len(profile.layers), profile.activation_bytes
+    (2, (65536, 65536, 65536))
     """
     check_chain(chain)
     leaves = jax.tree.leaves((chain, x))
@@ -110,7 +114,7 @@ def assemble(
     for (name, costs, seen), place in zip(layers, chain.places()):
         forbidden = frozenset(costs.unusable) if seen is None else seen
         depth = depth_of(chain.parts[place.part])
-        loops = depth if depth >= interpret.LEAST_REPETITIONS else 1
+        loops = depth if depth >= LEAST_REPETITIONS else 1
         if (id(costs), forbidden, loops) not in known:
             known[id(costs), forbidden, loops] = costs.layer_profile(
                 name, forbidden, counts[id(costs)], loops

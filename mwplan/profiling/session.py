@@ -5,7 +5,6 @@ from __future__ import annotations
 import concurrent.futures
 import functools
 import os
-from collections.abc import Hashable
 from typing import Any, Self
 
 import jax
@@ -19,13 +18,14 @@ from mwplan.profiling import bench, touch
 from mwplan.profiling.layer_costs import Costs, Name, exact
 from mwplan.profiling.options import Figures, Options
 from mwplan.profiling.progress import Progress
+from mwplan.profiling.stacked import StackedLayer
 from mwplan.profiling.touch import FirstTouch
 from mwplan.profiling.visiting import GROWTH_SAMPLES, first_layers, spread, visit
 
 PyTree = Any
 _KIND = "layers"
 _SCHEMA = 1
-_CODE = ("common", "compilers", "layers", "network", "plans", "profiling")
+_CODE = ("common", "compilers", "execution", "layers", "network", "plans", "profiling")
 
 
 class Session:
@@ -34,8 +34,8 @@ class Session:
     def __init__(self, repeats: int, seed: int, look_up: bool, tell: Progress) -> None:
         self.repeats, self.look_up, self.tell = repeats, look_up, tell
         self.bench = bench.Bench(repeats, seed, self.touch)
-        self.costs: dict[Hashable, Costs] = {}
-        self._pending: dict[Hashable, tuple[bench.Layer, Options, str]] = {}
+        self.costs: dict[tuple[Any, ...], Costs] = {}
+        self._pending: dict[tuple[Any, ...], tuple[bench.Layer, Options, str]] = {}
         self._touch: FirstTouch | None = None
 
     def __enter__(self) -> Self:
@@ -61,15 +61,16 @@ class Session:
         code = cache.sources(*_CODE)
         return [jax.__version__, version.__version__, device.platform, device.device_kind, flags, code]
 
-    def prepare(self, chain: Chain, structs: list[PyTree], keys: list[Hashable]) -> None:
+    def prepare(self, chain: Chain, structs: list[PyTree], keys: list[tuple[Any, ...]]) -> None:
         """Looks up the layers, and has compiled what is not known."""
         futures: list[concurrent.futures.Future[Any]] = []
         firsts = first_layers(chain, keys)
         for done, (i, one) in enumerate(firsts):
-            work = bench.Layer(self.bench)
+            stacked = keys[i][-1]
+            work = StackedLayer(self.bench) if stacked else bench.Layer(self.bench)
             options = Options(work, one, structs[i])
             texts = [joint.text for joint in work.joints]
-            name = cache.key(str(self.repeats), *self._surroundings(), *options.names(), *texts)
+            name = cache.key(repr((self.repeats, stacked)), *self._surroundings(), *options.names(), *texts)
             known = cache.known(name, Figures, kind=_KIND, schema=_SCHEMA) if self.look_up else None
             if known is not None:
                 self.costs[keys[i]] = Costs(known, one, structs[i])
@@ -84,7 +85,7 @@ class Session:
             future.result()
 
     def measure(
-        self, chain: Chain, x: PyTree, structs: list[PyTree], keys: list[Hashable]
+        self, chain: Chain, x: PyTree, structs: list[PyTree], keys: list[tuple[Any, ...]]
     ) -> dict[int, frozenset[Name]]:
         """Times what was compiled, and measures errors. Returns, by layer, the rules that its weights
         forbid."""
@@ -109,14 +110,14 @@ class Session:
         self.tell(len(keys), len(keys), "measuring layers")
         return unusable
 
-    def _rules(self, key: Hashable) -> list[Any]:
+    def _rules(self, key: tuple[Any, ...]) -> list[Any]:
         """The rules of a layer whose errors, or whose use, values may decide."""
         if key in self.costs:
             return self.costs[key].checked()
         options = self._pending[key][1]
         return [*options.vijps, *(programs.rule for programs in options.inverses)]
 
-    def _settle(self, key: Hashable, one: PyTree, x: PyTree) -> None:
+    def _settle(self, key: tuple[Any, ...], one: PyTree, x: PyTree) -> None:
         """Times a layer's operations at its input."""
         work, options, name = self._pending.pop(key)
         shapes = jax.tree.leaves((options.layer, options.x))

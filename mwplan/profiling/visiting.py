@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -32,11 +32,12 @@ def layer_names(chain: Chain) -> list[str]:
     return [layer_name(one) for part in chain.parts for one in block_of(part) * depth_of(part)]
 
 
-def layer_keys(chain: Chain, structs: list[PyTree]) -> list[Hashable]:
-    """What layers that share one measurement share: structure, parameter shapes, input."""
+def layer_keys(chain: Chain, structs: list[PyTree]) -> list[tuple[Any, ...]]:
+    """What layers that share one measurement share: structure, parameter shapes, input, whether stacked."""
     trees_ = [jax.tree.structure(one) for part in chain.parts for one in block_of(part) * depth_of(part)]
     texts = [str(struct) for struct in structs]
-    return list(zip(trees_, signatures(chain), texts))
+    stacked = [isinstance(chain.parts[place.part], Stack) for place in chain.places()]
+    return list(zip(trees_, signatures(chain), texts, stacked))
 
 
 def visit(
@@ -74,7 +75,7 @@ def _through(part: Stack, x: PyTree, start: int, stop: int) -> PyTree:
     return jax.lax.fori_loop(start, stop, step, x)
 
 
-def spread(keys: list[Hashable], count: int) -> set[int]:
+def spread(keys: Sequence[Hashable], count: int) -> set[int]:
     """Up to `count` positions of each key, evenly spread, the first and the last among them."""
     positions: dict[Hashable, list[int]] = {}
     for i, key in enumerate(keys):
@@ -86,7 +87,7 @@ def spread(keys: list[Hashable], count: int) -> set[int]:
     return chosen
 
 
-def first_layers(chain: Chain, keys: list[Hashable]) -> list[tuple[int, Any]]:
+def first_layers(chain: Chain, keys: Sequence[Hashable]) -> list[tuple[int, Any]]:
     """The first layer of each key, with its position."""
     wanted: dict[Hashable, int] = {}
     for i, key in enumerate(keys):
