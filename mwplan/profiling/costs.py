@@ -357,7 +357,7 @@ def _conv_flop(node: Node) -> float:
     rhs = node.inputs[1]
     seen = rhs.size / max(1, rhs.shape[numbers.rhs_spec[0]])  # taps * channels of one output
     spread: int = math.prod(node.params["lhs_dilation"] or (1,))
-    return 2.0 * node.outputs[0].size * seen / spread
+    return float(2.0 * node.outputs[0].size * seen / spread)
 
 
 def _control(node: Node) -> Kernel:

@@ -37,6 +37,7 @@ from mwplan.common.errors import ArgumentError, ChainError
 from mwplan.network.chain import Chain, Stack, boundaries, check_chain, one_block
 from mwplan.plans.profiles import Profile
 from mwplan.profiling import measure
+from mwplan.profiling.carrying import Place, carrying
 from mwplan.profiling.growth import random_cotangent
 from mwplan.profiling.layer_costs import Costs, Name, exact, name_of
 from mwplan.profiling.options import Figures, measure_layer
@@ -62,6 +63,7 @@ def estimate(
     device: str | Device,
     examples: int = 16,
     seed: int = 0,
+    wrt_input: bool = False,
     progress: Progress | bool | None = None,
 ) -> Profile:
     """Estimates what `mw.profile` would measure of `chain` at input `x` on a device that is not at hand.
@@ -69,7 +71,7 @@ def estimate(
     **Arguments:** `chain`, its weights arrays or `jax.ShapeDtypeStruct`s (`jax.eval_shape(make_chain, key)`
     gives the latter without computing anything); `x`, arrays or `jax.ShapeDtypeStruct`s of the shape that
     will be trained on; `device`, "h100", "a100", "laptop" or a `mw.Device`; `examples`, of how many the
-    errors are measured; `seed`, of random cotangents and inputs; `progress`, as of
+    errors are measured; `seed`, of random cotangents and inputs; `wrt_input`, `progress`, as of
     `mw.profile`.
     **Returns:** a `Profile` whose `source` says "estimated". The same network's plans from it run anywhere;
     `mw.fit` or a profile on the device itself should have the last word.
@@ -95,7 +97,8 @@ def estimate(
         raise ArgumentError("`chain` and `x` must be arrays or shapes: call `mw.estimate` outside `jax.jit`")
     structs = boundaries(chain, x)
     abstract = _abstract(chain)
-    names, keys = layer_names(chain), layer_keys(chain, structs)
+    shared = carrying(chain, structs, wrt_input=wrt_input)
+    names, keys = layer_names(chain), layer_keys(chain, structs, shared)
     with shown(progress, "estimating") as tell:
         counted = _counted(chain, pricing, structs, keys, names, tell)
         if abstract:
@@ -108,6 +111,7 @@ def estimate(
     return measure.assemble(
         chain,
         structs,
+        shared,
         [(names[i], counted[key], unusable.get(i)) for i, key in enumerate(keys)],
         fixed_bytes=sum(map(trees.nbytes, (chain, trees.parameters(chain), structs[0]))),
         touch=FirstTouch(),  # accelerators pool their memory
@@ -129,7 +133,7 @@ def _counted(
     counted: dict[Hashable, Costs] = {}
     for i, one in enumerate(_layers(chain)):
         if keys[i] not in counted:
-            figures = _count(pricing, one, structs[i], f"layer {i + 1} ({names[i]})")
+            figures = _count(pricing, one, structs[i], keys[i][-1], f"layer {i + 1} ({names[i]})")
             counted[keys[i]] = Costs(figures, one, structs[i])
         tell(i + 1, len(chain), names[i])
     return counted
@@ -178,10 +182,10 @@ def _layers(chain: Chain) -> Iterator[Any]:
             yield from block
 
 
-def _count(pricing: Roofline, one: PyTree, struct: PyTree, where: str) -> Figures:
+def _count(pricing: Roofline, one: PyTree, struct: PyTree, place: Place, where: str) -> Figures:
     """Prices one layer's operations."""
     try:
-        return measure_layer(pricing, one, struct)
+        return measure_layer(pricing, one, struct, place)
     except (TypeError, AttributeError, ValueError, jax.errors.JAXTypeError) as error:
         if not _abstract(one):
             raise

@@ -21,6 +21,7 @@ from mwplan.network import residuals, sharding
 from mwplan.network.chain import Chain, boundaries, check_chain, fingerprint
 from mwplan.plans.packing import Workspace
 from mwplan.plans.profiles import LayerProfile, Profile
+from mwplan.profiling.carrying import Carrying, carrying
 from mwplan.profiling.layer_costs import Costs, Name
 from mwplan.profiling.progress import Progress, shown
 from mwplan.profiling.session import Session
@@ -36,6 +37,7 @@ def profile(
     *,
     repeats: int = 5,
     seed: int = 0,
+    wrt_input: bool = False,
     progress: Progress | bool | None = None,
     cache: bool = True,
 ) -> Profile:
@@ -48,6 +50,8 @@ def profile(
 
     **Arguments:** `chain`; `x`, concrete arrays of the shape that will be trained on; `repeats`, timed runs
     of each program (the median counts; long ones run fewer times); `seed`, of the random cotangents;
+    `wrt_input`, whether the gradient with respect to `x` will be asked for too: of what layers hand on as it
+    is from `x`, an encoder's output say, the cotangent then lives throughout;
     `progress(done, of, what)`, called as it goes on; by default a bar on standard error where that is a
     terminal, with `False` none; `cache`: whether to look up, on disk, what layers like these cost when they
     were measured before (in `$XDG_CACHE_HOME/mwplan`, `~/.cache/mwplan` by default), by their programs, the
@@ -76,14 +80,16 @@ def profile(
     fixed = sum(map(sharding.local_bytes, (chain, trees.parameters(chain), x)))
     chain, x = sharding.gathered(chain), sharding.local(x)
     structs = boundaries(chain, x)
-    keys = layer_keys(chain, structs)
+    shared = carrying(chain, structs, wrt_input=wrt_input)
+    keys = layer_keys(chain, structs, shared)
     device = jax.devices()[0]
     with shown(progress, "profiling") as tell, Session(repeats, seed, cache, tell) as session:
-        session.prepare(chain, structs, keys)
+        session.prepare(chain, structs, keys, shared)
         unusable = session.measure(chain, x, structs, keys)
         return assemble(
             chain,
             structs,
+            shared,
             [
                 (name, session.costs[key], unusable.get(i))
                 for i, (name, key) in enumerate(zip(layer_names(chain), keys))
@@ -98,6 +104,7 @@ def profile(
 def assemble(
     chain: Chain,
     structs: list[PyTree],
+    shared: Carrying,
     layers: list[tuple[str, Costs, frozenset[Name] | None]],
     *,
     fixed_bytes: int,
@@ -120,14 +127,16 @@ def assemble(
                 name, forbidden, counts[id(costs)], loops
             )
         profiles.append(known[id(costs), forbidden, loops])
+    new = [boundary.new(struct) for boundary, struct in zip(shared.boundaries, structs, strict=True)]
     return Profile(
         layers=tuple(profiles),
-        activation_bytes=tuple(trees.nbytes(s) for s in structs),
-        cotangent_bytes=tuple(trees.nbytes(trees.parameters(s)) for s in structs),
+        activation_bytes=(trees.nbytes(structs[0]), *(trees.nbytes(some) for some in new[1:])),
+        cotangent_bytes=tuple(trees.nbytes(trees.parameters(some)) for some in new),
         sweep_cotangent_bytes=tuple(
             trees.nbytes(jax.eval_shape(trees.widen, trees.parameters(s))) for s in structs
         ),
         fixed_bytes=fixed_bytes,
+        carried_bytes=shared.fixed_bytes,
         kept_bytes=touch.kept_bytes,
         fresh_mib_ns=touch.first_touch_mib_ns,
         workspaces=_workspaces([costs for _, costs, _ in layers]),

@@ -16,7 +16,8 @@ from mwplan.network.chain import layer_name
 from mwplan.network.residuals import Residuals, new_bytes
 from mwplan.plans.packing import Workspace
 from mwplan.plans.profiles import InvertOption, MoonwalkOption, StoreOption
-from mwplan.profiling.bench import Priced, Pricing, cotangent
+from mwplan.profiling.bench import Priced, Pricing, Saved, cotangent
+from mwplan.profiling.carrying import Place
 
 PyTree = Any
 
@@ -37,14 +38,14 @@ class Figures:
 
 
 class Options:
-    """All options of the layer `one` (arrays, or shapes) at an input of the shapes `x`.
+    """All options of the layer `one` (arrays, or shapes) at an input of the shapes `x`, at its `place`.
 
     `own` first: the plain forward, what `jax.vjp` keeps, and the layer's own rules. Their programs tell all
     that the figures depend on. `derived` adds those that any layer has.
     """
 
-    def __init__(self, pricing: Pricing, one: PyTree, x: PyTree) -> None:
-        self.pricing, self.one = pricing, one
+    def __init__(self, pricing: Pricing, one: PyTree, x: PyTree, place: Place) -> None:
+        self.pricing, self.one, self.place = pricing, one, place
         self.layer, self.x = trees.struct(one), trees.struct(x)
         self.plain = pricing.program(operations.plain_forward, self.layer, self.x)
         pricing.together(self.plain)
@@ -101,9 +102,9 @@ class Options:
         )
 
 
-def measure_layer(pricing: Pricing, one: PyTree, x: PyTree) -> Figures:
+def measure_layer(pricing: Pricing, one: PyTree, x: PyTree, place: Place) -> Figures:
     """What all options of one layer cost at its input, of a pricing that knows at once."""
-    options = Options(pricing, one, x)
+    options = Options(pricing, one, x, place)
     options.derive()
     return options.figures()
 
@@ -140,15 +141,20 @@ class _StorePrograms:
     given."""
 
     def __init__(self, options: Options, rule: rules.StoreRule, whole: _StorePrograms | None = None) -> None:
-        self.name = rule.name
+        self.name, place = rule.name, options.place
+        rule = place.store(rule, options.x, options.y)
         self.forward, self.held = _forward(options, rule)
         y = self.forward.result[0]
         shared = _shared(self.held, options.x, y)
         backward = functools.partial(operations.store_backward, rule=rule)
-        args = (options.layer, self.held, *shared, options.ct)
+        ct = place.after.dropped(options.ct)
+        args = (options.layer, self.held, *shared, ct)
         self.backward = options.pricing.program(backward, *args)
-        dead = (self.held.own, shared, options.ct)
-        self.saving = options.pricing.saving(self.backward, dead=dead, temporary=self.backward.result[1])
+        ends = (place.before.new(shared[0]), place.after.new(shared[1]))
+        dead, temporary = (self.held.own, ends, ct), self.backward.result[1]
+        self.saving = options.pricing.saving(self.backward, dead=dead, temporary=temporary)
+        apart = place.cotangents_apart(options.x, options.y, idle=False)
+        self.apart = _Apart(options.pricing, self.backward, (self.held.own, ct), temporary, apart)
         if whole is None:
             options.pricing.together(self.forward, self.backward)
         else:
@@ -168,9 +174,34 @@ class _StorePrograms:
             forward_ns=self.forward.time_ns,
             backward_ns=self.backward.time_ns,
             forward_workspace_bytes=self.forward.workspace_bytes,
-            backward_workspace_bytes=self.backward.workspace_bytes,
-            backward_saving_bytes=self.saving.saving_bytes,
+            backward_workspace_bytes=self.apart.workspace_bytes,
+            backward_saving_bytes=self.apart.saving_bytes(self.saving),
         )
+
+
+class _Apart:
+    """An operation backward whose cotangents are partly counted for the whole chain, once: those of its
+    output and its input together are `apart` bytes more than that. They are workspace, but for what the
+    operation writes in their place whether or not it is the last to use an activation."""
+
+    def __init__(self, pricing: Pricing, handle: Any, dead: PyTree, temporary: PyTree, apart: int) -> None:
+        self.handle, self.apart = handle, apart
+        self.saving = pricing.saving(handle, dead=dead, temporary=temporary) if apart else None
+
+    @property
+    def in_place(self) -> int:
+        """What is written in their place."""
+        return 0 if self.saving is None else min(self.apart, self.saving.saving_bytes)
+
+    @property
+    def workspace_bytes(self) -> int:
+        """The operation's."""
+        workspace: int = self.handle.workspace_bytes
+        return workspace + self.apart - self.in_place
+
+    def saving_bytes(self, saving: Saved) -> int:
+        """What is left of a saving."""
+        return max(0, saving.saving_bytes - self.in_place)
 
 
 class _MoonwalkPrograms:
@@ -199,7 +230,9 @@ class _MoonwalkPrograms:
         self.last = pricing.program(functools.partial(operations.advance, last=True), one, x, rebuilt)
         self.going_on = pricing.program(functools.partial(operations.advance, last=False), one, x, rebuilt)
         after, grads = self.going_on.result
-        self.advance_saving = pricing.saving(self.going_on, dead=x, temporary=after)
+        place = options.place
+        dead, temporary = place.before.new(x), place.after.new(after)
+        self.advance_saving = pricing.saving(self.going_on, dead=dead, temporary=temporary)
         if not self.whole:
             # Other layers' runs end in layers like this one: what is timed is the gradient alone, `last`.
             pricing.together(self.forward, self.reverse, self.vijp, self.last)
@@ -252,8 +285,13 @@ class _InvertPrograms:
         args = (one, self.held, y, options.ct, None)
         self.backward = pricing.program(functools.partial(operations.invert_backward, rule=rule), *args)
         before, _, ct_in = self.backward.result
-        dead = (self.held.own, y, options.ct)
-        self.saving = pricing.saving(self.backward, dead=dead, temporary=(before, ct_in))
+        place = options.place
+        dead = (self.held.own, place.after.new(y), options.ct)
+        temporary = (place.before.new(before), ct_in)
+        self.saving = pricing.saving(self.backward, dead=dead, temporary=temporary)
+        # Within a run all cotangents are there.
+        apart = place.cotangents_apart(x, options.y, idle=True)
+        self.apart = _Apart(pricing, self.backward, (self.held.own, options.ct), ct_in, apart)
         pricing.together(self.forward, self.backward)
         self.table_bytes = _table_bytes((one, y), args, self.backward.result, (y, options.ct))
 
@@ -265,8 +303,8 @@ class _InvertPrograms:
             forward_ns=self.forward.time_ns,
             forward_workspace_bytes=self.forward.workspace_bytes,
             backward_ns=self.backward.time_ns,
-            backward_workspace_bytes=self.backward.workspace_bytes,
-            backward_saving_bytes=self.saving.saving_bytes,
+            backward_workspace_bytes=self.apart.workspace_bytes,
+            backward_saving_bytes=self.apart.saving_bytes(self.saving),
         )
 
 

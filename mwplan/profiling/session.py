@@ -15,6 +15,7 @@ from mwplan.compilers.compiling import memory_options, options_of
 from mwplan.network import operations
 from mwplan.network.chain import Chain
 from mwplan.profiling import bench, touch
+from mwplan.profiling.carrying import Carrying
 from mwplan.profiling.layer_costs import Costs, Name, exact
 from mwplan.profiling.options import Figures, Options
 from mwplan.profiling.progress import Progress
@@ -61,16 +62,20 @@ class Session:
         code = cache.sources(*_CODE)
         return [jax.__version__, version.__version__, device.platform, device.device_kind, flags, code]
 
-    def prepare(self, chain: Chain, structs: list[PyTree], keys: list[tuple[Any, ...]]) -> None:
+    def prepare(
+        self, chain: Chain, structs: list[PyTree], keys: list[tuple[Any, ...]], shared: Carrying
+    ) -> None:
         """Looks up the layers, and has compiled what is not known."""
         futures: list[concurrent.futures.Future[Any]] = []
         firsts = first_layers(chain, keys)
         for done, (i, one) in enumerate(firsts):
-            stacked = keys[i][-1]
+            stacked, place = keys[i][-2], shared.place(i)
             work = StackedLayer(self.bench) if stacked else bench.Layer(self.bench)
-            options = Options(work, one, structs[i])
+            options = Options(work, one, structs[i], place)
             texts = [joint.text for joint in work.joints]
-            name = cache.key(repr((self.repeats, stacked)), *self._surroundings(), *options.names(), *texts)
+            name = cache.key(
+                repr((self.repeats, stacked, place.text())), *self._surroundings(), *options.names(), *texts
+            )
             known = cache.known(name, Figures, kind=_KIND, schema=_SCHEMA) if self.look_up else None
             if known is not None:
                 self.costs[keys[i]] = Costs(known, one, structs[i])

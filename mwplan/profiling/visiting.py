@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from mwplan.network.chain import Chain, Stack, layer_name, one_block, signatures
+from mwplan.profiling.carrying import Carrying
 
 PyTree = Any
 CHECKED_REPETITIONS = 64  # of a deeper stack, only the repetitions whose growth is measured are checked
@@ -32,12 +33,14 @@ def layer_names(chain: Chain) -> list[str]:
     return [layer_name(one) for part in chain.parts for one in block_of(part) * depth_of(part)]
 
 
-def layer_keys(chain: Chain, structs: list[PyTree]) -> list[tuple[Any, ...]]:
-    """What layers that share one measurement share: structure, parameter shapes, input, whether stacked."""
+def layer_keys(chain: Chain, structs: list[PyTree], shared: Carrying) -> list[tuple[Any, ...]]:
+    """What layers that share one measurement share: structure, parameter shapes, input, whether stacked, and
+    what their boundaries share."""
     trees_ = [jax.tree.structure(one) for part in chain.parts for one in block_of(part) * depth_of(part)]
     texts = [str(struct) for struct in structs]
     stacked = [isinstance(chain.parts[place.part], Stack) for place in chain.places()]
-    return list(zip(trees_, signatures(chain), texts, stacked))
+    places = [shared.place(i) for i in range(len(trees_))]
+    return list(zip(trees_, signatures(chain), texts, stacked, places))
 
 
 def visit(
