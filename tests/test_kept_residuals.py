@@ -14,8 +14,7 @@ from mwplan import layers
 from mwplan.layers import Dense, LeakyReLU, layer
 from mwplan.network import operations, residuals, rules
 from mwplan.plans.schedule import Run, RunKind
-from mwplan.profiling import measure
-from mwplan.profiling.bench import Bench
+from mwplan.profiling import touch
 from tests.helpers import relative_error
 from tests.measured import measured
 
@@ -71,14 +70,11 @@ def test_of_what_keeps_the_same_the_lesser_is_left_out() -> None:
 def test_a_composite_is_inverted_at_its_parts_cost() -> None:
     """Of a rule that keeps nothing, too, a composite's backward is of all its parts."""
     one = layers.Coupling(layers.Smooth("gelu"), Dense.init(jax.random.key(0), 4, 4))
-    x, bench = jax.random.normal(jax.random.key(1), (2048, 8)), Bench(1, 0)
+    x = jax.random.normal(jax.random.key(1), (2048, 8))
 
     def option(layer: Any) -> InvertOption:
-        (rule,) = rules.invert_rules(layer, jax.eval_shape(lambda: x))
-        plain = bench.program(operations.plain_forward, layer, x)
-        made = measure._InvertPrograms(bench, rule, layer, x, plain.result, bench.cotangent(x), plain)
-        bench.settle()
-        return made.option()
+        (found,) = mw.profile(mw.Chain([layer]), x, repeats=1).layers[0].invert
+        return found
 
     alone, inside = option(one), option(layers.Sequential((one,)))
     assert alone.backward_workspace_bytes > x.nbytes // 2  # a branch's output at the very least
@@ -185,10 +181,10 @@ def test_profiles_are_measured_once_for_equal_layers() -> None:
     assert mw.Profile.from_json(profile.to_json()) == profile
 
 
-def test_fresh_memory_is_measured() -> None:
-    kept, rate = Bench(2, 0).fresh()
-    assert 0 <= kept <= 2**25
-    assert 0 <= rate < 5e6  # 5 ms a MiB: a page in 20 microseconds
+def test_the_first_touch_of_memory_is_measured() -> None:
+    found = touch.measured()
+    assert 0 <= found.kept_bytes <= 2**25
+    assert 0 <= found.first_touch_mib_ns < 5e6  # 5 ms a MiB: a page in 20 microseconds
 
 
 @layer

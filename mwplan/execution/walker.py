@@ -17,6 +17,7 @@ from mwplan.execution.gradients import Gradients
 from mwplan.execution.repeats import Part, Repeat
 from mwplan.execution.view import View
 from mwplan.network import operations, rules, sketch
+from mwplan.network.carried import Carried
 from mwplan.network.chain import layer_name
 from mwplan.network.residuals import Residuals
 from mwplan.plans.schedule import Run, RunKind
@@ -30,7 +31,7 @@ class Walker:
     **Arguments:** `view`, the layers; `structs`, the shapes of their boundaries; `grads`, where gradients go;
     `perform`, which executes an operation (None: in a program, with the barriers of its platform); `gate`,
     which makes arrays wait for one another; `check`, whether runs that reconstruct something are compared
-    with the truth.
+    with the truth; `carried`, what layers hand on as it is.
 
     **Attributes:** `x`, the activations alive by position, each once however many runs want it, and `claims`,
     how many do; `report`, the discrepancies by run, each a scalar or a row of a vector; `sketches`, of the
@@ -46,6 +47,7 @@ class Walker:
         gate: Callable[[PyTree], PyTree] = trees.tie,
         *,
         check: bool = False,
+        carried: Carried | None = None,
     ) -> None:
         self.view = view
         self.structs = structs
@@ -53,6 +55,7 @@ class Walker:
         self.perform = barriers.planned() if perform is None else perform
         self.gate = gate
         self.check = check
+        self.carried = carried or Carried.along(view.chain, structs, wrt_input=True)
         self.x: dict[int, PyTree] = {}
         self.claims: dict[int, int] = {}
         self.report: dict[tuple[int, int], Any] = {}
@@ -68,6 +71,7 @@ class Walker:
             barriers.in_loop(self.perform, single=single and many.span == 1),
             self.gate,
             check=self.check,
+            carried=self.carried.window(many.start, many.start + many.span),
         )
 
     # -- layers and their gradients
@@ -107,6 +111,8 @@ class Walker:
         offered = [r for r in find[run.kind](one, x) if not isinstance(r, rules.Unavailable)]
         for candidate in offered:
             if candidate.name == name:
+                if run.kind in (RunKind.STORE, RunKind.OFFLOAD):
+                    return self.carried.store(candidate, layer, x, self.structs[layer])
                 return candidate
         raise ScheduleMismatchError(
             f"the schedule wants {run.kind.name} option {name!r} of layer {layer} ({layer_name(one)}), which "

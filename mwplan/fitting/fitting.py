@@ -88,7 +88,7 @@ def fit(
     parse_bytes(budget)
     y = boundaries(check_chain(chain), x)[-1]
     execute.check_losses_shape(loss, y, args, has_aux)
-    profile = measure.profile(chain, x) if profile is None else profile
+    profile = measure.profile(chain, x, wrt_input=wrt_input) if profile is None else profile
     _check_profile(profile, chain, x)
     profile = with_loss(profile, loss, y, args, has_aux)
     return fit_step(
