@@ -23,10 +23,10 @@ from rich.table import Table
 
 from experiments import record, sweep, zoo
 from experiments.alternatives import RECOMPUTATION
+from mwplan import planning
 from mwplan.app import side_by_side
 from mwplan.common.plots import BACKPROP, LIMIT, PLAN, png
 from mwplan.common.serial import write_atomically
-from mwplan.planning import planning
 from mwplan.plans.profiles import Profile
 from mwplan.plans.schedule import Strategy
 

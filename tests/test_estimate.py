@@ -411,7 +411,7 @@ class TestErrors:
 
     @pytest.mark.parametrize("device", ["tpu", "", 3, None])
     def test_an_unknown_device(self, device: Any) -> None:
-        with pytest.raises(mw.ArgumentError, match=r"`device=.*h100, a100, laptop.*mw\.Device"):
+        with pytest.raises(mw.ArgumentError, match=r"`device=.*h100.*laptop.*mw\.Device"):
             mw.estimate(self.chain, self.x, device=device)
 
     @pytest.mark.parametrize("examples", [0, -1, 1.5, True])

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 
 def test_all_lists_the_public_names() -> None:
     public = {n for n, v in vars(mw).items() if not n.startswith("_") and not isinstance(v, types.ModuleType)}
-    assert sorted(public | {"adapters", "layers"}) == mw.__all__
+    assert sorted(public | {"adapters", "layers", "targets"}) == mw.__all__
 
 
 def test_import_loads_neither_solvers_nor_plots() -> None:

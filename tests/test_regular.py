@@ -9,7 +9,7 @@ import itertools
 import pytest
 
 from experiments.solver_scaling import deep, identical
-from mwplan.planning import planning
+from mwplan import planning
 from mwplan.plans.ledger import replay
 from mwplan.plans.profiles import Profile
 from mwplan.plans.schedule import (
@@ -54,7 +54,7 @@ def test_fewer_loops_in_the_same_bytes_and_nearly_the_time(name: str) -> None:
         assert (found.peak_bytes, found.time_ns) == (simple.peak_bytes, simple.time_ns)
         assert simple.total_bytes <= total
         assert simple.error <= 1e-4
-        assert simple.time_ns <= (1 + affordable(plain.runs, planning.REGULAR)) * time
+        assert simple.time_ns <= (1 + affordable(plain.runs, planning.TUNING.regular_loss)) * time
         assert loops(plain.runs) > 50 or simple.time_ns <= 1.01 * time
         assert loops(simple.runs) <= loops(plain.runs)
 

@@ -13,10 +13,10 @@ import optax
 import pytest
 
 import mwplan as mw
+from mwplan import planning
 from mwplan.app import side_by_side
 from mwplan.common.errors import InfeasibleError
 from mwplan.layers import Dense, LeakyReLU
-from mwplan.planning import planning
 from mwplan.plans.schedule import Strategy
 from mwplan.profiling import measure
 

@@ -11,8 +11,8 @@ import checkpoint_schedules
 import pytest
 
 from experiments.solver_scaling import deep
+from mwplan import planning
 from mwplan.common.errors import ArgumentError, InfeasibleError
-from mwplan.planning import planning
 from mwplan.plans.ledger import replay
 from mwplan.plans.profiles import LayerProfile, Profile, StoreOption
 from mwplan.plans.schedule import Run, Status, Strategy
@@ -299,7 +299,7 @@ def test_deep_networks_are_planned_in_seconds() -> None:
     assert frontier.at(frontier.points[0][0] - 1).status is Status.UNKNOWN
     plan = planning.plan(profile, budget + profile.fixed_bytes)
     assert (plan.time_ns, plan.status) == (solution.time_ns, Status.FEASIBLE)
-    with pytest.raises(InfeasibleError, match="leaner one may exist"):
+    with pytest.raises(InfeasibleError, match="smaller one may exist"):
         planning.plan(profile, frontier.points[0][0] - 1, frontier=planning.frontier(profile, thin=0.02))
 
 

@@ -30,6 +30,12 @@ class Cut:
     """A function cut into pieces: `mw.cut`. Printed, it shows them.
 
     **Attributes:** `flow`, its operations; `plan`, what each piece takes and gives.
+
+    >>> loss = lambda params, x: jnp.mean(jnp.tanh(jnp.tanh(x @ params["a"]) @ params["b"]) ** 2)
+    >>> params, x = {"a": jnp.eye(64), "b": jnp.eye(64)}, jnp.ones((256, 64))
+    >>> chain, inputs, back = mw.cut(loss, params, x).build(params, x)
+    >>> bool(jnp.allclose(chain(inputs)[0], loss(params, x)))
+    True
     """
 
     flow: Flow
@@ -144,7 +150,11 @@ def cut(
     **Raises:** `ArgumentError` for a loss that is not a real scalar or does not depend on `params`, for side
     effects and callbacks, where Python branches on values, and where there is no place to cut.
 
-    **Example:** `print(mw.cut(loss, params, batch))`
+    >>> loss = lambda params, x: jnp.mean(jnp.tanh(jnp.tanh(x @ params["a"]) @ params["b"]) ** 2)
+    >>> params, x = {"a": jnp.eye(64), "b": jnp.eye(64)}, jnp.ones((256, 64))
+    >>> pieces = mw.cut(loss, params, x)
+    >>> len(pieces) >= 1
+    True
     """
     if isinstance(most, bool) or not isinstance(most, int) or most < 1:
         raise ArgumentError(f"`most={most!r}` must be a number of pieces, at least 1")

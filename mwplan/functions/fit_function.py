@@ -10,14 +10,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mwplan import planning
 from mwplan.common import trees
 from mwplan.common.errors import ArgumentError, InfeasibleError
 from mwplan.common.sizes import show_bytes
 from mwplan.execution import execute
-from mwplan.fitting.fitting import Attempt, Fitted, fit_step
+from mwplan.fitting.fitted import Attempt, Fitted
+from mwplan.fitting.fitting import fit_step
 from mwplan.functions import cut as cutting
 from mwplan.functions.cut import Cut
-from mwplan.planning import planning
 from mwplan.plans.profiles import Profile
 from mwplan.plans.schedule import Choice, Schedule
 from mwplan.profiling import measure
@@ -30,7 +31,14 @@ class FittedFunction:
     """A compiled gradient step of a function, within its budget.
 
     **Attributes:** `cut`, the function's pieces; `fitted`, the step as `mw.fit` describes it, of the flat
-    arguments; `has_aux`."""
+    arguments; `has_aux`.
+
+    >>> loss = lambda params, x: jnp.mean(jnp.tanh(jnp.tanh(x @ params["a"]) @ params["b"]) ** 2)
+    >>> params, x = {"a": jnp.eye(64), "b": jnp.eye(64)}, jnp.ones((256, 64))
+    >>> fitted = mw.fit_function(loss, params, x, budget="1MiB")
+    >>> fitted.temporary_bytes < 1 << 20
+    True
+    """
 
     cut: Cut
     fitted: Fitted
@@ -102,10 +110,12 @@ def fit_function(
     **Returns:** a `FittedFunction`.
     **Raises:** as `mw.cut`; `InfeasibleError` where no schedule fits the budget; as `mw.fit`.
 
-    **Example:**
-
-        fitted = mw.fit_function(loss, params, batch, budget="10GiB")
-        (value, report), grads = fitted.step(params, batch)
+    >>> loss = lambda params, x: jnp.mean(jnp.tanh(jnp.tanh(x @ params["a"]) @ params["b"]) ** 2)
+    >>> params, x = {"a": jnp.eye(64), "b": jnp.eye(64)}, jnp.ones((256, 64))
+    >>> fitted = mw.fit_function(loss, params, x, budget="1MiB")
+    >>> (value, report), grads = fitted.step(params, x)
+    >>> bool(jnp.allclose(value, loss(params, x))), grads["a"].shape
+    (True, (64, 64))
     """
     found = cutting.cut(loss, params, *args, has_aux=has_aux, keep_checkpoints=keep_checkpoints, most=most)
     _check_concrete(params, args)

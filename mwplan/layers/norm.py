@@ -1,4 +1,4 @@
-"""LayerNorm and RMSNorm: what they erase of a cotangent is one or two numbers a row."""
+"""LayerNorm and RMSNorm. They erase one or two numbers a row of a cotangent."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ class _Norm:
 
 @jax.custom_jvp
 def _centred(norm: LayerNorm, x: Array) -> Array:
-    """The normalised rows, with their derivative written down: it is its own transpose, where JAX takes three
-    times as long to go back."""
+    """The normalised rows, with a derivative of their own: it is its own transpose. The one that JAX derives
+    takes three times as long."""
     return norm.normalised(x)[0]
 
 
@@ -106,7 +106,8 @@ class LayerNorm(_Norm):
     @lean
     def __call__(self, x: Float[Array, "*batch channels"]) -> Float[Array, "*batch channels"]:
         """Applies the layer."""
-        return (_centred(self, x) * widen(self.scale) + widen(self.offset)).astype(x.dtype)
+        y: Array = (_centred(self, x) * widen(self.scale) + widen(self.offset)).astype(x.dtype)
+        return y
 
 
 @layer
@@ -125,7 +126,8 @@ class RMSNorm(_Norm):
     @lean
     def __call__(self, x: Float[Array, "*batch channels"]) -> Float[Array, "*batch channels"]:
         """Applies the layer."""
-        return (self.normalised(x)[0] * widen(self.scale)).astype(x.dtype)
+        y: Array = (self.normalised(x)[0] * widen(self.scale)).astype(x.dtype)
+        return y
 
 
 @dataclass(frozen=True)
@@ -182,7 +184,8 @@ class Moments(VijpRule):
 
     def reverse(self, layer: Any, residuals: Any, ct_out: Any) -> tuple[Any, Any]:
         """`ct_in` and the moments, `*batch 2` or `*batch 1`."""
-        return layer.pull(residuals, ct_out)
+        ct_in, moments = layer.pull(residuals, ct_out)
+        return ct_in, moments
 
     def rebuild(self, layer: Any, x: Any, ct_in: Any, fragment: Any) -> Any:
         """`ct_out`."""

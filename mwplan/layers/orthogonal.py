@@ -30,7 +30,8 @@ METHODS = ("cayley", "householder", "expm")
 def _solve(a: Array, b: Array) -> Array:
     """`a^-1 b` for `a = I + S` with skew `S`: its condition number is that of `I + S`, its eigenvalues at
     least 1 in modulus."""
-    return jnp.linalg.solve(a, b)
+    solved: Array = jnp.linalg.solve(a, b)
+    return solved
 
 
 @layer
@@ -78,10 +79,12 @@ class OrthogonalDense:
         if self.method == "householder":
             gram = raw.T @ raw
             half = jnp.triu(gram, 1) + jnp.diag(jnp.diag(gram)) / 2
-            return eye - raw @ jax.scipy.linalg.solve_triangular(half, raw.T)
+            reflected: Array = eye - raw @ jax.scipy.linalg.solve_triangular(half, raw.T)
+            return reflected
         skew = raw - raw.T
         if self.method == "expm":
-            return jax.scipy.linalg.expm(skew)
+            rotation: Array = jax.scipy.linalg.expm(skew)
+            return rotation
         return _solve(eye + skew, eye - skew)
 
     def linear(self, x: Float[Array, "*batch inner"]) -> Float[Array, "*batch outer"]:

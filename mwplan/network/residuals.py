@@ -132,9 +132,7 @@ def origins(function: Callable[..., Any], *args: PyTree) -> tuple[Any, ...]:
     arrays = [id(leaf) for leaf in leaves if trees.is_array(leaf)]
     if len({*arrays}) < len(arrays):
         return ()
-    kinds = tuple(
-        jax.ShapeDtypeStruct(jnp.shape(leaf), leaf.dtype) if trees.is_array(leaf) else leaf for leaf in leaves
-    )
+    kinds = tuple(trees.struct_of(leaf) if trees.is_array(leaf) else leaf for leaf in leaves)
     try:
         # Types tell 1 from 1.0 and True among the leaves that are no arrays; with `jax_enable_x64` numbers
         # are of other precision.
@@ -163,7 +161,7 @@ def _origins(
 
 
 #: primitives that leave the elements in their order
-_SHAPES = ("copy", "reshape", "squeeze", "expand_dims", "broadcast_in_dim")
+_SHAPES = ("copy", "reshape", "squeeze", "expand_dims", "broadcast_in_dim", "stop_gradient")
 
 
 def _origin(jaxpr: Jaxpr, var: Any, arguments: Callable[[Any], Any]) -> Any:

@@ -1,5 +1,27 @@
 """Profiles of devices that are not at hand: bytes from shapes, times from a roofline, errors measured on this
-host where there are weights."""
+host where there are weights.
+
+**Bytes.** Activations, residuals, fragments and the fixed part are counted as `mw.profile` counts them,
+and equal its figures. Workspaces and savings are the liveness of the program's kernels: XLA's schedule,
+fusion, padding and library scratch are not known. Seen on a CPU: equal in the median; too low by about
+the layer's activations for convolutions' weight gradients, by up to two of them for attention, so that
+plans exceeded small budgets by up to 28%. Leave a margin.
+
+**Times** are a roofline's (`mwplan.profiling.roofline`, `mwplan.profiling.costs`): arithmetic or traffic
+at the device's full rates, and a launch for each kernel. Not in the model: how far a kernel stays below
+those rates (small or oddly shaped products: often a half), caches, autotuned algorithms (Winograd),
+fusion of products with what follows, launches that overlap, several devices. Ratios between the options
+of a layer are what a plan depends on, and are better than the times themselves. Checked on a CPU alone
+(results/estimate); the built-in GPUs' figures are data sheets', not yet held against a GPU. Where a layer
+chooses its operations by `jax.default_backend()`, this host's are counted.
+
+**Errors** depend on weights and working precision, hardly on the device. Where all weights are arrays
+they are measured as in `mw.profile`, at the first `examples` examples of `x`, or of white noise (zeros
+for integers) where `x` is shapes; on this host, in its own matrix precision: float32 at reduced precision
+(TF32) on the device makes them larger. Where weights are shapes, rules whose errors no weights change are
+measured at random ones: those of layers without parameters at white noise, of orthogonal layers, and
+whole fragments (0). All others' local error and growth are infinite, so that no plan uses them.
+"""
 
 from __future__ import annotations
 
@@ -46,26 +68,13 @@ def estimate(
     errors, also a forward pass of `examples` examples on this host's default device, and compilations to
     measure them: most of the time, some seconds a rule. Nothing of the size of `x` is allocated.
 
-    **Bytes.** Activations, residuals, fragments and the fixed part are counted as `mw.profile` counts them,
-    and equal its figures. Workspaces and savings are the liveness of the program's kernels: XLA's schedule,
-    fusion, padding and library scratch are not known. Seen on a CPU: equal in the median; too low by about
-    the layer's activations for convolutions' weight gradients, by up to two of them for attention, so that
-    plans passed lean budgets by up to 28%. Leave a margin.
+    What is modelled and what is not, and how far off it is: `mwplan.profiling.estimating`.
 
-    **Times** are a roofline's (`mwplan.profiling.roofline`, `mwplan.profiling.costs`): arithmetic or traffic
-    at the device's full rates, and a launch for each kernel. Not in the model: how far a kernel stays below
-    those rates (small or oddly shaped products: often a half), caches, autotuned algorithms (Winograd),
-    fusion of products with what follows, launches that overlap, several devices. Ratios between the options
-    of a layer are what a plan depends on, and are better than the times themselves. Checked on a CPU alone
-    (results/estimate); the built-in GPUs' figures are data sheets', not yet held against a GPU. Where a layer
-    chooses its operations by `jax.default_backend()`, this host's are counted.
-
-    **Errors** depend on weights and working precision, hardly on the device. Where all weights are arrays
-    they are measured as in `mw.profile`, at the first `examples` examples of `x`, or of white noise (zeros
-    for integers) where `x` is shapes; on this host, in its own matrix precision: float32 at reduced precision
-    (TF32) on the device makes them larger. Where weights are shapes, rules whose errors no weights change are
-    measured at random ones: those of layers without parameters at white noise, of orthogonal layers, and
-    whole fragments (0). All others' local error and growth are infinite, so that no plan uses them.
+    >>> make = lambda key: mw.Chain([mw.layers.Dense.init(key, 1024, 1024), jnp.tanh])
+    >>> net = jax.eval_shape(make, jax.random.key(0))  # no weights: nothing is computed
+    >>> profile = mw.estimate(net, jax.ShapeDtypeStruct((4096, 1024), jnp.float32), device="h100")
+    >>> profile.activation_bytes
+    (16777216, 16777216, 16777216)
     """
     check_chain(chain)
     pricing = Roofline(device_of(device))
@@ -153,7 +162,7 @@ def _some(chain: Chain, x: PyTree, structs: list[PyTree], examples: int, key: ja
     sizes = {leaf.shape[:1] for leaf in leaves}
     if len(sizes) == 1 and sizes != {()} and leaves[0].shape[0] > examples:
         batch = leaves[0].shape[0]
-        few = jax.tree.map(lambda s: jax.ShapeDtypeStruct((examples, *s.shape[1:]), s.dtype), structs[0])
+        few = jax.tree.map(lambda s: trees.struct_of(s, (examples, *s.shape[1:])), structs[0])
         try:
             alike = all(
                 _scaled(a, b, examples, batch) for a, b in zip(boundaries(chain, few), structs, strict=True)
