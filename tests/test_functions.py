@@ -24,9 +24,12 @@ def _x64() -> Iterator[None]:
         yield
 
 
-def assert_gradient(loss: Any, params: PyTree, *args: Any, has_aux: bool = False, most: int = 128) -> mw.Cut:
+def assert_gradient(
+    loss: Any, params: PyTree, *args: Any, has_aux: bool = False, most: int = 128, loops: bool = False
+) -> mw.Cut:
     """The chain of pieces gives the value and the gradient that JAX gives."""
     found = mw.cut(loss, params, *args, has_aux=has_aux, most=most)
+    found = found.looped() if loops else found
 
     @jax.jit
     def step(params: PyTree, *args: Any) -> tuple[Any, PyTree]:
@@ -131,6 +134,16 @@ def test_scan_over_stacked_layers_is_a_stack() -> None:
     assert [isinstance(part, mw.Stack) for part in chain.parts] == [False, True, False, False]
     assert chain.parts[1].depth == 4
     assert len(found) == len(chain) == 11
+
+
+def test_pieces_that_repeat_are_looped() -> None:
+    params, batch = functions.transformer(depth=5)
+    found = assert_gradient(functions.transformer_loss, params, batch, loops=True)
+    chain, _, _ = found.build(params, batch)
+    assert [len(part) for part in chain.parts if isinstance(part, mw.Stack)] == [10]
+    assert len(chain) == len(found) == 13
+    copied = sum(leaf.nbytes for leaf in jax.tree.leaves(params["blocks"]))
+    assert found.plan.copied_bytes(found.flow.traced.avals) == copied
 
 
 def _scans(params: PyTree, x: Any, keys: Any, memory: Any) -> tuple[Any, Any]:

@@ -91,8 +91,9 @@ class Signature:
 
     @classmethod
     def of(cls, params: PyTree, args: tuple[Any, ...]) -> Signature:
-        """Of arguments: arrays, numbers, `jax.ShapeDtypeStruct`s; other leaves are fixed. Numbers too in an argument that has
-        such leaves (as an Equinox module), and `True` and `False`: Python may branch on them."""
+        """Of arguments: arrays, numbers, `jax.ShapeDtypeStruct`s; other leaves are fixed. Numbers too in an
+        argument that has such leaves (as an Equinox module), and `True` and `False`: Python may branch on
+        them."""
         found, treedef = jax.tree_util.tree_flatten_with_path((params, args))
         numbers = [flag for tree in (params, *args) for flag in _numbers_vary(tree)]
         dynamic = tuple(
