@@ -13,6 +13,7 @@ import pytest
 
 import mwplan as mw
 from mwplan.functions import cut, tracing
+from mwplan.functions.policy import Policy
 from tests import functions
 
 PyTree = Any
@@ -110,6 +111,32 @@ def test_mlp_is_cut_between_its_layers_and_fits() -> None:
     fitted = assert_fits(functions.mlp_loss, params, x, y)
     with pytest.raises(mw.ArgumentError, match=r"args\[0\].*compiled for"):
         fitted.step(params, x[:2], y)
+    policy = fitted.policy()
+    assert_same_gradient(jax.jit(jax.grad(policy))(params, x, y), functions.mlp_loss, params, x, y)
+    assert len(str(policy).splitlines()) >= len(fitted.schedule.runs)
+    assert policy.temporary_bytes(params, x, y) > 0
+
+
+def test_a_plan_in_the_words_of_checkpoint() -> None:
+    params, x, y = functions.mlp(depth=16, batch=512)
+    found = mw.cut(functions.mlp_loss, params, x, y)
+    store = [mw.Run(kind=mw.RunKind.STORE, start=i, stop=i + 1, options=("vjp",)) for i in range(len(found))]
+    inner = mw.Run(kind=mw.RunKind.RECOMPUTE, start=1, stop=3, inner=tuple(store[1:3]))
+    outer = mw.Run(kind=mw.RunKind.RECOMPUTE, start=0, stop=4, inner=(store[0], inner, store[3]))
+    lean = mw.Run(kind=mw.RunKind.STORE, start=4, stop=5, options=("products",))
+    rebuilt = mw.Run(kind=mw.RunKind.MOONWALK, start=5, stop=6, options=("whole",))
+
+    def policy(*runs: mw.Run) -> Policy:
+        schedule = mw.Schedule(runs=runs)
+        return Policy(cut=found, schedule=schedule, has_aux=False)
+
+    saved = policy(*store)
+    mixed = policy(outer, lean, rebuilt, *store[6:])
+    for one in (saved, mixed):
+        assert_same_gradient(jax.jit(jax.grad(one))(params, x, y), functions.mlp_loss, params, x, y)
+    assert mixed.temporary_bytes(params, x, y) < saved.temporary_bytes(params, x, y)
+    assert [run.kind for run in mixed.unsaid] == [mw.RunKind.MOONWALK]
+    assert "products saved" in str(mixed)
 
 
 def test_transformer_is_cut_between_its_sublayers_and_fits() -> None:

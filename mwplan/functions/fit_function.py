@@ -77,6 +77,11 @@ class FittedFunction:
         gradient = _Gradient(self.cut, self.has_aux)
         return gradient(self.schedule, arrangement=self.fitted.arrangement)(*_split(self.cut, params, args))
 
+    def policy(self) -> Policy:
+        """The plan in `jax.checkpoint`'s words: printed, what is recomputed and saved; called, the function
+        with these checkpoints, to be differentiated, scanned over and sharded like any other."""
+        return Policy(cut=self.cut, schedule=self.schedule, has_aux=self.has_aux)
+
     def __str__(self) -> str:
         first, *rest = str(self.fitted).splitlines()[:-1]
         call = "  call `(value, report), grads = fitted.step(params, *args)`; `print(fitted.cut)` shows them"

@@ -72,6 +72,15 @@ class Plan:
         """The values of the activation that a piece takes."""
         return self.pieces[i - 1].crosses if i else self.inputs
 
+    def labels(self) -> list[str]:
+        """What each layer of the chain is called."""
+        return [
+            self.pieces[i].label
+            for group in self.groups
+            for _ in range(group.depth)
+            for i in range(group.start, group.start + group.period * group.count)
+        ]
+
     def looped(self, avals: Sequence[Any]) -> Plan:
         """With pieces that repeat one after another in loops, whose parameters are stacked: a copy of them,
         and of their gradients."""
