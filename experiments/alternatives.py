@@ -54,6 +54,7 @@ from mwplan.plans import tape
 from mwplan.plans.profiles import Profile
 from mwplan.plans.schedule import Run, RunKind, Schedule, Solution, Strategy
 from mwplan.solvers import baselines, rotor
+from mwplan.solvers import problem as solvers
 
 PyTree = Any
 Step = Callable[[mw.Chain, Any, Any], tuple[Any, Any]]
@@ -137,6 +138,11 @@ class Problem:
         """The frontier, solved once for each set of strategies; that of a long chain thinned even where
         `thin` is 0, or it would take hours."""
         return _frontier(self.profile, self.max_error, frozenset(allowed), self._thin)
+
+    @property
+    def asked(self) -> solvers.Problem:
+        """What baselines are asked."""
+        return solvers.Problem(profile=self.profile, max_error=self.max_error)
 
     @functools.cached_property
     def by_hand(self) -> list[Schedule]:
@@ -338,19 +344,19 @@ def _baseline(problem: Problem, solution: Solution, kind: RunKind, what: str) ->
 
 def invert(problem: Problem, budget: int | None) -> Way:
     """Inversion wherever a layer allows it, storing elsewhere."""
-    solution = baselines.all_invert(problem.profile, max_error=problem.max_error)
+    solution = baselines.all_invert(problem.asked)
     return _baseline(problem, solution, RunKind.INVERT, "can be inverted")
 
 
 def moonwalk(problem: Problem, budget: int | None) -> Way:
     """Moonwalk runs as long as the error allows, with the smallest fragments."""
-    solution = baselines.all_moonwalk(problem.profile, max_error=problem.max_error)
+    solution = baselines.all_moonwalk(problem.asked)
     return _baseline(problem, solution, RunKind.MOONWALK, "has a vijp or a fragment")
 
 
 def fragment(problem: Problem, budget: int | None) -> Way:
     """Moonwalk runs with the largest fragments."""
-    solution = baselines.all_fragment(problem.profile, max_error=problem.max_error)
+    solution = baselines.all_fragment(problem.asked)
     return _baseline(problem, solution, RunKind.MOONWALK, "has a fragment")
 
 
@@ -416,7 +422,7 @@ def rotor_checkpoint(problem: Problem, budget: int | None) -> Way:
         raise NotApplicableError("rotor plans for one budget: give one")
     profile = _expressible(problem.profile)
     room = budget - profile.fixed_bytes
-    solution = rotor.rotor(profile, room) if room > 0 else None
+    solution = rotor.rotor(solvers.Problem(profile=profile, budget_bytes=room)) if room > 0 else None
     if solution is None or solution.runs is None:
         raise InfeasibleError("rotor finds nothing that fits", budget_bytes=budget)
     schedule = planning.scheduled(profile, solution, problem.max_error)
@@ -896,7 +902,7 @@ def _spaced(count: int, points: Sequence[tuple[int, int]], bench: Bench) -> list
 
 
 def _within(limits: Sequence[float], problem: Problem) -> list[int]:
-    stored = mw.replay(problem.profile, baselines.store_all(problem.profile).runs or ())
+    stored = mw.replay(problem.profile, baselines.store_all(problem.asked).runs or ())
     base = stored.time_ns + stored.fresh_ns
     every = [problem.frontier(allowed).points for allowed in (planning.EVERY_STRATEGY, RECOMPUTATION)]
     least = [

@@ -18,6 +18,7 @@ import mwplan as mw
 from mwplan.common.sizes import parse_bytes
 from mwplan.layers import Conv2D, LeakyReLU, MaxMin, layer
 from mwplan.solvers.brute_force import every_cost
+from mwplan.solvers.problem import Problem
 from tests.chains import random_profile
 from tests.helpers import mean_square, relative_error
 from tests.measured import measured
@@ -156,7 +157,7 @@ def test_plans_are_optimal(seed: int) -> None:
     rng = random.Random(seed)
     profile = random_profile(rng, rng.randint(1, 5))
     best = None
-    for need, time in sorted(every_cost(profile).items()):
+    for need, time in sorted(every_cost(Problem(profile=profile)).items()):
         if best is not None and time >= best:
             continue
         best = time
@@ -168,10 +169,10 @@ def test_plans_are_optimal(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(8))
 def test_memory_that_costs_time(seed: int) -> None:
-    """The least sum of both at every budget, by brute force; leaner than the budget where that is faster."""
+    """The least sum of both at every budget, by brute force; less than the budget where that is faster."""
     rng = random.Random(seed)
     plain = random_profile(rng, rng.randint(2, 5))
-    costs = every_cost(plain)
+    costs = every_cost(Problem(profile=plain))
     kept, rate = (
         sorted(costs)[len(costs) // 3],
         2**20 * max(costs.values()) // max(costs) // rng.randint(1, 4),

@@ -376,7 +376,7 @@ class _Plans:
             frontier.profile,
             budget,
             max_error=frontier.max_error,
-            allowed=frontier.solved.allowed,
+            allowed=frontier.solved.problem.strategies,
             regular=self.regular,
             frontier=frontier,
         )
