@@ -91,10 +91,14 @@ def plan(
         schedule = solved.schedule(solved.simplified(solution, room, regular), budget_bytes)
         return solved.packed(schedule, regular)
     schedule = solved.schedule(solution, budget_bytes, free=False)
-    if not host_bytes or pins or max_distinct_runs is not None or not fits:
-        return schedule
-    # The program knows nothing of the time that memory costs, and long chains are thinned without the host.
-    alone = solved.at(budget_bytes, regular=regular)
+    if host_bytes and fits and not pins and max_distinct_runs is None:
+        return _faster(schedule, solved.at(budget_bytes, regular=regular))
+    return schedule
+
+
+def _faster(schedule: Schedule, alone: Schedule) -> Schedule:
+    """The faster of a schedule with the host's memory and one without: the program knows nothing of the time
+    that memory costs, and long chains are thinned without the host."""
     if alone.time_ns >= schedule.time_ns:
         return schedule
     status = alone.status if alone.time_ns <= schedule.bound_ns else Status.FEASIBLE
