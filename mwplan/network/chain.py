@@ -394,7 +394,10 @@ def _alike(a: PyTree, b: PyTree) -> bool:
 
 def one_block(part: Stack) -> tuple[Any, ...]:
     """The shapes of one of a stack's blocks."""
-    return jax.eval_shape(lambda block: jax.tree.map(lambda leaf: leaf[0], block), part.block)
+    shapes: tuple[Any, ...] = jax.eval_shape(
+        lambda block: jax.tree.map(lambda leaf: leaf[0], block), part.block
+    )
+    return shapes
 
 
 _BATCH = ". The input is of the whole batch: what takes one example needs `jax.vmap`, `eqx.filter_vmap`"

@@ -15,6 +15,8 @@ import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
+from mwplan.common import trees
+
 PyTree = Any
 
 
@@ -92,7 +94,7 @@ def _same(a: Any, b: Any) -> bool:
         return True
     if isinstance(a, jax.core.Tracer) or isinstance(b, jax.core.Tracer):
         return True  # two values of the program around: what they are, nobody knows yet
-    if any(jax.dtypes.issubdtype(getattr(one, "dtype", None), jax.dtypes.prng_key) for one in (a, b)):
+    if any(hasattr(one, "dtype") and trees.is_key(one) for one in (a, b)):
         a, b = jax.random.key_data(a), jax.random.key_data(b)
     try:
         with jax.ensure_compile_time_eval():

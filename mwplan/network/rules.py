@@ -245,7 +245,7 @@ def parameter_gradient(layer: PyTree, x: PyTree, ct_out: PyTree) -> list[Any]:
     """
     params = trees.parameters(layer)
     y, vjp = jax.vjp(lambda p: trees.with_parameters(layer, p)(x), params)
-    (grads,) = vjp(trees.cast_like(ct_out, y))
+    grads: list[Any] = vjp(trees.cast_like(ct_out, y))[0]
     return grads
 
 
