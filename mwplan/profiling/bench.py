@@ -79,10 +79,11 @@ class Program:
     """
 
     def __init__(
-        self, compiled: Any, leaves: list[Any], overhead_ns: int, into: dict[int, int] | None = None
+        self, compiled: Any, leaves: list[Any], overhead_ns: int, out: list[Any], into: dict[int, int]
     ) -> None:
         self.compiled = compiled
-        self.into = into or {}
+        self.outputs = trees.struct(out)  # JAX does not tell them of programs with ordered effects
+        self.into = into
         self.dying = [leaves[i] for i in self.into.values()]
         self.leaves = [leaf for i, leaf in enumerate(leaves) if i not in self.into.values()]
         self.overhead_ns = overhead_ns
@@ -186,7 +187,7 @@ class Bench:
         """
         leaves, treedef = jax.tree.flatten(args)
         gone = {id(leaf) for leaf in jax.tree.leaves(dead)}
-        out = jax.tree.leaves(handle.program.compiled.out_info)
+        out = handle.program.outputs
         free = {j: (leaf.shape, leaf.dtype) for j, leaf in enumerate(out)}
         into: dict[int, int] = {}
         for i, leaf in enumerate(leaves):
@@ -225,13 +226,13 @@ class Bench:
             with warnings.catch_warnings():
                 # an output that is an input needs no buffer
                 warnings.filterwarnings("ignore", message=".*donated.*")
-                self.known[key] = Program(lowered.compile(), leaves, self.overhead_ns, into)
+                self.known[key] = Program(lowered.compile(), leaves, self.overhead_ns, out, into)
             self.unsettled.append(self.known[key])
         return self.known[key]
 
     def settle(self, rounds: int | None = None) -> None:
         """Times every new program: one warm-up and `repeats` rounds over all of them."""
-        outputs = [_buffers(program.compiled.out_info) for program in self.unsettled]
+        outputs = [_buffers(program.outputs) for program in self.unsettled]
         for _ in range(1 + (rounds or self.repeats)):
             outputs = [program.sample(buffers) for program, buffers in zip(self.unsettled, outputs)]
         for program in self.unsettled:

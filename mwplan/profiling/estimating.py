@@ -34,7 +34,8 @@ import jax.numpy as jnp
 
 from mwplan.common import trees
 from mwplan.common.errors import ArgumentError, ChainError
-from mwplan.network import rules
+from mwplan.compilers.compiling import options_given
+from mwplan.network import axes, rules
 from mwplan.network.chain import Chain, Stack, boundaries, check_chain, one_block
 from mwplan.plans.profiles import Profile
 from mwplan.profiling import measure
@@ -44,6 +45,7 @@ from mwplan.profiling.roofline import Device, Roofline, device_of
 PyTree = Any
 
 
+@options_given()
 def estimate(
     chain: Chain,
     x: PyTree,
@@ -82,10 +84,11 @@ def estimate(
         raise ArgumentError(f"`examples={examples!r}` must be an integer, at least 1")
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((chain, x))):
         raise ArgumentError("`chain` and `x` must be arrays or shapes: call `mw.estimate` outside `jax.jit`")
+    whole, chain = chain, axes.bound(chain, x)
     structs = boundaries(chain, x)
     abstract = _abstract(chain)
     tell = progress or (lambda done, layers, name: None)
-    names, keys = measure.layer_names(chain), measure.layer_keys(chain, structs)
+    names, keys = measure.layer_names(chain), measure.layer_keys(whole, structs)
     counted: dict[Hashable, measure.Costs] = {}
     for i, one in enumerate(_layers(chain)):
         if keys[i] not in counted:
@@ -111,7 +114,7 @@ def estimate(
                 break
         tell(len(chain), len(chain), names[-1])
     return measure.assemble(
-        chain,
+        whole,
         structs,
         [(names[i], counted[key], unusable.get(i)) for i, key in enumerate(keys)],
         fixed_bytes=sum(map(trees.nbytes, (chain, trees.parameters(chain), structs[0]))),

@@ -20,8 +20,9 @@ import jax
 
 from mwplan.common import trees
 from mwplan.common.errors import ArgumentError
+from mwplan.compilers.compiling import options_given
 from mwplan.execution.repeats import LEAST_REPETITIONS
-from mwplan.network import operations, residuals, rules, sharding, sketch
+from mwplan.network import axes, operations, residuals, rules, sharding, sketch
 from mwplan.network.chain import Chain, Stack, boundaries, check_chain, fingerprint, layer_name, signatures
 from mwplan.network.residuals import Residuals, new_bytes
 from mwplan.plans.packing import Workspace
@@ -37,6 +38,7 @@ CHECKED_REPETITIONS = 64  # of a deeper stack, only the repetitions whose growth
 GROWTH_SAMPLES = 8
 
 
+@options_given()
 def profile(
     chain: Chain,
     x: PyTree,
@@ -50,7 +52,8 @@ def profile(
     Of arrays on a mesh (`jax.NamedSharding`) the figures are those of one device: `x` counts by its shard,
     which is what a data-parallel step's device works on. Weights are gathered for the measurement, as for
     their use in a step; `fixed_bytes` counts their shards (and gradients sharded like them). What is not
-    modelled: activations sharded other than by `x`, the communication and its buffers.
+    modelled: activations sharded other than by `x`, the communication and its buffers; layers that name an
+    axis themselves (`jax.lax.pmean`) are measured as if it had one device.
 
     **Arguments:** `chain`; `x`, concrete arrays of the shape that will be trained on; `repeats`, timed runs
     of each operation (the median counts); `seed`, of the random cotangents; `progress(done, layers, name)`,
@@ -77,10 +80,11 @@ def profile(
         raise ArgumentError(f"`repeats={repeats}` must be at least 1")
     fixed = sum(map(sharding.local_bytes, (chain, trees.parameters(chain), x)))
     chain, x = sharding.gathered(chain), sharding.local(x)
+    whole, chain = chain, axes.bound(chain, x)
     structs = boundaries(chain, x)
     bench = Bench(repeats, seed)
     names = layer_names(chain)
-    keys = layer_keys(chain, structs)
+    keys = layer_keys(whole, structs)
     sampled = spread(keys, GROWTH_SAMPLES)
     measured: dict[Hashable, Costs] = {}
     unusable: dict[int, frozenset[Name]] = {}  # by layer: the rules that its weights forbid
@@ -94,7 +98,7 @@ def profile(
             progress(i + 1, len(chain), names[i])
     device = jax.devices()[0]
     return assemble(
-        chain,
+        whole,
         structs,
         [(names[i], measured[key], unusable.get(i)) for i, key in enumerate(keys)],
         fixed_bytes=fixed,
