@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import mwplan as mw
@@ -115,7 +117,7 @@ def test_modules_are_not_hidden_in_functions() -> None:
     import equinox as eqx
 
     module = eqx.nn.Linear(8, 8, key=jax.random.key(0))
-    for hiding in (jax.vmap(module), jax.jit(module), functools.partial(module), module.__call__):
+    for hiding in (jax.vmap(module), jax.jit(module), functools.partial(module), jax.checkpoint(module)):
         with pytest.raises(mw.ChainError, match=r"Linear whose weights are hidden.*eqx\.filter_vmap"):
             mw.Chain([hiding])
     assert len(mw.Chain([jax.jit(jnp.sin), jax.vmap(jnp.sort), functools.partial(jnp.sum, axis=0)])) == 3
