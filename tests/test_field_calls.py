@@ -108,7 +108,7 @@ def test_what_is_differentiated_is_no_constant() -> None:
 
     x = jnp.ones((4, 8))
     for argnums in (0, (0, 1)):
-        with pytest.raises(mw.ChainError, match=r"closes over .* jax\.tree_util\.Partial"):
+        with pytest.raises(mw.ChainError, match=r"closes over .*tree_util\.Partial"):
             jax.grad(loss, argnums)(jnp.float32(2), x)
     assert float(jax.grad(given)(jnp.float32(2), x)) == pytest.approx(32 * np.tanh(1), rel=1e-5)
 
