@@ -223,7 +223,7 @@ class CircularOrthogonal:
     def __call__(self, x: Array) -> Array:
         """Applies the layer."""
         y = self.linear(x)
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y + trees.along(self.bias, y)
 
     def vijp_rules(self, x: Any) -> Sequence[VijpRule | Unavailable]:
         """The jvp."""
