@@ -77,7 +77,8 @@ def profile(
         )
     if repeats < 1:
         raise ArgumentError(f"`repeats={repeats}` must be at least 1")
-    fixed = sum(map(sharding.local_bytes, (chain, trees.parameters(chain), x)))
+    gradients = (trees.parameters(chain), trees.parameters(x) if wrt_input else ())
+    fixed = sum(map(sharding.local_bytes, (chain, gradients, x)))
     chain, x = sharding.gathered(chain), sharding.local(x)
     structs = boundaries(chain, x)
     shared = carrying(chain, structs, wrt_input=wrt_input)
