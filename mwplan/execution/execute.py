@@ -18,10 +18,10 @@ from mwplan.common import trees
 from mwplan.common.errors import ArgumentError, ScheduleMismatchError, SecondDerivativeError
 from mwplan.common.sizes import show_bytes
 from mwplan.compilers.compiling import warn_if_undone
-from mwplan.execution import plain
+from mwplan.execution import barriers, plain
+from mwplan.execution.barriers import Barriers, Performer
 from mwplan.execution.gradients import Gradients
 from mwplan.execution.interpreter import Interpreter
-from mwplan.execution.performers import Performer, alone, compiled, loose
 from mwplan.execution.view import View
 from mwplan.network import residuals, sharding
 from mwplan.network.carried import Carried
@@ -29,8 +29,9 @@ from mwplan.network.chain import Chain, Stack, boundaries, check_chain, fingerpr
 from mwplan.plans.schedule import RunKind, Schedule, allow_nesting, nesting, reporting_runs
 
 PyTree = Any
-#: How the program of a step is written: 0, as planned; `UNTIED`; `LOOSE`.
-Arrangement = int
+#: How the program of a step is written: 0, with the barriers that its platform needs; `UNTIED`; `LOOSE`;
+#: `PLAIN`; or with barriers of one's own.
+Arrangement = int | Barriers
 #: The arrangement without barriers around operations: those around recomputed stretches and reconstructions
 #: stay.
 UNTIED = -1
@@ -312,11 +313,13 @@ def value_and_grad(
     """A function that returns `(loss, report), grads`, like `jax.value_and_grad` with the runs' error report.
 
     **Arguments:** `loss(y, *args)`, a scalar (with `has_aux`, a pair of it and anything); `schedule`;
-    `wrt_input`: also the gradient with respect to the input; `arrangement`, how the program is written:
+    `wrt_input`: also the gradient with respect to the input; `arrangement`, how the program is written. By
+    default with the barriers under which the peak is the planned one on the platform that it is compiled for:
+    around all operations on CPUs, behind those of the backward sweep on GPUs and TPUs (`docs/barriers.md`).
     `mw.UNTIED`: no barriers around operations, so that XLA fuses across layers; `mw.LOOSE`: none around
-    residuals, so that XLA may compute them again from what is there anyway. Both are often a few per cent
-    faster, but the peak is no longer the planned one (loose, it is mostly lower): compile and measure it.
-    `fitted.arrangement` is that of `mw.fit`.
+    residuals, so that XLA may compute them again from what is there anyway. On CPUs both are often a few per
+    cent faster, but the peak is no longer the planned one (loose, it is mostly lower): compile and measure
+    it. `fitted.arrangement` is that of `mw.fit`.
     **Returns:** `f(chain, x, *args) -> ((value, report), grads)`, where `value` is what `loss` returned,
     `grads` is a chain (with None for leaves that are not parameters), or a pair `(chain, x)` of gradients.
     `report` is a `Report`; within `jax.shard_map`, each run's worst of all devices.
@@ -358,7 +361,10 @@ def value_and_grad(
 
 
 def _performer(arrangement: Arrangement) -> Performer:
-    known: dict[int, Performer] = {0: compiled, UNTIED: alone, LOOSE: loose, PLAIN: alone}
+    if isinstance(arrangement, Barriers):
+        return arrangement
+    none = barriers.UNTIED
+    known = {0: barriers.planned(), UNTIED: none, LOOSE: barriers.LOOSE, PLAIN: none}
     if isinstance(arrangement, bool) or arrangement not in known:
         raise ArgumentError(
             f"`arrangement={arrangement!r}` must be 0, `mw.UNTIED`, `mw.LOOSE` or what `mw.fit` found "

@@ -11,9 +11,9 @@ from jaxtyping import Array
 
 from mwplan.common import trees
 from mwplan.common.errors import ScheduleMismatchError
-from mwplan.execution import loops, rows
+from mwplan.execution import barriers, loops, rows
+from mwplan.execution.barriers import Performer
 from mwplan.execution.gradients import Gradients
-from mwplan.execution.performers import Performer, compiled, in_loop
 from mwplan.execution.repeats import Part, Repeat
 from mwplan.execution.view import View
 from mwplan.network import operations, rules, sketch
@@ -29,8 +29,9 @@ class Walker:
     """Walks single layers, forward and backward.
 
     **Arguments:** `view`, the layers; `structs`, the shapes of their boundaries; `grads`, where gradients go;
-    `perform`, which executes an operation; `gate`, which makes arrays wait for one another; `check`, whether
-    runs that reconstruct something are compared with the truth; `carried`, what layers hand on as it is.
+    `perform`, which executes an operation (None: in a program, with the barriers of its platform); `gate`,
+    which makes arrays wait for one another; `check`, whether runs that reconstruct something are compared
+    with the truth; `carried`, what layers hand on as it is.
 
     **Attributes:** `x`, the activations alive by position, each once however many runs want it, and `claims`,
     how many do; `report`, the discrepancies by run, each a scalar or a row of a vector; `sketches`, of the
@@ -42,7 +43,7 @@ class Walker:
         view: View,
         structs: Sequence[PyTree],
         grads: Gradients,
-        perform: Performer = compiled,
+        perform: Performer | None = None,
         gate: Callable[[PyTree], PyTree] = trees.tie,
         *,
         check: bool = False,
@@ -51,7 +52,7 @@ class Walker:
         self.view = view
         self.structs = structs
         self.grads = grads
-        self.perform = perform
+        self.perform = barriers.planned() if perform is None else perform
         self.gate = gate
         self.check = check
         self.carried = carried or Carried.along(view.chain, structs, wrt_input=True)
@@ -67,7 +68,7 @@ class Walker:
             self.view.window(many.start, many.span, repetition),
             self.structs[many.start : many.start + many.span + 1],
             self.grads.within(self.view.places[many.start].part, buffers),
-            in_loop(self.perform, single=single and many.span == 1),
+            barriers.in_loop(self.perform, single=single and many.span == 1),
             self.gate,
             check=self.check,
             carried=self.carried.window(many.start, many.start + many.span),

@@ -61,6 +61,7 @@ _TRANSCENDENTAL = {
     *("exp", "exp2", "expm1", "log", "log1p", "sin", "cos", "tan", "asin", "acos", "atan", "atan2"),
     *("sinh", "cosh", "tanh", "asinh", "acosh", "atanh", "logistic", "pow", "cbrt", "erf", "erfc", "erf_inv"),
     *("lgamma", "digamma", "igamma", "igammac", "bessel_i0e", "bessel_i1e", "random_bits", "threefry2x32"),
+    "polynomial",
 }
 _ELEMENTWISE = {
     *(
