@@ -112,12 +112,13 @@ def estimate(
         else:
             unusable = _errors(chain, x, structs, keys, counted, examples, seed, tell)
         tell(len(chain), len(chain), names[-1])
+    gradients = (trees.parameters(chain), trees.parameters(structs[0]) if wrt_input else ())
     return measure.assemble(
         whole,
         structs,
         shared,
         [(names[i], counted[key], unusable.get(i)) for i, key in enumerate(keys)],
-        fixed_bytes=sum(map(trees.nbytes, (chain, trees.parameters(chain), structs[0]))),
+        fixed_bytes=sum(map(trees.nbytes, (chain, gradients, structs[0]))),
         touch=FirstTouch(),  # accelerators pool their memory
         device=pricing.device.name,
         source=f"estimated by a roofline, jax {jax.__version__}, "

@@ -80,7 +80,8 @@ def profile(
         )
     if repeats < 1:
         raise ArgumentError(f"`repeats={repeats}` must be at least 1")
-    fixed = sum(map(sharding.local_bytes, (chain, trees.parameters(chain), x)))
+    gradients = (trees.parameters(chain), trees.parameters(x) if wrt_input else ())
+    fixed = sum(map(sharding.local_bytes, (chain, gradients, x)))
     chain, x = sharding.gathered(chain), sharding.local(x)
     whole, chain = chain, axes.bound(chain, x)
     structs = boundaries(chain, x)
