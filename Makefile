@@ -3,9 +3,13 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+NEWEST := .venv-newest
 WORKERS ?= 2
+# Further arguments of pytest: `make test ARGS="tests/test_cli.py -x"`.
+ARGS ?=
+PYTEST := -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test test-slow lint types check clean
+.PHONY: demo test test-slow test-newest lint format types check clean
 
 # A failed or interrupted install must not leave a stamp, or the next make would trust a broken environment.
 $(VENV)/.installed: pyproject.toml
@@ -23,14 +27,32 @@ demo: $(VENV)/.installed
 	$(BIN)/mwplan train --out $(OUT)
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow"
+	$(BIN)/python $(PYTEST) -m "not slow" $(ARGS)
 
 test-slow: $(VENV)/.installed
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+	$(BIN)/python $(PYTEST) $(ARGS)
+
+# The same tests under a newer Python with the newest JAX: make test-newest PYTHON=/path/to/python3.13
+test-newest: $(NEWEST)/.installed
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade jax jaxlib
+	@$(NEWEST)/bin/python -c 'import sys, jax; print("Python", sys.version.split()[0], "and JAX", jax.__version__)'
+	$(NEWEST)/bin/python $(PYTEST) -m "not slow" $(ARGS)
+
+$(NEWEST)/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12))' || \
+	  { echo "the newest JAX needs Python 3.12 or newer; set PYTHON=/path/to/python3.13"; exit 1; }
+	$(PYTHON) -m venv --clear $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade "pip>=24"
+	$(NEWEST)/bin/python -m pip install --quiet -e ".[dev]"
+	touch $@
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 types: $(VENV)/.installed
 	$(BIN)/mypy
@@ -38,4 +60,4 @@ types: $(VENV)/.installed
 check: lint types test
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(NEWEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

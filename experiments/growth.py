@@ -9,10 +9,10 @@ Five studies, each one run in float32 over the whole chain, written to results/g
   error within the tolerance);
 - `training`: how the MLP's error grows over 200 steps of SGD with momentum, at two learning rates, with its
   initial basis and with a refresh every 50, with 30% and with 50% fragments;
-- `library`: every family of layers and every option of it that carries an error on, in moonwalk runs of 8,
-  16, 32 and 64 layers, and every inverse in INVERT runs of those lengths: predicted beside measured. As a
-  plan sees it: errors measured at white cotangents, of up to 8 of the layers that are alike, the largest for
-  all.
+- `library`: predicted and measured errors of every family of layers and every option that carries an error
+  from layer to layer, in moonwalk runs of 8, 16, 32 and 64 layers, and of every inverse in INVERT runs of
+  those lengths. Predictions are made as for a plan: errors are measured at white cotangents, for up to 8 of
+  the layers that are alike, and the largest counts for all.
 
 A depth counts layers with parameters; each is followed by its activation.
 """
@@ -40,9 +40,10 @@ from rich.progress import track
 from rich.table import Table
 
 from experiments import record
+from experiments.families import Family, families
 from mwplan import layers as ml
 from mwplan.network import rules
-from mwplan.profiling import growth, measure
+from mwplan.profiling import growth, visiting
 
 TOLERANCE = 1e-4
 
@@ -203,161 +204,6 @@ def training(config: Config) -> list[dict[str, Any]]:
     return made
 
 
-@dataclass(frozen=True)
-class Family:
-    """Layers that leave the shape of their input, to be repeated: `block(key)`; `option` of the first of
-    them, None for the first there is."""
-
-    block: Callable[[Any], list[Any]]
-    shape: tuple[int, ...]
-    option: str | None = None
-    inverse: bool = False
-
-
-def _branch(key: Any, width: int, *first: Any) -> Any:
-    dense = ml.Dense(0.3 / width**0.5 * jax.random.normal(key, (width, width)), None)
-    return ml.Sequential((*first, dense, ml.Smooth("tanh")))
-
-
-def _orthogonal(method: str, key: Any) -> list[Any]:
-    return [ml.OrthogonalDense.init(key, 64, 64, method=method), ml.LeakyReLU(0.8)]
-
-
-def families() -> dict[str, Family]:
-    """Every family of the layer library with every option that carries an error from layer to layer, and
-    every inverse."""
-    flat, line, image = (64, 64), (8, 32, 16), (4, 8, 8, 16)
-
-    def basis(one: Any, shape: tuple[int, ...]) -> Any:
-        return one.with_basis(jax.ShapeDtypeStruct(shape, jnp.float32))
-
-    def he(key: Any) -> list[Any]:
-        return [ml.Dense.he(key, 64, 64, slope=0.8), ml.LeakyReLU(0.8)]
-
-    def he1d(key: Any) -> list[Any]:
-        return [basis(ml.Conv1D.he(key, 16, 16, slope=0.8), line), ml.LeakyReLU(0.8)]
-
-    def he2d(key: Any) -> list[Any]:
-        return [basis(ml.Conv2D.he(key, 16, 16, slope=0.8), image), ml.LeakyReLU(0.8)]
-
-    def mixed(*after: Any) -> Callable[[Any], list[Any]]:
-        return lambda key: [ml.Dense.init(key, 64, 64), *after]
-
-    def causal(key: Any) -> list[Any]:
-        first = jax.nn.initializers.orthogonal()(key, (1, 16, 16))
-        rest = 0.02 * jax.random.normal(key, (2, 16, 16))
-        return [ml.Conv1D(jnp.concatenate([first, rest]), None), ml.LeakyReLU(0.8)]
-
-    made = {
-        "Dense exact": Family(mixed(ml.LeakyReLU(0.8)), flat, "exact"),
-        "Dense exact+refine": Family(mixed(ml.LeakyReLU(0.8)), flat, "exact+refine"),
-        "Dense null": Family(lambda k: [ml.Dense.init(k, 64, 96), ml.Dense.init(k, 96, 64)], flat),
-        "OrthogonalDense null": Family(
-            lambda k: [ml.OrthogonalDense.init(k, 64, 96), ml.OrthogonalDense.init(k, 96, 64)], flat
-        ),
-        "LeakyReLU 0.5": Family(mixed(ml.LeakyReLU(0.5)), flat),
-        "LeakyReLU 0.3": Family(mixed(ml.LeakyReLU(0.3)), flat),
-        "MaxMin": Family(mixed(ml.MaxMin()), flat),
-        "GroupSort 4": Family(mixed(ml.GroupSort(4)), flat),
-        "LayerNorm": Family(lambda k: [ml.Dense.init(k, 64, 64), ml.LayerNorm.init(k, 64)], flat),
-        "RMSNorm": Family(lambda k: [ml.Dense.init(k, 64, 64), ml.RMSNorm.init(k, 64)], flat),
-        "Permute": Family(mixed(ml.Permute((0,))), flat),
-        "Sequential": Family(lambda k: [ml.Sequential((ml.Dense.init(k, 64, 64), ml.LeakyReLU(0.6)))], flat),
-        "Coupling": Family(lambda k: [ml.Coupling(_branch(k, 32), _branch(k, 32))], flat, "subtract"),
-        "Coupling vjps": Family(
-            lambda k: [ml.Coupling(_branch(k, 32), _branch(k, 32))], flat, "subtract_vjps"
-        ),
-        "Coupling of norms": Family(
-            lambda k: [ml.Coupling(*(_branch(k, 32, ml.RMSNorm.init(None, 32), ml.ReLU()),) * 2)],
-            flat,
-            "subtract",
-        ),
-        "MaxPool, PadChannels": Family(
-            lambda k: [
-                ml.Conv1D.init(k, 16, 16),
-                ml.MaxPool((2,)),
-                ml.PadChannels(16),
-                ml.Reshape((16, 32), (32, 16)),
-            ],
-            line,
-        ),
-        "AveragePool, PadChannels": Family(
-            lambda k: [
-                ml.Conv1D.init(k, 16, 16),
-                ml.AveragePool((2,)),
-                ml.PadChannels(16),
-                ml.Reshape((16, 32), (32, 16)),
-            ],
-            line,
-        ),
-        "Conv1D circular": Family(
-            lambda k: [ml.Conv1D.init(k, 16, 16, padding="CIRCULAR"), ml.LeakyReLU(0.8)], line
-        ),
-        "Conv1D halo": Family(lambda k: [ml.Conv1D.init(k, 16, 16), ml.LeakyReLU(0.8)], line, "halo"),
-        "Conv1D block 4": Family(causal, line, "block_4"),
-        "Conv1D block 8": Family(causal, line, "block_8"),
-        "Conv1D strided": Family(
-            lambda k: [ml.Conv1D.init(k, 16, 32, 4, stride=2, padding=1), ml.Reshape((16, 32), (32, 16))],
-            line,
-        ),
-        "Conv2D halo": Family(lambda k: [ml.Conv2D.init(k, 16, 16), ml.LeakyReLU(0.8)], image, "halo"),
-        "Conv2D halo+refine": Family(
-            lambda k: [ml.Conv2D.init(k, 16, 16), ml.LeakyReLU(0.8)], image, "halo+refine"
-        ),
-        "Conv2D pointwise": Family(
-            lambda k: [ml.Conv2D.init(k, 16, 16, 1), ml.LeakyReLU(0.8)], image, "pointwise"
-        ),
-        "Conv2D pointwise, SpaceToDepth": Family(
-            lambda k: [
-                ml.Conv2D.init(k, 16, 16, 1),
-                ml.SpaceToDepth((2, 2)),
-                ml.Reshape((4, 4, 64), (8, 8, 16)),
-            ],
-            image,
-        ),
-        "OrthogonalConv": Family(lambda k: [ml.OrthogonalConv.init(k, 16, 16), ml.LeakyReLU(0.8)], image),
-    }
-    for method in ("cayley", "expm", "householder"):
-        made[f"OrthogonalDense {method}"] = Family(functools.partial(_orthogonal, method), flat)
-    for kind in ("gelu", "silu", "softplus", "tanh", "sigmoid"):
-        made[f"Smooth {kind}"] = Family(mixed(ml.Smooth(kind, 0.6)), flat)
-    for steps in (8, 16, 32):
-        made[f"Residual fixed {steps}"] = Family(
-            lambda k: [ml.Residual(_branch(k, 64))], flat, f"fixed_{steps}"
-        )
-    for percent in (2, 10, 30, 50):
-        made[f"Dense cokernel {percent}%"] = Family(he, flat, f"cokernel_{percent}")
-    for percent in (10, 30, 50):
-        made[f"Conv1D cokernel {percent}%"] = Family(he1d, line, f"cokernel_{percent}")
-    made["Conv2D cokernel 30%"] = Family(he2d, image, "cokernel_30")
-    made["Dense He exact"] = Family(he, flat, "exact")
-    inverses: tuple[str, ...] = (
-        "Dense exact",
-        "LeakyReLU 0.5",
-        "Permute",
-        "Sequential",
-        "Coupling",
-        "Coupling of norms",
-        "Conv1D circular",
-        "OrthogonalConv",
-        "OrthogonalDense cayley",
-        "MaxMin",
-        "GroupSort 4",
-        "Smooth gelu",
-        "Residual fixed 16",
-        "Dense He exact",
-    )
-    made["SpaceToDepth"] = Family(
-        mixed(ml.Reshape((64,), (8, 8, 1)), ml.SpaceToDepth((2, 2)), ml.Reshape((4, 4, 4), (64,))), flat
-    )
-    inverses = (*inverses, "SpaceToDepth")
-    inverted = {f"invert {name}": dataclasses.replace(made[name], inverse=True) for name in inverses}
-    inverted["invert Coupling of norms, bits"] = dataclasses.replace(
-        inverted["invert Coupling of norms"], option="subtract_bits"
-    )
-    return made | inverted
-
-
 def library(config: Config) -> list[dict[str, Any]]:
     """Predicted and measured errors of every family, in runs of 8 to 64 layers."""
     made = []
@@ -368,14 +214,13 @@ def library(config: Config) -> list[dict[str, Any]]:
 
 
 def one_run(name: str, family: Family, count: int, seed: int = 0) -> dict[str, Any]:
-    """A run of `count` layers, the last block cut where need be, predicted as a plan predicts it, and
-    measured."""
+    """A run of `count` layers, predicted as for a plan, and measured. The last block may be cut."""
     size = len(family.block(jax.random.key(seed)))
     blocks = max(1, count // size)
     layers = chain(family.block, blocks, jax.random.key(seed))
     x = jax.random.normal(jax.random.key(seed + 1), family.shape)
     keys, at = [i % size for i in range(len(layers))], x
-    sampled = measure.spread(list(keys), measure.GROWTH_SAMPLES)
+    sampled = visiting.spread(list(keys), visiting.GROWTH_SAMPLES)
     rules_: list[Any] = []
     errors: list[list[tuple[float, ...]]] = [[] for _ in range(size)]
     key = jax.random.key(seed + 2)

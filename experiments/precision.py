@@ -1,7 +1,7 @@
 """Gradient error against depth and `max_error`: `python -m experiments.precision`.
 
 Chains of blocks, dense or convolutional, each kind with another growth of errors. For each kind and depth:
-pure Moonwalk (one run as long as it can be, whatever the error), and the leanest schedule without
+pure Moonwalk (one run as long as it can be, whatever the error), and the least-memory schedule without
 recomputation at each of several `max_error`. Of each: temporaries, predicted error of the rebuilt cotangent,
 what the step itself reported, and the true error of the parameter gradients against float64 backpropagation.
 A second sweep trains one network by SGD with the schedule made before the first step, and follows the same
@@ -27,6 +27,7 @@ import mwplan as mw
 from experiments import alternatives, record, sweep
 from mwplan import layers as ml
 from mwplan import planning
+from mwplan.app.side_by_side import relative_error
 from mwplan.common.plots import png
 from mwplan.common.serial import write_atomically
 from mwplan.compilers.compiling import temporaries
@@ -100,7 +101,7 @@ def errors(
     """Predicted, reported and true errors of one schedule, with its bytes."""
     step = step or compiled(this, schedule)
     (_, report), grads = step(this.chain, this.x, this.labels)
-    whole, worst = alternatives.relative_error(alternatives.innermost(grads), truth)
+    whole, worst = relative_error(alternatives.innermost(grads), truth)
     return {
         "predicted_error": _finite(schedule.error),
         "reported_error": _finite(float(report.worst)),
@@ -124,7 +125,7 @@ def _finite(value: float) -> float | None:
 
 
 def schedules(this: alternatives.Problem, tolerances: list[float]) -> list[tuple[str, Schedule]]:
-    """Pure Moonwalk, and the leanest without recomputation for each tolerance."""
+    """Pure Moonwalk, and the least-memory schedule without recomputation for each tolerance."""
     pure = baselines.all_moonwalk(Problem(profile=this.profile, max_error=math.inf))
     made = [("pure moonwalk", planning.scheduled(this.profile, pure, math.inf))] if pure.runs else []
     for tolerance in tolerances:
@@ -144,7 +145,7 @@ def measure(point: dict[str, Any]) -> dict[str, Any]:
     truth = alternatives.float64_gradients(this)
     rows = [{"name": name, **errors(this, s, truth)} for name, s in schedules(this, point["tolerances"])]
     plain = mw.jit(jax.value_and_grad(lambda net: loss(net(this.x), this.labels))).lower(this.chain).compile()
-    whole, worst = alternatives.relative_error(alternatives.innermost(plain(this.chain)[1]), truth)
+    whole, worst = relative_error(alternatives.innermost(plain(this.chain)[1]), truth)
     rows.append(
         {
             "name": "backpropagation",

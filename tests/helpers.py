@@ -51,6 +51,15 @@ def small_cnn(seed: int = 0) -> mw.Chain:
     )
 
 
+def alike(kind: RunKind, option: str, depth: int) -> tuple[Run, ...]:
+    """`depth` layers by one option: each by itself, or in one run."""
+    if kind in SINGLE:
+        return tuple(Run(kind=kind, start=i, stop=i + 1, options=(option,)) for i in range(depth))
+    if kind is RunKind.RECOMPUTE:
+        return (Run(kind=kind, start=0, stop=depth, inner=alike(RunKind.STORE, option, depth)),)
+    return (Run(kind=kind, start=0, stop=depth, options=(option,) * depth),)
+
+
 def random_runs(
     rng: random.Random, chain: mw.Chain, x: Any, start: int = 0, stop: int | None = None, depth: int = 0
 ) -> tuple[Run, ...]:

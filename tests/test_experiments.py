@@ -15,9 +15,8 @@ import pytest
 import mwplan as mw
 from experiments import alternatives, deep, fragments, precision, reading, sweep, training, zoo
 from mwplan.common.errors import ArgumentError
-from mwplan.execution.interpret import Detours
 from mwplan.plans.schedule import Schedule
-from tests.helpers import relative_error, segments, with_round_times
+from tests.helpers import relative_error, segments
 
 SMALL = {"depth": 2, "width": 8, "batch": 4, "resolution": 8}
 #: Sizes that a model needs to be more than these. The Cayley convolutions' solves need threads of their own:
@@ -121,8 +120,10 @@ def test_alternatives_gradients() -> None:
 
 def test_ties_are_the_fastest_and_what_it_hardly_beats() -> None:
     def timed(*seconds: float) -> alternatives.Compiled:
-        way = alternatives.Way(lambda chain, x: x, mw.Chain([mw.layers.LeakyReLU(0.5)]), None, seconds)
-        return alternatives.Compiled(way, None, (), 0, 0.0, "default", seconds=list(seconds))
+        candidate = alternatives.Candidate(
+            lambda chain, x: x, mw.Chain([mw.layers.LeakyReLU(0.5)]), None, seconds
+        )
+        return alternatives.Compiled(candidate, None, (), 0, 0.0, "default", seconds=list(seconds))
 
     fast, close, slow, seldom = timed(1.0, 1.0, 3.0), timed(1.0, 1.05, 1.1), timed(2.0, 2.0, 2.1), timed(1.0)
     assert alternatives.ties([[slow, close, fast, seldom], [slow], [], [timed()]]) == [close, fast, slow]
@@ -142,24 +143,6 @@ def test_further_rounds_count_against_a_base_that_did_not_run_in_them() -> None:
         assert reading.over(record, one, base) == pytest.approx(0.55)
     assert reading.over(record, base, base) == 1.0
     assert reading.relative(unlucky, base) == pytest.approx(0.605)
-
-
-def test_schedules_are_arranged_to_fit() -> None:
-    """As `mw.fit` would: the same step with detours, if it fits with any, and no way that is no schedule of
-    ours."""
-    config = zoo.Config(model="mlp", depth=4, width=16, batch=256, resolution=8)
-    problem = alternatives.Problem(*zoo.build(config), repeats=1)
-    bench = alternatives.Bench(problem, try_settings=False)
-    schedule = mw.frontier(with_round_times(problem.profile)).at(1 << 40)
-    plain = bench.compile(alternatives.applied(problem, schedule))
-    total = problem.fixed_bytes + plain.temporary_bytes
-    arranged = bench._arranged(plain.way, total + (1 << 15))
-    assert arranged is not None
-    assert isinstance(arranged.way.key[1], Detours)
-    assert arranged.temporary_bytes <= plain.temporary_bytes + (1 << 15)
-    assert all(map(jnp.array_equal, *map(jax.tree.leaves, (arranged.run(), plain.run()))))
-    assert bench._arranged(plain.way, problem.fixed_bytes + plain.temporary_bytes // 4) is None
-    assert bench._arranged(alternatives.backprop(problem, None), total) is None
 
 
 def test_what_does_not_apply_says_why() -> None:

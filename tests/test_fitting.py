@@ -11,10 +11,8 @@ import pytest
 
 import mwplan as mw
 from mwplan import planning
-from mwplan.execution import heap
-from mwplan.execution.heap import Heap
-from mwplan.execution.interpret import EVEN, Detours
-from mwplan.fitting import fitting
+from mwplan.fitting import fitting, search, tuning
+from mwplan.fitting.fitted import Fitted
 from mwplan.layers import Dense
 from mwplan.plans.packing import Buffer, Workspace
 from mwplan.plans.schedule import Run, RunKind, Schedule, Solution, Strategy
@@ -33,7 +31,7 @@ def profile() -> mw.Profile:
 
 
 def bare(profile: mw.Profile, allowed: frozenset[Strategy] = planning.EVERY_STRATEGY) -> mw.Frontier:
-    """The frontier, no holes foreseen."""
+    """The frontier, no fragmentation predicted."""
     return mw.frontier(dataclasses.replace(profile, workspaces=()), allowed=allowed)
 
 
@@ -75,32 +73,12 @@ def test_the_least_budget_is_kept_to_the_byte(profile: mw.Profile) -> None:
     assert frontier.at(frontier.least_bytes or 0).total_bytes == frontier.least_bytes
 
 
-def test_arrangements_are_other_programs_for_the_same_step(profile: mw.Profile) -> None:
-    """Other holes, the same numbers to the last bit, in loops too; where a parameter is too large for
-    detours, the plain program."""
-    chain, x = network(), jax.random.normal(jax.random.key(0), (512, 32))
-    frontier = mw.frontier(profile)
-    assert frontier.least_bytes is not None
-    schedule = frontier.at(frontier.least_bytes)
-    steps = [
-        mw.jit(mw.value_and_grad(mean_square, schedule, arrangement=way)).lower(chain, x)
-        for way in (0, EVEN, Detours((("forward 1 0", 2), ("backward 1 0", 4))))
-    ]
-    assert len({step.as_text() for step in steps}) == 3
-    wanted, *others = (step.compile()(chain, x) for step in steps)
-    for other in others:
-        assert all(jnp.array_equal(a, b) for a, b in zip(jax.tree.leaves(wanted), jax.tree.leaves(other)))
-    wide = mw.Chain([Dense.init(jax.random.key(0), 1024, 1024)])
-    plan = Schedule(runs=(Run(kind=RunKind.STORE, start=0, stop=1, options=("vjp",)),))
-    texts = {
-        mw.jit(mw.value_and_grad(mean_square, plan, arrangement=way))
-        .lower(wide, jnp.ones((4, 1024)))
-        .as_text()
-        for way in (0, EVEN)
-    }
-    assert len(texts) == 1
-    with pytest.raises(mw.ArgumentError, match="`arrangement=1` must be 0"):
-        mw.apply(schedule, chain, x, arrangement=1)
+def test_an_unknown_arrangement_is_refused(profile: mw.Profile) -> None:
+    chain, x = network(), jnp.ones((512, 32))
+    schedule = mw.frontier(profile).at(1 << 40)
+    for wrong in (1, True, "loose"):
+        with pytest.raises(mw.ArgumentError, match=r"`arrangement=.*` must be 0"):
+            mw.apply(schedule, chain, x, arrangement=wrong)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("way", "share"), [(mw.UNTIED, 0.8), (mw.LOOSE, 0.9)])
@@ -123,66 +101,43 @@ def test_an_untied_step_has_the_same_gradient_and_still_recomputes(way: int, sha
         assert relative_error(mw.jit(applied)(net), grads) < 1e-6
 
 
-@pytest.mark.parametrize("failures", [1, 3])
-def test_detours_are_tried_before_a_leaner_schedule(
-    profile: mw.Profile, monkeypatch: pytest.MonkeyPatch, failures: int
-) -> None:
-    """First the same everywhere, to read its heap, then those that it asks for: few, and if that fails
-    more."""
-    chain, x = network(), jnp.ones((512, 32))
-    real, asked = fitting.temporaries, []
-    found = [Detours((("forward 1 0", 2),)), Detours((("forward 1 0", 4),))]
-
-    def at_first_above(compiled: object) -> int:
-        asked.append(real(compiled))
-        return 1 << 40 if len(asked) <= failures else asked[-1]
-
-    monkeypatch.setattr(fitting, "temporaries", at_first_above)
-    monkeypatch.setattr(heap, "compiled", lambda lowered: (lowered.compile(), Heap((), (), (), ())))
-    monkeypatch.setattr(Heap, "arranged", lambda heap, room, shortest=0: found[shortest > 0])
-    total = mw.frontier(profile).points[-1][0] + 3 * x.nbytes
-    attempts = mw.fit(mean_square, chain, x, budget=total, profile=profile).attempts
-    assert [one.arrangement for one in attempts] == [0, EVEN, *found][: max(3, failures + 1)]
-    assert len({one.predicted_bytes for one in attempts}) == 1
-
-
-def test_leaner_schedules_are_tried_until_one_fits(
+def test_smaller_schedules_are_tried_until_one_fits(
     profile: mw.Profile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chain, x = network(), jnp.ones((512, 32))
-    real, asked = fitting.temporaries, []
+    real, asked = search.temporaries, []
 
     def pessimist(compiled: object) -> int:
         asked.append(real(compiled))
         return 1 << 40 if len(asked) < 3 else asked[-1]
 
-    monkeypatch.setattr(fitting, "temporaries", pessimist)
-    monkeypatch.setattr(fitting.execute, "can_be_arranged", lambda chain: False)
+    monkeypatch.setattr(search, "temporaries", pessimist)
     told: list[str] = []
     total = mw.frontier(profile).points[-1][0] + 3 * x.nbytes
     found = mw.fit(mean_square, chain, x, budget=total, profile=profile, say=told.append)
     assert len(found.attempts) == 3 == len(told) + 1
     sizes = [attempt.predicted_bytes for attempt in found.attempts]
     assert sizes == sorted(sizes, reverse=True)
-    assert "or a leaner one" in told[0]
-    monkeypatch.setattr(fitting, "temporaries", lambda compiled: 1 << 40)
-    asked = r"^`budget='[\d_]+ B'` \([\d_]+ bytes\).*of the 2 that were compiled none does.*raise the budget"
+    assert "trying a smaller one" in told[0]
+    monkeypatch.setattr(search, "temporaries", lambda compiled: 1 << 40)
+    asked = r"^`budget='[\d_]+ B'` \([\d_]+ bytes\): of the \d+ programs that were compiled none fits.*raise"
     with pytest.raises(mw.InfeasibleError, match=asked):
         mw.fit(mean_square, chain, x, budget=f"{total} B", profile=profile, max_attempts=2)
 
 
-def test_holes_that_are_only_foreseen_cost_nothing(
+def test_fragmentation_that_is_only_predicted_costs_nothing(
     profile: mw.Profile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The plan sets the fastest schedule aside for a hole, and says so; `fit` compiles it and finds none."""
+    """The plan sets the fastest schedule aside for fragmentation, and says so; `fit` compiles it and finds
+    none."""
     chain, x = network(), jnp.ones((512, 32))
     frontier = mw.frontier(profile)
     budget = frontier.points[-2][0] + x.nbytes
     fastest = frontier.solved.at(budget - frontier.always_bytes)
 
     def packed_bytes(self: planning.Frontier, solution: Solution) -> int:
-        hole = solution.runs == fastest.runs and self.profile.workspaces
-        return self.profile.table_bytes + solution.peak_bytes + (budget if hole else 0)
+        gap = solution.runs == fastest.runs and self.profile.workspaces
+        return self.profile.table_bytes + solution.peak_bytes + (budget if gap else 0)
 
     monkeypatch.setattr(planning.Frontier, "_packed_bytes", packed_bytes)
     workspace = Workspace(total_bytes=1, buffers=(Buffer(1, 0, 0),))
@@ -195,21 +150,21 @@ def test_holes_that_are_only_foreseen_cost_nothing(
     assert len(found.attempts) == 1
 
 
-def test_a_quicker_plan_is_looked_for_where_holes_cost_time(
+def test_a_quicker_plan_is_looked_for_where_fragmentation_costs_time(
     profile: mw.Profile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The plan foresees holes in all but the leanest schedule; only the fastest has any, and small ones: the
+    """Fragmentation is predicted of all but the smallest schedule; only the fastest has any, and little: the
     next on the frontier does. It is not called optimal."""
     chain, x = network(), jnp.ones((512, 32))
     frontier = mw.frontier(profile)
     assert frontier.least_bytes is not None
     budget = frontier.points[-1][0]
     fastest, least = (bare(profile).at(total) for total in (budget, frontier.least_bytes))
-    real, asked = fitting.temporaries, []
+    real, asked = search.temporaries, []
 
     def packed_bytes(self: planning.Frontier, solution: Solution) -> int:
-        hole = solution.peak_bytes != frontier.solved.least_bytes and self.profile.workspaces
-        return self.profile.table_bytes + solution.peak_bytes + (budget if hole else 0)
+        gap = solution.peak_bytes != frontier.solved.least_bytes and self.profile.workspaces
+        return self.profile.table_bytes + solution.peak_bytes + (budget if gap else 0)
 
     def at_first_above(compiled: object) -> int:
         asked.append(real(compiled))
@@ -219,8 +174,7 @@ def test_a_quicker_plan_is_looked_for_where_holes_cost_time(
     monkeypatch.setattr(
         planning.Frontier, "tuning", dataclasses.replace(planning.TUNING, smaller_points=1000)
     )
-    monkeypatch.setattr(fitting, "temporaries", at_first_above)
-    monkeypatch.setattr(fitting.execute, "can_be_arranged", lambda chain: False)
+    monkeypatch.setattr(search, "temporaries", at_first_above)
     workspace = Workspace(total_bytes=1, buffers=(Buffer(1, 0, 0),))
     found = mw.fit(
         mean_square, chain, x, budget=budget, profile=dataclasses.replace(profile, workspaces=(workspace,))
@@ -231,7 +185,7 @@ def test_a_quicker_plan_is_looked_for_where_holes_cost_time(
     assert found.attempts[-1].predicted_bytes == plan.peak_bytes
     assert plan.bound_ns <= fastest.time_ns
     assert plan.status is mw.Status.FEASIBLE
-    assert "was compiled: for holes between buffers it needs 1 B more" in str(plan)
+    assert "was compiled: for fragmentation it needs 1 B more" in str(plan)
 
 
 def test_fewer_strategies_may_fit_where_all_do_not(
@@ -241,13 +195,13 @@ def test_fewer_strategies_may_fit_where_all_do_not(
     cheap = dataclasses.replace(inverting_is_free(profile), workspaces=())
     every, fewer = mw.frontier(cheap), mw.frontier(cheap, allowed=planning.NARROWER[-1])
     budget = next(total for total, ns in fewer.points if every.at(total).time_ns < ns)
-    real, asked = fitting.temporaries, []
+    real, asked = search.temporaries, []
 
     def at_first_above(compiled: object) -> int:
         asked.append(real(compiled))
         return 1 << 40 if len(asked) == 1 else asked[-1]
 
-    monkeypatch.setattr(fitting, "temporaries", at_first_above)
+    monkeypatch.setattr(search, "temporaries", at_first_above)
     found = mw.fit(mean_square, chain, x, budget=budget, profile=cheap, max_attempts=1)
     assert len(found.attempts) == 2
     assert found.schedule.runs == fewer.at(budget).runs
@@ -256,7 +210,7 @@ def test_fewer_strategies_may_fit_where_all_do_not(
 
 def test_budgets_that_nothing_fits(profile: mw.Profile) -> None:
     chain, x = network(), jnp.ones((512, 32))
-    with pytest.raises(mw.InfeasibleError, match="least-memory schedule needs"):
+    with pytest.raises(mw.InfeasibleError, match=r"of the .* programs that were compiled none fits"):
         mw.fit(mean_square, chain, x, budget=profile.fixed_bytes + 1, profile=profile)
     with pytest.raises(mw.ArgumentError, match="max_attempts"):
         mw.fit(mean_square, chain, x, budget="1GiB", profile=profile, max_attempts=0)
@@ -302,14 +256,14 @@ def test_tuning_times_the_plans_of_fewer_strategies(
     timed: list[int] = []
     tried: set[tuple[str, int]] = set()
 
-    def last(found: list[fitting.Fitted], *args: Any) -> fitting.Fitted:
+    def last(found: list[Fitted], *args: Any) -> Fitted:
         timed.append(len(found))
         assert len({(one.schedule.runs, one.arrangement) for one in found}) == len(found)
         tried.update((one.schedule.solver, one.arrangement) for one in found)
         return fastest(found, *args)
 
-    fastest = fitting._fastest
-    monkeypatch.setattr(fitting, "_fastest", last)
+    fastest = tuning.fastest
+    monkeypatch.setattr(tuning, "fastest", last)
     found = mw.fit(mean_square, chain, x, budget=budget, profile=cheap, tune=2, say=told.append)
     assert timed
     assert timed[0] >= 2
@@ -322,7 +276,7 @@ def test_tuning_times_the_plans_of_fewer_strategies(
 
 def test_the_quickest_is_told_from_rounds_of_different_speed() -> None:
     """A slow moment hits whoever runs then: by their sums the second would win."""
-    assert fitting.quickest([[1.0, 1.0, 9.0], [1.2, 1.1, 8.0], [1.2, 5.0, 9.5]]) == 0
+    assert tuning.quickest([[1.0, 1.0, 9.0], [1.2, 1.1, 8.0], [1.2, 5.0, 9.5]]) == 0
 
 
 def test_a_profile_of_something_else_is_refused(profile: mw.Profile) -> None:

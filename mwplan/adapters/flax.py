@@ -1,4 +1,4 @@
-"""Flax modules as layers: the parameters become leaves, the code structure. Needs the `flax` extra for
+"""Flax modules as layers: parameters become leaves, code becomes structure. Needs the `flax` extra for
 `from_nnx`.
 
 Variables that are no parameters (the running averages of a BatchNorm) are leaves too, but held as integers of
@@ -25,24 +25,28 @@ class Fixed:
 
     bits: Any
     dtype: str = static()
+    weak: bool = static(default=False)
 
     @classmethod
     def of(cls, numbers: Any) -> Fixed:
         """From an array, or its shape; of complex numbers the parts on a last axis."""
         if isinstance(numbers, jax.ShapeDtypeStruct):
-            return jax.eval_shape(cls.of, numbers)
+            shaped: Fixed = jax.eval_shape(cls.of, numbers)
+            return shaped
         parts = jnp.stack([numbers.real, numbers.imag], -1) if jnp.iscomplexobj(numbers) else numbers
-        bits = jax.lax.bitcast_convert_type(parts, f"uint{8 * parts.dtype.itemsize}")
-        return cls(bits, jnp.dtype(numbers.dtype).name)
+        bits = jax.lax.bitcast_convert_type(parts, f"uint{trees.bits(parts.dtype)}")
+        return cls(bits, jnp.dtype(numbers.dtype).name, trees.is_weak(numbers))
 
     @property
     def value(self) -> Any:
         """The numbers."""
         if not self.dtype.startswith("complex"):
-            return jax.lax.bitcast_convert_type(self.bits, self.dtype)
-        half = f"float{int(self.dtype.removeprefix('complex')) // 2}"
-        parts = jax.lax.bitcast_convert_type(self.bits, half)
-        return jax.lax.complex(parts[..., 0], parts[..., 1])
+            numbers = jax.lax.bitcast_convert_type(self.bits, self.dtype)
+        else:
+            half = f"float{int(self.dtype.removeprefix('complex')) // 2}"
+            parts = jax.lax.bitcast_convert_type(self.bits, half)
+            numbers = jax.lax.complex(parts[..., 0], parts[..., 1])
+        return trees.weakened(numbers) if self.weak else numbers
 
 
 def _fix(tree: PyTree) -> PyTree:
@@ -50,7 +54,7 @@ def _fix(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: Fixed.of(leaf) if trees.is_inexact(leaf) else leaf, tree)
 
 
-def _loose(tree: PyTree) -> PyTree:
+def _restored(tree: PyTree) -> PyTree:
     """What `_fix` was given."""
     return jax.tree.map(
         lambda leaf: leaf.value if isinstance(leaf, Fixed) else leaf,
@@ -76,7 +80,8 @@ class Linen:
     @property
     def variables(self) -> dict[str, PyTree]:
         """All of them, as `module.init` returns them."""
-        return {"params": self.params} | _loose(self.others) if self.params else _loose(self.others)
+        others: dict[str, PyTree] = _restored(self.others)
+        return {"params": self.params} | others if self.params else others
 
     def __call__(self, x: PyTree) -> PyTree:
         """Applies the module."""
@@ -104,8 +109,9 @@ def from_linen(module: Any, variables: PyTree, *, rngs: PyTree = None, **options
 
 @layer
 class NNX:
-    """A Flax NNX module taken apart; called, it is put together again, as a copy: what a call changes of its
-    state goes with the copy.
+    """A Flax NNX module, split into its graph and its state.
+
+    A call merges them into a copy of the module; state that the call changes is dropped with the copy.
 
     `params`: its state of `nnx.Param`; `others`: all other state, which is no parameter.
     """
@@ -118,7 +124,7 @@ class NNX:
         """A copy of the module, with the parameters as they are."""
         from flax import nnx
 
-        return nnx.merge(self.graph, _fresh(self.params), _loose(_fresh(self.others)))
+        return nnx.merge(self.graph, _copied(self.params), _restored(_copied(self.others)))
 
     def __call__(self, x: PyTree) -> PyTree:
         """Applies the module."""
@@ -128,17 +134,16 @@ class NNX:
 def from_nnx(module: Any) -> NNX:
     """`module` as a layer: its state are the leaves, and `module` stays as it is.
 
-    Changes that a call makes to the state (batch statistics, the counters of random streams) are dropped: two
-    calls agree, and Dropout draws the same mask in each. For another mask a step, make the layer again from a
-    module with other `rngs`; its plan holds.
+    Changes that a call makes to the state (batch statistics, the counters of random streams) are dropped. Two
+    calls agree, and Dropout draws the same mask in each. For a new mask in each step, make the layer again
+    from a module with other `rngs`; no new plan is needed.
     """
     from flax import nnx
 
     graph, params, others = nnx.split(module, nnx.Param, ...)  # type: ignore[misc]
-    return NNX(_fresh(params), _fix(_fresh(others)), graph)
+    return NNX(_copied(params), _fix(_copied(others)), graph)
 
 
-def _fresh(state: PyTree) -> PyTree:
-    """The same arrays in variables of its own: a module that is put together of variables writes into
-    them."""
+def _copied(state: PyTree) -> PyTree:
+    """The same arrays in new variables: a merged module writes into the variables that it was given."""
     return jax.tree.map(lambda leaf: leaf, state)

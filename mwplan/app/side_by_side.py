@@ -1,7 +1,7 @@
-"""Trains one network two ways at once, by plain backpropagation and within a budget: same start, same
-batches, interleaved step by step.
+"""Trains one network twice at once, by plain backpropagation and within a budget.
 
-A planned step whose report exceeds `max_error` has the weights profiled as they are, and is planned again.
+Both runs have the same start and the same batches, and take their steps in turn. Where the report of a
+planned step exceeds `max_error`, the weights are profiled as they are then, and the step is planned again.
 Needs optax (the `example` extra).
 """
 
@@ -13,7 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from mwplan.common import trees
 from mwplan.common.errors import InfeasibleError
 from mwplan.compilers.compiling import jit, temporaries
 from mwplan.fitting import fitting
+from mwplan.fitting.fitted import Fitted
 from mwplan.network.chain import Chain
 from mwplan.planning import EVERY_STRATEGY
 from mwplan.plans.profiles import Profile
@@ -32,27 +33,32 @@ from mwplan.profiling import measure
 PyTree = Any
 
 
+@runtime_checkable
 class Progress(Protocol):
-    """Where the run says how far it is."""
+    """A callback for the progress of a training run."""
 
     def __call__(self, phase: str, done: int, total: int, /) -> None:
-        """`phase` is at `done` of `total`."""
+        """Called when `done` of `total` steps of `phase` are finished."""
 
 
 def silent(phase: str, done: int, total: int) -> None:
-    """Progress that nobody watches."""
+    """Ignores progress."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
     """What is trained.
 
-    `chain`, where both start; `loss(chain(x), labels)`; `batch(step)`, that step's `(x, labels)`, of one
-    shape for all; `optimizer`, of optax; `budget(profile, temporary_bytes)`, device bytes of the gradient
-    step, from the profile and backpropagation's temporaries. Before each of the `checks` (steps; `steps` is
-    the end) both gradients are compared with float64, at the planned run's weights, on batch 0. `patience`:
-    steps between two plans, at least. `tune`: rounds in which plans are timed against each other, as
-    `mw.fit`.
+    - `chain`: the network with the weights that both runs start from.
+    - `loss(chain(x), labels)`: a scalar.
+    - `batch(step)`: that step's `(x, labels)`, all of one shape.
+    - `steps`, `optimizer`: how many steps, and an optimizer of optax.
+    - `budget(profile, temporary_bytes)`: device bytes of the gradient step, from the profile and
+      backpropagation's temporaries.
+    - `max_error`, `allowed`, `tune`: as in `mw.fit`; `repeats`: as in `mw.profile`.
+    - `checks`: steps before which both gradients are compared with float64, at the planned run's weights, on
+      batch 0; `steps` stands for the end.
+    - `patience`: the least number of steps between two plans.
     """
 
     chain: Chain
@@ -100,10 +106,10 @@ class Curve:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What was measured. `fitted`: the plan last in use, with its compiled gradient step; `replans`: the
-    steps after which it was planned again."""
+    """What was measured. `fitted`: the last plan, with its compiled gradient step; `replans`: the steps after
+    which it was planned again."""
 
-    fitted: fitting.Fitted
+    fitted: Fitted
     budget_bytes: int
     backprop_temporary_bytes: int
     backprop_compile_seconds: float
@@ -121,113 +127,142 @@ class Outcome:
 
 
 def train(task: Task, progress: Progress = silent, say: Callable[[str], None] = lambda text: None) -> Outcome:
-    """Profiles, plans, and trains both ways. `progress` and `say` report to whoever watches.
+    """Profiles, plans, and trains twice. `progress` and `say` are callbacks for reports.
 
-    Raises `InfeasibleError` for a budget that no schedule fits, at the start or with the weights that
-    training has led to.
+    Raises `InfeasibleError` for a budget that no schedule fits, at the start or with weights that were
+    trained for a while.
     """
-    x, labels = task.batch(0)
+    session = _Session(task, progress, say)
+    for step in range(task.steps):
+        session.check(step)
+        session.advance(step)
+        if session.must_replan(step):
+            session.replan(step)
+        progress("training, plain and planned", step + 1, task.steps)
+    session.check(task.steps)
+    return session.outcome()
 
-    def plain_gradient(net: Chain, x: Any, labels: Any) -> Any:
-        return jax.value_and_grad(lambda net: task.loss(net(x), labels))(net)
 
-    start = time.perf_counter()
-    backprop = jit(plain_gradient).lower(task.chain, x, labels).compile()
-    backprop_compile_seconds = time.perf_counter() - start
+class _Session:
+    """The two runs, while they train: what is compiled, and what was measured so far."""
 
-    def profiled(net: Chain) -> Profile:
+    def __init__(self, task: Task, progress: Progress, say: Callable[[str], None]) -> None:
+        self.task, self.progress, self.say = task, progress, say
+        self.example = task.batch(0)
+
+        def plain_gradient(net: Chain, x: Any, labels: Any) -> Any:
+            return jax.value_and_grad(lambda net: task.loss(net(x), labels))(net)
+
+        start = time.perf_counter()
+        self.backprop = jit(plain_gradient).lower(task.chain, *self.example).compile()
+        self.backprop_compile_seconds = time.perf_counter() - start
+
+        profile = self._profile(task.chain)
+        self.budget = task.budget(profile, temporaries(self.backprop))
+        self.fitted = self._fit(task.chain, profile)
+        say(str(self.fitted.schedule))
+
+        @jit
+        def update(net: Chain, state: Any, grads: Any) -> tuple[Any, Any]:
+            import optax
+
+            updates, state = task.optimizer.update(grads, state, net)
+            return optax.apply_updates(net, updates), state
+
+        self.update = update
+        state = task.optimizer.init(task.chain)
+        self.plain = Curve(task.chain, state, self.backprop)
+        self.planned = Curve(task.chain, state, self.fitted.step)
+        self.truth = _Truth(task.loss)
+        self.discrepancies: list[float] = []
+        self.replans: list[int] = []
+        self.checks: list[Check] = []
+
+    def _profile(self, net: Chain) -> Profile:
+        """The chain's costs, with its weights as they are."""
         return measure.profile(
             net,
-            x,
-            repeats=task.repeats,
-            progress=lambda done, total, _: progress("profiling layers", done, total),
+            self.example[0],
+            repeats=self.task.repeats,
+            progress=lambda done, total, _: self.progress("profiling layers", done, total),
         )
 
-    def fitted(net: Chain, profile: Profile, budget: int) -> fitting.Fitted:
+    def _fit(self, net: Chain, profile: Profile) -> Fitted:
+        """The step within the budget."""
+        task = self.task
         return fitting.fit(
             task.loss,
             net,
-            x,
-            labels,
-            budget=budget,
+            *self.example,
+            budget=self.budget,
             profile=profile,
             max_error=task.max_error,
             allowed=task.allowed,
             tune=task.tune,
-            say=say,
+            say=self.say,
         )
 
-    profile = profiled(task.chain)
-    budget = task.budget(profile, temporaries(backprop))
-    found = fitted(task.chain, profile, budget)
-    say(str(found.schedule))
+    def check(self, step: int) -> None:
+        """Compares both gradients with float64, where the task asks for it before this step."""
+        if step not in self.task.checks:
+            return
+        args = (self.planned.chain, *self.example)
+        (whole, worst), (plain_whole, plain_worst) = self.truth.errors(
+            [self.fitted.step(*args)[1], self.backprop(*args)[1]], *args
+        )
+        self.checks.append(
+            Check(step=step, planned=whole, planned_worst=worst, plain=plain_whole, plain_worst=plain_worst)
+        )
 
-    @jit
-    def update(net: Chain, state: Any, grads: Any) -> tuple[Any, Any]:
-        import optax
-
-        updates, state = task.optimizer.update(grads, state, net)
-        return optax.apply_updates(net, updates), state
-
-    state = task.optimizer.init(task.chain)
-    plain, planned = Curve(task.chain, state, backprop), Curve(task.chain, state, found.step)
-    truth = _Truth(task.loss)
-    discrepancies: list[float] = []
-    replans: list[int] = []
-    checks: list[Check] = []
-
-    def check(step: int) -> None:
-        if step in task.checks:
-            args = (planned.chain, x, labels)
-            both = truth.errors([found.step(*args)[1], backprop(*args)[1]], *args)
-            (whole, worst), (plain_whole, plain_worst) = both
-            checks.append(
-                Check(
-                    step=step, planned=whole, planned_worst=worst, plain=plain_whole, plain_worst=plain_worst
-                )
-            )
-
-    for step in range(task.steps):
-        check(step)
-        batch = task.batch(step)
-        for run in (plain, planned):
+    def advance(self, step: int) -> None:
+        """One step of each run, on the same batch."""
+        batch = self.task.batch(step)
+        for run in (self.plain, self.planned):
             start = time.perf_counter()
             value, grads = run.gradient(run.chain, *batch)
-            run.chain, run.state = jax.block_until_ready(update(run.chain, run.state, grads))
+            run.chain, run.state = jax.block_until_ready(self.update(run.chain, run.state, grads))
             run.seconds.append(time.perf_counter() - start)
-            run.losses.append(float(value if run is plain else value[0]))
-            if run is planned:
-                discrepancies.append(float(value[1].worst))
-        if not discrepancies[-1] <= task.max_error and (not replans or step - replans[-1] >= task.patience):
-            say(
-                f"step {step}: a run's cotangent is off by {discrepancies[-1]:.1e}, above "
-                f"{task.max_error:.0e}: "
-                "profiling the weights as they are now, and planning again"
-            )
-            replans.append(step)
-            try:
-                found = fitted(planned.chain, profiled(planned.chain), budget)
-            except InfeasibleError as error:
-                raise InfeasibleError(
-                    f"after step {step} no schedule keeps `max_error={task.max_error}` within the budget any "
-                    f"more: {error}",
-                    budget_bytes=budget,
-                    least_bytes=error.least_bytes,
-                ) from error
-            planned.gradient = found.step
-        progress("training, plain and planned", step + 1, task.steps)
-    check(task.steps)
-    return Outcome(
-        fitted=found,
-        budget_bytes=budget,
-        backprop_temporary_bytes=temporaries(backprop),
-        backprop_compile_seconds=backprop_compile_seconds,
-        planned=planned,
-        plain=plain,
-        discrepancies=tuple(discrepancies),
-        replans=tuple(replans),
-        checks=tuple(checks),
-    )
+            run.losses.append(float(value if run is self.plain else value[0]))
+            if run is self.planned:
+                self.discrepancies.append(float(value[1].worst))
+
+    def must_replan(self, step: int) -> bool:
+        """Whether the last report exceeds `max_error` (NaN does), `patience` steps after the last plan."""
+        waited = not self.replans or step - self.replans[-1] >= self.task.patience
+        return waited and not self.discrepancies[-1] <= self.task.max_error
+
+    def replan(self, step: int) -> None:
+        """Profiles the weights as they are, and plans again."""
+        limit = self.task.max_error
+        self.say(
+            f"step {step}: a run's cotangent is off by {self.discrepancies[-1]:.1e}, above {limit:.0e}: "
+            "profiling the weights as they are now, and planning again"
+        )
+        self.replans.append(step)
+        try:
+            self.fitted = self._fit(self.planned.chain, self._profile(self.planned.chain))
+        except InfeasibleError as error:
+            raise InfeasibleError(
+                f"after step {step} no schedule keeps `max_error={limit}` within the budget any more: "
+                f"{error}",
+                budget_bytes=self.budget,
+                least_bytes=error.least_bytes,
+            ) from error
+        self.planned.gradient = self.fitted.step
+
+    def outcome(self) -> Outcome:
+        """All of it, as plain values."""
+        return Outcome(
+            fitted=self.fitted,
+            budget_bytes=self.budget,
+            backprop_temporary_bytes=temporaries(self.backprop),
+            backprop_compile_seconds=self.backprop_compile_seconds,
+            planned=self.planned,
+            plain=self.plain,
+            discrepancies=tuple(self.discrepancies),
+            replans=tuple(self.replans),
+            checks=tuple(self.checks),
+        )
 
 
 class _Truth:

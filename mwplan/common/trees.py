@@ -23,12 +23,12 @@ def is_array(leaf: Any) -> bool:
 
 def is_key(leaf: Any) -> bool:
     """Whether `leaf`, an array or a `jax.ShapeDtypeStruct`, holds typed random keys."""
-    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def tie(tree: Any, free: type | tuple[type, ...] = ()) -> Any:
-    """The same arrays, none of which exists for XLA before all of them do; but for those in nodes of the
-    types `free`."""
+    """The same arrays behind one optimization barrier: none exists for XLA before all of them do. Those in
+    nodes of the types `free` stay outside."""
     leaves, treedef = jax.tree.flatten(tree, is_leaf=lambda node: isinstance(node, free))
     index = [i for i, leaf in enumerate(leaves) if is_array(leaf) and leaf.dtype != jax.dtypes.float0]
     if index:
@@ -37,36 +37,98 @@ def tie(tree: Any, free: type | tuple[type, ...] = ()) -> Any:
     return jax.tree.unflatten(treedef, leaves)
 
 
+class PartlyTrained:
+    """A node of a pytree that says itself which of its leaves are parameters."""
+
+    def parameter_flags(self) -> list[bool]:
+        """Of each leaf, whether it is one."""
+        raise NotImplementedError
+
+
+def parameter_flags(tree: Any) -> list[bool]:
+    """Of each leaf of `tree`, whether it is a parameter: an inexact array, unless a `PartlyTrained` node says
+    that it is not."""
+    flags: list[bool] = []
+    for node in jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, PartlyTrained)):
+        flags += node.parameter_flags() if isinstance(node, PartlyTrained) else [is_inexact(node)]
+    return flags
+
+
 def parameters(layer: Any) -> list[Any]:
-    """The inexact-array leaves of `layer`, in order: what a gradient is taken of."""
-    return [leaf for leaf in jax.tree.leaves(layer) if is_inexact(leaf)]
+    """The parameters of `layer`, in the order of its leaves: what a gradient is taken of."""
+    return [leaf for leaf, flag in zip(jax.tree.leaves(layer), parameter_flags(layer), strict=True) if flag]
 
 
 def with_parameters(layer: Any, params: list[Any]) -> Any:
-    """`layer` with its inexact-array leaves replaced by `params`, in the order of `parameters`."""
-    leaves, treedef = jax.tree.flatten(layer)
+    """`layer` with its parameters replaced by `params`, in the order of `parameters`."""
+    return map_parameters(layer, params, lambda leaf: leaf)
+
+
+def only_parameters(tree: Any, params: list[Any]) -> Any:
+    """`tree` with `params` for its parameters, and None for all other leaves."""
+    return map_parameters(tree, params, lambda leaf: None)
+
+
+def map_parameters(tree: Any, params: list[Any], other: Callable[[Any], Any]) -> Any:
+    """`tree` with `params` for its parameters, and `other(leaf)` for every other leaf."""
+    leaves, treedef = jax.tree.flatten(tree)
     new = iter(params)
-    return jax.tree.unflatten(treedef, [next(new) if is_inexact(leaf) else leaf for leaf in leaves])
+    flags = parameter_flags(tree)
+    return jax.tree.unflatten(
+        treedef, [next(new) if f else other(a) for a, f in zip(leaves, flags, strict=True)]
+    )
 
 
 def nbytes(tree: Any) -> int:
-    """Bytes of all array leaves of `tree` (arrays, tracers or `jax.ShapeDtypeStruct`s)."""
+    """Bytes of all array leaves of `tree` (arrays, tracers or `jax.ShapeDtypeStruct`s) as devices hold them:
+    numbers of 4 and of 2 bits share bytes."""
     total = 0
     for leaf in jax.tree.leaves(tree):
         if hasattr(leaf, "dtype") and hasattr(leaf, "shape"):
-            dtype = leaf.dtype if is_key(leaf) else np.dtype(jax.dtypes.canonicalize_dtype(leaf.dtype))
-            total += math.prod(leaf.shape) * dtype.itemsize
+            count = math.prod(leaf.shape)
+            total += count * leaf.dtype.itemsize if is_key(leaf) else -(-count * bits(leaf.dtype) // 8)
     return total
 
 
+def bits(dtype: Any) -> int:
+    """Bits that a device needs for one number of `dtype` (no random key); 0 for float0."""
+    known = np.dtype(jax.dtypes.canonicalize_dtype(dtype))
+    return 0 if known == jax.dtypes.float0 else int(jax.dtypes.itemsize_bits(known))
+
+
 def struct(tree: Any) -> Any:
-    """The same pytree with a `jax.ShapeDtypeStruct` for every array leaf."""
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(jnp.shape(a), jnp.result_type(a)), tree)
+    """The same pytree with a `jax.ShapeDtypeStruct` for every array leaf, weakly typed where that is."""
+    return jax.tree.map(struct_of, tree)
+
+
+def struct_of(leaf: Any, shape: tuple[int, ...] | None = None) -> jax.ShapeDtypeStruct:
+    """The `jax.ShapeDtypeStruct` of one leaf, or of another `shape`, weakly typed where `leaf` is."""
+    return jax.ShapeDtypeStruct(
+        jnp.shape(leaf) if shape is None else shape, jnp.result_type(leaf), weak_type=is_weak(leaf)
+    )
+
+
+def is_weak(leaf: Any) -> bool:
+    """Whether `leaf`, an array, a number or a `jax.ShapeDtypeStruct`, takes the dtype of what it meets, as
+    Python's numbers and `jnp.full(shape, 0.1)` do."""
+    kind = leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jax.typeof(leaf)
+    return bool(getattr(kind, "weak_type", False))
+
+
+def typed_like(leaf: Any, like: Any) -> Any:
+    """The array `leaf` weakly typed where `like`, of the same dtype, is."""
+    return weakened(leaf) if is_weak(like) and not is_weak(leaf) else leaf
+
+
+def weakened(leaf: Any) -> Any:
+    """The array `leaf`, weakly typed (`is_weak`). Costs nothing."""
+    dtype = np.dtype(leaf.dtype)
+    return jax.lax.convert_element_type_p.bind(leaf, new_dtype=dtype, weak_type=True, sharding=None)
 
 
 def working_dtype(dtype: Any) -> Any:
     """The dtype that cotangents have inside a moonwalk run: `dtype`, or float32 where that is wider."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return jnp.float32 if bits(dtype) <= 8 else jnp.promote_types(dtype, jnp.float32)
 
 
 def widen(tree: Any) -> Any:
@@ -82,11 +144,29 @@ def widen(tree: Any) -> Any:
     return jax.tree.map(one, tree)
 
 
+def no_cotangent(leaf: Any) -> Any:
+    """What `jax.vjp` has for the cotangent of an array (or its shape) that is no parameter, an integer, a
+    mask or random keys: float0 zeros, which have no memory."""
+    return np.zeros(jnp.shape(leaf), jax.dtypes.float0)
+
+
+def as_cotangent(tree: Any, like: Any) -> Any:
+    """`tree`, a cotangent of `like`, with `no_cotangent` where `like` has integers, masks or random keys,
+    whatever `tree` has there."""
+    return jax.tree.map(lambda a, b: a if is_inexact(b) or _is_float0(a) else no_cotangent(b), tree, like)
+
+
 def cast_like(tree: Any, like: Any) -> Any:
-    """`tree` with each inexact leaf in the dtype of the matching leaf of `like`."""
+    """`as_cotangent`, with each inexact leaf in the dtype of the matching leaf of `like`."""
     return jax.tree.map(
-        lambda a, b: a.astype(b.dtype) if is_inexact(a) and a.dtype != b.dtype else a, tree, like
+        lambda a, b: a.astype(b.dtype) if is_inexact(b) and a.dtype != b.dtype else a,
+        as_cotangent(tree, like),
+        like,
     )
+
+
+def _is_float0(leaf: Any) -> bool:
+    return getattr(leaf, "dtype", None) == jax.dtypes.float0
 
 
 def transpose(linear: Callable[[Any], Any], x: Any, ct: Any) -> Any:

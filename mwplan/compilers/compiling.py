@@ -3,6 +3,7 @@ missing."""
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import functools
 import warnings
@@ -11,6 +12,7 @@ from typing import Any
 
 import jax
 
+from mwplan.common import platforms
 from mwplan.common.errors import ArgumentError
 from mwplan.plans.packing import Buffer, Workspace
 
@@ -19,7 +21,13 @@ _inside_jit: contextvars.ContextVar[bool] = contextvars.ContextVar("inside_mw_ji
 
 
 class PlanUndoneWarning(UserWarning):
-    """A planned step is being compiled for the CPU by JAX 0.10 without `mw.compiler_options()`."""
+    """A planned step is being compiled for the CPU by JAX 0.10 without `mw.compiler_options()`.
+
+    >>> import warnings
+    >>> with warnings.catch_warnings():
+    ...     warnings.simplefilter("error", mw.PlanUndoneWarning)  # from here on an error
+    ...     step = mw.jit(lambda x: 2 * x).lower(1.0).compile()
+    """
 
 
 def compiler_options(backend: str | None = None) -> dict[str, str]:
@@ -29,6 +37,10 @@ def compiler_options(backend: str | None = None) -> dict[str, str]:
     XLA:CPU (that of JAX 0.10; with 0.11.2 it was not seen to) drops optimization barriers before it merges
     common subexpressions, so that whatever is recomputed in one program is merged with what it was to
     replace; this keeps the barriers. Other backends need nothing.
+
+    >>> double = jax.jit(lambda x: 2 * x, compiler_options=mw.compiler_options())
+    >>> double(3.0).item()
+    6.0
     """
     global _knows
     _knows = True
@@ -37,23 +49,47 @@ def compiler_options(backend: str | None = None) -> dict[str, str]:
 
 def options_of(backend: str | None = None) -> dict[str, str]:
     """`compiler_options`, without taking note that the user knows of them."""
-    if (backend or jax.default_backend()) == "cpu":
+    if (backend or platforms.platform()) == "cpu":
         # With barriers left, small loops must stay loops: the pass that makes calls of them crashes on a
         # barrier of several arrays, and the process with it.
         return {"xla_disable_hlo_passes": "cse_barrier_expander,small-while-loop-hoisting"}
     return {}
 
 
+def memory_options(backend: str | None = None) -> dict[str, str | int | bool]:
+    """Options under which a program compiles fast, is slow, and has the buffers that it has with
+    `compiler_options`: to ask what it needs, not to run it.
+
+    On CPUs nearly all of the time goes into machine code; buffers are assigned before. Elsewhere the usual
+    options: GPUs choose algorithms, and their scratch memory, by trying them.
+    """
+    options: dict[str, str | int | bool] = dict(options_of(backend))
+    if (backend or platforms.platform()) == "cpu":
+        options |= {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+    return options
+
+
+@contextlib.contextmanager
+def options_given() -> Iterator[None]:
+    """A context for tracing what will be compiled with the options: no warning that they may be missing."""
+    token = _inside_jit.set(True)
+    try:
+        yield
+    finally:
+        _inside_jit.reset(token)
+
+
 def jit(function: Callable[..., Any], **kwargs: Any) -> Any:
-    """`jax.jit(function, **kwargs)` with `compiler_options()` for the default backend."""
+    """`jax.jit(function, **kwargs)` with `compiler_options()` for the default backend.
+
+    >>> mw.jit(lambda x: 2 * x)(3.0).item()
+    6.0
+    """
 
     @functools.wraps(function)
     def call(*args: Any, **kw: Any) -> Any:
-        token = _inside_jit.set(True)
-        try:
+        with options_given():
             return function(*args, **kw)
-        finally:
-            _inside_jit.reset(token)
 
     options = {**options_of(), **kwargs.pop("compiler_options", {})}
     return jax.jit(call, compiler_options=options or None, **kwargs)
@@ -64,6 +100,10 @@ def temporaries(compiled: Any) -> int:
 
     `compiled` is what `jax.jit(f).lower(...).compile()` returns. (`peak_memory_in_bytes` reads a constant on
     CPU; this does not.) Raises `ArgumentError` for anything else.
+
+    >>> compiled = mw.jit(lambda x: jnp.sort(x).sum()).lower(jnp.ones(1024)).compile()
+    >>> mw.temporaries(compiled) >= 4096  # the sorted array
+    True
     """
     if not hasattr(compiled, "memory_analysis"):
         raise ArgumentError(
@@ -124,7 +164,7 @@ def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
 
 def warn_if_undone(*trees: Any) -> None:
     """Warns, once, where a planned step is traced by a `jax.jit` that cannot be known to have the options."""
-    if _knows or _inside_jit.get() or jax.default_backend() != "cpu" or jax.__version_info__ >= (0, 11):
+    if _knows or _inside_jit.get() or platforms.platform() != "cpu" or jax.__version_info__ >= (0, 11):
         return
     leaves = jax.tree.leaves(trees)
     if any(_is_traced(leaf) for leaf in leaves):

@@ -3,7 +3,6 @@ report."""
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import warnings
 from collections.abc import Callable
@@ -19,26 +18,42 @@ from mwplan.common import trees
 from mwplan.common.errors import ArgumentError, ScheduleMismatchError, SecondDerivativeError
 from mwplan.common.sizes import show_bytes
 from mwplan.compilers.compiling import warn_if_undone
-from mwplan.execution.interpret import (
-    Arranged,
-    Detours,
-    Gradients,
-    Interpreter,
-    Performer,
-    View,
-    alone,
-    compiled,
-    loose,
-)
+from mwplan.execution import barriers, plain
+from mwplan.execution.barriers import Barriers, Performer
+from mwplan.execution.gradients import Gradients
+from mwplan.execution.interpreter import Interpreter
+from mwplan.execution.view import View
 from mwplan.network import residuals, sharding
+from mwplan.network.carried import Carried
 from mwplan.network.chain import Chain, Stack, boundaries, check_chain, fingerprint
 from mwplan.plans.schedule import RunKind, Schedule, allow_nesting, nesting, reporting_runs
 
 PyTree = Any
+#: How the program of a step is written: 0, with the barriers that its platform needs; `UNTIED`; `LOOSE`;
+#: `PLAIN`; or with barriers of one's own.
+Arrangement = int | Barriers
+#: The arrangement without barriers around operations: those around recomputed stretches and reconstructions
+#: stay.
+UNTIED = -1
+#: The arrangement with barriers around activations and cotangents, but not around residuals.
+LOOSE = -2
+#: The arrangement that JAX itself makes (`mwplan.execution.plain`): of schedules that store layers or
+#: recompute single ones.
+PLAIN = -3
 
 
 class InputGrownWarning(UserWarning):
-    """A planned step is differentiated at an input larger than the one it was planned for."""
+    """A planned step is differentiated at an input larger than the one it was planned for.
+
+    >>> import warnings
+    >>> net = mw.Chain([jnp.tanh] * 8)
+    >>> schedule = mw.plan(mw.estimate(net, jnp.ones((256, 64)), device="h100"), budget="400KiB")
+    >>> with warnings.catch_warnings(record=True) as caught:
+    ...     warnings.simplefilter("always")
+    ...     grads = jax.grad(lambda x: jnp.sum(mw.apply(schedule, net, x)))(jnp.ones((512, 64)))
+    >>> [one.category.__name__ for one in caught]
+    ['InputGrownWarning']
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +76,13 @@ class Report:
     random sketches of what the run rebuilt last and of the truth. For an INVERT run, which rebuilds
     activations, it is what the profile says such an error does to gradients (`Schedule.report_scales`; in a
     schedule made by hand the distance itself). NaN if no cotangent reached the run.
+
+    >>> net, x = mw.Chain([mw.layers.LeakyReLU(0.5)] * 2), jnp.linspace(-1.0, 1.0, 64)
+    >>> vijps = mw.Run(kind=mw.RunKind.MOONWALK, start=0, stop=2, options=("divide", "divide"))
+    >>> step = mw.jit(mw.value_and_grad(jnp.sum, mw.Schedule(runs=(vijps,))))
+    >>> (value, report), grads = step(net, x)
+    >>> report.discrepancy.shape, bool(report.worst < 1e-6)
+    ((1,), True)
     """
 
     discrepancy: Float[Array, " runs"]
@@ -110,12 +132,11 @@ class _Saved:
     x: dict[int, PyTree]
     kept: list[Any]
     sketches: dict[int, Array]
-    one: Array | None  # `Arranged.one`
     claims: tuple[tuple[int, int], ...] = field(metadata={"static": True})
 
 
 def _planned(
-    schedule: Schedule, *, check: bool, perform: Performer = compiled
+    schedule: Schedule, *, check: bool, arrangement: Arrangement, wrt_input: bool = True
 ) -> Callable[[Chain, PyTree, Array], PyTree]:
     """`(chain, x, probe) -> chain(x)`, differentiated by `schedule`; the probe's cotangent is the report.
 
@@ -123,14 +144,18 @@ def _planned(
     that is not used.
     """
 
+    perform = _performer(arrangement)
+    if arrangement == PLAIN:
+        plain.check(schedule)
+        return lambda chain, x, probe: plain.apply(schedule, chain, x)
+
     @jax.custom_vjp
     def call(chain: Chain, x: PyTree, probe: Array) -> PyTree:
         return chain(x)
 
     def forward(chain: Chain, x: PyTree, probe: Array) -> tuple[PyTree, _Saved]:
         warn_if_grown(schedule, x)
-        now = _resumed(perform, None)
-        interpreter = _interpreter(chain, x, check, now)
+        interpreter = _interpreter(chain, x, check, perform, wrt_input)
         interpreter.claim(0, x)
         interpreter.claim(0)  # the input is an argument: it is there to the end
         kept = interpreter.forward(schedule.runs, 0)
@@ -138,17 +163,16 @@ def _planned(
         interpreter.release(len(chain))
         residuals.forget()
         claims = tuple(sorted(interpreter.claims.items()))
-        one = now.one if isinstance(now, Arranged) else None
-        return y, _Saved(chain, interpreter.x, kept, interpreter.sketches, one, claims)
+        return y, _Saved(chain, interpreter.x, kept, interpreter.sketches, claims)
 
     def backward(saved: _Saved, ct: PyTree) -> tuple[Chain, PyTree, Array]:
         saved, ct = _once((saved, ct))
         ct = trees.tie(ct)  # or XLA computes it from the output again for each of its users
-        now = _resumed(perform, saved.one)
-        interpreter = _interpreter(saved.chain, saved.x[0], check, now)
+        interpreter = _interpreter(saved.chain, saved.x[0], check, perform, wrt_input)
         interpreter.x, interpreter.claims = dict(saved.x), dict(saved.claims)
         interpreter.sketches = dict(saved.sketches)
-        box = [ct]
+        box = [interpreter.carried.dropped(ct, len(saved.chain))]
+        del ct
         interpreter.backward(schedule.runs, saved.kept, box, 0)
         residuals.forget()
         report = interpreter.reported(
@@ -157,10 +181,11 @@ def _planned(
         chain_ct = Chain.tree_unflatten(
             None, [_part_cotangent(part, g) for part, g in zip(saved.chain.parts, interpreter.grads.parts)]
         )
-        chain_ct = now.settled(chain_ct) if isinstance(now, Arranged) else chain_ct
-        x_ct = jax.tree.map(_instantiate, saved.x[0], box[0])
+        whole = interpreter.carried.filled(box[0], 0, interpreter.structs[0])
+        x_ct = jax.tree.map(_instantiate, saved.x[0], whole)
         axes = trees.varying_axes((saved.chain, saved.x[0]))
-        return trees.vary((chain_ct, x_ct, report), axes)
+        varied: tuple[Chain, PyTree, Array] = trees.vary((chain_ct, x_ct, report), axes)
+        return varied
 
     call.defvjp(forward, backward)
 
@@ -183,15 +208,10 @@ def _planned(
     return placed
 
 
-def _resumed(perform: Performer, one: Array | None) -> Performer:
-    """`perform`, with detours from `one` on."""
-    return dataclasses.replace(perform, one=one) if isinstance(perform, Arranged) else perform
-
-
-def _interpreter(chain: Chain, x: PyTree, check: bool, perform: Performer) -> Interpreter:
-    return Interpreter(
-        View(chain, chain.places()), boundaries(chain, x), Gradients(chain), perform, check=check
-    )
+def _interpreter(chain: Chain, x: PyTree, check: bool, perform: Performer, wrt_input: bool) -> Interpreter:
+    structs, view = boundaries(chain, x), View(chain, chain.places())
+    carried = Carried.along(chain, structs, wrt_input=wrt_input)
+    return Interpreter(view, structs, Gradients(chain), perform, check=check, carried=carried)
 
 
 def warn_if_grown(schedule: Schedule, x: PyTree) -> None:
@@ -215,11 +235,12 @@ def _part_cotangent(part: PyTree, grads: list[Any]) -> PyTree:
 
 
 def cotangent(layer: PyTree, grads: list[Any]) -> PyTree:
-    """A cotangent for every leaf of `layer`: `grads` for its parameters, float0 zeros for the rest."""
-    values = iter(grads)
-    return jax.tree.map(
-        lambda leaf: next(values) if trees.is_inexact(leaf) else np.zeros(jnp.shape(leaf), jax.dtypes.float0),
+    """A cotangent for every leaf of `layer`: `grads` for its parameters, zeros for what is frozen, and float0
+    zeros for the rest."""
+    return trees.map_parameters(
         layer,
+        grads,
+        lambda leaf: jnp.zeros_like(leaf) if trees.is_inexact(leaf) else trees.no_cotangent(leaf),
     )
 
 
@@ -268,10 +289,16 @@ def apply(schedule: Schedule, chain: Chain, x: PyTree, *, arrangement: Arrangeme
     `mw.value_and_grad`.
     **Raises:** `ScheduleMismatchError`; `SecondDerivativeError` when differentiated twice. **Warns:**
     `InputGrownWarning` when differentiated at an input of more bytes than planned for.
+
+    >>> net, x = mw.Chain([jnp.tanh] * 8), jnp.ones((256, 64))
+    >>> schedule = mw.plan(mw.estimate(net, x, device="h100"), budget="400KiB")
+    >>> gradient = mw.jit(jax.grad(lambda x: jnp.sum(mw.apply(schedule, net, x))))
+    >>> bool(jnp.allclose(gradient(x), jax.grad(lambda x: jnp.sum(net(x)))(x), rtol=1e-4))
+    True
     """
     check_match(schedule, chain)
     warn_if_undone(x, chain)
-    call = _planned(schedule, check=False, perform=_performer(chain, arrangement))
+    call = _planned(schedule, check=False, arrangement=arrangement)
     return call(chain, x, jnp.zeros(0, jnp.float32))
 
 
@@ -286,16 +313,25 @@ def value_and_grad(
     """A function that returns `(loss, report), grads`, like `jax.value_and_grad` with the runs' error report.
 
     **Arguments:** `loss(y, *args)`, a scalar (with `has_aux`, a pair of it and anything); `schedule`;
-    `wrt_input`: also the gradient with respect to the input; `arrangement`: `fitted.arrangement` of `mw.fit`,
-    another program for the same step, which differs in the holes that XLA's allocator leaves between buffers
-    (without effect where a parameter is larger than 4 MiB); `mw.UNTIED`: no barriers around operations, so
-    that XLA fuses across layers; `mw.LOOSE`: none around residuals, so that XLA may compute them again from
-    what is there anyway. Both are often a few per cent faster, but the peak is no longer the planned one
-    (loose, it is mostly lower): compile and measure it.
+    `wrt_input`: also the gradient with respect to the input; `arrangement`, how the program is written. By
+    default with the barriers under which the peak is the planned one on the platform that it is compiled for:
+    around all operations on CPUs, behind those of the backward sweep on GPUs and TPUs (`docs/barriers.md`).
+    `mw.UNTIED`: no barriers around operations, so that XLA fuses across layers; `mw.LOOSE`: none around
+    residuals, so that XLA may compute them again from what is there anyway. On CPUs both are often a few per
+    cent faster, but the peak is no longer the planned one (loose, it is mostly lower): compile and measure
+    it. `fitted.arrangement` is that of `mw.fit`.
     **Returns:** `f(chain, x, *args) -> ((value, report), grads)`, where `value` is what `loss` returned,
     `grads` is a chain (with None for leaves that are not parameters), or a pair `(chain, x)` of gradients.
     `report` is a `Report`; within `jax.shard_map`, each run's worst of all devices.
     **Raises:** `ArgumentError` for a loss that is not scalar (with `has_aux`, no pair); as `apply`.
+
+    >>> net = mw.Chain([mw.layers.Dense.init(jax.random.key(0), 8, 8), jnp.tanh])
+    >>> x, target = jnp.ones((4, 8)), jnp.zeros((4, 8))
+    >>> schedule = mw.plan(mw.estimate(net, x, device="h100"), budget="1MiB")
+    >>> loss = lambda y, target: jnp.mean((y - target) ** 2)
+    >>> (value, report), grads = mw.jit(mw.value_and_grad(loss, schedule))(net, x, target)
+    >>> value.shape, grads[0].weight.shape
+    ((), (8, 8))
     """
     check_loss(loss)
     runs = reporting_runs(checked_schedule(schedule).runs)
@@ -303,7 +339,7 @@ def value_and_grad(
     def step(chain: Chain, x: PyTree, *args: Any) -> tuple[tuple[Any, Report], Any]:
         check_match(schedule, chain)
         warn_if_undone(x, chain)
-        call = _planned(schedule, check=True, perform=_performer(chain, arrangement))
+        call = _planned(schedule, check=True, arrangement=arrangement, wrt_input=wrt_input)
 
         def total(params: list[Any], x_params: list[Any], probe: Array) -> tuple[Any, Any]:
             y = call(trees.with_parameters(chain, params), trees.with_parameters(x, x_params), probe)
@@ -324,40 +360,21 @@ def value_and_grad(
     return step
 
 
-#: How the program of a step is written: 0, as planned; `UNTIED`; `LOOSE`; with detours.
-Arrangement = int | Detours
-#: The arrangement without barriers around operations: those around recomputed stretches and reconstructions
-#: stay.
-UNTIED = -1
-#: The arrangement with barriers around activations and cotangents, but not around residuals.
-LOOSE = -2
-#: The largest parameter, in bytes, with which detours are made: their arrays must be larger, and cost time.
-LARGEST_ARRANGED = 1 << 22
-
-
-def can_be_arranged(chain: Chain) -> bool:
-    """Whether `arrangement` makes a difference."""
-    return max(map(trees.nbytes, trees.parameters(chain)), default=LARGEST_ARRANGED) < LARGEST_ARRANGED
-
-
-def _performer(chain: Chain, arrangement: Arrangement) -> Performer:
-    if arrangement == UNTIED:
-        return alone
-    if arrangement == LOOSE:
-        return loose
-    if arrangement == 0 or not can_be_arranged(chain):
-        return compiled
-    if not isinstance(arrangement, Detours):
+def _performer(arrangement: Arrangement) -> Performer:
+    if isinstance(arrangement, Barriers):
+        return arrangement
+    none = barriers.UNTIED
+    known = {0: barriers.planned(), UNTIED: none, LOOSE: barriers.LOOSE, PLAIN: none}
+    if isinstance(arrangement, bool) or arrangement not in known:
         raise ArgumentError(
             f"`arrangement={arrangement!r}` must be 0, `mw.UNTIED`, `mw.LOOSE` or what `mw.fit` found "
             "(`fitted.arrangement`)"
         )
-    return Arranged(arrangement, max(map(trees.nbytes, trees.parameters(chain))) // 4 + 257)
+    return known[arrangement]
 
 
 def _only_parameters(tree: PyTree, grads: list[Any]) -> PyTree:
-    values = iter(grads)
-    return jax.tree.map(lambda leaf: next(values) if trees.is_inexact(leaf) else None, tree)
+    return trees.only_parameters(tree, grads)
 
 
 def check_loss(loss: Any) -> None:

@@ -49,9 +49,16 @@ def scan(
         after, structs = jax.eval_shape(flat, carry, jax.ShapeDtypeStruct((), jnp.int32))
         axes = [trees.varying_axes(leaf) for leaf in jax.tree.leaves(after)]
         leaves, treedef = jax.tree.flatten(carry)
-        if all(then <= trees.varying_axes(now) for then, now in zip(axes, leaves)):
+        loose = [
+            trees.is_weak(now) and not trees.is_weak(then)
+            for then, now in zip(jax.tree.leaves(after), leaves, strict=True)
+        ]
+        if all(then <= trees.varying_axes(now) for then, now in zip(axes, leaves)) and not any(loose):
             break
-        carry = jax.tree.unflatten(treedef, [trees.vary(now, then) for then, now in zip(axes, leaves)])
+        leaves = [trees.vary(now, then) for then, now in zip(axes, leaves)]
+        # Nor does it cease to be weakly typed: as with `lax.scan`, it is not so from the start.
+        leaves = [lax.convert_element_type(a, a.dtype) if weak else a for a, weak in zip(leaves, loose)]
+        carry = jax.tree.unflatten(treedef, leaves)
     carry, zero = _after(carry)
     out = [trees.vary(_filled((count, *s.shape), s.dtype, zero), trees.varying_axes(s)) for s in structs]
 
@@ -62,6 +69,7 @@ def scan(
         return carry, put(out, found, i)
 
     carry, out = lax.fori_loop(0, count, body, (carry, out))
+    out = [trees.typed_like(rows, s) for rows, s in zip(out, structs)]
     return carry, jax.tree.unflatten(traced[0], out)
 
 

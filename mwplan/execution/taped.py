@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +16,12 @@ from jaxtyping import Array, UInt32
 
 from mwplan.common import trees
 from mwplan.execution import loops
+from mwplan.execution.repeats import Repeat
+from mwplan.execution.walker import Walker
 from mwplan.network import operations, sharding
 from mwplan.network.residuals import Residuals
 from mwplan.plans.schedule import Run, RunKind
 from mwplan.plans.tape import Atom, Tape, taped
-
-if TYPE_CHECKING:
-    from mwplan.execution.interpret import Interpreter, Repeat
 
 PyTree = Any
 Words = UInt32[Array, " words"]
@@ -37,7 +36,7 @@ class Taped:
 
     @property
     def run(self) -> Run:
-        """One STORE run of the tape, as an interpreter of one repetition sees it."""
+        """One STORE run of the tape, as a walker of one repetition sees it."""
         return _stored(self.tape.option)
 
 
@@ -45,7 +44,7 @@ def _stored(option: str) -> Run:
     return Run(kind=RunKind.STORE, start=0, stop=1, options=(option,))
 
 
-def find(walker: Interpreter, many: Repeat, option: str) -> Taped | None:
+def find(walker: Walker, many: Repeat, option: str) -> Taped | None:
     """A tape for the runs of `many`, whose STORE runs have `option`; None where there is none, or it would
     take more memory than planned, or where arrays may lie on several devices."""
     if sharding.may_be_spread():  # the stack is one flat array, of which every device would hold all
@@ -58,12 +57,12 @@ def find(walker: Interpreter, many: Repeat, option: str) -> Taped | None:
     return Taped(many, tape) if tape else None
 
 
-def forward(walker: Interpreter, one: Taped, depth: int) -> Words:
+def forward(walker: Walker, one: Taped, depth: int) -> Words:
     """F over the runs: as `Interpreter.forward`, but the claim on the input stays. Returns the stack, all
     there is to keep."""
     tape, many = one.tape, one.many
     steps = _Steps(walker, many, one.run, depth)
-    leaves, treedef = jax.tree.flatten(walker.x[many.start])
+    leaves, treedef = jax.tree.flatten(steps.new(walker.x[many.start]))
     axes = [trees.varying_axes(leaf) for leaf in jax.tree.leaves(steps.y)]
     first = jax.tree.unflatten(treedef, [trees.vary(leaf, more) for leaf, more in zip(leaves, axes)])
     all_axes = frozenset().union(*axes, *(trees.varying_axes(leaf) for leaf in jax.tree.leaves(steps.held)))
@@ -74,18 +73,20 @@ def forward(walker: Interpreter, one: Taped, depth: int) -> Words:
     def step(k: Any, state: Any) -> Any:
         return steps.ahead(loops.row(table, k), first, state[1])
 
-    x, stack = lax.fori_loop(0, len(tape.forward), step, (first, stack))
-    walker.claim(many.stop, x)
-    return stack
+    last: tuple[PyTree, Words] = lax.fori_loop(0, len(tape.forward), step, (first, stack))
+    walker.claim(many.stop, steps.whole(last[0]))
+    return last[1]
 
 
-def backward(walker: Interpreter, one: Taped, stack: Words, box: list[PyTree], depth: int) -> None:
+def backward(walker: Walker, one: Taped, stack: Words, box: list[PyTree], depth: int) -> None:
     """Backward over the runs, as `Interpreter.backward`; the claim on the input goes."""
     tape, many = one.tape, one.many
     steps = _Steps(walker, many, one.run, depth)
-    first = walker.x[many.start]
+    first = steps.new(walker.x[many.start])
     state = box.pop(), walker.buffers(many)
     state = steps.behind(_table([tape.first])[0], first, stack, state)
+    # A loop of one turn is written out: the next atom would write to the stack before this one has read it.
+    stack, state = walker.gate((stack, state))
     table = _table(tape.backward)
 
     def step(k: Any, state: Any) -> Any:
@@ -108,33 +109,48 @@ class _Steps:
     """What a tape's loops do to one layer, counted from 0, and to the stack; `y` and `held`, shapes of an
     output and of residuals."""
 
-    def __init__(self, walker: Interpreter, many: Repeat, run: Run, depth: int = 0) -> None:
+    def __init__(self, walker: Walker, many: Repeat, run: Run, depth: int = 0) -> None:
         self.walker, self.many, self.run, self.depth = walker, many, run, depth
         x = walker.x.get(many.start, walker.structs[many.start])
-        self.y, self.held = jax.eval_shape(lambda x: self.store(jnp.int32(0), x), x)
+        self.carried = walker.carried.window(many.start, many.start + 1)
+        self.same = self.carried.throughout()
+        self.y, self.held = jax.eval_shape(self._first, x)
+        self.values = jax.tree.leaves(x)
         self.activation = _words_of(self.y)
         self.stride = _words_of(self.held) + (self.activation if self.held.keeps_input else 0)
 
-    def _within(self, layer: Any, buffers: Any) -> Interpreter:
+    def _first(self, x: PyTree) -> tuple[PyTree, Residuals]:
+        self.values = jax.tree.leaves(x)
+        return self.store(jnp.int32(0), self.new(x))
+
+    def new(self, x: PyTree) -> PyTree:
+        """An activation without what all layers hand on as it is."""
+        return self.carried.without(x, 0, self.same)
+
+    def whole(self, x: PyTree) -> PyTree:
+        """The activation that `new` took from."""
+        return self.carried.with_(x, 0, self.same, self.values)
+
+    def _within(self, layer: Any, buffers: Any) -> Walker:
         return self.walker.within(self.many, layer, buffers, single=not self.walker.grads.performs)
 
     def plain(self, layer: Any, x: PyTree, buffers: Any = None) -> PyTree:
         """Forward over one layer."""
         inner = self._within(layer, buffers)
-        return inner.perform("forward", 1, self.depth, operations.plain_forward, inner.layer(1), x)
+        return self.new(inner.on_layer("forward", 1, self.depth, operations.plain_forward, self.whole(x)))
 
     def store(self, layer: Any, x: PyTree, buffers: Any = None) -> tuple[PyTree, Residuals]:
         """Forward over one layer, and its residuals."""
         inner = self._within(layer, buffers)
         operation = functools.partial(operations.forward, rule=inner.rule(self.run, 1))
-        made: tuple[PyTree, Residuals] = inner.perform("forward", 1, self.depth, operation, inner.layer(1), x)
-        return made
+        y, held = inner.on_layer("forward", 1, self.depth, operation, self.whole(x))
+        return self.new(y), held
 
     def back(self, layer: Any, x: PyTree, held: Residuals, ct: PyTree, buffers: Any) -> tuple[PyTree, Any]:
         """Backward over one layer: the cotangent of its input, and the gradients of the stack of layers."""
         inner = self._within(layer, buffers)
         if held.keeps_input:
-            inner.claim(0, x)
+            inner.claim(0, self.whole(x))
         box = [ct]
         inner.store(self.run, [held], box, self.depth)
         return box.pop(), inner.grads.stacked(self.walker.view.places[self.many.start].part)
@@ -146,7 +162,9 @@ class _Steps:
 
     def save(self, stack: Words, x: PyTree, place: Any) -> Words:
         """The stack with `x` at a place; as it is, at a negative one."""
-        return lax.fori_loop(0, jnp.where(place < 0, 0, 1), lambda _, stack: _written(stack, x, place), stack)
+        times = jnp.where(place < 0, 0, 1)
+        found: Words = lax.fori_loop(0, times, lambda _, stack: _written(stack, x, place), stack)
+        return found
 
     def ahead(self, atom: Any, first: PyTree, stack: Words, buffers: Any = None) -> tuple[PyTree, Words]:
         """What an atom does forward: where that led, and the stack."""
@@ -183,11 +201,13 @@ class _Steps:
 
 
 def _is_plain(leaf: Any) -> bool:
-    return any(jnp.issubdtype(leaf.dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_))
+    """Whether a tape can hold such an array: whole bytes, which are strongly typed when they are read."""
+    known = any(jnp.issubdtype(leaf.dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_))
+    return known and trees.bits(leaf.dtype) >= 8 and not trees.is_weak(leaf)
 
 
 def _words(leaf: Any) -> int:
-    return -(-leaf.size * leaf.dtype.itemsize // 4)
+    return int(-(-leaf.size * leaf.dtype.itemsize // 4))
 
 
 def _words_of(tree: PyTree) -> int:

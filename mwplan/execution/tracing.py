@@ -14,8 +14,11 @@ from mwplan.common.errors import ArgumentError
 from mwplan.common.sizes import show_bytes, show_ns
 from mwplan.compilers.compiling import options_of, temporaries
 from mwplan.execution.execute import check_match
-from mwplan.execution.interpret import Gradients, Interpreter, View
+from mwplan.execution.gradients import Gradients
+from mwplan.execution.interpreter import Interpreter
+from mwplan.execution.view import View
 from mwplan.network import operations, sharding
+from mwplan.network.carried import Carried
 from mwplan.network.chain import Chain, boundaries, unstack
 from mwplan.plans.ledger import Event, replay
 from mwplan.plans.profiles import Profile
@@ -59,7 +62,13 @@ class TracedEvent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timeline:
-    """A step's events as measured, and its gradients."""
+    """A step's events as measured, and its gradients.
+
+    >>> store = tuple(mw.Run(kind=mw.RunKind.STORE, start=i, stop=i + 1, options=("vjp",)) for i in range(2))
+    >>> timeline = mw.trace(mw.Schedule(runs=store), mw.Chain([jnp.sin, jnp.cos]), jnp.ones(64), jnp.sum)
+    >>> [(event.sweep, event.layer) for event in timeline.events]
+    [('forward', 1), ('forward', 2), ('turn', 2), ('backward', 2), ('backward', 1)]
+    """
 
     events: tuple[TracedEvent, ...]
     gradients: Any
@@ -106,6 +115,11 @@ def trace(
     **Returns:** a `Timeline`. Its live bytes come from the arrays that exist on the device, on any backend.
     **Raises:** `ScheduleMismatchError`; `ArgumentError` where called under `jax.jit`.
     **Cost:** each distinct operation is compiled once, and run twice (the second run is timed).
+
+    >>> store = tuple(mw.Run(kind=mw.RunKind.STORE, start=i, stop=i + 1, options=("vjp",)) for i in range(2))
+    >>> timeline = mw.trace(mw.Schedule(runs=store), mw.Chain([jnp.sin, jnp.cos]), jnp.ones(64), jnp.sum)
+    >>> len(timeline.events), all(event.live_bytes >= 64 * 4 for event in timeline.events)
+    (5, True)
     """
     check_match(schedule, chain)
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((chain, x, args))):
@@ -118,14 +132,18 @@ def trace(
     chain = unstack(chain)  # every operation is dispatched alone
     watch = _Watch(chain)
     view = View(chain, chain.places())
-    interpreter = Interpreter(view, boundaries(chain, x), watch.gradients, watch.perform, lambda tree: tree)
+    structs = boundaries(chain, x)
+    carried = Carried.along(chain, structs, wrt_input=False)
+    interpreter = Interpreter(
+        view, structs, watch.gradients, watch.perform, lambda tree: tree, carried=carried
+    )
     interpreter.claim(0, x)
     interpreter.claim(0)
     kept = interpreter.forward(schedule.runs, 0)
     y = interpreter.x[len(chain)]
     # `y` may carry integers and random keys along
     cotangent = jax.jit(jax.grad(lambda y: loss(y, *args), allow_int=True), compiler_options=watch.options)
-    box = [jax.block_until_ready(cotangent(y))]
+    box = [carried.dropped(jax.block_until_ready(cotangent(y)), len(chain))]
     watch.note("turn", len(chain), 0, 0, 0)
     del y
     interpreter.release(len(chain))
@@ -180,7 +198,7 @@ class _Watch:
                 treedef, [inputs[same[i]] if i in same else leaf for i, leaf in enumerate(leaves)]
             )
             del leaves
-        where = operations.GRADIENTS.get(getattr(operation, "func", operation))
+        where = operations.gradients_of(operation)
         self.note(sweep, layer, depth, temporaries(run), taken, () if where is None else result[where])
         return result
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -24,14 +24,18 @@ from mwplan.execution.execute import (
     cotangent,
     warn_if_grown,
 )
-from mwplan.execution.interpret import Gradients, Interpreter, View
+from mwplan.execution.gradients import Finder, Gradients
+from mwplan.execution.interpreter import Interpreter
+from mwplan.execution.view import View
 from mwplan.network import residuals, sharding
+from mwplan.network.carried import Carried
 from mwplan.network.chain import Chain, Stack, boundaries, check_chain
 from mwplan.plans.schedule import Schedule, reporting_runs
 
 PyTree = Any
 
 
+@runtime_checkable
 class Optimizer(Protocol):
     """What is asked of an optimizer: the two functions of an `optax.GradientTransformation`."""
 
@@ -52,6 +56,11 @@ def init_states(optimizer: Optimizer, chain: Chain) -> tuple[PyTree, ...]:
     None stands for leaves that are not parameters; a stack's is a tuple with one entry for each layer of its
     block, whose leaves have the stack's leading axis.
     **Raises:** `ChainError`; `ArgumentError` for what is no optimizer.
+
+    >>> import optax
+    >>> net = mw.Chain([mw.layers.Dense.init(jax.random.key(0), 8, 8), jnp.tanh])
+    >>> len(mw.init_states(optax.adam(1e-3), net))
+    2
     """
     check_chain(chain)
     _check_optimizer(optimizer)
@@ -69,7 +78,8 @@ def init_states(optimizer: Optimizer, chain: Chain) -> tuple[PyTree, ...]:
         first += len(part) if isinstance(part, Stack) else 1
     # Arrays of their own, so that all may be donated: a state may hold one array twice, or a parameter
     # itself.
-    return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), tuple(states))
+    copies: tuple[PyTree, ...] = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), tuple(states))
+    return copies
 
 
 def _apart(state: PyTree, places: jax.Array) -> PyTree:
@@ -96,13 +106,6 @@ def value_and_update(
     and so can be planned for.) With the chain and the states donated, a step needs parameters, states and
     input, temporaries, and the largest layer's gradient; `Profile.consuming_gradients` tells the planner so.
 
-    ```python
-    states = mw.init_states(optimizer, chain)
-    schedule = mw.plan(profile.consuming_gradients(states_bytes), budget)
-    step = mw.jit(mw.value_and_update(loss, schedule, optimizer), donate_argnums=(0, 1))
-    (value, report), chain, states = step(chain, states, x, *args)
-    ```
-
     **Arguments:** `loss(y, *args)`, `schedule`, `has_aux`, as `value_and_grad`; `optimizer`, an
     `optax.GradientTransformation` that treats layers by themselves: elementwise ones (`sgd`, `adam`, `adamw`,
     schedules and masks), or ones with a norm for each parameter. Each repetition of a stack counts as a
@@ -114,6 +117,16 @@ def value_and_update(
     a mesh let `jax.jit` place the computation (`jax.NamedSharding`), or use `check_vma=False` and average in
     the optimizer: `optax.chain(optax.stateless(lambda g, p: jax.lax.pmean(g, "data")), optax.adam(1e-3))`.
     **Cost:** as the schedule, and the optimizer's update.
+
+    >>> import optax
+    >>> net, x = mw.Chain([mw.layers.Dense.init(jax.random.key(0), 8, 8), jnp.tanh]), jnp.ones((4, 8))
+    >>> optimizer = optax.sgd(0.01)
+    >>> schedule = mw.plan(mw.estimate(net, x, device="h100"), budget="1MiB")
+    >>> update = mw.value_and_update(lambda y: jnp.sum(y**2), schedule, optimizer)
+    >>> step = mw.jit(update, donate_argnums=(0, 1))
+    >>> (value, report), net, states = step(net, mw.init_states(optimizer, net), x)
+    >>> bool(jnp.sum(net(x) ** 2) < value)
+    True
     """
     check_loss(loss)
     _check_optimizer(optimizer)
@@ -140,7 +153,9 @@ def value_and_update(
             )
         updates = Updates(chain, states, optimizer)
         view = View(chain, chain.places())
-        interpreter = Interpreter(view, boundaries(chain, x), updates, check=True)
+        structs = boundaries(chain, x)
+        carried = Carried.along(chain, structs, wrt_input=False)
+        interpreter = Interpreter(view, structs, updates, check=True, carried=carried)
         interpreter.claim(0, x)
         interpreter.claim(0)
         kept = interpreter.forward(schedule.runs, 0)
@@ -152,7 +167,7 @@ def value_and_update(
             return checked_scalar(value, has_aux), value
 
         (_, value), grads = jax.value_and_grad(total, has_aux=True)(trees.parameters(y))
-        box = [cotangent(y, grads)]
+        box = [carried.dropped(cotangent(y, grads), len(chain))]
         interpreter.backward(schedule.runs, kept, box, 0)
         residuals.forget()
         found = interpreter.reported([(run.start, run.stop) for run in runs])
@@ -195,23 +210,23 @@ class Updates(Gradients):
             self.parts[part] = [
                 (trees.parameters(one), state) for one, state in zip(block, self.states[part])
             ]
-        return self.parts[part]
+        found: list[Any] = self.parts[part]
+        return found
 
-    def layer(self, view: View, position: int) -> PyTree:
-        """The layer as it is now."""
-        one, place = view.layer(position), view.places[position - 1]
-        if not isinstance(self.chain.parts[place.part], Stack):
-            return one
+    def source(self, view: View, position: int) -> tuple[PyTree, Any]:
+        """What the layer is read from, as it is now."""
+        source, row = view.source(position)
+        if row is None:
+            return source, row
+        place = view.place(position)
         params, _ = self.stacked(place.part)[place.phase]
-        return trees.with_parameters(one, loops.row(params, view.at + place.repetition))
+        return trees.with_parameters(source, params), row
 
-    def found(
-        self, walker: Interpreter, position: int, depth: int, grads: list[Any], later: PyTree
-    ) -> PyTree:
+    def found(self, finder: Finder, position: int, depth: int, grads: list[Any], later: PyTree) -> PyTree:
         """Updates the layer; `later`, which everything that follows needs, is returned such that it waits for
         that."""
-        view = walker.view
-        place = view.places[position - 1]
+        view = finder.view
+        place = view.place(position)
         if not grads:
             return later  # nothing to update; a step count that nobody reads stays
         row = view.at + place.repetition
@@ -220,12 +235,12 @@ class Updates(Gradients):
         if in_stack:
             state = loops.row(self.stacked(place.part)[place.phase][1], row)
         operation = functools.partial(update, optimizer=self.optimizer)
-        new = walker.perform("update", position, depth, operation, self.layer(view, position), grads, state)
+        new = finder.perform("update", position, depth, operation, finder.layer(position), grads, state)
         if in_stack:
             block = list(self.stacked(place.part))
             block[place.phase] = loops.put(block[place.phase], new, row)
             new = block
-        later, self.parts[place.part] = walker.gate((later, new))
+        later, self.parts[place.part] = finder.gate((later, new))
         return later
 
     def result(self) -> tuple[Chain, tuple[PyTree, ...]]:
@@ -250,8 +265,7 @@ def update(
     layer: PyTree, grads: list[Any], state: PyTree, *, optimizer: Optimizer
 ) -> tuple[list[Any], PyTree]:
     """`(new parameters, new state)` of one layer."""
-    values = iter(grads)
-    tree = jax.tree.map(lambda leaf: next(values) if trees.is_inexact(leaf) else None, layer)
+    tree = trees.only_parameters(layer, grads)
     params = _parameters_only(layer)
     steps, new = optimizer.update(tree, state, params)
     moved = [
@@ -263,7 +277,7 @@ def update(
 
 
 def _parameters_only(tree: PyTree) -> PyTree:
-    return jax.tree.map(lambda leaf: leaf if trees.is_inexact(leaf) else None, tree)
+    return trees.only_parameters(tree, trees.parameters(tree))
 
 
 def _check_optimizer(optimizer: Any) -> None:
@@ -293,7 +307,7 @@ def _check_separate(optimizer: Optimizer, chain: Chain) -> None:
         one = trees.struct(_parameters_only(part.block if isinstance(part, Stack) else part))
         if isinstance(part, Stack):
             # Two repetitions stand for all.
-            one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), one)
+            one = jax.tree.map(lambda leaf: trees.struct_of(leaf, leaf.shape[1:]), one)
             params += [phase for _ in range(min(2, part.depth)) for phase in one]
         else:
             params.append(one)

@@ -37,4 +37,5 @@ def unpack(packed: UInt8[Array, " bytes"], count: int, shape: tuple[int, ...]) -
     each = 8 // bits
     shifts = jnp.arange(each, dtype=jnp.uint8) * jnp.uint8(bits)
     flat = (packed[:, None] >> shifts) & jnp.uint8((1 << bits) - 1)
-    return flat.ravel()[: math.prod(shape)].reshape(shape).astype(jnp.int32)
+    values: Array = flat.ravel()[: math.prod(shape)].reshape(shape).astype(jnp.int32)
+    return values

@@ -1,7 +1,7 @@
 r"""Circular convolutions of stride 1, without a padded copy of their input.
 
-$y_j = \sum_t x_{(j + dt - lo) \bmod n} W_t$, for each spatial axis. On CPUs this is the zero-padded
-convolution and, for what it misses at each end of each axis, a small product of patches that is added there.
+$y_j = \sum_t x_{(j + dt - lo) \bmod n} W_t$, for each spatial axis. On CPUs this is computed as the
+zero-padded convolution, plus a small product of patches at each end of each axis for the wrapped terms.
 Its transposes are of the same kind:
 
 - with respect to `x`, the circular convolution of the cotangent with the taps flipped, inputs and outputs
@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Inexact
 
-from mwplan.common import trees
+from mwplan.common import platforms, trees
 from mwplan.layers.bilinear import bilinear
 
 # Of the parts of a gradient of taps: the least bytes of input, and the most parts. Of few channels XLA:CPU
@@ -64,7 +64,7 @@ class Circular:
         self, x: Inexact[Array, "examples *size inner"], taps: Inexact[Array, "*kernel inner outer"]
     ) -> Inexact[Array, "examples *size outer"]:
         """The convolution."""
-        if jax.default_backend() != "cpu":
+        if platforms.platform() != "cpu":
             padded = jnp.pad(x, [(0, 0), *self.pads, (0, 0)], mode="wrap")
             return convolve(padded, taps, ((0, 0),) * len(self.pads), (1,) * len(self.pads), self.dilation)
         y = self._inside(x, taps)
@@ -89,8 +89,9 @@ class Circular:
         """The cotangent of the taps."""
         kernel = [(lo + hi) // d + 1 for (lo, hi), d in zip(self.pads, self.dilation)]
         taps = jax.ShapeDtypeStruct((*kernel, x.shape[-1], ct.shape[-1]), x.dtype)
-        if jax.default_backend() != "cpu":
-            return trees.transpose(partial(self, x), taps, ct)
+        if platforms.platform() != "cpu":
+            transposed: Array = trees.transpose(partial(self, x), taps, ct)
+            return transposed
         found = jnp.zeros((), x.dtype)
         count = _parts(x, ct.shape[-1])
         for i in range(count):
@@ -117,10 +118,11 @@ class Circular:
 
 @dataclass(frozen=True)
 class _Edge:
-    """What the first (or the `last`) `count` outputs along `axis` see of the input's other end.
+    """The part of the first (or the `last`) `count` outputs along `axis` that comes from the input's other
+    end.
 
-    Along earlier axes with zeros around, along later axes with the input's other ends, so that each corner is
-    seen once.
+    Along earlier axes the input is padded by zeros, along later ones it is wrapped, so that each corner
+    counts once.
     """
 
     pads: tuple[tuple[int, int], ...]
@@ -130,7 +132,7 @@ class _Edge:
     last: bool
 
     def outputs(self, shape: Sequence[int]) -> tuple[slice, ...]:
-        """Where it is added, in an output of `shape`."""
+        """The outputs that it is added to, for an output of `shape`."""
         at = [slice(0, n) for n in shape]
         n = shape[self.axis + 1]
         at[self.axis + 1] = slice(n - self.count, n) if self.last else slice(0, self.count)

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from mwplan.common import trees
+from mwplan.common import platforms, trees
 from mwplan.common.errors import ArgumentError
 from mwplan.layers import block, pointwise, spectral
 from mwplan.layers.bilinear import bilinear
@@ -29,7 +29,7 @@ from mwplan.network.rules import InvertRule, Unavailable, VijpRule
 
 
 class _Conv:
-    """What both share; `dims` spatial axes."""
+    """Base of `Conv1D` and `Conv2D`; `dims` spatial axes."""
 
     weight: Array
     bias: Array | None
@@ -74,7 +74,7 @@ class _Conv:
         kernel = self.weight.shape[0]
         # XLA:CPU (jaxlib 0.10.2) is up to ten times slower without any padding: a row of zeros is added, and
         # its output cut off.
-        slow = not any(map(any, pads)) and kernel > 1 and self.dims == 2 and jax.default_backend() == "cpu"
+        slow = not any(map(any, pads)) and kernel > 1 and self.dims == 2 and platforms.platform() == "cpu"
         pads = ((0, 1), *pads[1:]) if slow else pads
         y = convolve(x, cast(self.weight, x.dtype), pads, self.stride, self.dilation, self.groups)
         return y[:, : (x.shape[1] - self.dilation[0] * (kernel - 1) - 1) // self.stride[0] + 1] if slow else y
@@ -154,8 +154,11 @@ def _delta(
     return jnp.pad(matrix.reshape(*width, inner, outer), [*pads, (0, 0), (0, 0)])
 
 
+Convolution = TypeVar("Convolution", bound="_Conv")
+
+
 def _make(
-    cls: type[Any],
+    cls: Callable[..., Convolution],
     key: Array,
     inner: int,
     outer: int,
@@ -167,7 +170,7 @@ def _make(
     groups: int,
     bias: bool,
     dtype: Any,
-) -> Any:
+) -> Convolution:
     if inner % groups or outer % groups:
         raise ArgumentError(f"`groups={groups}` must divide both {inner} inputs and {outer} outputs")
     if he is None:

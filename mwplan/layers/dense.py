@@ -242,7 +242,8 @@ class DenseCokernel(LinearRule):
         assert layer.basis is not None
         count = percent_of(self.percent, layer.weight.shape[1])
         basis = jax.lax.stop_gradient(widen(layer.basis[:, :count]))
-        return basis / jnp.linalg.norm(basis, axis=0)
+        unit: Array = basis / jnp.linalg.norm(basis, axis=0)
+        return unit
 
     def stacked(self, layer: Dense) -> tuple[Array, Array]:
         r"""$[W;\ \alpha Q_2^\top]$ and $\alpha$."""

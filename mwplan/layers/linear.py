@@ -1,4 +1,4 @@
-r"""What the rules of linear layers share: the transposed map, left inverses, and refinement.
+r"""Parts of the rules of linear layers: the transposed map, left inverses, and refinement.
 
 A linear layer $y = xJ + b$ keeps nothing for its input vjp, $\bar x = \bar y J^\top$; its vijp applies a left
 inverse of $J^\top$'s transpose. Everything here computes in float32 or wider, whatever the activations'
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from mwplan.common import trees
 from mwplan.network.rules import VijpRule, WholeFragment, full_precision
 
 
+@runtime_checkable
 class LinearLayer(Protocol):
     """A layer with `linear`, the layer without its bias, in the dtype of its argument."""
 
@@ -33,7 +34,7 @@ class LinearLayer(Protocol):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class InputShape:
-    """Input residuals of a linear layer: no arrays, only what its input looked like."""
+    """Input residuals of a linear layer: no arrays, only the shapes and dtypes of its input."""
 
     shape: tuple[int, ...] = field(metadata={"static": True})
     dtype: str = field(metadata={"static": True})
@@ -74,7 +75,8 @@ def transpose(layer: LinearLayer, x: Any, ct_out: Any) -> Any:
 
 
 def cast(a: Array, dtype: Any) -> Array:
-    """`a` in `dtype`: the same object where it is already, so that residuals know a parameter by identity."""
+    """`a` in `dtype`. The same object where it has that dtype, so that residuals recognise parameters by
+    identity."""
     return a if a.dtype == dtype else a.astype(dtype)
 
 
@@ -111,7 +113,8 @@ def left_inverse(a: Inexact[Array, "*batch rows cols"]) -> Inexact[Array, "*batc
     """
     rows, cols = a.shape[-2:]
     if rows == cols:
-        return jnp.linalg.inv(a)
+        inverse: Array = jnp.linalg.inv(a)
+        return inverse
     q, r = jnp.linalg.qr(a)
     qh = jnp.conj(jnp.swapaxes(q, -1, -2))
     return jax.lax.linalg.triangular_solve(r, qh, left_side=True, lower=False)
@@ -152,8 +155,8 @@ def rank_problem(a: Any, what: str) -> str | None:
 
 @dataclass(frozen=True)
 class WholeOf(WholeFragment):
-    """The whole cotangent as the fragment, with the residuals of another rule of the layer: leaner than what
-    `jax.vjp` keeps."""
+    """The whole cotangent as the fragment, with the residuals of another rule, which keeps less than
+    `jax.vjp` does."""
 
     base: VijpRule = field(kw_only=True)
 

@@ -1,4 +1,4 @@
-"""LayerNorm and RMSNorm: what they erase of a cotangent is one or two numbers a row."""
+"""LayerNorm and RMSNorm. They erase one or two numbers a row of a cotangent."""
 
 from __future__ import annotations
 
@@ -27,11 +27,10 @@ class _Norm:
     centred: bool = False
 
     def known(self, number: float, like: Array) -> Array:
-        """`number` in the dtype of `like`, as something that depends on the scale (and is not a number where
-        that is none).
+        """`number` in the dtype of `like`, computed from the scale; NaN where the scale is NaN.
 
-        XLA:CPU writes a constant that several operations of a step share out for each row, once, and keeps it
-        from the first to the last.
+        It must not be a constant: XLA:CPU writes out a constant that several operations of a step share, one
+        number a row, and keeps it from the first of them to the last.
         """
         first = lax.stop_gradient(self.scale).reshape(-1)[0]
         return jnp.where(first == first, number, jnp.nan).astype(like.dtype)
@@ -49,8 +48,7 @@ class _Norm:
         return self.divided(x, size), size
 
     def divided(self, x: Array, size: Array) -> Array:
-        """`x / size`, as XLA computes it anyway: its own constant 1 over `size` would be one that operations
-        share."""
+        """`x / size`, with a 1 that is no constant: see `known`."""
         return x * (self.known(1, size) / size)
 
     def pull(self, x: Array, ct_out: Array) -> tuple[Array, Array]:
@@ -74,8 +72,8 @@ class _Norm:
 
 @jax.custom_jvp
 def _centred(norm: LayerNorm, x: Array) -> Array:
-    """The normalised rows, with their derivative written down: it is its own transpose, where JAX takes three
-    times as long to go back."""
+    """The normalised rows, with a derivative of their own: it is its own transpose. The one that JAX derives
+    takes three times as long."""
     return norm.normalised(x)[0]
 
 
@@ -106,7 +104,8 @@ class LayerNorm(_Norm):
     @lean
     def __call__(self, x: Float[Array, "*batch channels"]) -> Float[Array, "*batch channels"]:
         """Applies the layer."""
-        return (_centred(self, x) * widen(self.scale) + widen(self.offset)).astype(x.dtype)
+        y: Array = (_centred(self, x) * widen(self.scale) + widen(self.offset)).astype(x.dtype)
+        return y
 
 
 @layer
@@ -125,7 +124,8 @@ class RMSNorm(_Norm):
     @lean
     def __call__(self, x: Float[Array, "*batch channels"]) -> Float[Array, "*batch channels"]:
         """Applies the layer."""
-        return (self.normalised(x)[0] * widen(self.scale)).astype(x.dtype)
+        y: Array = (self.normalised(x)[0] * widen(self.scale)).astype(x.dtype)
+        return y
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,8 @@ class Moments(VijpRule):
 
     def reverse(self, layer: Any, residuals: Any, ct_out: Any) -> tuple[Any, Any]:
         """`ct_in` and the moments, `*batch 2` or `*batch 1`."""
-        return layer.pull(residuals, ct_out)
+        ct_in, moments = layer.pull(residuals, ct_out)
+        return ct_in, moments
 
     def rebuild(self, layer: Any, x: Any, ct_in: Any, fragment: Any) -> Any:
         """`ct_out`."""

@@ -98,7 +98,8 @@ class ParaunitaryConv(CircularOrthogonal):
             before[axis], after[axis] = (1, 0), (0, 1)
             shifted = [jnp.pad(kernel[..., :half], after), jnp.pad(kernel[..., half:], before)]
             kernel = jnp.einsum("...ab,bc->...ac", jnp.concatenate(shifted, -1), matrix, precision="highest")
-        return kernel[..., : self.outer]
+        taps: Array = kernel[..., : self.outer]
+        return taps
 
     def linear(self, x: Array) -> Array:
         """The layer without its bias."""

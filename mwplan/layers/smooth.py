@@ -1,5 +1,5 @@
-"""Smooth activations: monotone ones with a derivative away from zero have a vijp; all have lean ways to be
-stored."""
+"""Smooth activations. Monotone ones whose derivative is bounded away from zero have a vijp; all have store
+rules that keep one array."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ from mwplan.network.rules import InvertRule, OutputStore, StoreRule, Unavailable
 
 
 def _gelu(x: Array) -> Array:
-    """By `erf`: right to 1e-6 up to 12 in float32, in less time than by `erfc`, which is for the relative
-    error of what is nearly 0."""
+    """By `erf`: correct to 1e-6 for inputs up to 12 in float32, and faster than by `erfc`, which has a
+    smaller relative error near 0."""
     wide = widen(x)
-    return (0.5 * wide * (1 + lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
+    y: Array = (0.5 * wide * (1 + lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
+    return y
 
 
 _softplus = jax.custom_jvp(jax.nn.softplus)
@@ -68,7 +69,8 @@ class Smooth:
     def derivative(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         """The derivative at `x`, in float32 or wider."""
         x = widen(x)
-        return jax.jvp(self.__call__, (x,), (jnp.ones_like(x),))[1]
+        slope: Array = jax.jvp(self.__call__, (x,), (jnp.ones_like(x),))[1]
+        return slope
 
     @property
     def bounds(self) -> tuple[float, float]:
@@ -89,7 +91,7 @@ class Smooth:
 
     def store_rules(self, x: Any) -> Sequence[StoreRule]:
         """Of tanh and sigmoid the input alone; or the output alone, where the derivative is a function of it.
-        The others are lean."""
+        The others keep one array."""
         if self.kind not in ("tanh", "sigmoid"):
             return []
         return [SmoothInput()] if self.slope else [SmoothOutput(), SmoothInput()]

@@ -232,7 +232,8 @@ def _vectors(basis: Basis) -> Complex[Array, "*frequencies groups outer kept"]:
     """The normalised directions."""
     v = jax.lax.stop_gradient(trees.widen(basis.vectors))
     v = jax.lax.complex(v[0], v[1])
-    return v / jnp.linalg.norm(v, axis=-2, keepdims=True)
+    unit: Array = v / jnp.linalg.norm(v, axis=-2, keepdims=True)
+    return unit
 
 
 def _count(percent: int, basis: Basis, outer: int) -> int:

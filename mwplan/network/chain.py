@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 import re
+import traceback
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +17,8 @@ import jax.numpy as jnp
 from mwplan.common import trees
 from mwplan.common.errors import ChainError
 from mwplan.network.layer import layer, static
+from mwplan.network.purity import traced
+from mwplan.network.wrapping import Wrapper
 
 PyTree = Any
 
@@ -31,10 +35,11 @@ class Function:
 
 
 @layer
-class Partitioned:
+class Partitioned(Wrapper):
     """A callable pytree with leaves that are not arrays (functions, Python scalars), made fit for `jax.jit`.
 
-    The arrays are the leaves; the rest is structure, and must be hashable.
+    The arrays are the leaves; the rest is structure, and must be hashable. It has the rules and the
+    attributes of what was taken apart.
     """
 
     arrays: list[Any]
@@ -46,14 +51,6 @@ class Partitioned:
         arrays = iter(self.arrays)
         leaves = [next(arrays) if leaf is _ARRAY else leaf for leaf in self.rest]
         return jax.tree.unflatten(self.treedef, leaves)
-
-    def __call__(self, x: PyTree) -> PyTree:
-        """Applies the layer."""
-        return self.whole()(x)
-
-    def store_rules(self, x: PyTree) -> Sequence[Any]:
-        """None beside the generic ones: rules would see this wrapper."""
-        return ()
 
 
 class _Array:
@@ -113,6 +110,12 @@ class Stack:
 
     **Attributes:** `block`, a tuple of layers whose leaves all have a leading axis of length `depth`;
     `depth`.
+
+    >>> layers = [mw.layers.Dense.init(jax.random.key(i), 8, 8) for i in range(3)]
+    >>> net = mw.stack(mw.Chain(layers), jnp.ones(8))
+    >>> (stack,) = net.parts
+    >>> stack.depth, stack.block[0].weight.shape, len(net)
+    (3, (3, 8, 8), 3)
     """
 
     block: tuple[Any, ...]
@@ -188,6 +191,10 @@ class Chain:
     by one.
 
     **Raises:** `ChainError` for an empty chain or a layer that is not callable.
+
+    >>> net = mw.Chain([mw.layers.Dense.init(jax.random.key(0), 8, 4), jnp.tanh])
+    >>> len(net), net(jnp.ones((2, 8))).shape
+    (2, (2, 4))
     """
 
     parts: tuple[Any, ...]
@@ -273,6 +280,11 @@ def stack(chain: Chain, x: PyTree, *, longest_block: int = 8) -> Chain:
 
     Blocks repeat where structure, parameter shapes and activation shapes do. `x`: arrays or shapes. The
     result's gradients have its structure; schedules fit both. Cost: a copy of the parameters.
+
+    >>> layers = [f for i in range(3) for f in (mw.layers.Dense.init(jax.random.key(i), 8, 8), jnp.tanh)]
+    >>> net = mw.stack(mw.Chain(layers), jnp.ones(8))
+    >>> len(net.parts), len(net)
+    (1, 6)
     """
     structs = boundaries(check_chain(chain), x)
     layers = chain.layers
@@ -295,12 +307,17 @@ def stack(chain: Chain, x: PyTree, *, longest_block: int = 8) -> Chain:
 def _stacked(*leaves: Any) -> Any:
     """Arrays, or shapes, with a new leading axis."""
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
-        return jax.ShapeDtypeStruct((len(leaves), *leaves[0].shape), leaves[0].dtype)
-    return jnp.stack(leaves)
+        return trees.struct_of(leaves[0], (len(leaves), *leaves[0].shape))
+    return trees.typed_like(jnp.stack(leaves), leaves[0])
 
 
 def unstack(chain: Chain) -> Chain:
-    """The same chain with every layer by itself."""
+    """The same chain with every layer by itself.
+
+    >>> net = mw.stack(mw.Chain([jnp.tanh] * 3), jnp.ones(8))
+    >>> len(mw.unstack(net).parts)
+    3
+    """
     return Chain(chain.layers)
 
 
@@ -328,8 +345,8 @@ def layer_name(one: Any) -> str:
     """What a layer is called in tables: its class, or its function's name."""
     if isinstance(one, Function):
         return getattr(one.function, "__name__", type(one.function).__name__)
-    if isinstance(one, Partitioned):
-        return type(one.whole()).__name__
+    if isinstance(one, Wrapper):
+        return layer_name(one.whole())
     return type(one).__name__
 
 
@@ -346,16 +363,18 @@ def check_chain(chain: Any) -> Chain:
 def boundaries(chain: Chain, x: PyTree) -> list[PyTree]:
     """The shapes and dtypes of `x_0 .. x_L`, without computing anything.
 
-    Raises `ChainError` naming the layer that does not accept what it gets.
+    Raises `ChainError` naming the layer that does not accept what it gets, or is not the same each time it is
+    traced. **Cost:** two traces of each distinct layer.
     """
     out = [trees.struct(x)]
+    known: dict[Hashable, PyTree] = {}
     for part in chain.parts:
         block = one_block(part) if isinstance(part, Stack) else [part]
         inside = [out[-1]]
         for one in block:
-            inside.append(_output(one, inside[-1], len(out) + len(inside) - 1))
+            inside.append(_output(one, inside[-1], len(out) + len(inside) - 1, known))
         if isinstance(part, Stack):
-            if inside[-1] != inside[0]:
+            if not _alike(inside[-1], inside[0]):
                 raise ChainError(
                     f"the block of the stack at layer {len(out)} takes {_shapes(inside[0])} and returns "
                     f"{_shapes(inside[-1])}: "
@@ -367,38 +386,74 @@ def boundaries(chain: Chain, x: PyTree) -> list[PyTree]:
     return out
 
 
+def _alike(a: PyTree, b: PyTree) -> bool:
+    """Whether two pytrees have the same shapes and dtypes, weak or not."""
+    weak = [jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), tree) for tree in (a, b)]
+    return bool(weak[0] == weak[1])
+
+
 def one_block(part: Stack) -> tuple[Any, ...]:
     """The shapes of one of a stack's blocks."""
     return jax.eval_shape(lambda block: jax.tree.map(lambda leaf: leaf[0], block), part.block)
 
 
-def _output(one: Any, x: PyTree, position: int) -> PyTree:
+_BATCH = ". The input is of the whole batch: what takes one example needs `jax.vmap`, `eqx.filter_vmap`"
+
+
+def _output(one: Any, x: PyTree, position: int, known: dict[Hashable, PyTree]) -> PyTree:
+    """The shapes that a layer returns, looked up in `known` where a layer like it is there."""
+    leaves, treedef = jax.tree.flatten((one, x))
+    key: Hashable = (treedef, tuple(trees.struct_of(a) if trees.is_array(a) else a for a in leaves))
     try:
-        # Shapes and dtypes alone: within `jax.shard_map` JAX's structs also say where arrays are.
-        y = trees.struct(jax.eval_shape(lambda one, x: one(x), one, x))
+        if key in known:
+            return known[key]
+    except TypeError:  # something in the layer cannot be hashed
+        key = object()
+    where = f"layer {position} ({layer_name(one)})"
+    try:
+        y, differs = traced(one, x)
     except Exception as error:
+        hint = "" if _raised_itself(error) else _BATCH
         raise ChainError(
-            f"layer {position} ({layer_name(one)}) does not accept its input {_shapes(x)} (of the whole "
-            "batch: what takes one example needs "
-            f"`jax.vmap`, `eqx.filter_vmap`): {error}"
+            f"{where} does not accept its input {_shapes(x)}: {type(error).__name__}: {error}{hint}"
         ) from error
-    if not jax.tree.leaves(y):
+    if differs:
         raise ChainError(
-            f"layer {position} ({layer_name(one)}) returned no array, but {y!r}: is its `return` missing?"
+            f"{where} is not the same each time it is traced: {differs}. A step calls a layer several times, "
+            "forward and backward, and must get the same function: draw masks with `jax.random` from a key "
+            "that is a leaf of the layer or of its input, and keep counters there"
         )
+    # Shapes and dtypes alone: within `jax.shard_map` JAX's structs also say where arrays are.
+    y = trees.struct(y)
+    if not jax.tree.leaves(y):
+        raise ChainError(f"{where} returned no array, but {y!r}: is its `return` missing?")
+    known[key] = y
     return y
 
 
+def _raised_itself(error: Exception) -> bool:
+    """Whether an error was raised by a statement of the layer's own, and not by what that called."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    library = f"{os.sep}jax{os.sep}" in last.filename or f"{os.sep}numpy{os.sep}" in last.filename
+    return not library and (last.line or "").startswith(("raise", "assert"))
+
+
 def _shapes(struct: PyTree) -> PyTree:
-    return jax.tree.map(lambda a: f"{a.dtype}{list(a.shape)}", struct)
+    return jax.tree.map(lambda a: f"{a.dtype}{list(a.shape)}{' weak' * trees.is_weak(a)}", struct)
+
+
+_WEAK = " weak"
 
 
 def layer_signature(one: Any) -> str:
-    """A text that two layers share exactly if they have the same structure and the same shapes of
+    """A text that two layers share exactly if they have the same structure and the same shapes and types of
     parameters."""
     leaves, treedef = jax.tree.flatten(one)
     shapes = [
-        f"{_dtype(leaf)}{list(leaf.shape)}" if hasattr(leaf, "shape") else repr(leaf) for leaf in leaves
+        f"{_dtype(leaf)}{list(leaf.shape)}{_WEAK * trees.is_weak(leaf)}"
+        if hasattr(leaf, "shape")
+        else repr(leaf)
+        for leaf in leaves
     ]
     text = f"{type(one).__module__}.{type(one).__qualname__} {treedef} {shapes}"
     return re.sub(r" at 0x[0-9a-f]+", "", text)  # an address differs from one process to the next
@@ -422,5 +477,6 @@ def signatures(chain: Chain) -> list[str]:
 
 def fingerprint(chain: Chain) -> str:
     """Identifies a chain's structure and parameter shapes (not their values, nor the input's shape); stacked
-    or not is the same."""
-    return hashlib.sha256("\n".join(signatures(chain)).encode()).hexdigest()[:16]
+    or not is the same, and so is weakly typed or not: an optimizer's update makes weak parameters strong."""
+    text = "\n".join(signatures(chain)).replace(f"{_WEAK}'", "'")
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

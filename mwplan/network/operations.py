@@ -102,9 +102,18 @@ def reverse(
     return rule.reverse(layer, res.restore(held, layer, x, y), ct_out)
 
 
+def _is_plain(tree: PyTree) -> bool:
+    """Whether all leaves of `tree` are floating-point or complex arrays."""
+    return all(map(trees.is_inexact, jax.tree.leaves(tree)))
+
+
 def vijp(layer: PyTree, x: PyTree, ct_in: PyTree, fragment: PyTree, *, rule: rules.VijpRule) -> PyTree:
-    """M sweep, first half: `ct_out`."""
-    return rule.rebuild(layer, x, ct_in, fragment)
+    """M sweep, first half: `ct_out`; for integers, masks and random keys among the output float0 zeros,
+    whatever the rule gives."""
+    ct_out = rule.rebuild(layer, x, ct_in, fragment)
+    if _is_plain((x, ct_out)):
+        return ct_out
+    return trees.as_cotangent(ct_out, jax.eval_shape(plain_forward, layer, x))
 
 
 def advance(layer: PyTree, x: PyTree, ct_out: PyTree, *, last: bool) -> tuple[PyTree, list[Any]]:
@@ -127,7 +136,8 @@ def invert_backward(
     """`(x, parameter gradients, ct_in)`, with `x` rebuilt from `y` unless it is given."""
     if x is not None:
         return x, *rules.layer_vjp(layer, x, ct_out)
-    return rule.backward(layer, y, res.restore(held, layer, None, None), ct_out)
+    x, grads, ct_in = rule.backward(layer, y, res.restore(held, layer, None, None), ct_out)
+    return x, grads, trees.as_cotangent(ct_in, x)
 
 
 #: Which of an operation's results are parameter gradients: outputs of the step, not temporaries.
@@ -137,3 +147,8 @@ GRADIENTS: dict[Callable[..., Any], int] = {
     advance: 1,
     invert_backward: 1,
 }
+
+
+def gradients_of(operation: Callable[..., Any]) -> int | None:
+    """Which of the results of `operation`, or of a partial of one, are parameter gradients; None: none."""
+    return GRADIENTS.get(getattr(operation, "func", operation))

@@ -90,7 +90,7 @@ def _match(got: PyTree, want: PyTree, name: str) -> PyTree:
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
         if jnp.shape(a) != b.shape:
             raise ArgumentError(f"`{name}` has a leaf of shape {jnp.shape(a)} where {b.shape} is wanted")
-    return trees.widen(jax.tree.map(jnp.asarray, got))
+    return trees.widen(jax.tree.map(lambda a: a if trees.is_array(a) else jnp.asarray(a), got))
 
 
 def vijp(
@@ -111,6 +111,13 @@ def vijp(
     **Raises:** `NotSubmersiveError` where the layer has no such rule or its weights do not allow it;
     `ArgumentError` for an unknown option and, from `vijp_fn`, for wrong shapes.
     **Source:** Krylov et al., arXiv:2402.14212.
+
+    >>> layer, x = mw.layers.Dense.init(jax.random.key(0), 4, 3), jnp.ones((2, 4))
+    >>> y, vijp_fn = mw.vijp(layer, x)
+    >>> ct_out = jnp.arange(6.0).reshape(2, 3)
+    >>> (ct_in,) = jax.vjp(layer, x)[1](ct_out)
+    >>> bool(jnp.allclose(vijp_fn(ct_in), ct_out, atol=1e-5))
+    True
     """
     layer = _one(layer)
     rule = _rule(layer, x, option)
@@ -120,8 +127,8 @@ def vijp(
 
     def vijp_fn(ct_in: PyTree, fragment: PyTree = ()) -> PyTree:
         wanted = "fragment" if rule.has_fragment else "fragment (none is needed: leave it out)"
-        ct = _match(ct_in, x, "ct_in")
-        return rule.rebuild(layer, x, ct, _match(fragment, fragment_struct, wanted))
+        ct = trees.as_cotangent(_match(ct_in, x, "ct_in"), x)
+        return operations.vijp(layer, x, ct, _match(fragment, fragment_struct, wanted), rule=rule)
 
     return layer(x), vijp_fn
 
@@ -129,8 +136,8 @@ def vijp(
 def _sweep(rule: rules.VijpRule, layer: PyTree, x: PyTree, ct_out: PyTree = None) -> tuple[PyTree, PyTree]:
     """`(ct_in, fragment)`; for shapes alone `ct_out` may be left out."""
     y, kept = rule.forward(layer, x)
-    ct_out = jax.tree.map(jnp.zeros_like, y) if ct_out is None else _match(ct_out, _structs(y), "ct_out")
-    return rule.reverse(layer, kept, trees.widen(ct_out))
+    ct_out = y if ct_out is None else _match(ct_out, _structs(y), "ct_out")
+    return rule.reverse(layer, kept, trees.widen(trees.as_cotangent(ct_out, y)))
 
 
 def fragment_of(layer: PyTree, x: PyTree, ct_out: PyTree, option: str | None = None) -> PyTree:
@@ -138,6 +145,10 @@ def fragment_of(layer: PyTree, x: PyTree, ct_out: PyTree, option: str | None = N
     it wants none.
 
     In float32 or wider. Raises as `vijp` does.
+
+    >>> layer, x, ct_out = mw.layers.ReLU(), jnp.array([-1.0, 2.0]), jnp.array([5.0, 7.0])
+    >>> mw.fragment_of(layer, x, ct_out, option="whole").tolist()
+    [5.0, 7.0]
     """
     layer = _one(layer)
     return _sweep(_rule(layer, x, option), layer, x, ct_out)[1]
@@ -221,6 +232,10 @@ def explain(layer: Callable[[PyTree], PyTree], x: PyTree) -> Explanation:
     **Arguments:** `layer`, any callable pytree, explained as it is in a chain; `x`, arrays or
     `jax.ShapeDtypeStruct`s. Preconditions on values (full rank, slopes, finite weights) are checked where the
     layer's arrays are concrete.
+
+    >>> table = mw.explain(mw.layers.LeakyReLU(0.5), jnp.ones((256, 64)))
+    >>> [way.option for way in table.ways if way.strategy == "VIJP"]
+    ['divide']
     """
     layer, x = _one(layer), _structs(x)
     output = jax.eval_shape(lambda layer, x: layer(x), layer, x)

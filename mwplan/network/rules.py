@@ -291,4 +291,8 @@ def vijp_rules(layer: PyTree, x: PyTree) -> tuple[VijpRule | Unavailable, ...]:
 
 def invert_rules(layer: PyTree, x: PyTree) -> tuple[InvertRule | Unavailable, ...]:
     """All the ways to rebuild `layer`'s input from its output."""
-    return _collect(layer, x, "invert_rules")
+    found = _collect(layer, x, "invert_rules")
+    if found and any(map(trees.is_weak, jax.tree.leaves(x))):
+        why = "the layer's input is weakly typed, what is rebuilt would not be: another dtype may come of it"
+        return tuple(Unavailable(one.name, why) for one in found)
+    return found

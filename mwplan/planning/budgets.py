@@ -39,6 +39,11 @@ def frontier(
     **Arguments:** as `plan`; `thin`, the relative loss of time aimed at for speed, measured and not proved
     beforehand (0 is exact).
     **Raises:** `ArgumentError`.
+
+    >>> profile = mw.estimate(mw.Chain([jnp.tanh] * 8), jnp.ones((256, 64)), device="h100")
+    >>> points = mw.frontier(profile).points  # (total bytes, ns)
+    >>> all(a[0] < b[0] and a[1] > b[1] for a, b in zip(points, points[1:]))
+    True
     """
     if not isinstance(profile, Profile):
         raise ArgumentError(
@@ -57,7 +62,16 @@ def default_thin(profile: Profile) -> float:
 
 @dataclass(frozen=True)
 class Frontier:
-    """The least time at every budget. `points` are `(total bytes, ns)`, cheapest memory first."""
+    """The least time at every budget. `points` are `(total bytes, ns)`, cheapest memory first.
+
+    >>> frontier = mw.frontier(mw.estimate(mw.Chain([jnp.tanh] * 8), jnp.ones((256, 64)), device="h100"))
+    >>> least_bytes, most_ns = frontier.points[0]
+    >>> least_bytes == frontier.least_bytes
+    True
+    >>> schedule = frontier.at(least_bytes)
+    >>> schedule.time_ns == most_ns
+    True
+    """
 
     profile: Profile
     solved: frontier_solver.Frontier
@@ -92,7 +106,7 @@ class Frontier:
     @property
     def always_bytes(self) -> int:
         """What every schedule takes: the fixed part, and the tables of pointers."""
-        return self.profile.fixed_bytes + self.profile.table_bytes
+        return self.profile.fixed_bytes + self.profile.beside_bytes
 
     @functools.cached_property
     def _steps(self) -> tuple[tuple[int, int], ...]:
@@ -138,7 +152,7 @@ class Frontier:
         budget = schedule.budget_bytes or 0
         if schedule.fixed_bytes + schedule.packed_bytes <= budget:
             return schedule
-        less = [need for need, _ in self._steps if need + self.profile.table_bytes < schedule.peak_bytes]
+        less = [need for need, _ in self._steps if need + self.profile.beside_bytes < schedule.peak_bytes]
         for need in less[: -1 - self.tuning.smaller_points : -1]:
             smaller = self.schedule(self.simplified(self.solved.at(need), need, regular), budget)
             if smaller.fixed_bytes + smaller.packed_bytes <= budget:
@@ -160,7 +174,7 @@ class Frontier:
         needs = pack(buffers(self.profile, solution.runs or ())).total_bytes
         if needs < (1 + self.tuning.alignment_share) * solution.peak_bytes:
             needs = solution.peak_bytes
-        return needs + self.profile.table_bytes
+        return needs + self.profile.beside_bytes
 
     def simplified(self, solution: Solution, room: int, loss: float) -> Solution:
         """`solution`, or one of fewer different runs at a loss of time of at most about `loss`
@@ -241,7 +255,7 @@ class Frontier:
             budget_bytes=budget_bytes,
             fixed_bytes=self.profile.fixed_bytes,
             input_bytes=self.profile.activation_bytes[0],
-            peak_bytes=checked.peak_bytes + self.profile.table_bytes,
+            peak_bytes=checked.peak_bytes + self.profile.beside_bytes,
             packed_bytes=self._packed_bytes(solution),
             host_bytes=checked.host_bytes,
             time_ns=time,

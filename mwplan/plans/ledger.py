@@ -68,6 +68,11 @@ def replay(profile: Profile, runs: Sequence[Run]) -> Replay:
 
     Raises `ScheduleMismatchError` where `runs` do not cover the profile's chain, or name an option that a
     layer does not have. Cost: linear in the number of events.
+
+    >>> profile = mw.estimate(mw.Chain([jnp.tanh] * 8), jnp.ones((256, 64)), device="h100")
+    >>> schedule = mw.plan(profile, budget="400KiB")
+    >>> mw.replay(profile, schedule.runs).time_ns == schedule.time_ns
+    True
     """
     allow_nesting(nesting(runs))
     book = _Ledger(profile)

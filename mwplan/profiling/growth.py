@@ -43,8 +43,8 @@ def _ratio(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def random_cotangent(like: PyTree, key: jax.Array) -> PyTree:
-    """White noise in the working precision of each inexact leaf of `like`; float0 zeros for the others are
-    left to `jax.vjp`.
+    """White noise in the working precision of each inexact leaf of `like`; float0 zeros for the others, as
+    `jax.vjp` has them.
 
     Drawn by the device's own generator: the default one takes XLA:CPU a second to compile, for every program
     that draws.
@@ -53,7 +53,7 @@ def random_cotangent(like: PyTree, key: jax.Array) -> PyTree:
     made = [
         jax.random.normal(k, leaf.shape, trees.working_dtype(leaf.dtype))
         if trees.is_inexact(leaf)
-        else jnp.zeros(leaf.shape, jax.dtypes.float0)
+        else trees.no_cotangent(leaf)
         for k, leaf in zip(_draws(key, len(leaves)), leaves)
     ]
     return jax.tree.unflatten(treedef, made)
@@ -70,11 +70,11 @@ def _vijp_errors(rule: VijpRule, layer: PyTree, x: PyTree, ct_out: PyTree, key: 
     ct_in, fragment = rule.reverse(layer, residuals, trees.widen(ct_out))
     # Without the barrier the compiler could cancel reverse against rebuild and report an error that no run
     # has.
-    ct_in, fragment, x = jax.lax.optimization_barrier((ct_in, fragment, x))
+    ct_in, fragment, x = trees.tie((ct_in, fragment, x))
     back = rule.rebuild(layer, x, ct_in, fragment)
-    local = _ratio(_norm(jax.tree.map(jnp.subtract, back, trees.widen(ct_out))), _norm(ct_out))
+    local = _ratio(_norm(_minus(back, ct_out)), _norm(ct_out))
     noise = random_cotangent(ct_in, key)
-    moved = rule.rebuild(layer, x, noise, jax.tree.map(jnp.zeros_like, fragment))
+    moved = rule.rebuild(layer, x, noise, jax.tree.map(_zeros_like, fragment))
     growth = _ratio(_norm(moved) * _norm(ct_in), _norm(noise) * _norm(ct_out))
     return jnp.stack([local, growth])
 
@@ -103,9 +103,9 @@ def _invert_errors(rule: InvertRule, layer: PyTree, x: PyTree, y: PyTree, key: j
     _, kept = rule.forward(layer, x)
     back = rule.inverse(layer, y, kept)
     scale = _norm(x)
-    local = _ratio(_norm(jax.tree.map(jnp.subtract, trees.widen(back), trees.widen(x))), scale)
+    local = _ratio(_norm(_minus(back, x)), scale)
     noise = random_cotangent(y, key)
-    tangent = jax.tree.map(lambda n, leaf: n.astype(leaf.dtype), noise, y)
+    tangent = trees.cast_like(noise, y)
     _, moved = jax.jvp(lambda out: rule.inverse(layer, out, kept), (y,), (tangent,))
     growth = _ratio(_norm(moved) * _norm(y), _norm(noise) * scale)
     return jnp.stack([local, growth])
@@ -161,7 +161,13 @@ def _sensitivities(rule: InvertRule | None, layer: PyTree, x: PyTree, y: PyTree,
     def moved(level: jax.Array, noise: PyTree, its_norm: jax.Array) -> jax.Array:
         step = level * _ratio(_norm(x), its_norm)
         other = jax.tree.map(
-            lambda leaf, n: (leaf + step * n).astype(leaf.dtype) if trees.is_inexact(leaf) else leaf, x, noise
+            lambda leaf, n: (
+                trees.typed_like((leaf + step * n).astype(leaf.dtype), leaf)
+                if trees.is_inexact(leaf)
+                else leaf
+            ),
+            x,
+            noise,
         )
         by = _ratio(_norm(_minus(other, x)), _norm(x))  # what rounding left of it
         ct_in, grads = pull(other)
@@ -189,14 +195,18 @@ def _sensitivities(rule: InvertRule | None, layer: PyTree, x: PyTree, y: PyTree,
     return jnp.append(jnp.sqrt(squares[:2, :2].max(axis=0)), jnp.maximum(kink, 0))
 
 
-def _tangent(at: jax.Array, x: jax.Array) -> jax.Array:
-    return at - x if trees.is_inexact(x) else jnp.zeros(x.shape, jax.dtypes.float0)
+def _tangent(at: jax.Array, x: jax.Array) -> Any:
+    return at - x if trees.is_inexact(x) else trees.no_cotangent(x)
+
+
+def _zeros_like(leaf: Any) -> Any:
+    return jnp.zeros_like(leaf) if trees.is_inexact(leaf) else leaf
 
 
 def _minus(a: PyTree, b: PyTree) -> list[Any]:
     """The differences of the inexact leaves, in working precision."""
     pairs = zip(jax.tree.leaves(trees.widen(a)), jax.tree.leaves(trees.widen(b)), strict=True)
-    return [p - q for p, q in pairs if trees.is_inexact(p)]
+    return [p - q for p, q in pairs if trees.is_inexact(q)]
 
 
 @lru_cache(maxsize=512)
@@ -414,7 +424,7 @@ def _gradients(rule: Any, layer: PyTree, x: PyTree, true: PyTree, rebuilt: PyTre
     """`(error of the cotangent, its norm, error of the parameter gradient, its norm)`, absolute."""
     wants, gots = parameter_gradient(layer, x, true), parameter_gradient(layer, x, rebuilt)
     pairs = ((true, rebuilt), (wants, gots))
-    return [norm for a, b in pairs for norm in (_norm(jax.tree.map(jnp.subtract, b, a)), _norm(a))]
+    return [norm for a, b in pairs for norm in (_norm(_minus(b, a)), _norm(a))]
 
 
 def follow(

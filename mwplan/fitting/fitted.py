@@ -1,0 +1,65 @@
+"""What `mw.fit` returns: a compiled step, its plan, and all that was compiled on the way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from mwplan.common.sizes import show_bytes, show_ns
+from mwplan.execution.execute import Arrangement
+from mwplan.plans.profiles import Profile
+from mwplan.plans.schedule import Schedule, Strategy
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attempt:
+    """One program that was compiled: predicted and measured temporaries, and seconds of compilation;
+    `arrangement`, as in `mw.value_and_grad`."""
+
+    arrangement: Arrangement = 0
+    predicted_bytes: int
+    measured_bytes: int
+    compile_seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fitted:
+    """A compiled gradient step within its budget.
+
+    `step(chain, x, *args) -> ((value, report), grads)`, as `mw.value_and_grad`, for the shapes it was
+    compiled for. `schedule`, its plan, with the budget that it was made for: that asked for or, tuned, less;
+    `temporary_bytes`, what the compiled program needs beside arguments and results; `attempts`, everything
+    that was compiled, the chosen one last.
+
+    >>> net, x = mw.Chain([jnp.tanh] * 8), jnp.ones((256, 64))
+    >>> fit = mw.fit(jnp.sum, net, x, budget="450KiB", profile=mw.estimate(net, x, device="h100"))
+    >>> (value, report), grads = fit.step(net, x)
+    >>> fit.temporary_bytes + fit.schedule.fixed_bytes <= 450 * 1024
+    True
+    """
+
+    step: Any
+    schedule: Schedule
+    profile: Profile
+    temporary_bytes: int
+    attempts: tuple[Attempt, ...]
+
+    @property
+    def arrangement(self) -> Arrangement:
+        """That of the step, for `mw.value_and_grad` where it is to be part of a larger program."""
+        return self.attempts[-1].arrangement
+
+    def __str__(self) -> str:
+        total, plan = self.profile.fixed_bytes + self.temporary_bytes, self.schedule
+        used = ", ".join(f"{s.value} {plan.strategies.count(s)}" for s in Strategy if s in plan.strategies)
+        budget = "" if plan.budget_bytes is None else f", of a budget of {show_bytes(plan.budget_bytes)}"
+        return "\n".join(
+            (
+                f"compiled step of {len(plan)} layers ({used}) on {self.profile.device}",
+                f"  measured {show_bytes(total)} = {show_bytes(self.profile.fixed_bytes)} fixed"
+                f" + {show_bytes(self.temporary_bytes)} temporaries{budget}",
+                f"  predicted {show_ns(plan.time_ns)}, error {plan.error:.1e}; {len(self.attempts)} compiled",
+                "  call `(value, report), grads = fitted.step(chain, x, *args)`; `print(fitted.schedule)` "
+                "shows the plan",
+            )
+        )
