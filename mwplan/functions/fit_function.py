@@ -19,6 +19,7 @@ from mwplan.fitting.fitted import Attempt, Fitted
 from mwplan.fitting.fitting import fit_step
 from mwplan.functions import cut as cutting
 from mwplan.functions.cut import Cut
+from mwplan.functions.policy import Policy
 from mwplan.plans.profiles import Profile
 from mwplan.plans.schedule import Choice, Schedule
 from mwplan.profiling import measure
@@ -216,10 +217,21 @@ def _fixed_bytes(cut: Cut, flat: tuple[list[Any], list[Any], list[Any]]) -> int:
 
 def _narrowest(cut: Cut) -> str:
     """Where the pieces need most, in words."""
-    piece = max(cut.plan.pieces, key=lambda one: one.made_bytes)
-    at = cut.plan.pieces.index(piece) + 1
+    pieces = cut.plan.pieces
+    piece = max(pieces, key=lambda one: one.made_bytes)
+    alive = cut.flow.alive_bytes(piece.start, piece.stop)
+    at = int(alive.argmax())
+    step = cut.flow.steps[piece.start + max(at - 1, 0)]
+    within = f"`{step.primitive.name}`" + (f" in {step.scope}" if step.scope else "")
+    most = f"{show_bytes(int(alive[at]))} are alive within it after {within}, the most"
+    if len(pieces) == 1:
+        return (
+            "The function could not be cut: nowhere is less alive than both sides make, or there is but one "
+            "operation; "
+            f"{most}. What can be planned is what is kept of it"
+        )
     return (
-        f"The function was cut into {len(cut)} pieces; piece {at} ({piece.label}) makes most, "
-        f"{show_bytes(piece.made_bytes)}, and is not cut within: `print(mw.cut(loss, params, *args))` shows "
-        "all"
+        f"The function was cut into {len(pieces)} pieces; piece {pieces.index(piece) + 1} ({piece.label}) "
+        "makes most, "
+        f"{show_bytes(piece.made_bytes)}; {most}: `print(mw.cut(loss, params, *args))` shows all"
     )
