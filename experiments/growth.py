@@ -43,7 +43,7 @@ from experiments import record
 from experiments.families import Family, families
 from mwplan import layers as ml
 from mwplan.network import rules
-from mwplan.profiling import growth, measure
+from mwplan.profiling import growth, visiting
 
 TOLERANCE = 1e-4
 
@@ -220,7 +220,7 @@ def one_run(name: str, family: Family, count: int, seed: int = 0) -> dict[str, A
     layers = chain(family.block, blocks, jax.random.key(seed))
     x = jax.random.normal(jax.random.key(seed + 1), family.shape)
     keys, at = [i % size for i in range(len(layers))], x
-    sampled = measure.spread(list(keys), measure.GROWTH_SAMPLES)
+    sampled = visiting.spread(list(keys), visiting.GROWTH_SAMPLES)
     rules_: list[Any] = []
     errors: list[list[tuple[float, ...]]] = [[] for _ in range(size)]
     key = jax.random.key(seed + 2)

@@ -13,17 +13,20 @@ import jax.numpy as jnp
 from mwplan import planning
 from mwplan.common import trees
 from mwplan.common.errors import ArgumentError, InfeasibleError
-from mwplan.common.sizes import show_bytes
+from mwplan.common.sizes import parse_bytes, show_bytes
 from mwplan.execution import execute
 from mwplan.fitting.fitted import Attempt, Fitted
 from mwplan.fitting.fitting import fit_step
 from mwplan.functions import cut as cutting
 from mwplan.functions.cut import Cut
+from mwplan.functions.policy import Policy
 from mwplan.plans.profiles import Profile
 from mwplan.plans.schedule import Choice, Schedule
 from mwplan.profiling import measure
 
 PyTree = Any
+#: The share of the budget that copies of stacked parameters may take, if not asked for.
+COPIED = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,12 +71,20 @@ class FittedFunction:
         """`((value, report), grads)`: what the function returned, the runs' error report, and gradients like
         `params` (None for what is no array of floating-point numbers). Raises `ArgumentError` for arguments
         of other shapes than those it was compiled for."""
-        return self.fitted.step(*_split(self.cut, params, args))
+        out: tuple[tuple[Any, execute.Report], PyTree] = self.fitted.step(*_split(self.cut, params, args))
+        return out
 
     def value_and_grad(self, params: PyTree, *args: Any) -> tuple[tuple[Any, execute.Report], PyTree]:
         """As `step`, not compiled: to be part of a larger function, which is compiled with `mw.jit`."""
         gradient = _Gradient(self.cut, self.has_aux)
-        return gradient(self.schedule, arrangement=self.fitted.arrangement)(*_split(self.cut, params, args))
+        step = gradient(self.schedule, arrangement=self.fitted.arrangement)
+        out: tuple[tuple[Any, execute.Report], PyTree] = step(*_split(self.cut, params, args))
+        return out
+
+    def policy(self) -> Policy:
+        """The plan in `jax.checkpoint`'s words: printed, what is recomputed and saved; called, the function
+        with these checkpoints, to be differentiated, scanned over and sharded like any other."""
+        return Policy(cut=self.cut, schedule=self.schedule, has_aux=self.has_aux)
 
     def __str__(self) -> str:
         first, *rest = str(self.fitted).splitlines()[:-1]
@@ -89,6 +100,7 @@ def fit_function(
     has_aux: bool = False,
     keep_checkpoints: bool = False,
     most: int = cutting.MOST,
+    loops: bool | None = None,
     profile: Profile | None = None,
     max_error: float = 1e-4,
     allowed: Choice = planning.EVERY_STRATEGY,
@@ -105,8 +117,10 @@ def fit_function(
     it and anything; `params`, a pytree: the gradient is taken of its floating-point arrays that the loss
     depends on; of the others it is zeros, and costs no time; integers, keys and what is no array have none.
     `args`, arrays that the step will be given; what is no array among them is part of the program. `budget`,
-    bytes of the whole step or a text such as "2GiB"; `keep_checkpoints`, `most`, as `mw.cut`; `profile`, of
-    the chain of pieces (measured if None); the rest as `mw.fit`.
+    bytes of the whole step or a text such as "2GiB"; `keep_checkpoints`, `most`, as `mw.cut`; `loops`,
+    whether pieces that repeat are compiled once, as a loop over stacked parameters (a copy of them and of
+    their gradients in the step; if None, where that is at most a twentieth of the budget; loops of the
+    function itself need no copy); `profile`, of the chain of pieces (measured if None); the rest as `mw.fit`.
     **Returns:** a `FittedFunction`.
     **Raises:** as `mw.cut`; `InfeasibleError` where no schedule fits the budget; as `mw.fit`.
 
@@ -119,6 +133,10 @@ def fit_function(
     """
     found = cutting.cut(loss, params, *args, has_aux=has_aux, keep_checkpoints=keep_checkpoints, most=most)
     _check_concrete(params, args)
+    looped = found.looped()
+    copies = 2 * looped.plan.copied_bytes(found.flow.traced.avals)
+    if loops or (loops is None and copies <= COPIED * parse_bytes(budget)):
+        found = looped
     flat = _split(found, params, args)
     if profile is None:
         chain, x, _ = found.build_flat(*flat)
@@ -202,10 +220,21 @@ def _fixed_bytes(cut: Cut, flat: tuple[list[Any], list[Any], list[Any]]) -> int:
 
 def _narrowest(cut: Cut) -> str:
     """Where the pieces need most, in words."""
-    piece = max(cut.plan.pieces, key=lambda one: one.made_bytes)
-    at = cut.plan.pieces.index(piece) + 1
+    pieces = cut.plan.pieces
+    piece = max(pieces, key=lambda one: one.made_bytes)
+    alive = cut.flow.alive_bytes(piece.start, piece.stop)
+    at = int(alive.argmax())
+    step = cut.flow.steps[piece.start + max(at - 1, 0)]
+    within = f"`{step.primitive.name}`" + (f" in {step.scope}" if step.scope else "")
+    most = f"{show_bytes(int(alive[at]))} are alive within it after {within}, the most"
+    if len(pieces) == 1:
+        return (
+            "The function could not be cut: nowhere is less alive than both sides make, or there is but one "
+            "operation; "
+            f"{most}. What can be planned is what is kept of it"
+        )
     return (
-        f"The function was cut into {len(cut)} pieces; piece {at} ({piece.label}) makes most, "
-        f"{show_bytes(piece.made_bytes)}, and is not cut within: `print(mw.cut(loss, params, *args))` shows "
-        "all"
+        f"The function was cut into {len(pieces)} pieces; piece {pieces.index(piece) + 1} ({piece.label}) "
+        "makes most, "
+        f"{show_bytes(piece.made_bytes)}; {most}: `print(mw.cut(loss, params, *args))` shows all"
     )
