@@ -182,7 +182,8 @@ def _sensitivities(rule: InvertRule | None, layer: PyTree, x: PyTree, y: PyTree,
     def of_one_draw(key: jax.Array) -> jax.Array:
         noise = random_cotangent(x, key)
         norm = _norm(noise)
-        return jax.lax.map(lambda level: moved(level, noise, norm), jnp.asarray(sizes))
+        found: jax.Array = jax.lax.map(lambda level: moved(level, noise, norm), jnp.asarray(sizes))
+        return found
 
     truth = jax.lax.optimization_barrier(pull(x))
     eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in leaves)
