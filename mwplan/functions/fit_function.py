@@ -71,12 +71,15 @@ class FittedFunction:
         """`((value, report), grads)`: what the function returned, the runs' error report, and gradients like
         `params` (None for what is no array of floating-point numbers). Raises `ArgumentError` for arguments
         of other shapes than those it was compiled for."""
-        return self.fitted.step(*_split(self.cut, params, args))
+        out: tuple[tuple[Any, execute.Report], PyTree] = self.fitted.step(*_split(self.cut, params, args))
+        return out
 
     def value_and_grad(self, params: PyTree, *args: Any) -> tuple[tuple[Any, execute.Report], PyTree]:
         """As `step`, not compiled: to be part of a larger function, which is compiled with `mw.jit`."""
         gradient = _Gradient(self.cut, self.has_aux)
-        return gradient(self.schedule, arrangement=self.fitted.arrangement)(*_split(self.cut, params, args))
+        step = gradient(self.schedule, arrangement=self.fitted.arrangement)
+        out: tuple[tuple[Any, execute.Report], PyTree] = step(*_split(self.cut, params, args))
+        return out
 
     def policy(self) -> Policy:
         """The plan in `jax.checkpoint`'s words: printed, what is recomputed and saved; called, the function

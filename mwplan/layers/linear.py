@@ -1,4 +1,4 @@
-r"""What the rules of linear layers share: the transposed map, left inverses, and refinement.
+r"""Parts of the rules of linear layers: the transposed map, left inverses, and refinement.
 
 A linear layer $y = xJ + b$ keeps nothing for its input vjp, $\bar x = \bar y J^\top$; its vijp applies a left
 inverse of $J^\top$'s transpose. Everything here computes in float32 or wider, whatever the activations'
@@ -34,7 +34,7 @@ class LinearLayer(Protocol):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class InputShape:
-    """Input residuals of a linear layer: no arrays, only what its input looked like."""
+    """Input residuals of a linear layer: no arrays, only the shapes and dtypes of its input."""
 
     shape: tuple[int, ...] = field(metadata={"static": True})
     dtype: str = field(metadata={"static": True})
@@ -61,7 +61,7 @@ def times(
     """
     y = x.reshape(-1, x.shape[-1]) @ matrix
     if bias is not None:
-        y = y + bias
+        y = y + trees.along(bias, y)
         # As part of the addition the new shape would keep XLA from adding in place: another activation more.
         y = y if x.ndim == 2 else trees.tie(y)
     return y.reshape(*x.shape[:-1], matrix.shape[1])

@@ -6,6 +6,7 @@ not trained.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -217,10 +218,13 @@ def frozen(one: Any, trained: Callable[[Any], PyTree] | None = None) -> Any:
     **Returns:** a layer with the same leaves. **Raises:** `ArgumentError` where it cannot be called, or
     `trained` returns what is no weight of it.
 
-    ```python
-    net = mw.Chain([mw.frozen(block) for block in pretrained] + [head])
-    part = mw.frozen(block, trained=lambda block: (block.scale, block.bias))
-    ```
+    >>> body, head = (mw.layers.Dense.init(jax.random.key(i), 8, 8) for i in range(2))
+    >>> net = mw.Chain([mw.frozen(body), head])
+    >>> len(jax.tree.leaves(mw.trainable(net)))  # the head's weight and bias
+    2
+    >>> net = mw.Chain([mw.frozen(body, trained=lambda dense: dense.bias), head])
+    >>> len(jax.tree.leaves(mw.trainable(net)))
+    3
     """
     if not callable(one):
         raise ArgumentError(f"`one` is a {type(one).__name__}, which is not callable: give a layer")
@@ -241,10 +245,26 @@ def trainable(tree: PyTree) -> PyTree:
     """`tree` (a chain, say) with None for every leaf that is no parameter: of the structure of
     `mw.value_and_grad`'s gradients, and what an optimizer's `init` and `update` take.
 
-    ```python
-    weights = mw.trainable(net)
-    updates, state = optimizer.update(grads, state, weights)
-    net = eqx.apply_updates(net, updates)
-    ```
+    >>> import optax
+    >>> net = mw.Chain([mw.layers.Dense.init(jax.random.key(0), 8, 8), jnp.tanh])
+    >>> weights = mw.trainable(net)
+    >>> state = optax.adam(1e-3).init(weights)
+    >>> len(jax.tree.leaves(weights))
+    2
     """
     return trees.only_parameters(tree, trees.parameters(tree))
+
+
+def hidden(candidate: Any) -> Any:
+    """The callable pytree with parameters around which `candidate` is a mere function, or None: what
+    `jax.vmap`, `jax.jit`, `functools.partial` or a method bound to it make of a module."""
+    while jax.tree_util.treedef_is_leaf(jax.tree.structure(candidate)):
+        inner = getattr(candidate, "__wrapped__", None)
+        inner = getattr(candidate, "__self__", None) if inner is None else inner
+        inner = candidate.func if isinstance(candidate, functools.partial) else inner
+        if inner is None or not callable(inner):
+            return None
+        candidate = inner
+        if trees.parameters(candidate):
+            return candidate if not trees.is_array(candidate) else None
+    return None
