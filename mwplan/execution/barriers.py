@@ -117,6 +117,12 @@ def planned() -> Barriers:
     return PLANNED.get(platforms.platform(), PLANNED["cpu"])
 
 
+def starts_early(perform: Performer) -> bool:
+    """Whether an operation may begin before all its arguments are there, so that a forward pass that is done
+    again must be made to wait for the cotangent that wants it."""
+    return isinstance(perform, Barriers) and not perform.backward.arguments
+
+
 def in_loop(perform: Performer, *, single: bool) -> Performer:
     """What takes the place of `perform` in the body of a loop; `single` as in `Barriers.in_loop`."""
     return perform.in_loop(single=single) if isinstance(perform, Barriers) else perform
