@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from mwplan.common import trees
+from mwplan.common import platforms, trees
 from mwplan.common.errors import ArgumentError, ChainError
 from mwplan.network import rules
 from mwplan.network.chain import Chain, Stack, boundaries, check_chain, one_block
@@ -18,8 +19,13 @@ from mwplan.plans.profiles import Profile
 from mwplan.profiling import measure
 from mwplan.profiling.growth import random_cotangent
 from mwplan.profiling.roofline import Device, Roofline, device_of
+from mwplan.targets import plugins
+from mwplan.targets.devices import TpuChip
+from mwplan.targets.pricing import Compiler
+from mwplan.targets.target import target_of
 
 PyTree = Any
+PRICED_AT_ONCE = 4  # layers whose operations are traced and compiled side by side
 
 
 def estimate(
@@ -30,21 +36,30 @@ def estimate(
     examples: int = 16,
     seed: int = 0,
     progress: Callable[[int, int, str], None] | None = None,
+    compiled: bool | None = None,
 ) -> Profile:
     """Estimates what `mw.profile` would measure of `chain` at input `x` on a device that is not at hand.
 
     **Arguments:** `chain`, its weights arrays or `jax.ShapeDtypeStruct`s (`jax.eval_shape(make_chain, key)`
     gives the latter without computing anything); `x`, arrays or `jax.ShapeDtypeStruct`s of the shape that
-    will be trained on; `device`, "h100", "a100", "laptop" or a `mw.Device`; `examples`, of how many the
+    will be trained on; `device`, a name in `mw.targets.DEVICES` or a `mw.Device`; `examples`, of how many the
     errors are measured; `seed`, of random cotangents and inputs; `progress(done, layers, name)`, called after
-    each layer.
-    **Returns:** a `Profile` whose `source` says "estimated". The same network's plans from it run anywhere;
-    `mw.fit` or a profile on the device itself should have the last word.
+    each layer; `compiled`, whether operations are priced by the device's own compiler (True: an error where
+    it is not installed; False: by counting), by default where it is installed.
+    **Returns:** a `Profile` whose `source` says "estimated", and how. The same network's plans from it run
+    anywhere; `mw.fit` or a profile on the device itself should have the last word.
     **Raises:** `ChainError` where a layer does not accept what it gets; `ArgumentError` for an unknown
-    device, or a layer that needs its weights' values to be traced and has only their shapes.
-    **Cost:** one tracing of each operation of each distinct layer. With weights, and where a rule makes
-    errors, also a forward pass of `examples` examples on this host's default device, and compilations to
-    measure them: most of the time, some seconds a rule. Nothing of the size of `x` is allocated.
+    device, or a layer that needs its weights' values to be traced and has only their shapes;
+    `CompilerMissingError`, `TargetError` of the device's compiler.
+    **Cost:** one tracing of each operation of each distinct layer; compiled, some seconds a layer, the first
+    time (`mwplan.targets.cache`). With weights, and where a rule makes errors, also a forward pass of
+    `examples` examples on this host's default device, and compilations to measure them: most of the time,
+    some seconds a rule. Nothing of the size of `x` is allocated.
+
+    **Compiled** for the device (`mwplan.targets.pricing`), workspaces and savings are the compiler's own, of
+    each operation alone, and times a roofline's of the kernels that it launches; on TPUs the compiler's own
+    estimates. What libraries need beside (cuDNN, cuBLAS) is not known, nor what is fused across operations.
+    The two paragraphs below are about counting.
 
     **Bytes.** Activations, residuals, fragments and the fixed part are counted as `mw.profile` counts them,
     and equal its figures. Workspaces and savings are the liveness of the program's kernels: XLA's schedule,
@@ -58,7 +73,7 @@ def estimate(
     fusion of products with what follows, launches that overlap, several devices. Ratios between the options
     of a layer are what a plan depends on, and are better than the times themselves. Checked on a CPU alone
     (results/estimate); the built-in GPUs' figures are data sheets', not yet held against a GPU. Where a layer
-    chooses its operations by `jax.default_backend()`, this host's are counted.
+    chooses its operations by the platform, those of the device are counted.
 
     **Errors** depend on weights and working precision, hardly on the device. Where all weights are arrays
     they are measured as in `mw.profile`, at the first `examples` examples of `x`, or of white noise (zeros
@@ -74,7 +89,7 @@ def estimate(
     (16777216, 16777216, 16777216)
     """
     check_chain(chain)
-    pricing = Roofline(device_of(device))
+    pricing = _pricing(device_of(device), compiled)
     if isinstance(examples, bool) or not isinstance(examples, int) or examples < 1:
         raise ArgumentError(f"`examples={examples!r}` must be an integer, at least 1")
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((chain, x))):
@@ -83,14 +98,14 @@ def estimate(
     abstract = _abstract(chain)
     tell = progress or (lambda done, layers, name: None)
     names, keys = measure.layer_names(chain), measure.layer_keys(chain, structs)
-    counted: dict[Hashable, measure.Costs] = {}
-    for i, one in enumerate(_layers(chain)):
-        if keys[i] not in counted:
-            counted[keys[i]] = _count(pricing, one, structs[i], f"layer {i + 1} ({names[i]})")
-            if abstract:
+    counted = _counted(
+        pricing, chain, structs, keys, names, tell if abstract else lambda done, layers, name: None
+    )
+    if abstract:
+        first = {key: i for i, key in reversed(list(enumerate(keys)))}
+        for i, one in enumerate(_layers(chain)):
+            if first[keys[i]] == i:
                 _errors_without_weights(counted[keys[i]], one, structs[i], examples, seed)
-        if abstract:
-            tell(i + 1, len(chain), names[i])
     unusable: dict[int, frozenset[measure.Name]] = {}
     if not abstract:
         key = jax.random.key(seed)
@@ -113,10 +128,62 @@ def estimate(
         [(names[i], counted[key], unusable.get(i)) for i, key in enumerate(keys)],
         fixed_bytes=sum(map(trees.nbytes, (chain, trees.parameters(chain), structs[0]))),
         fresh=pricing.fresh(),
-        device=pricing.device.name,
-        source=f"estimated by a roofline, jax {jax.__version__}, "
+        device=device_of(device).name,
+        source=_source(pricing)
         + ("errors without weights" if abstract else f"errors of {examples} examples"),
     )
+
+
+def _pricing(device: Device, compiled: bool | None) -> Roofline | Compiler:
+    """By the device's compiler, where that is wanted or installed, else by counting."""
+    if compiled or (compiled is None and device.chip is not None and plugins.missing(device) is None):
+        return Compiler(target_of(device))
+    return Roofline(device)
+
+
+def _source(pricing: Roofline | Compiler) -> str:
+    if isinstance(pricing, Compiler):
+        return f"estimated by the compiler of {pricing.target.name} ({pricing.target.compiler}), "
+    why = plugins.missing(pricing.device) if pricing.device.chip is not None else None
+    return f"estimated by a roofline, jax {jax.__version__}{f' ({why})' if why else ''}, "
+
+
+def _counted(
+    pricing: Roofline | Compiler,
+    chain: Chain,
+    structs: list[PyTree],
+    keys: list[Hashable],
+    names: list[str],
+    tell: Callable[[int, int, str], None],
+) -> dict[Hashable, measure.Costs]:
+    """The costs of each distinct layer, those of a compiler side by side: while one is compiled another is
+    traced."""
+    platform = pricing.target.platform if isinstance(pricing, Compiler) else _platform(pricing.device)
+
+    def count(i: int, one: Any) -> measure.Costs:
+        with platforms.lowering_for(platform):
+            return _count(pricing, one, structs[i], f"layer {i + 1} ({names[i]})")
+
+    counted: dict[Hashable, measure.Costs] = {}
+    threads = PRICED_AT_ONCE if isinstance(pricing, Compiler) else 1
+    with ThreadPoolExecutor(threads, thread_name_prefix="price") as pool:
+        started: dict[Hashable, Future[measure.Costs]] = {}
+        for i, one in enumerate(_layers(chain)):
+            if keys[i] not in started:
+                started[keys[i]] = pool.submit(count, i, one)
+        try:
+            for i, key in enumerate(keys):
+                counted[key] = started[key].result()
+                tell(i + 1, len(chain), names[i])
+        finally:
+            for future in started.values():
+                future.cancel()
+    return counted
+
+
+def _platform(device: Device) -> str:
+    """That for which the device's programs are written."""
+    return "tpu" if isinstance(device.chip, TpuChip) else "gpu" if device.chip is not None else "cpu"
 
 
 def _exact(checked: list[rules.VijpRule | rules.InvertRule]) -> bool:
@@ -139,7 +206,7 @@ def _layers(chain: Chain) -> Iterator[Any]:
             yield from block
 
 
-def _count(pricing: Roofline, one: PyTree, struct: PyTree, where: str) -> measure.Costs:
+def _count(pricing: Roofline | Compiler, one: PyTree, struct: PyTree, where: str) -> measure.Costs:
     """Prices one layer's operations."""
     try:
         return measure.measure_layer(pricing, one, struct)

@@ -118,8 +118,8 @@ PER_CORE: dict[tuple[int, int], PerCore] = {
 class TpuChip:
     """A TPU as its compiler must know it.
 
-    **Attributes:** `topology`, the name of the smallest slice; `clock_hz`, of the cycles in which the compiler
-    estimates times.
+    **Attributes:** `topology`, the name of the smallest slice; `clock_hz`, of the cycles in which the
+    compiler estimates times.
 
     >>> mw.targets.DEVICES["v5e"].chip
     TpuChip(topology='v5e:2x2', clock_hz=1500000000.0)
