@@ -5,11 +5,11 @@ the least feasible to backpropagation's memory. The plan is compared with the fa
 measured memory fits the same budget. Writes results/budget_sweep/: records.jsonl (finished points; run again
 to go on), summary.json, a figure a model.
 
-The deep 1-Lipschitz network: `--models lipschitz --depth 512 --budgets 3 --limit 1.7`: `limit` is how many
-times backpropagation's time the leanest plan and the leanest recomputation may take; for such chains, which
-are stacked and their unrolled rivals left to their scans, budgets are added at which they are predicted to,
-and to take at most three quarters of that. Chains of more than `layers` blocks are planned with blocks
-joined.
+The deep 1-Lipschitz network: `--models lipschitz --depth 512 --budgets 3 --limit 1.7`. A second table states
+the least memory in which a plan, and a recomputation, take at most `limit` times backpropagation's time. For
+deep chains budgets are added at which they are predicted to take that, or three quarters of it. Deep chains
+are stacked, and methods that unroll them are left out. Chains of more than `layers` blocks are planned with
+blocks joined.
 """
 
 from __future__ import annotations

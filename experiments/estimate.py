@@ -70,8 +70,8 @@ def here() -> mw.Device:
     square, large, small = jnp.ones((n, n)), jnp.ones((2**24,)), jnp.eye(4)
     product = jax.jit(lambda a: a @ a)
     flop = 2 * n**3 / seconds(lambda: product(square))
-    # The result is written to fresh pages, which a program that reuses its memory does not pay for: donated,
-    # it lies over an operand.
+    # Writing the result to memory that is touched for the first time costs what a program that reuses its
+    # memory does not pay: donated, the result lies over an operand.
     into = jax.jit(lambda a, b: a + b, donate_argnums=0)
     state = [jnp.zeros_like(large)]
 

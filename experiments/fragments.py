@@ -66,13 +66,13 @@ def measure(point: dict[str, Any]) -> dict[str, Any]:
     layer = convolution(point["weights"], point["channels"], key)
     shape = (max(1, point["samples"] // point["length"]), point["length"], point["channels"])
     x = jax.random.normal(jax.random.fold_in(key, 1), shape)
-    told = operator.explain(layer, x)
+    explained = operator.explain(layer, x)
     rows = []
     for rule in rules.vijp_rules(layer, x):
         if not isinstance(rule, rules.VijpRule):
             continue
         way = next(
-            (w for w in told.ways if w.option == rule.name and w.strategy in ("VIJP", "FRAGMENT")), None
+            (w for w in explained.ways if w.option == rule.name and w.strategy in ("VIJP", "FRAGMENT")), None
         )
         local, grown = growth.measure(layer, rule, x, jax.random.fold_in(key, 2))
         times = vijp_cost.sample(vijp_cost.compiled(layer, rule, x, key), point["rounds"])
@@ -80,7 +80,7 @@ def measure(point: dict[str, Any]) -> dict[str, Any]:
         rows.append(
             {
                 "option": rule.name,
-                "fragment": ((way and way.fragment_bytes) or 0) / told.output_bytes,
+                "fragment": ((way and way.fragment_bytes) or 0) / explained.output_bytes,
                 "local_error": local if math.isfinite(local) else None,
                 "growth": grown if math.isfinite(grown) else None,
                 "plain_ns": statistics.median(plain),

@@ -1,10 +1,10 @@
 """Memory against depth, and the deepest network that fits a budget: `python -m experiments.memory_vs_depth`.
 
-Two sweeps for each model. First backpropagation alone at `reference` blocks: its memory (total bytes:
-parameters, gradients, input, temporaries), the leaner of its two forms, times each of `multiples`, is a
-budget. Then every method at every depth and budget. Unrolled rivals are left out beyond `unrolled` blocks,
-where their scans, which compile in seconds, stand for them. Every point also times backpropagation at the
-reference depth, in the same rounds, so that times per block compare. Writes results/memory_vs_depth/:
+Two sweeps for each model. First backpropagation alone at `reference` blocks. Its memory (total bytes:
+parameters, gradients, input, temporaries; the smaller of its two forms), times each of `multiples`, is a
+budget. Then every method at every depth and budget. Beyond `unrolled` blocks methods that unroll the chain
+are left out; their scans, which compile in seconds, stand for them. Every point also times backpropagation
+at the reference depth, in the same rounds, so that times a block compare. Writes results/memory_vs_depth/:
 records.jsonl (finished points; run again to go on), a summary and a figure a model.
 """
 
@@ -28,8 +28,8 @@ from mwplan.common.serial import write_atomically
 @dataclass(frozen=True)
 class Config:
     """Sizes. `layers`: longest chain that is planned (more blocks are joined); `rounds`, `seconds`: of timing
-    at each point; `limit`: how many times backpropagation's time the leanest plan and the leanest
-    recomputation may take in the second table."""
+    at each point; `limit`: how many times backpropagation's time plans and recomputations may take in
+    the second table."""
 
     models: tuple[str, ...] = ("revnet", "lipschitz")
     depths: tuple[int, ...] = (32, 64, 128, 512)
@@ -176,9 +176,9 @@ def draw(config: Config, model: str, records: list[Record]) -> Figure:
         memory, times = [], []
         for one in depths:
             depth = one["point"]["network"]["depth"]
-            lean = reading.leanest(reading.ran(one, names, config.max_error))
-            if lean is not None:
-                memory.append((depth, lean["total_bytes"] / 2**20))
+            least = reading.smallest(reading.ran(one, names, config.max_error))
+            if least is not None:
+                memory.append((depth, least["total_bytes"] / 2**20))
             row = reading.fastest(
                 reading.fitting(one, names, budgets_of(config, reference)[-1], config.max_error)
             )

@@ -1,7 +1,7 @@
 """Gradient error against depth and `max_error`: `python -m experiments.precision`.
 
 Chains of blocks, dense or convolutional, each kind with another growth of errors. For each kind and depth:
-pure Moonwalk (one run as long as it can be, whatever the error), and the leanest schedule without
+pure Moonwalk (one run as long as it can be, whatever the error), and the least-memory schedule without
 recomputation at each of several `max_error`. Of each: temporaries, predicted error of the rebuilt cotangent,
 what the step itself reported, and the true error of the parameter gradients against float64 backpropagation.
 A second sweep trains one network by SGD with the schedule made before the first step, and follows the same
@@ -124,7 +124,7 @@ def _finite(value: float) -> float | None:
 
 
 def schedules(this: alternatives.Problem, tolerances: list[float]) -> list[tuple[str, Schedule]]:
-    """Pure Moonwalk, and the leanest without recomputation for each tolerance."""
+    """Pure Moonwalk, and the least-memory schedule without recomputation for each tolerance."""
     pure = baselines.all_moonwalk(this.profile, max_error=math.inf)
     made = [("pure moonwalk", planning.scheduled(this.profile, pure, math.inf))] if pure.runs else []
     for tolerance in tolerances:

@@ -1,13 +1,17 @@
 """Predicted against measured memory and time of whole compiled steps: `python -m experiments.prediction`.
 
 Random heterogeneous chains with activations of at least 4 MiB, each at three budgets between the least
-feasible and what the fastest schedule needs; every second chain without RECOMPUTE, so that all kinds of runs
-occur. For each: the schedule that `mw.plan` chose, compiled (its temporaries against the predicted peak, and
-against the budget; with and without the holes that it foresees); the one that `mw.fit` settled on; the step's
-time against the predicted one; and, at one budget a chain, the arrays alive at every event of a traced step
-against the ledger's. Beside them, on the same chains, what the machinery costs where nothing is to be saved:
-the store-all schedule against plain `jax.value_and_grad`, and the run-time report against the same step
-without it, in interleaved rounds. Writes results/prediction/.
+feasible and what the fastest schedule needs. Every second chain is planned without RECOMPUTE, so that all
+kinds of runs occur. Compared are:
+
+- temporaries of the schedule that `mw.plan` chose, compiled, with its predicted peak (with and without
+  fragmentation) and with the budget;
+- the same of the schedule that `mw.fit` settled on, and the step's time with the predicted one;
+- at one budget a chain, the arrays alive at every event of a traced step with the ledger's.
+
+Beside them, on the same chains, the overhead where there is nothing to save: the schedule that stores every
+layer against plain `jax.value_and_grad`, and the run-time report against the same step without it, in
+interleaved rounds. Writes results/prediction/.
 """
 
 from __future__ import annotations
@@ -274,10 +278,10 @@ def summary(found: list[dict[str, Any]]) -> dict[str, Any]:
         "mw.fit, refused: nothing compiled fits": len(rows) - len(fits),
         "memory error, mw.plan alone: median": statistics.median(off),
         "memory error, mw.plan alone: largest": max(off),
-        "memory error, mw.plan alone, holes foreseen: median": statistics.median(foreseen),
-        "memory error, mw.plan alone, holes foreseen: largest": max(foreseen),
+        "memory error, mw.plan alone, with fragmentation: median": statistics.median(foreseen),
+        "memory error, mw.plan alone, with fragmentation: largest": max(foreseen),
         "mw.plan alone above the budget by more than 2%": len(above),
-        "of these, foreseen as such": sum(row["foreseen"] > 1.02 * row["budget"] for row in above),
+        "of these, predicted as such": sum(row["foreseen"] > 1.02 * row["budget"] for row in above),
         "time error: median": statistics.median(times),
         "gradient error: largest": max(row["gradient_error"] for row in fits),
         "report: largest": max(row["reported"] for row in fits),
@@ -313,7 +317,7 @@ def draw(found: list[dict[str, Any]]) -> Figure:
         color="#888888",
         ms=6,
         mew=0.6,
-        label="by mw.plan alone: holes not closed",
+        label="by mw.plan alone",
         zorder=1,
     )
     for ax, unit in ((memory, "temporaries, MiB"), (times, "step without the loss, ms")):

@@ -63,7 +63,7 @@ def fastest(rows: Sequence[Row]) -> Row | None:
     return min(timed, key=median) if timed else None
 
 
-def leanest(rows: Sequence[Row]) -> Row | None:
+def smallest(rows: Sequence[Row]) -> Row | None:
     """The row of least total bytes."""
     return min(rows, key=lambda row: row["total_bytes"]) if rows else None
 
@@ -88,8 +88,8 @@ def over(record: Record, row: Row, base: Row) -> float:
 
 
 def best_recomputation(record: Record, seconds: float) -> Row | None:
-    """The leanest row that keeps or recomputes, and nothing else, within `seconds` a step."""
-    return leanest(
+    """The row of least total bytes that stores or recomputes, and nothing else, within `seconds` a step."""
+    return smallest(
         [row for row in ran(record, (*PLAIN, *RECOMPUTING)) if row["seconds"] and median(row) <= seconds]
     )
 
@@ -100,8 +100,8 @@ def mib(size: float) -> str:
 
 
 def within(one: Record, limit: float, max_error: float) -> dict[str, Any]:
-    """What the leanest plan and the leanest recomputation need within `limit` times backpropagation's time;
-    their least of all too.
+    """The least total bytes of a plan and of a recomputation within `limit` times backpropagation's time, and
+    at any time.
 
     Pure moonwalk and pure inversion count as plans: they are what a plan for their bytes has to beat.
     """
@@ -110,9 +110,9 @@ def within(one: Record, limit: float, max_error: float) -> dict[str, Any]:
         raise ArgumentError("backpropagation was not timed at this point: nothing to compare with")
     most = limit * median(base)
     plans = ran(one, ("plan", "moonwalk", "fragment", "invert"), max_error)
-    plan = leanest([row for row in plans if row["seconds"] and median(row) <= most])
+    plan = smallest([row for row in plans if row["seconds"] and median(row) <= most])
     rival = best_recomputation(one, most)
-    least = [leanest(rows) for rows in (plans, ran(one, RECOMPUTING))]
+    least = [smallest(rows) for rows in (plans, ran(one, RECOMPUTING))]
     sizes = [row and row["total_bytes"] for row in (plan, rival, *least)]
     return {
         "model": one["point"]["network"]["model"],

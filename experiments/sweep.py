@@ -4,7 +4,7 @@ the first stopped.
 A point is a dictionary of plain values, known by the hash of its canonical JSON. Points are computed by any
 `concurrent.futures` executor:
 
-- `processes` (the default): a fresh process for each point, one at a time, so that timings do not disturb one
+- `processes` (the default): a new process for each point, one at a time, so that timings do not disturb one
   another; `--workers` for more;
 - `threads`: in this process; `serial`: in one thread of it;
 - `dask://HOST:PORT`: Dask's distributed client (the `dask` extra);

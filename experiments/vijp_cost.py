@@ -139,14 +139,14 @@ def main(config: Config) -> None:
     for name, layer, shape, rule in track(every, description="measuring", console=console):
         x = jax.random.normal(jax.random.key(config.seed + 1), shape)
         times = sample(compiled(layer, rule, x, jax.random.key(config.seed + 2)), config.samples)
-        told = operator.explain(layer, jax.ShapeDtypeStruct(shape, jnp.float32))
-        way = next(w for w in told.ways if w.strategy in ("VIJP", "FRAGMENT") and w.option == rule.name)
+        explained = operator.explain(layer, jax.ShapeDtypeStruct(shape, jnp.float32))
+        way = next(w for w in explained.ways if w.strategy in ("VIJP", "FRAGMENT") and w.option == rule.name)
         rows.append(
             {
                 "layer": name,
                 "option": rule.name,
                 "nanoseconds": times,
-                "output_bytes": told.output_bytes,
+                "output_bytes": explained.output_bytes,
                 "residual_bytes": way.residual_bytes,
                 "fragment_bytes": way.fragment_bytes,
                 "shares": way.shares,

@@ -20,8 +20,12 @@ from mwplan.execution.tracing import Timeline, trace
 from mwplan.execution.updates import init_states, value_and_update
 from mwplan.fitting.fitted import Fitted
 from mwplan.fitting.fitting import fit
+from mwplan.fitting.remote import RemoteFit
+from mwplan.functions.cut import Cut, cut
+from mwplan.functions.fit_function import FittedFunction, fit_function
 from mwplan.network.chain import Chain, Stack, stack, unstack
 from mwplan.network.operator import explain, fragment_of, vijp
+from mwplan.network.wrapping import frozen, trainable
 from mwplan.planning import Frontier, frontier, plan
 from mwplan.plans.ledger import replay
 from mwplan.plans.profiles import Profile
@@ -37,9 +41,11 @@ __all__ = [  # noqa: RUF022 (plainly sorted, as the test compares it)
     "Chain",
     "ChainError",
     "CompilerMissingError",
+    "Cut",
     "Device",
     "FileFormatError",
     "Fitted",
+    "FittedFunction",
     "Frontier",
     "GpuChip",
     "InfeasibleError",
@@ -50,6 +56,7 @@ __all__ = [  # noqa: RUF022 (plainly sorted, as the test compares it)
     "Peak",
     "PlanUndoneWarning",
     "Profile",
+    "RemoteFit",
     "Report",
     "Run",
     "RunKind",
@@ -67,12 +74,15 @@ __all__ = [  # noqa: RUF022 (plainly sorted, as the test compares it)
     "adapters",
     "apply",
     "compiler_options",
+    "cut",
     "estimate",
     "explain",
     "explain_peak",
     "fit",
+    "fit_function",
     "fragment_of",
     "frontier",
+    "frozen",
     "init_states",
     "jit",
     "layers",
@@ -83,6 +93,7 @@ __all__ = [  # noqa: RUF022 (plainly sorted, as the test compares it)
     "targets",
     "temporaries",
     "trace",
+    "trainable",
     "unstack",
     "value_and_grad",
     "value_and_update",

@@ -7,6 +7,12 @@ import shutil
 
 import jax
 import pytest
+from jaxtyping import install_import_hook
+
+import tests.shapes
+
+# Before anything imports the package: its array annotations are checked at each call.
+install_import_hook("mwplan", f"{tests.shapes.__name__}.checked")
 
 if shutil.which("nvidia-smi") is None:
     # Most of the suite's time is compilation. LLVM's part takes half as long without optimisations; what XLA

@@ -157,7 +157,7 @@ def test_the_main_job_in_small(tmp_path: Path) -> None:
     assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
     room = got.budget_bytes - got.fixed_bytes
     assert got.measured_temporary_bytes <= room < got.backprop_temporary_bytes
-    # What is alive, plus the holes that the allocator leaves; in most schedules none
+    # What is alive, plus fragmentation; in most schedules there is none
     # (experiments.prediction).
     assert 0.9 < got.measured_temporary_bytes / got.predicted_temporary_bytes < 1.35
     assert max(got.gradient_error_first, got.gradient_error_last) < 1e-4

@@ -120,8 +120,10 @@ def test_alternatives_gradients() -> None:
 
 def test_ties_are_the_fastest_and_what_it_hardly_beats() -> None:
     def timed(*seconds: float) -> alternatives.Compiled:
-        way = alternatives.Way(lambda chain, x: x, mw.Chain([mw.layers.LeakyReLU(0.5)]), None, seconds)
-        return alternatives.Compiled(way, None, (), 0, 0.0, "default", seconds=list(seconds))
+        candidate = alternatives.Candidate(
+            lambda chain, x: x, mw.Chain([mw.layers.LeakyReLU(0.5)]), None, seconds
+        )
+        return alternatives.Compiled(candidate, None, (), 0, 0.0, "default", seconds=list(seconds))
 
     fast, close, slow, seldom = timed(1.0, 1.0, 3.0), timed(1.0, 1.05, 1.1), timed(2.0, 2.0, 2.1), timed(1.0)
     assert alternatives.ties([[slow, close, fast, seldom], [slow], [], [timed()]]) == [close, fast, slow]

@@ -93,7 +93,7 @@ def test_running_out_of_memory_is_a_result(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_points_run_apart_within_the_time_and_are_kept(tmp_path: Path) -> None:
-    """What crashes in its process is told and tried again; what was measured is read; without time nothing
+    """A crash is reported and the point run again; what was measured is read; without time nothing
     begins."""
     config = gpu.Small(out=tmp_path)
     point = {"kind": "nonsense", "pool_bytes": 1 << 30}

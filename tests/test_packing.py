@@ -44,7 +44,7 @@ def test_no_two_buffers_meet(some: list[Buffer]) -> None:
         assert a.stop < b.start or b.stop < a.start or end <= other or its <= at
 
 
-def test_a_hole() -> None:
+def test_a_gap() -> None:
     """A row of four, never more than two at once: the longest-lived and the first lie at 0, so the last but
     one meets it, and the one between both."""
     some = [Buffer(64, 5, 7), Buffer(64, 2, 4), Buffer(64, 7, 10), Buffer(64, 4, 6)]
@@ -119,8 +119,8 @@ def test_what_a_compiled_program_tells_of_its_workspace() -> None:
     assert alive_at_once(found.buffers) <= found.total_bytes
 
 
-def test_plans_keep_the_budget_with_the_holes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the allocator is foreseen to take half as much again, the plan is the one for two thirds of the
+def test_plans_keep_the_budget_with_fragmentation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where fragmentation is predicted to take half as much again, the plan is the one for two thirds of the
     room; where nothing helps, it stays."""
     profile = random_profile(random.Random(4), 5)
     profile = dataclasses.replace(

@@ -1,5 +1,5 @@
-"""Every way a user has to take the same gradient, on the same chain: as functions, compiled and measured side
-by side.
+"""The methods by which a user can take the same gradient of the same chain, compiled and measured side by
+side.
 
 | method | what it is |
 |---|---|
@@ -12,17 +12,17 @@ by side.
 | `equinox` | Equinox's checkpointed scan over repeated blocks |
 | `invert` | RevNet-style inversion wherever a layer allows it |
 | `moonwalk`, `fragment` | moonwalk runs everywhere, with the smallest fragments or the largest |
-| `plan` | the schedule of `mw.frontier`, or a faster one of those that `mw.fit(tune=...)` tries |
+| `plan` | the schedule of `mw.frontier`, or a faster candidate of `mw.fit(tune=...)` |
 
-The scans take the parameters of repeated blocks stacked, and so do the schedules of chains too long to be
-unrolled. On CPU the convolutions of scans are in the layout that XLA runs fast in loops, ours and the rivals'
-(`mwplan.network.canonical`): JAX's own is up to 60 times slower there. Methods that take a budget plan again
-with less where the compiled step exceeds it, the plan and its rivals alike.
+Scans take the parameters of repeated blocks stacked, and so do the schedules of chains that are too long to
+unroll. On CPUs the convolutions of all loops, ours and others', are in the layout that XLA runs fast there
+(`mwplan.network.canonical`): JAX's own is up to 60 times slower. Where a compiled step exceeds the budget,
+the method plans again with less; this holds for the plan and for the others.
 """
 
 from experiments.alternatives.bench import Bench
 from experiments.alternatives.methods import BUDGETED, FIXED, METHODS, RECOMPUTING
-from experiments.alternatives.problem import RECOMPUTATION, NotApplicableError, Problem, Way
+from experiments.alternatives.problem import RECOMPUTATION, Candidate, NotApplicableError, Problem
 from experiments.alternatives.scanned import backprop_scan
 from experiments.alternatives.scheduled import applied
 from experiments.alternatives.study import Study, measure, point
@@ -31,7 +31,24 @@ from experiments.alternatives.truth import float64_gradients, innermost
 from experiments.alternatives.unrolled import backprop
 
 __all__ = [
-    "BUDGETED", "FIXED", "METHODS", "RECOMPUTATION", "RECOMPUTING", "Bench", "Compiled", "NotApplicableError",
-    "Problem", "Study", "Way", "applied", "backprop", "backprop_scan", "float64_gradients", "innermost",
-    "measure", "point", "ratio", "ties",
+    "BUDGETED",
+    "FIXED",
+    "METHODS",
+    "RECOMPUTATION",
+    "RECOMPUTING",
+    "Bench",
+    "Candidate",
+    "Compiled",
+    "NotApplicableError",
+    "Problem",
+    "Study",
+    "applied",
+    "backprop",
+    "backprop_scan",
+    "float64_gradients",
+    "innermost",
+    "measure",
+    "point",
+    "ratio",
+    "ties",
 ]  # fmt: skip

@@ -14,9 +14,9 @@ import jax
 import mwplan as mw
 from experiments.alternatives.methods import METHODS, Method
 from experiments.alternatives.problem import (
+    Candidate,
     NotApplicableError,
     Problem,
-    Way,
 )
 from experiments.alternatives.scheduled import applied, plan
 from experiments.alternatives.timing import CLOSE, TIE, Compiled, interleave, ties
@@ -34,8 +34,8 @@ TRIAL, FIRST = 90.0, 3
 
 
 def settings() -> dict[str, dict[str, Any]]:
-    """Compiler options under which every way without a schedule of ours is compiled; the leanest result
-    counts."""
+    """Compiler options under which every candidate without a schedule of ours is compiled; the program of
+    least memory counts."""
     own = mw.compiler_options()
     if jax.default_backend() != "cpu":
         return {"default": own}
@@ -43,7 +43,7 @@ def settings() -> dict[str, dict[str, Any]]:
 
 
 class Bench:
-    """Ways to take one gradient, compiled; equal programs are compiled, run and checked once."""
+    """Candidates for one gradient, compiled; equal programs are compiled, run and checked once."""
 
     def __init__(
         self, problem: Problem, *, try_settings: bool = True, attempts: int = 4, tune: int = 12
@@ -57,30 +57,32 @@ class Bench:
         self.plans: dict[int, list[Compiled]] = {}
         self.idle: int | None = None
 
-    def compile(self, way: Way) -> Compiled:
-        """The way's program, under the leanest setting; schedules of ours have one setting."""
-        if way.key not in self.programs:
-            ours = way.schedule is not None and way.key[0] == way.schedule.runs
+    def compile(self, candidate: Candidate) -> Compiled:
+        """The candidate's program, under the setting of least memory; schedules of ours have one setting."""
+        if candidate.key not in self.programs:
+            ours = candidate.schedule is not None and candidate.key[0] == candidate.schedule.runs
             made = [
-                self._compiled(way, name, options)
+                self._compiled(candidate, name, options)
                 for name, options in self.settings.items()
                 if name == "default" or not ours
             ]
-            self.programs[way.key] = min(made, key=lambda one: one.temporary_bytes)
-        return self.programs[way.key]
+            self.programs[candidate.key] = min(made, key=lambda one: one.temporary_bytes)
+        return self.programs[candidate.key]
 
-    def _compiled(self, way: Way, setting: str, options: dict[str, Any]) -> Compiled:
-        args = (way.chain, self.problem.x, self.problem.labels)
+    def _compiled(self, candidate: Candidate, setting: str, options: dict[str, Any]) -> Compiled:
+        args = (candidate.chain, self.problem.x, self.problem.labels)
         start = time.perf_counter()
-        executable = mw.jit(way.step(self.problem.loss), compiler_options=options).lower(*args).compile()
+        executable = (
+            mw.jit(candidate.step(self.problem.loss), compiler_options=options).lower(*args).compile()
+        )
         seconds = time.perf_counter() - start
-        return Compiled(way, executable, args, temporaries(executable), seconds, setting)
+        return Compiled(candidate, executable, args, temporaries(executable), seconds, setting)
 
     def add(self, name: str, budget: int | None) -> Compiled | None:
-        """Compiles a method so that the step fits the budget, planning again with less while it does not;
-        notes a row for it.
+        """Compiles a method so that the step fits the budget, and adds a row for it.
 
-        None where it does not apply or nothing fits: the row says why.
+        While the compiled step exceeds the budget, the method plans again with less. Returns None where it
+        does not apply or nothing fits: the row has the reason.
         """
         row: dict[str, Any] = {"method": name, "budget_bytes": budget}
         made = self._fitted(row, METHODS[name], budget)
@@ -90,9 +92,11 @@ class Bench:
         return made
 
     def _plans(self, made: Compiled | None, budget: int) -> list[Compiled]:
-        """The programs that `mw.fit(tune=...)` would choose among at a budget, that of all strategies first,
-        of the chain as it is and, where its blocks repeat, stacked: but those for less of the budget, which
-        are the plans of other rows."""
+        """The programs that `mw.fit(tune=...)` would choose among at a budget, that of all strategies first.
+
+        They are of the chain as it is and, where its blocks repeat, of the stacked one. Plans for less of the
+        budget are missing: they are the plans of other rows.
+        """
         problem = self.problem
 
         def fits(one: Compiled) -> bool:
@@ -101,31 +105,34 @@ class Bench:
         fewer = [functools.partial(plan, allowed=some) for some in planning.NARROWER]
         found = [made, *(self._fitted({}, method, budget) for method in fewer)]
         kept = [one for one in found if one is not None]
-        schedules = [one.way.schedule for one in kept if one.way.schedule is not None]
-        ways = [applied(problem, one) for one in problem.by_hand]
-        ways += [
-            applied(problem, one, way)
-            for way in (mw.UNTIED, mw.LOOSE)
-            for one in (*schedules, *problem.by_hand)
+        schedules = [one.candidate.schedule for one in kept if one.candidate.schedule is not None]
+        candidates = [applied(problem, one) for one in problem.baselines]
+        candidates += [
+            applied(problem, one, arrangement)
+            for arrangement in (mw.UNTIED, mw.LOOSE)
+            for one in (*schedules, *problem.baselines)
         ]
         if problem.most_loops == math.inf and any(
             isinstance(part, mw.Stack) for part in problem.stacked.parts
         ):
-            for one, way in itertools.product((*schedules, *problem.by_hand), (0, mw.LOOSE)):
+            for one, arrangement in itertools.product((*schedules, *problem.baselines), (0, mw.LOOSE)):
                 with contextlib.suppress(NotApplicableError):
-                    ways.append(applied(problem, one, way, stacked=True))
-        for some in ways:
-            made = self.compile(some)
+                    candidates.append(applied(problem, one, arrangement, stacked=True))
+        for candidate in candidates:
+            made = self.compile(candidate)
             kept.append(made)
-            if not fits(made) and not any(some.schedule is schedule for schedule in problem.by_hand):
-                del self.programs[some.key]  # a process can hold some hundred programs
+            if not fits(made) and not any(candidate.schedule is schedule for schedule in problem.baselines):
+                del self.programs[candidate.key]  # a process can hold some hundred programs
         return [one for one in dict.fromkeys(kept) if fits(one)]
 
     def tune_plans(self) -> None:
-        """Takes for each `plan` the fastest, in a trial of its own whose samples are not kept, of what was
-        planned for its budget or less: by all strategies, without vijps, without inverses, by recomputation
-        alone, by hand, tied, untied, loose and stacked. As `mw.fit(tune=...)` of the chain and of `mw.stack`
-        of it."""
+        """Takes for each `plan` the fastest of what was planned for its budget or less, as `mw.fit(tune=...)`
+        does for the chain and for `mw.stack` of it.
+
+        Candidates are the plans of all strategies, without vijps, without inverses, and of recomputation
+        alone, and the baseline schedules; each with and without barriers, unrolled and stacked. They are
+        timed in a trial of its own, whose samples are not kept.
+        """
         every = list(dict.fromkeys(one for several in self.plans.values() for one in several))
         interleave(every, FIRST, TRIAL)
         within = {
@@ -148,7 +155,7 @@ class Bench:
         return self.rows[at][0]["budget_bytes"]
 
     def settle(self, rounds: int, seconds: float) -> None:
-        """More rounds for the plans, and for what ties at a budget with the fastest that fits it."""
+        """More rounds for the plans, and for the programs that tie at a budget with the fastest that fits."""
         fixed, at_all = self.problem.fixed_bytes, self.run_at_all()
         asked = {self._budget(k) for k in self.plans}
         fits = ([one for one in at_all if one.temporary_bytes + fixed <= budget] for budget in sorted(asked))
@@ -160,7 +167,7 @@ class Bench:
             interleave(tied, rounds, seconds, again=True)
 
     def _fitted(self, row: dict[str, Any], method: Method, budget: int | None) -> Compiled | None:
-        """The method's program that fits, or None; the row is told how it went."""
+        """The method's program that fits, or None; attempts and reasons are noted in `row`."""
         asked = budget
         made: Compiled | None = None
         try:
@@ -196,7 +203,7 @@ class Bench:
         return [one for one in self.used() if one.temporary_bytes <= most]
 
     def used(self) -> list[Compiled]:
-        """The programs that rows stand on, each once."""
+        """The programs of the rows, each once."""
         return list(dict.fromkeys(one for _, one in self.rows if one is not None))
 
     def records(self) -> list[dict[str, Any]]:
@@ -217,11 +224,11 @@ class Bench:
                     "error": one.error,
                     "worst_error": one.worst_error,
                 }
-                if one.way.schedule is not None:
-                    out |= predictions(one.way.schedule)
-                    for name, way in (("untied", mw.UNTIED), ("loose", mw.LOOSE)):
-                        out[name] = one.way.key[:2] == (one.way.schedule.runs, way)
-                    out["stacked"] = one.way.chain is self.problem.stacked
+                if one.candidate.schedule is not None:
+                    out |= predictions(one.candidate.schedule)
+                    for name, arrangement in (("untied", mw.UNTIED), ("loose", mw.LOOSE)):
+                        out[name] = one.candidate.key[:2] == (one.candidate.schedule.runs, arrangement)
+                    out["stacked"] = one.candidate.chain is self.problem.stacked
             made.append(out)
         return made
 

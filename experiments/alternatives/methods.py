@@ -6,14 +6,14 @@ from collections.abc import Callable
 
 from experiments.alternatives.nested import recompute_checkpoint, rotor_checkpoint
 from experiments.alternatives.problem import (
+    Candidate,
     Problem,
-    Way,
 )
 from experiments.alternatives.scanned import backprop_scan, checkpoint_scan, chen_scan, equinox
 from experiments.alternatives.scheduled import fragment, invert, moonwalk, plan, recompute
 from experiments.alternatives.unrolled import backprop, checkpoint_each, chen
 
-Method = Callable[[Problem, "int | None"], Way]
+Method = Callable[[Problem, "int | None"], Candidate]
 #: Methods that are what they are, whatever the budget, and those that plan for one.
 FIXED: dict[str, Method] = {
     "backprop": backprop,

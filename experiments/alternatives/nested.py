@@ -11,10 +11,10 @@ import jax
 
 from experiments.alternatives.problem import (
     RECOMPUTATION,
+    Candidate,
     Network,
     NotApplicableError,
     Problem,
-    Way,
     cached_frontier,
     through,
 )
@@ -61,16 +61,16 @@ def _expressible(profile: Profile) -> Profile:
     return dataclasses.replace(profile, layers=tuple(layers))
 
 
-def recompute_checkpoint(problem: Problem, budget: int | None) -> Way:
+def recompute_checkpoint(problem: Problem, budget: int | None) -> Candidate:
     """The fastest plan of what `jax.checkpoint` can express, as nested `jax.checkpoint`s."""
     profile = _expressible(problem.profile)
     schedule = fastest_within(
         cached_frontier(profile, problem.max_error, RECOMPUTATION, problem.thin), budget
     )
-    return Way(nested_checkpoint(schedule.runs), problem.chain, schedule, ("nested", schedule.runs))
+    return Candidate(nested_checkpoint(schedule.runs), problem.chain, schedule, ("nested", schedule.runs))
 
 
-def rotor_checkpoint(problem: Problem, budget: int | None) -> Way:
+def rotor_checkpoint(problem: Problem, budget: int | None) -> Candidate:
     """rotor's plan as nested `jax.checkpoint`s."""
     if budget is None:
         raise NotApplicableError("rotor plans for one budget: give one")
@@ -80,4 +80,4 @@ def rotor_checkpoint(problem: Problem, budget: int | None) -> Way:
     if solution is None or solution.runs is None:
         raise InfeasibleError("rotor finds nothing that fits", budget_bytes=budget)
     schedule = planning.scheduled(profile, solution, problem.max_error)
-    return Way(nested_checkpoint(schedule.runs), problem.chain, schedule, ("nested", schedule.runs))
+    return Candidate(nested_checkpoint(schedule.runs), problem.chain, schedule, ("nested", schedule.runs))

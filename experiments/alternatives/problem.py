@@ -1,4 +1,4 @@
-"""What a gradient is taken of, and what taking it in one way is."""
+"""A network to differentiate, and a candidate: one function that does."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Problem:
         return cached_frontier(self.profile, self.max_error, frozenset(allowed), self._thin)
 
     @functools.cached_property
-    def by_hand(self) -> list[Schedule]:
+    def baselines(self) -> list[Schedule]:
         """The schedules of `planning.baseline_schedules`, the same at every budget."""
         return planning.baseline_schedules(
             self.profile, max_error=self.max_error, allowed=planning.EVERY_STRATEGY
@@ -98,13 +98,12 @@ def cached_frontier(
 
 
 @dataclass(frozen=True)
-class Way:
-    """A method made for one chain and budget: the network, to be differentiated, and the schedule behind it
-    if any.
+class Candidate:
+    """A method made for one chain and budget: the network to differentiate, and its schedule if it has one.
 
-    `chain`, whose parameters the network takes: the problem's, or that with blocks stacked. Two ways with
-    equal `key` are the same program. `loops`: whether the network is a loop, whose convolutions need another
-    layout on CPU than JAX gives them: as schedules of ours have it.
+    `chain`: the problem's chain, or the stacked one; the network takes its parameters. Two candidates with
+    equal `key` are the same program. `loops`: whether the network is a loop. Its convolutions then need
+    another layout on CPUs than JAX gives them, the one that schedules of ours use.
     """
 
     network: Network

@@ -10,9 +10,9 @@ import jax
 
 import mwplan as mw
 from experiments.alternatives.problem import (
+    Candidate,
     NotApplicableError,
     Problem,
-    Way,
     through,
 )
 from mwplan.common import trees
@@ -21,7 +21,7 @@ from mwplan.common.errors import InfeasibleError
 Scan = Callable[[Callable[[Any, Any], Any], Any, Any, int], Any]
 
 
-def _scanned(name: str, problem: Problem, scan: Scan, key: Any = None) -> Way:
+def _scanned(name: str, problem: Problem, scan: Scan, key: Any = None) -> Candidate:
     """`scan(block, x, stacked blocks, count)` over each stretch of repeated blocks, other layers in
     between."""
     if not any(isinstance(part, mw.Stack) for part in problem.flat.parts):
@@ -35,19 +35,19 @@ def _scanned(name: str, problem: Problem, scan: Scan, key: Any = None) -> Way:
                 x = part(x)
         return x
 
-    return Way(network, problem.flat, None, (name, key), loops=True)
+    return Candidate(network, problem.flat, None, (name, key), loops=True)
 
 
 def _scan(block: Callable[[Any, Any], Any], x: Any, stacked: Any) -> Any:
     return jax.lax.scan(lambda x, one: (block(x, one), None), x, stacked)[0]
 
 
-def backprop_scan(problem: Problem, budget: int | None) -> Way:
+def backprop_scan(problem: Problem, budget: int | None) -> Candidate:
     """Plain backpropagation through a scan."""
     return _scanned("backprop_scan", problem, lambda block, x, stacked, count: _scan(block, x, stacked))
 
 
-def checkpoint_scan(problem: Problem, budget: int | None) -> Way:
+def checkpoint_scan(problem: Problem, budget: int | None) -> Candidate:
     """A scan whose body is `jax.checkpoint`ed."""
 
     def scan(block: Callable[[Any, Any], Any], x: Any, stacked: Any, count: int) -> Any:
@@ -56,7 +56,7 @@ def checkpoint_scan(problem: Problem, budget: int | None) -> Way:
     return _scanned("checkpoint_scan", problem, scan)
 
 
-def chen_scan(problem: Problem, budget: int | None) -> Way:
+def chen_scan(problem: Problem, budget: int | None) -> Candidate:
     """A scan over checkpointed segments, each a scan over about sqrt(count) blocks; what is left over is
     stored."""
 
@@ -72,7 +72,7 @@ def chen_scan(problem: Problem, budget: int | None) -> Way:
     return _scanned("chen_scan", problem, scan)
 
 
-def equinox(problem: Problem, budget: int | None) -> Way:
+def equinox(problem: Problem, budget: int | None) -> Candidate:
     """Equinox's checkpointed scan; as many checkpoints as the budget has room for, its own choice without a
     budget."""
     try:

@@ -1,4 +1,4 @@
-"""Schedules that `mw.apply` runs: what the planner finds, and one strategy wherever it goes."""
+"""Schedules that `mw.apply` runs: what the planner finds, and one strategy wherever it is possible."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import mwplan as mw
 from experiments.alternatives.problem import (
     MOST_LOOPS,
     RECOMPUTATION,
+    Candidate,
     NotApplicableError,
     Problem,
-    Way,
 )
 from mwplan import planning
 from mwplan.execution.execute import Arrangement
@@ -25,7 +25,7 @@ LOSS = 1.0
 
 def applied(
     problem: Problem, schedule: Schedule, arrangement: Arrangement = 0, *, stacked: bool = False
-) -> Way:
+) -> Candidate:
     """A schedule of the problem's profile, run by `mw.apply`; `stacked`: on the chain as `mw.stack` makes it,
     which long chains are anyway."""
     unrolled = problem.most_loops == math.inf and not stacked
@@ -36,29 +36,29 @@ def applied(
         )
     chain = problem.chain if unrolled else problem.stacked
     network = functools.partial(mw.apply, schedule, arrangement=arrangement)
-    return Way(network, chain, schedule, (schedule.runs, arrangement, unrolled))
+    return Candidate(network, chain, schedule, (schedule.runs, arrangement, unrolled))
 
 
-def _baseline(problem: Problem, solution: Solution, kind: RunKind, what: str) -> Way:
+def _baseline(problem: Problem, solution: Solution, kind: RunKind, what: str) -> Candidate:
     assert solution.runs is not None
     if not any(run.kind is kind for run in solution.runs):
         raise NotApplicableError(f"no layer of this chain {what} within max_error={problem.max_error}")
     return applied(problem, planning.scheduled(problem.profile, solution, problem.max_error))
 
 
-def invert(problem: Problem, budget: int | None) -> Way:
+def invert(problem: Problem, budget: int | None) -> Candidate:
     """Inversion wherever a layer allows it, storing elsewhere."""
     solution = baselines.all_invert(problem.profile, max_error=problem.max_error)
     return _baseline(problem, solution, RunKind.INVERT, "can be inverted")
 
 
-def moonwalk(problem: Problem, budget: int | None) -> Way:
+def moonwalk(problem: Problem, budget: int | None) -> Candidate:
     """Moonwalk runs as long as the error allows, with the smallest fragments."""
     solution = baselines.all_moonwalk(problem.profile, max_error=problem.max_error)
     return _baseline(problem, solution, RunKind.MOONWALK, "has a vijp or a fragment")
 
 
-def fragment(problem: Problem, budget: int | None) -> Way:
+def fragment(problem: Problem, budget: int | None) -> Candidate:
     """Moonwalk runs with the largest fragments."""
     solution = baselines.all_fragment(problem.profile, max_error=problem.max_error)
     return _baseline(problem, solution, RunKind.MOONWALK, "has a fragment")
@@ -76,12 +76,12 @@ def fastest_within(frontier: mw.Frontier, budget: int | None, *, most_loops: flo
 
 def plan(
     problem: Problem, budget: int | None, *, allowed: frozenset[Strategy] = planning.EVERY_STRATEGY
-) -> Way:
+) -> Candidate:
     """The fastest schedule of the allowed strategies that fits; without a budget, the fastest of all."""
     return applied(problem, fastest_within(problem.frontier(allowed), budget, most_loops=problem.most_loops))
 
 
-def recompute(problem: Problem, budget: int | None) -> Way:
+def recompute(problem: Problem, budget: int | None) -> Candidate:
     """The fastest schedule of STORE and RECOMPUTE runs that fits."""
     return applied(
         problem, fastest_within(problem.frontier(RECOMPUTATION), budget, most_loops=problem.most_loops)

@@ -21,8 +21,7 @@ from experiments.alternatives.timing import Compiled, interleave
 from mwplan import planning
 from mwplan.solvers import baselines
 
-#: Programs that need more than so many times the largest budget asked for are compiled, for their memory, and
-#: not run.
+#: Programs of more than so many times the largest budget are compiled, to know their memory, and not run.
 MOST = 8
 
 
@@ -30,13 +29,16 @@ MOST = 8
 class Study:
     """What to measure on one network.
 
-    `methods`, each at every one of `budgets` (total bytes; a count spaces that many evenly by ratio, from the
-    least feasible to what the fastest schedule or backpropagation needs); those without a budget once.
-    `limits`: with such a count, the least budgets are added within which the plan, and the best
-    recomputation, are predicted to take at most so many times the time of storing every layer, fresh memory
-    included. `rounds` of interleaved runs, fewer after `seconds`; then `ties` rounds more of those that tie
-    at a budget with the fastest, again fewer after `seconds`. `yardstick`: depth of a second network that
-    backpropagation is timed on in the same rounds; 0 for none. `check`: gradients against float64.
+    - `methods`: those that plan run at every one of `budgets`, the others once.
+    - `budgets`: total bytes. A number instead spaces so many evenly by ratio, from the least feasible one to
+      what the fastest schedule or backpropagation needs.
+    - `limits`: with such a number, more budgets. For each limit the least ones at which the plan, and the
+      best recomputation, are predicted to take so many times the time of storing every layer, the first
+      touch of memory included.
+    - `rounds` of interleaved runs, fewer after `seconds`. Then `ties` more rounds of the programs that tie
+      with the fastest at a budget, again fewer after `seconds`.
+    - `yardstick`: depth of a second network that backpropagation is timed on in the same rounds; 0 for none.
+    - `check`: whether to compare gradients with float64.
     """
 
     methods: tuple[str, ...] = tuple(METHODS)
@@ -106,7 +108,7 @@ def measure(point: dict[str, Any], unroll: int = zoo.UNROLL) -> dict[str, Any]:
     return {
         "rows": bench.records(),
         "frontier": [list(one) for one in (*points[::step], *points[-1:])],
-        "yardstick": [{"method": one.way.key, "seconds": one.seconds} for one in measures],
+        "yardstick": [{"method": one.candidate.key, "seconds": one.seconds} for one in measures],
     }
 
 
@@ -116,7 +118,7 @@ def _spaced(count: int, points: Sequence[tuple[int, int]], bench: Bench) -> list
         for row, one in bench.rows
         if one and row["method"] == "backprop"
     ]
-    low = math.ceil(1.03 * points[0][0])  # the compiler leaves holes between buffers
+    low = math.ceil(1.03 * points[0][0])  # room for fragmentation
     high = max([points[-1][0], *plain])
     return [math.ceil(low * (high / low) ** (k / max(1, count - 1))) for k in range(count)]
 
@@ -140,5 +142,5 @@ def _yardstick(config: zoo.Config, study: Study, problem: Problem) -> list[Compi
     for name in ("backprop", "backprop_scan"):
         made = bench.add(name, None)
         if made is not None:
-            made.way = dataclasses.replace(made.way, key=name)
+            made.candidate = dataclasses.replace(made.candidate, key=name)
     return bench.used()

@@ -12,14 +12,14 @@ from typing import Any
 import jax
 
 from experiments.alternatives.problem import (
-    Way,
+    Candidate,
 )
 
 #: Programs whose step takes so many times the median of all, and a second or more, are timed once, in the
 #: warm-up.
 SLOW = 6
-#: Programs at most so many times as slow as the fastest for the same budget tie with it: more rounds decide.
-#: In the last part of the trial.
+#: Programs at most so many times as slow as the fastest for the same budget tie with it, and more rounds
+#: decide; the second number is that of the trial's last part.
 TIE, CLOSE = 1.1, 1.05
 
 
@@ -31,7 +31,7 @@ class Compiled:
     step; `error`, `worst_error`, see `relative_error`; `found`: what the one run of a very slow step gave.
     """
 
-    way: Way
+    candidate: Candidate
     executable: Any
     args: tuple[Any, ...]
     temporary_bytes: int
@@ -50,10 +50,12 @@ class Compiled:
 def interleave(
     programs: Sequence[Compiled], rounds: int, seconds: float = math.inf, *, again: bool = False
 ) -> None:
-    """Runs the programs `rounds` times in turn, each round from another one on, after one warm-up; stops
-    after `seconds`, but not before 3 rounds, or 2 where one takes longer than that. Those slower than `SLOW`
-    times the median of all are not run again after the warm-up, which is then their sample. `again`: of
-    programs that were run before, further rounds."""
+    """Runs the programs `rounds` times in turn, after a warm-up; each round begins with another program.
+
+    It stops after `seconds`, but not before 3 rounds (2 where the warm-up took longer than that). Programs
+    slower than `SLOW` times the median are not run again: the warm-up is their sample. `again`: further
+    rounds of programs that were run before, without a warm-up.
+    """
 
     def timed(one: Compiled) -> tuple[float, Any]:
         begin = time.perf_counter()
@@ -84,8 +86,8 @@ def interleave(
 
 
 def ties(groups: Iterable[Sequence[Compiled]], limit: float = TIE) -> list[Compiled]:
-    """Of each group's programs, of those that were run most often, the fastest and those at most `limit`
-    times as slow."""
+    """Of each group the fastest program, and those at most `limit` times as slow. Only those count that were
+    run most often."""
     found: list[Compiled] = []
     for group in groups:
         most = max((len(one.seconds) for one in group), default=0)

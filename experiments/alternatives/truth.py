@@ -32,10 +32,10 @@ def float64_gradients(problem: Problem) -> list[np.ndarray]:
 
         chain, x = jax.tree.map(wide, (problem.chain, problem.x))
         wider = dataclasses.replace(problem, chain=chain, x=x)
-        way = backprop(wider, None)
+        candidate = backprop(wider, None)
         with contextlib.suppress(NotApplicableError):
-            way = backprop_scan(wider, None)
-        _, grads = mw.jit(way.step(problem.loss))(way.chain, x, problem.labels)
+            candidate = backprop_scan(wider, None)
+        _, grads = mw.jit(candidate.step(problem.loss))(candidate.chain, x, problem.labels)
         return [np.asarray(leaf) for leaf in innermost(grads)]
 
 

@@ -11,8 +11,8 @@ import jax
 
 import mwplan as mw
 from experiments.alternatives.problem import (
+    Candidate,
     Problem,
-    Way,
     flat,
     through,
 )
@@ -20,21 +20,21 @@ from experiments.alternatives.problem import (
 checkpointed = jax.checkpoint(through)
 
 
-def backprop(problem: Problem, budget: int | None) -> Way:
+def backprop(problem: Problem, budget: int | None) -> Candidate:
     """Plain backpropagation."""
-    return Way(lambda chain, x: chain(x), problem.chain, None, "backprop")
+    return Candidate(lambda chain, x: chain(x), problem.chain, None, "backprop")
 
 
-def checkpoint_each(problem: Problem, budget: int | None) -> Way:
+def checkpoint_each(problem: Problem, budget: int | None) -> Candidate:
     """`jax.checkpoint` around every layer."""
 
     def network(chain: mw.Chain, x: Any) -> Any:
         return functools.reduce(lambda value, one: checkpointed([one], value), flat(chain), x)
 
-    return Way(network, problem.chain, None, "checkpoint_each")
+    return Candidate(network, problem.chain, None, "checkpoint_each")
 
 
-def chen(problem: Problem, budget: int | None) -> Way:
+def chen(problem: Problem, budget: int | None) -> Candidate:
     """About sqrt(L) segments of equal length over the innermost layers; all but the last recomputed."""
 
     def network(chain: mw.Chain, x: Any) -> Any:
@@ -45,4 +45,4 @@ def chen(problem: Problem, budget: int | None) -> Way:
             x = checkpointed(layers[start:stop], x)
         return through(layers[cuts[-2] :], x)
 
-    return Way(network, problem.chain, None, "chen")
+    return Candidate(network, problem.chain, None, "chen")

@@ -1,8 +1,8 @@
 """Memory against depth, budgets and precision on a GPU, within minutes: `python -m experiments.gpu`
 (`--small`: toy sizes, for the CPU).
 
-Every point runs in a fresh process, since an allocator's peak cannot be reset, and stops with the clock
-(`minutes`): what is finished is kept, and a second call goes on. The pool of the device's memory is capped
+Every point runs in a process of its own, since an allocator's peak cannot be reset. After `minutes` the run
+stops; finished points are kept, and a second call goes on. The pool of the device's memory is capped
 before JAX starts, so that what does not fit fails as it would on a smaller card. In order of value:
 
 - **ladder**: each method at growing depths within a pool of `pool_gib`, until one runs out of memory. Methods

@@ -44,8 +44,8 @@ def main(config: Config) -> None:
         if mine := [one for one in exact if one["matmul"] == matmul]:
             console.print(f"products at {matmul or 'default'} precision")
             console.print(precision.table(mine))
-    away = [one for one in found if one["point"]["kind"] == "offload"]
-    for one in away:
+    offloads = [one for one in found if one["point"]["kind"] == "offload"]
+    for one in offloads:
         console.print(offload_table(one) if one["ran"] else one["reason"])
     data = {
         "provenance": found[0].get("provenance") if found else None,
@@ -68,7 +68,7 @@ def main(config: Config) -> None:
                     "gradient_difference",
                 )
             }
-            for one in away
+            for one in offloads
         ],
         "precision": [
             {"matmul": one["matmul"], "kind": one["point"]["kind"], "depth": one["point"]["depth"], **row}

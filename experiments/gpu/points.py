@@ -76,13 +76,13 @@ def step(point: sweep.Point) -> dict[str, Any]:
     """One method's step: compiled, run, timed. Of several schedules the first that fits the pool."""
     problem = _problem(point)
     schedules = [Schedule.from_json(text) for text in point.get("schedules", ())]
-    ways: list[Callable[[], alternatives.Way]]
+    candidates: list[Callable[[], alternatives.Candidate]]
     if schedules:
-        ways = [lambda s=s: alternatives.applied(problem, s) for s in schedules]  # type: ignore[misc]
+        candidates = [lambda s=s: alternatives.applied(problem, s) for s in schedules]  # type: ignore[misc]
     else:
-        ways = [lambda: alternatives.METHODS[point["method"]](problem, None)]
+        candidates = [lambda: alternatives.METHODS[point["method"]](problem, None)]
     reasons: list[str] = []
-    for make in ways:
+    for make in candidates:
         try:
             return {"ran": True, "reasons": reasons, **_run(point, problem, make())}
         except Exception as error:
@@ -101,25 +101,30 @@ def offload(point: sweep.Point) -> dict[str, Any]:
     grads: list[Any] = []
     for kind in SINGLE:
         runs = tuple(Run(kind=kind, start=i, stop=i + 1, options=("vjp",)) for i in range(len(chain)))
-        way = alternatives.Way(functools.partial(mw.apply, Schedule(runs=runs)), chain, None, runs)
-        found[kind.value] = _run(point, problem, way, grads)
-    store, away = found["store"], found["offload"]
-    more = statistics.median(away["seconds"]) - statistics.median(store["seconds"])
+        candidate = alternatives.Candidate(
+            functools.partial(mw.apply, Schedule(runs=runs)), chain, None, runs
+        )
+        found[kind.value] = _run(point, problem, candidate, grads)
+    store, offloaded = found["store"], found["offload"]
+    more = statistics.median(offloaded["seconds"]) - statistics.median(store["seconds"])
     gradients = [jax.tree.leaves(got) for _, got in grads]
     return found | {
-        "link_bytes_per_s": 2 * away["host_bytes"] / more if more > 0 else None,
+        "link_bytes_per_s": 2 * offloaded["host_bytes"] / more if more > 0 else None,
         "gradient_difference": relative_error(*reversed(gradients))[0],
     }
 
 
 def _run(
-    point: sweep.Point, problem: alternatives.Problem, way: alternatives.Way, keep: list[Any] | None = None
+    point: sweep.Point,
+    problem: alternatives.Problem,
+    candidate: alternatives.Candidate,
+    keep: list[Any] | None = None,
 ) -> dict[str, Any]:
     """Bytes and times of one step; what it returned goes into `keep`."""
     before = pool()["peak_bytes"]
-    args = (way.chain, problem.x, problem.labels)
+    args = (candidate.chain, problem.x, problem.labels)
     start = time.perf_counter()
-    executable = mw.jit(way.step(problem.loss)).lower(*args).compile()
+    executable = mw.jit(candidate.step(problem.loss)).lower(*args).compile()
     seconds = time.perf_counter() - start
     compiled = pool()["peak_bytes"]
     temporary = mw.temporaries(executable)
@@ -141,10 +146,10 @@ def _run(
         "compile_seconds": seconds,
         "seconds": samples,
     }
-    if way.schedule is not None:
-        made["predicted_temporary_bytes"] = way.schedule.peak_bytes
-        made["predicted_seconds"] = way.schedule.time_ns / 1e9
-        made["strategies"] = {s.value: way.schedule.strategies.count(s) for s in mw.Strategy}
+    if candidate.schedule is not None:
+        made["predicted_temporary_bytes"] = candidate.schedule.peak_bytes
+        made["predicted_seconds"] = candidate.schedule.time_ns / 1e9
+        made["strategies"] = {s.value: candidate.schedule.strategies.count(s) for s in mw.Strategy}
     return made
 
 

@@ -1,4 +1,4 @@
-"""Flax modules as layers: the parameters become leaves, the code structure. Needs the `flax` extra for
+"""Flax modules as layers: parameters become leaves, code becomes structure. Needs the `flax` extra for
 `from_nnx`.
 
 Variables that are no parameters (the running averages of a BatchNorm) are leaves too, but held as integers of
@@ -109,8 +109,9 @@ def from_linen(module: Any, variables: PyTree, *, rngs: PyTree = None, **options
 
 @layer
 class NNX:
-    """A Flax NNX module taken apart; called, it is put together again, as a copy: what a call changes of its
-    state goes with the copy.
+    """A Flax NNX module, split into its graph and its state.
+
+    A call merges them into a copy of the module; state that the call changes is dropped with the copy.
 
     `params`: its state of `nnx.Param`; `others`: all other state, which is no parameter.
     """
@@ -123,7 +124,7 @@ class NNX:
         """A copy of the module, with the parameters as they are."""
         from flax import nnx
 
-        return nnx.merge(self.graph, _fresh(self.params), _restored(_fresh(self.others)))
+        return nnx.merge(self.graph, _copied(self.params), _restored(_copied(self.others)))
 
     def __call__(self, x: PyTree) -> PyTree:
         """Applies the module."""
@@ -133,17 +134,16 @@ class NNX:
 def from_nnx(module: Any) -> NNX:
     """`module` as a layer: its state are the leaves, and `module` stays as it is.
 
-    Changes that a call makes to the state (batch statistics, the counters of random streams) are dropped: two
-    calls agree, and Dropout draws the same mask in each. For another mask a step, make the layer again from a
-    module with other `rngs`; its plan holds.
+    Changes that a call makes to the state (batch statistics, the counters of random streams) are dropped. Two
+    calls agree, and Dropout draws the same mask in each. For a new mask in each step, make the layer again
+    from a module with other `rngs`; no new plan is needed.
     """
     from flax import nnx
 
     graph, params, others = nnx.split(module, nnx.Param, ...)  # type: ignore[misc]
-    return NNX(_fresh(params), _fix(_fresh(others)), graph)
+    return NNX(_copied(params), _fix(_copied(others)), graph)
 
 
-def _fresh(state: PyTree) -> PyTree:
-    """The same arrays in variables of its own: a module that is put together of variables writes into
-    them."""
+def _copied(state: PyTree) -> PyTree:
+    """The same arrays in new variables: a merged module writes into the variables that it was given."""
     return jax.tree.map(lambda leaf: leaf, state)

@@ -19,6 +19,7 @@ from rich.table import Table
 from mwplan.common.errors import ArgumentError, MwplanError
 from mwplan.common.sizes import parse_bytes, show_bytes, show_ns
 from mwplan.plans.schedule import Strategy
+from mwplan.targets.devices import DEVICES
 
 if TYPE_CHECKING:
     from mwplan.app.train_result import TrainResult
@@ -40,7 +41,7 @@ Forbid = Annotated[list[Strategy] | None, typer.Option(help="a strategy not to u
 MaxError = Annotated[float, typer.Option(help="largest predicted relative error of a rebuilt cotangent")]
 OnDevice = Annotated[
     str | None,
-    typer.Option("--device", help="estimate for this device instead of measuring here: h100, a100, laptop"),
+    typer.Option("--device", help=f"estimate for this device, do not measure here: {', '.join(DEVICES)}"),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of text")]
 
@@ -208,7 +209,9 @@ def frontier(
 
     _check_target("--plot", plot)
     if rows < 2:
-        raise ArgumentError(f"`--rows {rows}` must be at least 2: the leanest schedule and the fastest")
+        raise ArgumentError(
+            f"`--rows {rows}` must be at least 2: the schedule of least memory and the fastest"
+        )
     found = planning.frontier(_profile(network, device), max_error=max_error, allowed=_allowed(forbid))
     if plot is not None:
         serial.write_atomically(plot, plots.png(found.plot().figure))  # type: ignore[arg-type]

@@ -1,7 +1,7 @@
-"""Trains one network two ways at once, by plain backpropagation and within a budget: same start, same
-batches, interleaved step by step.
+"""Trains one network twice at once, by plain backpropagation and within a budget.
 
-A planned step whose report exceeds `max_error` has the weights profiled as they are, and is planned again.
+Both runs have the same start and the same batches, and take their steps in turn. Where the report of a
+planned step exceeds `max_error`, the weights are profiled as they are then, and the step is planned again.
 Needs optax (the `example` extra).
 """
 
@@ -13,7 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -33,27 +33,32 @@ from mwplan.profiling import measure
 PyTree = Any
 
 
+@runtime_checkable
 class Progress(Protocol):
-    """Where the run says how far it is."""
+    """A callback for the progress of a training run."""
 
     def __call__(self, phase: str, done: int, total: int, /) -> None:
-        """`phase` is at `done` of `total`."""
+        """Called when `done` of `total` steps of `phase` are finished."""
 
 
 def silent(phase: str, done: int, total: int) -> None:
-    """Progress that nobody watches."""
+    """Ignores progress."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
     """What is trained.
 
-    `chain`, where both start; `loss(chain(x), labels)`; `batch(step)`, that step's `(x, labels)`, of one
-    shape for all; `optimizer`, of optax; `budget(profile, temporary_bytes)`, device bytes of the gradient
-    step, from the profile and backpropagation's temporaries. Before each of the `checks` (steps; `steps` is
-    the end) both gradients are compared with float64, at the planned run's weights, on batch 0. `patience`:
-    steps between two plans, at least. `tune`: rounds in which plans are timed against each other, as
-    `mw.fit`.
+    - `chain`: the network with the weights that both runs start from.
+    - `loss(chain(x), labels)`: a scalar.
+    - `batch(step)`: that step's `(x, labels)`, all of one shape.
+    - `steps`, `optimizer`: how many steps, and an optimizer of optax.
+    - `budget(profile, temporary_bytes)`: device bytes of the gradient step, from the profile and
+      backpropagation's temporaries.
+    - `max_error`, `allowed`, `tune`: as in `mw.fit`; `repeats`: as in `mw.profile`.
+    - `checks`: steps before which both gradients are compared with float64, at the planned run's weights, on
+      batch 0; `steps` stands for the end.
+    - `patience`: the least number of steps between two plans.
     """
 
     chain: Chain
@@ -101,8 +106,8 @@ class Curve:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What was measured. `fitted`: the plan last in use, with its compiled gradient step; `replans`: the
-    steps after which it was planned again."""
+    """What was measured. `fitted`: the last plan, with its compiled gradient step; `replans`: the steps after
+    which it was planned again."""
 
     fitted: Fitted
     budget_bytes: int
@@ -122,10 +127,10 @@ class Outcome:
 
 
 def train(task: Task, progress: Progress = silent, say: Callable[[str], None] = lambda text: None) -> Outcome:
-    """Profiles, plans, and trains both ways. `progress` and `say` report to whoever watches.
+    """Profiles, plans, and trains twice. `progress` and `say` are callbacks for reports.
 
-    Raises `InfeasibleError` for a budget that no schedule fits, at the start or with the weights that
-    training has led to.
+    Raises `InfeasibleError` for a budget that no schedule fits, at the start or with weights that were
+    trained for a while.
     """
     session = _Session(task, progress, say)
     for step in range(task.steps):
@@ -185,7 +190,7 @@ class _Session:
     def _fit(self, net: Chain, profile: Profile) -> Fitted:
         """The step within the budget."""
         task = self.task
-        return fitting.fit(
+        found = fitting.fit(
             task.loss,
             net,
             *self.example,
@@ -196,6 +201,8 @@ class _Session:
             tune=task.tune,
             say=self.say,
         )
+        assert isinstance(found, Fitted)  # no device but the attached one was named
+        return found
 
     def check(self, step: int) -> None:
         """Compares both gradients with float64, where the task asks for it before this step."""

@@ -1,4 +1,4 @@
-"""What a training run is asked for, and what it measured: plain values, saved as JSON."""
+"""Settings and measurements of a training run: plain values, saved as JSON."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ SCHEMA = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
-    """What to train and how. `budget`: device bytes of the gradient step; None leaves a fifth of the room
-    that backpropagation's temporaries take, or a little more than the least feasible. The learning rate
-    decays to 0 along a cosine."""
+    """What to train and how.
+
+    `budget`: device bytes of the gradient step. With None, temporaries get a fifth of what backpropagation's
+    take, or a little more than the least feasible. The learning rate decays to 0 along a cosine.
+    """
 
     budget: str | None = None
     max_error: float = 1e-4

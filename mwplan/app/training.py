@@ -1,7 +1,7 @@
-"""The main job: train a convolutional classifier on handwritten digits within a budget that backpropagation
+"""The demo: a convolutional classifier, trained on handwritten digits within a budget that backpropagation
 exceeds.
 
-By `mwplan.app.side_by_side`. Needs the `example` extra (optax, scikit-learn).
+It is `mwplan.app.side_by_side` for one task. Needs the `example` extra (optax, scikit-learn).
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from mwplan.network.chain import Chain
 from mwplan.plans.profiles import Profile
 from mwplan.plans.schedule import Strategy
 
-#: Of backpropagation's temporaries: what the default budget leaves room for.
+#: The default budget leaves room for this share of backpropagation's temporaries,
 BUDGET_FRACTION = 0.2
 #: and at least so many times the least bytes that any schedule needs
 LEAST_FACTOR = 1.25
-#: Rounds in which plans are timed against each other: several cores share the work of operations in ways that
-#: a profile of single ones does not show.
+#: Rounds in which plans are timed in turn. A profile times single operations, which does not show how several
+#: cores share the work of a whole step.
 TUNE = 3
 
 
@@ -96,7 +96,7 @@ def accuracy(chain: Chain, x: Any, labels: Any) -> float:
 
 
 def train(config: TrainConfig, progress: Progress, say: Callable[[str], None]) -> TrainResult:
-    """Profiles, plans, and trains both ways. `progress` and `say` report to whoever watches.
+    """Profiles, plans, and trains twice. `progress` and `say` are callbacks for reports.
 
     Raises `InfeasibleError` for a budget that no schedule fits.
     """

@@ -18,7 +18,7 @@ _elsewhere: Any = jax.make_user_context("")
 
 def platform() -> str:
     """ "cpu", "gpu" or "tpu": where the program that is being traced will run."""
-    return _elsewhere.value or jax.default_backend()
+    return str(_elsewhere.value or jax.default_backend())
 
 
 def lowering_for(platform: str) -> AbstractContextManager[None]:

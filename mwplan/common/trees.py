@@ -27,8 +27,8 @@ def is_key(leaf: Any) -> bool:
 
 
 def tie(tree: Any, free: type | tuple[type, ...] = ()) -> Any:
-    """The same arrays, none of which exists for XLA before all of them do; but for those in nodes of the
-    types `free`."""
+    """The same arrays behind one optimization barrier: none exists for XLA before all of them do. Those in
+    nodes of the types `free` stay outside."""
     leaves, treedef = jax.tree.flatten(tree, is_leaf=lambda node: isinstance(node, free))
     index = [i for i, leaf in enumerate(leaves) if is_array(leaf) and leaf.dtype != jax.dtypes.float0]
     if index:
@@ -37,16 +37,46 @@ def tie(tree: Any, free: type | tuple[type, ...] = ()) -> Any:
     return jax.tree.unflatten(treedef, leaves)
 
 
+class PartlyTrained:
+    """A node of a pytree that says itself which of its leaves are parameters."""
+
+    def parameter_flags(self) -> list[bool]:
+        """Of each leaf, whether it is one."""
+        raise NotImplementedError
+
+
+def parameter_flags(tree: Any) -> list[bool]:
+    """Of each leaf of `tree`, whether it is a parameter: an inexact array, unless a `PartlyTrained` node says
+    that it is not."""
+    flags: list[bool] = []
+    for node in jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, PartlyTrained)):
+        flags += node.parameter_flags() if isinstance(node, PartlyTrained) else [is_inexact(node)]
+    return flags
+
+
 def parameters(layer: Any) -> list[Any]:
-    """The inexact-array leaves of `layer`, in order: what a gradient is taken of."""
-    return [leaf for leaf in jax.tree.leaves(layer) if is_inexact(leaf)]
+    """The parameters of `layer`, in the order of its leaves: what a gradient is taken of."""
+    return [leaf for leaf, flag in zip(jax.tree.leaves(layer), parameter_flags(layer), strict=True) if flag]
 
 
 def with_parameters(layer: Any, params: list[Any]) -> Any:
-    """`layer` with its inexact-array leaves replaced by `params`, in the order of `parameters`."""
-    leaves, treedef = jax.tree.flatten(layer)
+    """`layer` with its parameters replaced by `params`, in the order of `parameters`."""
+    return map_parameters(layer, params, lambda leaf: leaf)
+
+
+def only_parameters(tree: Any, params: list[Any]) -> Any:
+    """`tree` with `params` for its parameters, and None for all other leaves."""
+    return map_parameters(tree, params, lambda leaf: None)
+
+
+def map_parameters(tree: Any, params: list[Any], other: Callable[[Any], Any]) -> Any:
+    """`tree` with `params` for its parameters, and `other(leaf)` for every other leaf."""
+    leaves, treedef = jax.tree.flatten(tree)
     new = iter(params)
-    return jax.tree.unflatten(treedef, [next(new) if is_inexact(leaf) else leaf for leaf in leaves])
+    flags = parameter_flags(tree)
+    return jax.tree.unflatten(
+        treedef, [next(new) if f else other(a) for a, f in zip(leaves, flags, strict=True)]
+    )
 
 
 def nbytes(tree: Any) -> int:

@@ -18,6 +18,7 @@ from mwplan.common import trees
 from mwplan.common.errors import ArgumentError, ScheduleMismatchError, SecondDerivativeError
 from mwplan.common.sizes import show_bytes
 from mwplan.compilers.compiling import warn_if_undone
+from mwplan.execution import plain
 from mwplan.execution.gradients import Gradients
 from mwplan.execution.interpreter import Interpreter
 from mwplan.execution.performers import Performer, alone, compiled, loose
@@ -27,6 +28,16 @@ from mwplan.network.chain import Chain, Stack, boundaries, check_chain, fingerpr
 from mwplan.plans.schedule import RunKind, Schedule, allow_nesting, nesting, reporting_runs
 
 PyTree = Any
+#: How the program of a step is written: 0, as planned; `UNTIED`; `LOOSE`.
+Arrangement = int
+#: The arrangement without barriers around operations: those around recomputed stretches and reconstructions
+#: stay.
+UNTIED = -1
+#: The arrangement with barriers around activations and cotangents, but not around residuals.
+LOOSE = -2
+#: The arrangement that JAX itself makes (`mwplan.execution.plain`): of schedules that store layers or
+#: recompute single ones.
+PLAIN = -3
 
 
 class InputGrownWarning(UserWarning):
@@ -123,13 +134,18 @@ class _Saved:
 
 
 def _planned(
-    schedule: Schedule, *, check: bool, perform: Performer = compiled
+    schedule: Schedule, *, check: bool, arrangement: Arrangement
 ) -> Callable[[Chain, PyTree, Array], PyTree]:
     """`(chain, x, probe) -> chain(x)`, differentiated by `schedule`; the probe's cotangent is the report.
 
     A cotangent is the only way out of a custom backward function, so the report leaves as that of an input
     that is not used.
     """
+
+    perform = _performer(arrangement)
+    if arrangement == PLAIN:
+        plain.check(schedule)
+        return lambda chain, x, probe: plain.apply(schedule, chain, x)
 
     @jax.custom_vjp
     def call(chain: Chain, x: PyTree, probe: Array) -> PyTree:
@@ -215,11 +231,12 @@ def _part_cotangent(part: PyTree, grads: list[Any]) -> PyTree:
 
 
 def cotangent(layer: PyTree, grads: list[Any]) -> PyTree:
-    """A cotangent for every leaf of `layer`: `grads` for its parameters, float0 zeros for the rest."""
-    values = iter(grads)
-    return jax.tree.map(
-        lambda leaf: next(values) if trees.is_inexact(leaf) else np.zeros(jnp.shape(leaf), jax.dtypes.float0),
+    """A cotangent for every leaf of `layer`: `grads` for its parameters, zeros for what is frozen, and float0
+    zeros for the rest."""
+    return trees.map_parameters(
         layer,
+        grads,
+        lambda leaf: jnp.zeros_like(leaf) if trees.is_inexact(leaf) else trees.no_cotangent(leaf),
     )
 
 
@@ -277,7 +294,7 @@ def apply(schedule: Schedule, chain: Chain, x: PyTree, *, arrangement: Arrangeme
     """
     check_match(schedule, chain)
     warn_if_undone(x, chain)
-    call = _planned(schedule, check=False, perform=_performer(arrangement))
+    call = _planned(schedule, check=False, arrangement=arrangement)
     return call(chain, x, jnp.zeros(0, jnp.float32))
 
 
@@ -316,7 +333,7 @@ def value_and_grad(
     def step(chain: Chain, x: PyTree, *args: Any) -> tuple[tuple[Any, Report], Any]:
         check_match(schedule, chain)
         warn_if_undone(x, chain)
-        call = _planned(schedule, check=True, perform=_performer(arrangement))
+        call = _planned(schedule, check=True, arrangement=arrangement)
 
         def total(params: list[Any], x_params: list[Any], probe: Array) -> tuple[Any, Any]:
             y = call(trees.with_parameters(chain, params), trees.with_parameters(x, x_params), probe)
@@ -337,17 +354,8 @@ def value_and_grad(
     return step
 
 
-#: How the program of a step is written: 0, as planned; `UNTIED`; `LOOSE`.
-Arrangement = int
-#: The arrangement without barriers around operations: those around recomputed stretches and reconstructions
-#: stay.
-UNTIED = -1
-#: The arrangement with barriers around activations and cotangents, but not around residuals.
-LOOSE = -2
-
-
 def _performer(arrangement: Arrangement) -> Performer:
-    known: dict[int, Performer] = {0: compiled, UNTIED: alone, LOOSE: loose}
+    known: dict[int, Performer] = {0: compiled, UNTIED: alone, LOOSE: loose, PLAIN: alone}
     if isinstance(arrangement, bool) or arrangement not in known:
         raise ArgumentError(
             f"`arrangement={arrangement!r}` must be 0, `mw.UNTIED`, `mw.LOOSE` or what `mw.fit` found "
@@ -357,8 +365,7 @@ def _performer(arrangement: Arrangement) -> Performer:
 
 
 def _only_parameters(tree: PyTree, grads: list[Any]) -> PyTree:
-    values = iter(grads)
-    return jax.tree.map(lambda leaf: next(values) if trees.is_inexact(leaf) else None, tree)
+    return trees.only_parameters(tree, grads)
 
 
 def check_loss(loss: Any) -> None:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 
 from mwplan.common import trees
 from mwplan.execution import loops
 from mwplan.execution.performers import Performer
+from mwplan.execution.rows import Written
 from mwplan.execution.view import View
 from mwplan.network.chain import Chain, Stack
 
 PyTree = Any
 
 
+@runtime_checkable
 class Finder(Protocol):
     """Who finds gradients, a walker: the layers that it sees, how it executes an operation, and how it makes
     arrays wait for one another."""
@@ -23,6 +25,9 @@ class Finder(Protocol):
     view: View
     perform: Performer
     gate: Callable[[PyTree], PyTree]
+
+    def layer(self, position: int) -> PyTree:
+        """The layer that makes `x_position`."""
 
 
 class Gradients:
@@ -44,19 +49,23 @@ class Gradients:
         parts[part] = buffers
         return Gradients(self.chain, parts)
 
-    def layer(self, view: View, position: int) -> PyTree:
-        """The layer that makes `x_position`."""
-        return view.layer(position)
+    def source(self, view: View, position: int) -> tuple[PyTree, Any]:
+        """What the layer that makes `x_position` is read from: `View.source`."""
+        return view.source(position)
 
-    def found(self, finder: Finder, position: int, depth: int, grads: list[Any], later: PyTree) -> PyTree:
-        """The gradient of one layer has come. Returns `later`, what follows needs: it may be made to wait."""
+    def found(self, finder: Finder, position: int, depth: int, grads: Any, later: PyTree) -> PyTree:
+        """The gradient of one layer has come, in the stack's already where it is `Written`. Returns `later`,
+        what follows needs: it may be made to wait."""
         view = finder.view
         place = view.place(position)
         if not isinstance(self.chain.parts[place.part], Stack):
             self.parts[place.part] = grads
             return later
         block = list(self.stacked(place.part))
-        block[place.phase] = loops.put(block[place.phase], grads, view.at + place.repetition)
+        if isinstance(grads, Written):
+            block[place.phase] = grads.stacked
+        else:
+            block[place.phase] = loops.put(block[place.phase], grads, view.at + place.repetition)
         self.parts[place.part] = block
         return later
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 
 from mwplan.common import platforms, trees
 from mwplan.network.canonical import canonical
+from mwplan.network.constants import tied
 from mwplan.network.residuals import Residuals
 
 
+@runtime_checkable
 class Performer(Protocol):
     """Executes one operation. `sweep`, `layer`, `depth` as in `ledger.Event`."""
 
@@ -22,11 +24,11 @@ class Performer(Protocol):
 def compiled(sweep: str, layer: int, depth: int, operation: Callable[..., Any], *args: Any) -> Any:
     """The performer of a compiled step.
 
-    Inputs are tied so that no part of an operation (a factorisation of the weights, say) starts before its
-    turn, outputs so that all of it is done before the next begins.
+    Inputs are tied so that no part of an operation (a factorisation of the weights, say, or an array of zeros
+    that it writes to) starts before its turn, outputs so that all of it is done before the next begins.
     """
     with named(sweep, layer):
-        return trees.tie(operation(*trees.tie(args)))
+        return trees.tie(tied(operation)(*args))
 
 
 def named(sweep: str, layer: int) -> Any:
@@ -39,7 +41,7 @@ def loose(sweep: str, layer: int, depth: int, operation: Callable[..., Any], *ar
     """As `compiled`, but residuals are not tied: XLA may compute them where they are used, from what is there
     anyway, instead of keeping them."""
     with named(sweep, layer):
-        return trees.tie(operation(*trees.tie(args, Residuals)), Residuals)
+        return trees.tie(tied(operation, Residuals)(*args), Residuals)
 
 
 def looped(sweep: str, layer: int, depth: int, operation: Callable[..., Any], *args: Any) -> Any:

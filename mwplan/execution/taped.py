@@ -85,6 +85,8 @@ def backward(walker: Walker, one: Taped, stack: Words, box: list[PyTree], depth:
     first = walker.x[many.start]
     state = box.pop(), walker.buffers(many)
     state = steps.behind(_table([tape.first])[0], first, stack, state)
+    # A loop of one turn is written out: the next atom would write to the stack before this one has read it.
+    stack, state = walker.gate((stack, state))
     table = _table(tape.backward)
 
     def step(k: Any, state: Any) -> Any:

@@ -193,7 +193,7 @@ class _Watch:
                 treedef, [inputs[same[i]] if i in same else leaf for i, leaf in enumerate(leaves)]
             )
             del leaves
-        where = operations.GRADIENTS.get(getattr(operation, "func", operation))
+        where = operations.gradients_of(operation)
         self.note(sweep, layer, depth, temporaries(run), taken, () if where is None else result[where])
         return result
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,7 @@ from mwplan.plans.schedule import Schedule, reporting_runs
 PyTree = Any
 
 
+@runtime_checkable
 class Optimizer(Protocol):
     """What is asked of an optimizer: the two functions of an `optax.GradientTransformation`."""
 
@@ -104,13 +105,6 @@ def value_and_update(
     and so can be planned for.) With the chain and the states donated, a step needs parameters, states and
     input, temporaries, and the largest layer's gradient; `Profile.consuming_gradients` tells the planner so.
 
-    ```python
-    states = mw.init_states(optimizer, chain)
-    schedule = mw.plan(profile.consuming_gradients(states_bytes), budget)
-    step = mw.jit(mw.value_and_update(loss, schedule, optimizer), donate_argnums=(0, 1))
-    (value, report), chain, states = step(chain, states, x, *args)
-    ```
-
     **Arguments:** `loss(y, *args)`, `schedule`, `has_aux`, as `value_and_grad`; `optimizer`, an
     `optax.GradientTransformation` that treats layers by themselves: elementwise ones (`sgd`, `adam`, `adamw`,
     schedules and masks), or ones with a norm for each parameter. Each repetition of a stack counts as a
@@ -127,9 +121,10 @@ def value_and_update(
     >>> net, x = mw.Chain([mw.layers.Dense.init(jax.random.key(0), 8, 8), jnp.tanh]), jnp.ones((4, 8))
     >>> optimizer = optax.sgd(0.01)
     >>> schedule = mw.plan(mw.estimate(net, x, device="h100"), budget="1MiB")
-    >>> step = mw.jit(mw.value_and_update(lambda y: jnp.sum(y**2), schedule, optimizer))
-    >>> (value, report), new, states = step(net, mw.init_states(optimizer, net), x)
-    >>> bool(jnp.sum(new(x) ** 2) < value)
+    >>> update = mw.value_and_update(lambda y: jnp.sum(y**2), schedule, optimizer)
+    >>> step = mw.jit(update, donate_argnums=(0, 1))
+    >>> (value, report), net, states = step(net, mw.init_states(optimizer, net), x)
+    >>> bool(jnp.sum(net(x) ** 2) < value)
     True
     """
     check_loss(loss)
@@ -215,13 +210,14 @@ class Updates(Gradients):
         found: list[Any] = self.parts[part]
         return found
 
-    def layer(self, view: View, position: int) -> PyTree:
-        """The layer as it is now."""
-        one, place = view.layer(position), view.place(position)
-        if not isinstance(self.chain.parts[place.part], Stack):
-            return one
+    def source(self, view: View, position: int) -> tuple[PyTree, Any]:
+        """What the layer is read from, as it is now."""
+        source, row = view.source(position)
+        if row is None:
+            return source, row
+        place = view.place(position)
         params, _ = self.stacked(place.part)[place.phase]
-        return trees.with_parameters(one, loops.row(params, view.at + place.repetition))
+        return trees.with_parameters(source, params), row
 
     def found(self, finder: Finder, position: int, depth: int, grads: list[Any], later: PyTree) -> PyTree:
         """Updates the layer; `later`, which everything that follows needs, is returned such that it waits for
@@ -236,7 +232,7 @@ class Updates(Gradients):
         if in_stack:
             state = loops.row(self.stacked(place.part)[place.phase][1], row)
         operation = functools.partial(update, optimizer=self.optimizer)
-        new = finder.perform("update", position, depth, operation, self.layer(view, position), grads, state)
+        new = finder.perform("update", position, depth, operation, finder.layer(position), grads, state)
         if in_stack:
             block = list(self.stacked(place.part))
             block[place.phase] = loops.put(block[place.phase], new, row)
@@ -266,8 +262,7 @@ def update(
     layer: PyTree, grads: list[Any], state: PyTree, *, optimizer: Optimizer
 ) -> tuple[list[Any], PyTree]:
     """`(new parameters, new state)` of one layer."""
-    values = iter(grads)
-    tree = jax.tree.map(lambda leaf: next(values) if trees.is_inexact(leaf) else None, layer)
+    tree = trees.only_parameters(layer, grads)
     params = _parameters_only(layer)
     steps, new = optimizer.update(tree, state, params)
     moved = [
@@ -279,7 +274,7 @@ def update(
 
 
 def _parameters_only(tree: PyTree) -> PyTree:
-    return jax.tree.map(lambda leaf: leaf if trees.is_inexact(leaf) else None, tree)
+    return trees.only_parameters(tree, trees.parameters(tree))
 
 
 def _check_optimizer(optimizer: Any) -> None:

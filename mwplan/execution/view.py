@@ -30,11 +30,17 @@ class View:
 
     def layer(self, position: int) -> PyTree:
         """The layer that makes `x_position`."""
+        source, row = self.source(position)
+        return source if row is None else loops.row(source, row)
+
+    def source(self, position: int) -> tuple[PyTree, Any]:
+        """What the layer that makes `x_position` is read from: itself and None, or layers that are stacked,
+        and its row among them."""
         place = self.place(position)
         part = self.chain.parts[place.part]
         if not isinstance(part, Stack):
-            return part
-        return loops.row(part.block[place.phase], self.at + place.repetition)
+            return part, None
+        return part.block[place.phase], self.at + place.repetition
 
     def stacked(self, position: int) -> bool:
         """Whether that layer is one of a stack's."""

@@ -11,6 +11,7 @@ from jaxtyping import Array
 
 from mwplan.common import trees
 from mwplan.common.errors import ScheduleMismatchError
+from mwplan.execution import loops, rows
 from mwplan.execution.gradients import Gradients
 from mwplan.execution.performers import Performer, compiled, in_loop
 from mwplan.execution.repeats import Part, Repeat
@@ -73,13 +74,24 @@ class Walker:
 
     def layer(self, position: int) -> PyTree:
         """The layer that makes `x_position`."""
-        return self.grads.layer(self.view, position)
+        source, row = self.grads.source(self.view, position)
+        return source if row is None else loops.row(source, row)
 
     def on_layer(
         self, sweep: str, position: int, depth: int, operation: Callable[..., Any], *args: Any
     ) -> Any:
-        """Performs `operation(layer, *args)` with the layer that makes `x_position`."""
-        return self.perform(sweep, position, depth, operation, self.layer(position), *args)
+        """Performs `operation(layer, *args)` with the layer that makes `x_position`.
+
+        One of a stack's is read within, and its gradients may be written within (`rows.on_row`).
+        """
+        source, row = self.grads.source(self.view, position)
+        if row is None:
+            return self.perform(sweep, position, depth, operation, source, *args)
+        makes = operations.gradients_of(operation) is not None and not self.grads.performs
+        place = self.view.place(position)
+        stacked = self.grads.stacked(place.part)[place.phase] if makes else None
+        on_row = functools.partial(rows.on_row, operation=operation)
+        return self.perform(sweep, position, depth, on_row, source, row, stacked, *args)
 
     def rule(self, run: Run | Part, layer: int) -> Any:
         """The rule that a run names for one of its layers."""

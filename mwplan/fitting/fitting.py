@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,17 +14,21 @@ from mwplan.common import trees
 from mwplan.common.errors import ArgumentError, InfeasibleError, ScheduleMismatchError
 from mwplan.common.sizes import parse_bytes, show_bytes
 from mwplan.execution import execute
-from mwplan.fitting import tuning
+from mwplan.execution.execute import Arrangement
+from mwplan.fitting import remote, tuning
 from mwplan.fitting.fitted import Fitted
-from mwplan.fitting.search import Compiler, Plans, Search
+from mwplan.fitting.losses import with_loss
+from mwplan.fitting.remote import RemoteFit
+from mwplan.fitting.search import WORTHWHILE, Compiler, Plans, Search
 from mwplan.network import sharding
 from mwplan.network.chain import Chain, boundaries, check_chain, fingerprint
 from mwplan.plans.profiles import Profile
-from mwplan.plans.schedule import Choice, Strategy, check_allowed
+from mwplan.plans.schedule import Choice, Schedule, Strategy, check_allowed
 from mwplan.profiling import measure
+from mwplan.solvers import baselines
+from mwplan.targets.devices import Device
 
 PyTree = Any
-WORTHWHILE = 0.02  # the share of its time by which another plan must be faster to be compiled
 QUICKER = 6  # programs of each set of strategies that are compiled in search of such a plan
 LESS = (0.5, 0.25)  # shares of the room for temporaries whose plans are timed when tuning
 
@@ -45,13 +49,17 @@ def fit(
     regular: float = planning.TUNING.regular_loss,
     tune: int = 0,
     say: Callable[[str], None] = lambda text: None,
-) -> Fitted:
+    device: str | Device | None = None,
+) -> Fitted | RemoteFit:
     """The fastest schedule whose *compiled* step fits the budget.
 
     A schedule's peak is what is alive at once. The compiler's allocator may need more, where buffers of
     different lifetimes leave room between them that nothing fits into (fragmentation), which is predicted but
     not always; then smaller schedules follow, until one fits. Where that costs time, or nothing fits, it also
-    looks among plans of fewer strategies (`planning.NARROWER`), whose buffers may lie closer.
+    looks among plans of fewer strategies (`planning.NARROWER`), whose buffers may lie closer. Before nothing
+    is found to fit, plain backpropagation, the recomputation of every layer (`jax.checkpoint`) and the
+    smallest schedules are compiled too, whatever was predicted; where a step needs less than was, faster
+    schedules are. A loss with memory of its own is planned for.
 
     **Arguments:** `loss(y, *args)`, as `mw.value_and_grad`, with `has_aux` and `wrt_input`; `chain`, `x`;
     `budget`, bytes of the whole step or a text such as "2GiB"; `profile` (measured if None); `max_error`,
@@ -60,9 +68,13 @@ def fit(
     memory (a half, a quarter), what one would do by hand (plain backpropagation, inversion or moonwalk runs
     wherever they are possible) and each of these untied and loose (`mw.UNTIED`, `mw.LOOSE`) are timed in turn
     with the predicted fastest, those that fit, and the fastest kept: a profile's times are estimates of
-    operations on their own; 0, the predicted fastest is taken; `say`, told of each.
-    **Returns:** a `Fitted`.
-    **Raises:** `InfeasibleError` where no schedule fits, or none of those compiled; `ScheduleMismatchError`
+    operations on their own; 0, the predicted fastest is taken; `say`, told of each; `device`, another than
+    the attached one (`mw.targets`): `chain`, `x` and `args` may be shapes, the profile is `mw.estimate`'s,
+    steps are compiled for it, and of those that fit (plans of all and of fewer strategies, tied, loose and
+    untied) the one of least modelled time is kept.
+    **Returns:** a `Fitted`; for another `device` a `RemoteFit`, whose step runs there alone.
+    **Raises:** `InfeasibleError` where nothing that was compiled fits, with a budget that is enough for what
+    was; `ScheduleMismatchError`
     for a profile of another chain or input; as `mw.plan` and `mw.value_and_grad`, what concerns the loss
     before anything is measured.
     **Cost:** a profile, a plan, and one compilation of the step or a few; with `tune` up to fifteen times
@@ -78,13 +90,62 @@ def fit(
         raise ArgumentError(f"`max_attempts={max_attempts}` must be at least 1")
     if tune < 0:
         raise ArgumentError(f"`tune={tune}` must be 0 or a number of rounds")
-    budget_bytes, chosen = parse_bytes(budget), check_allowed(allowed)
-    execute.check_losses_shape(loss, boundaries(check_chain(chain), x)[-1], args, has_aux)
+    chosen = check_allowed(allowed)
+    parse_bytes(budget)
+    y = boundaries(check_chain(chain), x)[-1]
+    execute.check_losses_shape(loss, y, args, has_aux)
+    if device is not None:
+        if tune:
+            raise ArgumentError(
+                f"`tune={tune}`: steps for `device={device!r}` cannot be timed here; leave it out"
+            )
+        return remote.fit(
+            loss, chain, x, args, device=device, budget=budget, profile=profile, max_error=max_error,
+            allowed=chosen, has_aux=has_aux, wrt_input=wrt_input, max_attempts=max_attempts, thin=thin,
+            regular=regular, say=say,
+        )  # fmt: skip
     profile = measure.profile(chain, x) if profile is None else profile
     _check_profile(profile, chain, x)
-    gradient = functools.partial(execute.value_and_grad, loss, has_aux=has_aux, wrt_input=wrt_input)
+    profile = with_loss(profile, loss, y, args, has_aux)
+    return fit_step(
+        functools.partial(execute.value_and_grad, loss, has_aux=has_aux, wrt_input=wrt_input),
+        (chain, x, *args),
+        profile,
+        budget=budget,
+        max_error=max_error,
+        allowed=chosen,
+        max_attempts=max_attempts,
+        thin=thin,
+        regular=regular,
+        tune=tune,
+        say=say,
+    )
+
+
+def fit_step(
+    gradient: Callable[..., Callable[..., Any]],
+    args: tuple[Any, ...],
+    profile: Profile,
+    *,
+    budget: int | str,
+    max_error: float = 1e-4,
+    allowed: Choice = planning.EVERY_STRATEGY,
+    max_attempts: int = 18,
+    thin: float | None = None,
+    regular: float = planning.TUNING.regular_loss,
+    tune: int = 0,
+    say: Callable[[str], None] = lambda text: None,
+) -> Fitted:
+    """As `fit`, of any step: `gradient(schedule, arrangement=...)` makes a function of `args` that executes a
+    schedule for `profile`; the first of `args` holds the parameters. Raises and costs: as `fit`, beside the
+    profile."""
+    if max_attempts < 1:
+        raise ArgumentError(f"`max_attempts={max_attempts}` must be at least 1")
+    if tune < 0:
+        raise ArgumentError(f"`tune={tune}` must be 0 or a number of rounds")
+    budget_bytes, chosen = parse_bytes(budget), check_allowed(allowed)
     fitter = _Fitter(
-        compiler=Compiler(gradient, (chain, x, *args), profile),
+        compiler=Compiler(gradient, args, profile),
         plans=functools.cache(lambda allowed: Plans.of(profile, max_error, allowed, thin, regular)),
         budget=budget,
         max_error=max_error,
@@ -111,16 +172,38 @@ class _Fitter:
         """The fastest of `allowed` that fits `total` bytes. Where fragmentation makes it slow, or nothing
         fits, also what else would be faster: of `allowed`, and of the `others` among them."""
         search, of_all = Search(self.compiler, total, self.say), self.plans(allowed)
-        fastest = of_all.fastest(self.budget if total == parse_bytes(self.budget) else total)
-        found = search.first(of_all.smaller(total, search), self.max_attempts)
-        for some in filter(None, dict.fromkeys((allowed, *(allowed & other for other in others)))):
-            limit_ns = math.inf if found is None else (1 - WORTHWHILE) * found.schedule.time_ns
-            if limit_ns > fastest.time_ns:
-                quicker = self.plans(some).quicker(total, search, limit_ns)
-                found = search.first(quicker, min(self.max_attempts, QUICKER)) or found
+        sets = tuple(filter(None, dict.fromkeys((allowed, *(allowed & other for other in others)))))
+        found = fastest = None
+        if of_all.bare.least_bytes is not None and of_all.bare.least_bytes <= total:
+            fastest = of_all.fastest(self.budget if total == parse_bytes(self.budget) else total)
+            found = search.first(of_all.smaller(total, search), self.max_attempts)
+            for some in sets:
+                limit_ns = math.inf if found is None else (1 - WORTHWHILE) * found.schedule.time_ns
+                if limit_ns > fastest.time_ns:
+                    quicker = self.plans(some).quicker(total, search, limit_ns)
+                    found = search.first(quicker, min(self.max_attempts, QUICKER)) or found
         if found is None:
-            raise search.failed(self.budget)
+            candidates = tuple(self.baselines(sets))
+            if not candidates:  # of these strategies there is no schedule at all
+                of_all.fastest(total)
+            found = search.baselines(candidates, self.budget)
+        larger = of_all.larger(total, search, found)
+        found = search.first(larger, min(self.max_attempts, QUICKER)) or found
         return search.told(found, fastest)
+
+    def baselines(self, sets: Iterable[frozenset[Strategy]]) -> Iterator[tuple[Schedule, Arrangement]]:
+        """What stands among the candidates whatever the budget: plain backpropagation, every layer recomputed
+        by itself, each also as JAX would do it; the smallest schedules of the `sets` of strategies."""
+        profile = self.compiler.profile
+        for make in (baselines.store_all, baselines.recompute_each):
+            schedule = planning.scheduled(profile, make(profile), self.max_error)
+            if any(one.issuperset(schedule.strategies) for one in sets):
+                yield schedule, execute.PLAIN
+                yield schedule, 0
+        for some in sets:
+            frontier = self.plans(some).bare
+            if frontier.least_bytes is not None:
+                yield frontier.at(frontier.least_bytes), 0
 
     def tuned(self, chosen: frozenset[Strategy], budget_bytes: int, rounds: int) -> Fitted:
         """The fastest, timed, of many that fit: see `tune` of `fit`."""

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from mwplan import planning
@@ -18,17 +18,27 @@ from mwplan.fitting.fitted import Attempt, Fitted
 from mwplan.plans.profiles import Profile
 from mwplan.plans.schedule import Run, Schedule, Status, Strategy
 
+WORTHWHILE = 0.02  # a share: of time by which another plan must be faster, of memory by which one is off
+
 
 @dataclass(frozen=True)
 class Compiler:
-    """Makes a compiled step of `gradient(schedule, arrangement=...)` for `args`."""
+    """Makes a compiled step of `gradient(schedule, arrangement=...)` for `args`; each is made once."""
 
     gradient: Callable[..., Callable[..., Any]]
     args: tuple[Any, ...]
     profile: Profile
+    made: dict[tuple[tuple[Run, ...], Arrangement], Fitted] = field(default_factory=dict)
 
     def __call__(self, schedule: Schedule, arrangement: Arrangement, budget_bytes: int) -> Fitted:
         """The step, whether it fits or not; of attempts it has its own."""
+        key = schedule.runs, arrangement
+        if key not in self.made:
+            self.made[key] = self._made(schedule, arrangement)
+        found = self.made[key]
+        return dataclasses.replace(found, schedule=dataclasses.replace(schedule, budget_bytes=budget_bytes))
+
+    def _made(self, schedule: Schedule, arrangement: Arrangement) -> Fitted:
         start = time.perf_counter()
         step = jit(self.gradient(schedule, arrangement=arrangement)).lower(*self.args).compile()
         attempt = Attempt(
@@ -39,7 +49,7 @@ class Compiler:
         )
         return Fitted(
             step=step,
-            schedule=dataclasses.replace(schedule, budget_bytes=budget_bytes),
+            schedule=schedule,
             profile=self.profile,
             temporary_bytes=attempt.measured_bytes,
             attempts=(attempt,),
@@ -70,23 +80,52 @@ class Search:
     def first(self, schedules: Iterable[Schedule], most: int) -> Fitted | None:
         """The first program that fits, of at most so many."""
         for schedule in itertools.islice(schedules, most):
-            made = self.compiler(schedule, 0, self.budget_bytes)
-            needs = made.temporary_bytes
-            self.attempts.append(made.attempts[-1])
-            self._needs[schedule.runs] = needs
-            if needs <= self.room:
-                return made
-            self.say(
-                f"a schedule of {show_bytes(schedule.peak_bytes)} needs {show_bytes(needs)} compiled, "
-                f"{show_bytes(needs - self.room)} above the budget: trying a smaller one"
-            )
+            if (found := self.tried(schedule)) is not None:
+                return found
         return None
 
-    def told(self, found: Fitted, fastest: Schedule) -> Fitted:
+    def tried(self, schedule: Schedule, arrangement: Arrangement = 0) -> Fitted | None:
+        """Its program, if that fits."""
+        made = self.compiler(schedule, arrangement, self.budget_bytes)
+        needs = made.temporary_bytes
+        self.attempts.append(made.attempts[-1])
+        if not arrangement:
+            self._needs[schedule.runs] = needs
+        if needs <= self.room:
+            return made
+        self.say(
+            f"a schedule of {show_bytes(schedule.peak_bytes)} needs {show_bytes(needs)} compiled, "
+            f"{show_bytes(needs - self.room)} above the budget: trying a smaller one"
+        )
+        return None
+
+    def baselines(self, candidates: Iterable[tuple[Schedule, Arrangement]], budget: int | str) -> Fitted:
+        """The first of these that fits: what is compiled whatever the budget, when nothing else fits.
+
+        **Raises:** `InfeasibleError` if none does. It names what the smallest needs, a budget that another
+        search would keep: this is among its candidates too. `budget`, as it was asked for.
+        """
+        needs = []
+        for schedule, arrangement in candidates:
+            if (found := self.tried(schedule, arrangement)) is not None:
+                return found
+            needs.append(self.attempts[-1].measured_bytes)
+        least = min(needs) + self.compiler.profile.fixed_bytes
+        raise InfeasibleError(
+            f"`budget={budget!r}` ({self.budget_bytes:_} bytes): of the {len(self.attempts)} programs that "
+            "were compiled none fits, nor do plain backpropagation and the recomputation of every layer. The "
+            f"smallest needs {least:_} bytes ({show_bytes(least)}): raise the budget to that",
+            budget_bytes=self.budget_bytes,
+            least_bytes=least,
+        )
+
+    def told(self, found: Fitted, fastest: Schedule | None) -> Fitted:
         """`found`, with everything that was compiled, itself last, and with what is known of it among all
-        schedules for the budget, of which `fastest` is the fastest."""
+        schedules for the budget, of which `fastest` is the fastest (None: none was predicted to fit)."""
         plan, (own,) = found.schedule, found.attempts
-        if plan.time_ns > fastest.time_ns:
+        if fastest is None:
+            plan = dataclasses.replace(plan, bound_ns=0, status=Status.FEASIBLE)
+        elif plan.time_ns > fastest.time_ns:
             saved = plan.time_ns - fastest.time_ns
             above = self._needs.get(fastest.runs, 0) - self.room
             gain = (
@@ -101,19 +140,6 @@ class Search:
             )
         others = (one for one in self.attempts if one is not own)
         return dataclasses.replace(found, schedule=plan, attempts=(*others, own))
-
-    def failed(self, budget: int | str) -> InfeasibleError:
-        """That nothing fits; `budget`, as it was asked for."""
-        least = min(one.measured_bytes for one in self.attempts) + self.compiler.profile.fixed_bytes
-        return InfeasibleError(
-            f"`budget={budget!r}` ({self.budget_bytes:_} bytes): schedules fit by what is alive at once, but "
-            f"of the {len(self.attempts)} that were compiled none does: "
-            f"the allocator leaves room between buffers. The smallest compiled needs {least:_} bytes "
-            f"({show_bytes(least)}): raise the "
-            "budget to that",
-            budget_bytes=self.budget_bytes,
-            least_bytes=least,
-        )
 
 
 @dataclass(frozen=True)
@@ -179,3 +205,17 @@ class Plans:
             if not search.knows(schedule):
                 yield schedule
             target = search.smaller(schedule)
+
+    def larger(self, budget: int, search: Search, found: Fitted) -> Iterator[Schedule]:
+        """Faster ones than `found`, where that needs less than was predicted, as where gradients are larger
+        than activations: until they are written, XLA uses their memory. The fastest predicted to be as much
+        above the budget as that one is below it, then half as much, and so on."""
+        more = found.schedule.peak_bytes - found.temporary_bytes
+        limit_ns = (1 - WORTHWHILE) * found.schedule.time_ns
+        while more > WORTHWHILE * search.room:
+            target = max(budget, found.schedule.total_bytes) + more
+            if self.bare.least_bytes is not None and target >= self.bare.least_bytes:
+                schedule = self.fastest(target)
+                if schedule.time_ns <= limit_ns and not search.knows(schedule):
+                    yield schedule
+            more //= 2

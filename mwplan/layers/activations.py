@@ -28,7 +28,7 @@ class LeakyReLU:
         return jnp.where(x > 0, x, x * self.slope)
 
     def vijp_rules(self, x: Any) -> Sequence[VijpRule | Unavailable]:
-        """Division by the derivative, for slopes away from zero."""
+        """Division by the derivative, for slopes that are not near zero."""
         if not abs(self.slope) >= 1e-3:
             return [
                 Unavailable(
@@ -72,8 +72,7 @@ class LeakyBits(StoreRule):
 
 @dataclass(frozen=True)
 class SignOfOutput(OutputStore):
-    """Keeps the output, whose sign is the input's: `bits`, of which a rule keeps one an element, need no
-    packing."""
+    """Keeps the output, whose sign is the input's, instead of the packed bits that `bits` keeps."""
 
     bits: StoreRule = field(kw_only=True)
 
@@ -124,8 +123,8 @@ class LeakyInverse(InvertRule):
 class ReLU:
     """`x` where positive, 0 elsewhere.
 
-    It erases a part of the cotangent that depends on the data, so no fragment of fixed size but the whole
-    restores it. One bit an element is all that any strategy keeps for it.
+    The part of the cotangent that it erases depends on the data, so the only fragment of fixed size that
+    restores it is the whole cotangent. Any other strategy keeps one bit an element.
     """
 
     def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -241,8 +240,9 @@ class MaxMinBits(StoreRule):
 
 @dataclass(frozen=True)
 class Unpermute(InvertRule):
-    """Undoes the permutation that `base` keeps, of the output as of the cotangent: exact, and the order is
-    what it was, however near to each other two values are rebuilt.
+    """Undoes the permutation that `base` keeps, for the output and for the cotangent.
+
+    It is exact, and the order stays what it was, even of two values that are rebuilt near each other.
 
     **Residuals:** those of `base`. **Cost:** a pass over each.
     """

@@ -1,4 +1,4 @@
-"""Bases of numerical cokernels, for all layers of a chain: made, and made anew as the weights move."""
+"""Bases of numerical cokernels for all layers of a chain, and their renewal as the weights change."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from mwplan.common import trees
 
 
 def refresh(tree: Any) -> Any:
-    """`tree` (a layer, a chain, any pytree of them) with every basis of a numerical cokernel made anew from
-    the present weights.
+    """`tree` (a layer, a chain, any pytree of them) with every basis of a numerical cokernel renewed from the
+    present weights.
 
-    On the host, an SVD a layer (a frequency, for convolutions): to be called now and then, never every step.
+    It takes an SVD a layer on the host (for convolutions, one a frequency). Call it now and then, not in
+    every step.
     """
 
     def has_basis(node: Any) -> bool:

@@ -1,9 +1,8 @@
-"""Bilinear maps that say how they are transposed, where what JAX derives from their parts takes more memory
-or time."""
+"""Bilinear maps with transposes of their own, where those that JAX derives take more memory or time."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 from jax.extend.core import Primitive
@@ -13,6 +12,7 @@ from jaxtyping import Array
 from mwplan.common.trees import vary, varying_axes
 
 
+@runtime_checkable
 class BilinearMap(Protocol):
     """A function of two arrays, linear in each. Hashable, by value."""
 

@@ -1,7 +1,7 @@
 r"""Circular convolutions of stride 1, without a padded copy of their input.
 
-$y_j = \sum_t x_{(j + dt - lo) \bmod n} W_t$, for each spatial axis. On CPUs this is the zero-padded
-convolution and, for what it misses at each end of each axis, a small product of patches that is added there.
+$y_j = \sum_t x_{(j + dt - lo) \bmod n} W_t$, for each spatial axis. On CPUs this is computed as the
+zero-padded convolution, plus a small product of patches at each end of each axis for the wrapped terms.
 Its transposes are of the same kind:
 
 - with respect to `x`, the circular convolution of the cotangent with the taps flipped, inputs and outputs

@@ -1,4 +1,4 @@
-"""Coupling blocks: two branches, each added to the other half, invertible whatever the branches are."""
+"""Coupling blocks: each half goes through a branch and is added to the other; invertible for any branches."""
 
 from __future__ import annotations
 
@@ -59,12 +59,12 @@ def branch_vjp(branch: Any, x: Array) -> tuple[Array, Any]:
 
 @layer
 class Coupling:
-    """`y1 = x1 + f(x2)`, `y2 = x2 + g(y1)`, for any layers `f`, whose output is shaped like `x1`, and `g`,
-    whose output is shaped like `x2`.
+    """`y1 = x1 + f(x2)`, `y2 = x2 + g(y1)`, for any layers `f` and `g`.
 
-    `x`: the pair `(x1, x2)`, and then the output is one too, or an array of which they are the halves, by its
-    last axis. Pairs are cheaper: nothing is copied between one coupling and the next (`mwplan.layers.Split`
-    makes pairs, `Concatenate` ends them).
+    The output of `f` has the shape of `x1`, that of `g` the shape of `x2`. The input is the pair `(x1, x2)`,
+    or an array with them as the halves of its last axis; the output is the same. Pairs are cheaper, because
+    nothing is copied between one coupling and the next: `mwplan.layers.Split` makes them, `Concatenate`
+    joins them again.
     """
 
     f: Any
@@ -81,8 +81,8 @@ class Coupling:
         return [Subtract(), SubtractVjps(), WholeOf("whole_input", base=Subtract())]
 
     def invert_rules(self, x: Any) -> Sequence[InvertRule | Unavailable]:
-        """Subtraction, and where a branch's vjp keeps booleans (ReLU masks) subtraction that keeps them:
-        last, for it is the more accurate."""
+        """Subtraction. Where a branch's vjp keeps booleans (ReLU masks), also subtraction that keeps them; it
+        is last because it is more accurate."""
         leaves, treedef = jax.tree.flatten((self, x))
         shapes = tuple(trees.struct_of(a) if hasattr(a, "dtype") else a for a in leaves)
         try:
@@ -137,8 +137,8 @@ class Subtract(VijpRule):
 
 @dataclass(frozen=True)
 class SubtractVjps(Subtract):
-    """As `subtract`, keeping what the branches' input vjps keep instead of the input: the reverse sweep runs
-    no forward."""
+    """As `subtract`, but the residuals are those of the branches' input vjps, not the input. The reverse
+    sweep runs no forward."""
 
     name: str = "subtract_vjps"
 
@@ -168,7 +168,7 @@ class CouplingInverse(InvertRule):
         return _as(y, y1 - layer.f(x2), x2)
 
     def backward(self, layer: Coupling, y: Any, kept: Any, ct_out: Any) -> tuple[Any, list[Any], Any]:
-        """What is subtracted is what is differentiated: no branch runs twice."""
+        """Each branch runs once, for its value and its vjp."""
         (y1, y2), (ct1, ct2) = _halves(y), _halves(ct_out)
         f_bits, g_bits = kept or (None, None)
         moved, g_vjp = _value_and_vjp(layer.g, y1, g_bits)
@@ -182,12 +182,12 @@ class CouplingInverse(InvertRule):
 
 @dataclass(frozen=True)
 class CouplingBits(CouplingInverse):
-    """As `subtract`, differentiating the branches with the booleans of the forward pass: however far off the
-    activation is rebuilt, no ReLU's mask flips.
+    """As `subtract`, but the branches are differentiated with the booleans of the forward pass: no ReLU's
+    mask flips, however wrong the rebuilt activation is.
 
     **Residuals:** the boolean leaves of the branches' vjps, for a ReLU one bit an element. **Cost:** as
-    `subtract`. Only booleans: a kink that a vjp keeps as floats (`jnp.maximum`) or as integers (`MaxPool`) is
-    differentiated where it is rebuilt.
+    `subtract`. Kinks that a vjp keeps as floats (`jnp.maximum`) or as integers (`MaxPool`) are not kept: they
+    are differentiated at the rebuilt activation.
     """
 
     name: str = "subtract_bits"

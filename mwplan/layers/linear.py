@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from mwplan.common import trees
 from mwplan.network.rules import VijpRule, WholeFragment, full_precision
 
 
+@runtime_checkable
 class LinearLayer(Protocol):
     """A layer with `linear`, the layer without its bias, in the dtype of its argument."""
 
@@ -74,7 +75,8 @@ def transpose(layer: LinearLayer, x: Any, ct_out: Any) -> Any:
 
 
 def cast(a: Array, dtype: Any) -> Array:
-    """`a` in `dtype`: the same object where it is already, so that residuals know a parameter by identity."""
+    """`a` in `dtype`. The same object where it has that dtype, so that residuals recognise parameters by
+    identity."""
     return a if a.dtype == dtype else a.astype(dtype)
 
 
@@ -153,8 +155,8 @@ def rank_problem(a: Any, what: str) -> str | None:
 
 @dataclass(frozen=True)
 class WholeOf(WholeFragment):
-    """The whole cotangent as the fragment, with the residuals of another rule of the layer: leaner than what
-    `jax.vjp` keeps."""
+    """The whole cotangent as the fragment, with the residuals of another rule, which keeps less than
+    `jax.vjp` does."""
 
     base: VijpRule = field(kw_only=True)
 

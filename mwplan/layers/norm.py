@@ -1,4 +1,4 @@
-"""LayerNorm and RMSNorm: what they erase of a cotangent is one or two numbers a row."""
+"""LayerNorm and RMSNorm. They erase one or two numbers a row of a cotangent."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ class _Norm:
 
 @jax.custom_jvp
 def _centred(norm: LayerNorm, x: Array) -> Array:
-    """The normalised rows, with their derivative written down: it is its own transpose, where JAX takes three
-    times as long to go back."""
+    """The normalised rows, with a derivative of their own: it is its own transpose. The one that JAX derives
+    takes three times as long."""
     return norm.normalised(x)[0]
 
 

@@ -27,9 +27,9 @@ STEPS = (8, 16, 32)
 class Residual:
     """`y = x + branch(x)` for a branch that keeps the shape.
 
-    Submersive and invertible if the branch is a contraction, of Lipschitz constant below 1. That is not
-    checked: what a step count does not solve is in the measured local error, and too large an error forbids
-    the option.
+    Submersive and invertible if the branch is a contraction, with a Lipschitz constant below 1. That is not
+    checked. The error that remains after a number of steps is part of the measured local error, and too large
+    an error forbids the option.
     """
 
     branch: Any

@@ -1,4 +1,4 @@
-"""Several layers as one, and the composition of their rules."""
+"""Several layers as one layer, and the composition of their rules."""
 
 from __future__ import annotations
 

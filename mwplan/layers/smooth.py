@@ -1,5 +1,5 @@
-"""Smooth activations: monotone ones with a derivative away from zero have a vijp; all have lean ways to be
-stored."""
+"""Smooth activations. Monotone ones whose derivative is bounded away from zero have a vijp; all have store
+rules that keep one array."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from mwplan.network.rules import InvertRule, OutputStore, StoreRule, Unavailable
 
 
 def _gelu(x: Array) -> Array:
-    """By `erf`: right to 1e-6 up to 12 in float32, in less time than by `erfc`, which is for the relative
-    error of what is nearly 0."""
+    """By `erf`: correct to 1e-6 for inputs up to 12 in float32, and faster than by `erfc`, which has a
+    smaller relative error near 0."""
     wide = widen(x)
     y: Array = (0.5 * wide * (1 + lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
     return y
@@ -91,7 +91,7 @@ class Smooth:
 
     def store_rules(self, x: Any) -> Sequence[StoreRule]:
         """Of tanh and sigmoid the input alone; or the output alone, where the derivative is a function of it.
-        The others are lean."""
+        The others keep one array."""
         if self.kind not in ("tanh", "sigmoid"):
             return []
         return [SmoothInput()] if self.slope else [SmoothOutput(), SmoothInput()]

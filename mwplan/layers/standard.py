@@ -1,5 +1,5 @@
-"""JAX's own activations as layers: the same values and derivatives, with lean stores, vijps and inverses
-besides."""
+"""JAX's own activations as layers: the same values and derivatives, with store rules that keep less, vijps
+and inverses."""
 
 from __future__ import annotations
 

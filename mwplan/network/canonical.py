@@ -59,12 +59,17 @@ def _evaluate(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[
             params = eqn.params
             if _convolves(eqn):
                 params = {name: _inside(value) for name, value in params.items()}
-            params = eqn.primitive.get_bind_params(params)
-            functions, params = params if isinstance(params, tuple) else ((), params)  # older jax, newer jax
-            got = eqn.primitive.bind(*functions, *values, **params)
-            out = got if eqn.primitive.multiple_results else [got]
+            out = bind(eqn, values, params)
         env.update(zip(eqn.outvars, out))
     return [read(var) for var in jaxpr.outvars]
+
+
+def bind(eqn: Any, values: Sequence[Any], params: dict[str, Any] | None = None) -> list[Any]:
+    """The results of an equation at other values, with other parameters."""
+    params = eqn.primitive.get_bind_params(eqn.params if params is None else params)
+    functions, params = params if isinstance(params, tuple) else ((), params)  # older jax, newer jax
+    got = eqn.primitive.bind(*functions, *values, **params)
+    return list(got) if eqn.primitive.multiple_results else [got]
 
 
 def _jaxprs(value: Any) -> list[Jaxpr]:

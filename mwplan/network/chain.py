@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 import re
+import traceback
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +17,8 @@ import jax.numpy as jnp
 from mwplan.common import trees
 from mwplan.common.errors import ChainError
 from mwplan.network.layer import layer, static
+from mwplan.network.purity import traced
+from mwplan.network.wrapping import Wrapper
 
 PyTree = Any
 
@@ -31,10 +35,11 @@ class Function:
 
 
 @layer
-class Partitioned:
+class Partitioned(Wrapper):
     """A callable pytree with leaves that are not arrays (functions, Python scalars), made fit for `jax.jit`.
 
-    The arrays are the leaves; the rest is structure, and must be hashable.
+    The arrays are the leaves; the rest is structure, and must be hashable. It has the rules and the
+    attributes of what was taken apart.
     """
 
     arrays: list[Any]
@@ -46,14 +51,6 @@ class Partitioned:
         arrays = iter(self.arrays)
         leaves = [next(arrays) if leaf is _ARRAY else leaf for leaf in self.rest]
         return jax.tree.unflatten(self.treedef, leaves)
-
-    def __call__(self, x: PyTree) -> PyTree:
-        """Applies the layer."""
-        return self.whole()(x)
-
-    def store_rules(self, x: PyTree) -> Sequence[Any]:
-        """None beside the generic ones: rules would see this wrapper."""
-        return ()
 
 
 class _Array:
@@ -348,8 +345,8 @@ def layer_name(one: Any) -> str:
     """What a layer is called in tables: its class, or its function's name."""
     if isinstance(one, Function):
         return getattr(one.function, "__name__", type(one.function).__name__)
-    if isinstance(one, Partitioned):
-        return type(one.whole()).__name__
+    if isinstance(one, Wrapper):
+        return layer_name(one.whole())
     return type(one).__name__
 
 
@@ -366,14 +363,16 @@ def check_chain(chain: Any) -> Chain:
 def boundaries(chain: Chain, x: PyTree) -> list[PyTree]:
     """The shapes and dtypes of `x_0 .. x_L`, without computing anything.
 
-    Raises `ChainError` naming the layer that does not accept what it gets.
+    Raises `ChainError` naming the layer that does not accept what it gets, or is not the same each time it is
+    traced. **Cost:** two traces of each distinct layer.
     """
     out = [trees.struct(x)]
+    known: dict[Hashable, PyTree] = {}
     for part in chain.parts:
         block = one_block(part) if isinstance(part, Stack) else [part]
         inside = [out[-1]]
         for one in block:
-            inside.append(_output(one, inside[-1], len(out) + len(inside) - 1))
+            inside.append(_output(one, inside[-1], len(out) + len(inside) - 1, known))
         if isinstance(part, Stack):
             if not _alike(inside[-1], inside[0]):
                 raise ChainError(
@@ -398,21 +397,49 @@ def one_block(part: Stack) -> tuple[Any, ...]:
     return jax.eval_shape(lambda block: jax.tree.map(lambda leaf: leaf[0], block), part.block)
 
 
-def _output(one: Any, x: PyTree, position: int) -> PyTree:
+def _output(one: Any, x: PyTree, position: int, known: dict[Hashable, PyTree]) -> PyTree:
+    """The shapes that a layer returns, looked up in `known` where a layer like it is there."""
+    leaves, treedef = jax.tree.flatten((one, x))
+    key: Hashable = (treedef, tuple(trees.struct_of(a) if trees.is_array(a) else a for a in leaves))
     try:
-        # Shapes and dtypes alone: within `jax.shard_map` JAX's structs also say where arrays are.
-        y = trees.struct(jax.eval_shape(lambda one, x: one(x), one, x))
+        if key in known:
+            return known[key]
+    except TypeError:  # something in the layer cannot be hashed
+        key = object()
+    where = f"layer {position} ({layer_name(one)})"
+    try:
+        y, differs = traced(one, x)
     except Exception as error:
-        raise ChainError(
-            f"layer {position} ({layer_name(one)}) does not accept its input {_shapes(x)} (of the whole "
-            "batch: what takes one example needs "
-            f"`jax.vmap`, `eqx.filter_vmap`): {error}"
-        ) from error
-    if not jax.tree.leaves(y):
-        raise ChainError(
-            f"layer {position} ({layer_name(one)}) returned no array, but {y!r}: is its `return` missing?"
+        hint = (
+            ""
+            if _raised_itself(error)
+            else (
+                ". The input is of the whole batch: what takes one example needs `jax.vmap`, "
+                "`eqx.filter_vmap`"
+            )
         )
+        raise ChainError(
+            f"{where} does not accept its input {_shapes(x)}: {type(error).__name__}: {error}{hint}"
+        ) from error
+    if differs:
+        raise ChainError(
+            f"{where} is not the same each time it is traced: {differs}. A step calls a layer several times, "
+            "forward and backward, and must get the same function: draw masks with `jax.random` from a key "
+            "that is a leaf of the layer or of its input, and keep counters there"
+        )
+    # Shapes and dtypes alone: within `jax.shard_map` JAX's structs also say where arrays are.
+    y = trees.struct(y)
+    if not jax.tree.leaves(y):
+        raise ChainError(f"{where} returned no array, but {y!r}: is its `return` missing?")
+    known[key] = y
     return y
+
+
+def _raised_itself(error: Exception) -> bool:
+    """Whether an error was raised by a statement of the layer's own, and not by what that called."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    library = f"{os.sep}jax{os.sep}" in last.filename or f"{os.sep}numpy{os.sep}" in last.filename
+    return not library and (last.line or "").startswith(("raise", "assert"))
 
 
 def _shapes(struct: PyTree) -> PyTree:

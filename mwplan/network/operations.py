@@ -147,3 +147,8 @@ GRADIENTS: dict[Callable[..., Any], int] = {
     advance: 1,
     invert_backward: 1,
 }
+
+
+def gradients_of(operation: Callable[..., Any]) -> int | None:
+    """Which of the results of `operation`, or of a partial of one, are parameter gradients; None: none."""
+    return GRADIENTS.get(getattr(operation, "func", operation))

@@ -161,7 +161,7 @@ def _origins(
 
 
 #: primitives that leave the elements in their order
-_SHAPES = ("copy", "reshape", "squeeze", "expand_dims", "broadcast_in_dim")
+_SHAPES = ("copy", "reshape", "squeeze", "expand_dims", "broadcast_in_dim", "stop_gradient")
 
 
 def _origin(jaxpr: Jaxpr, var: Any, arguments: Callable[[Any], Any]) -> Any:

@@ -293,6 +293,6 @@ def invert_rules(layer: PyTree, x: PyTree) -> tuple[InvertRule | Unavailable, ..
     """All the ways to rebuild `layer`'s input from its output."""
     found = _collect(layer, x, "invert_rules")
     if found and any(map(trees.is_weak, jax.tree.leaves(x))):
-        why = "the layer's input is weakly typed, and what is rebuilt would not be: another dtype may come of it"
+        why = "the layer's input is weakly typed, what is rebuilt would not be: another dtype may come of it"
         return tuple(Unavailable(one.name, why) for one in found)
     return found

@@ -1,9 +1,9 @@
-"""Where a compiler puts buffers that live at different times, and the bytes that it takes with the holes
-between them.
+"""Where a compiler puts buffers that live at different times, and the bytes that they take with the
+fragmentation between them.
 
 What is alive at once is a lower bound of what a step takes: buffers keep their places for life, and where one
-of another size, or of another life, comes next, a hole may stay. XLA decides by a simple rule, on CPUs and
-GPUs alike, and so its holes can be foreseen: buffers are placed one after another, each in the smallest gap
+of another size, or of another life, comes next, a gap may stay. XLA decides by a simple rule, on CPUs and
+GPUs alike, so fragmentation can be predicted: buffers are placed one after another, each in the smallest gap
 that holds it among those alive at any of its moments; once with the largest first (of equal ones the
 longest-lived), once with the longest-lived first (of equal ones the largest), and what takes less is kept.
 

@@ -216,17 +216,22 @@ class Solution:
 class Schedule:
     """A plan for one chain: runs, what they are predicted to cost, and what was proved.
 
-    `peak_bytes`: predicted temporaries, what is alive at once and `Profile.table_bytes`; `packed_bytes`: the
-    same with the holes that the allocator is foreseen to leave (`mwplan.plans.packing`: an estimate, at least
-    `peak_bytes`), 0 where the profile says too little of workspaces, or the chain is long; `fixed_bytes`:
-    parameters, input and gradients; `input_bytes`: the input alone, 0 if unknown; `budget_bytes`: the total
-    asked for. `time_ns`: predicted, without the loss. `error`: predicted relative error of cotangents and
-    gradients, `max_error` the tolerance. `host_bytes`: predicted bytes in the host's memory, at most.
-    `least_bytes`: the least feasible total. `binding`: the event at which the peak stands. `next_gain`: what
-    a little more memory would buy, in words. `fingerprint`: that of the profile; `apply` refuses another
-    chain. `strategies`: of each layer, outermost, for people. `report_scales`: for each of `reporting_runs`,
-    `(a, b)`: where what the run-time report compares is wrong by `d`, its gradients are predicted to be wrong
-    by `hypot(a d, sqrt(b d))`, the second part from kinks; empty for `(1, 0)` throughout.
+    Bytes:
+
+    - `peak_bytes`: predicted temporaries: what is alive at once, and `Profile.table_bytes`;
+    - `packed_bytes`: the same with the predicted fragmentation (`mwplan.plans.packing`), at least
+      `peak_bytes`; 0 where the profile knows too little of workspaces, or the chain is long;
+    - `fixed_bytes`: parameters, input and gradients; `input_bytes`: the input alone, 0 if unknown;
+    - `budget_bytes`: the total asked for; `least_bytes`: the least feasible total;
+    - `host_bytes`: predicted bytes in the host's memory, at most.
+
+    Time and error: `time_ns` is predicted, without the loss; `error` is the predicted relative error of
+    cotangents and gradients, `max_error` the tolerance. For people: `strategies` of each layer, outermost;
+    `binding`, the event of the peak; `next_gain`, what a little more memory would buy.
+
+    `fingerprint`: that of the profile; `apply` refuses another chain. `report_scales`: `(a, b)` for each of
+    `reporting_runs`. Where the run-time report finds a difference `d`, the gradients are predicted to be
+    wrong by `hypot(a d, sqrt(b d))`, the second part from kinks; empty for `(1, 0)` throughout.
 
     >>> store = tuple(mw.Run(kind=mw.RunKind.STORE, start=i, stop=i + 1, options=("vjp",)) for i in range(2))
     >>> schedule = mw.Schedule(runs=store)  # by hand: nothing is predicted
@@ -314,11 +319,11 @@ def strip(schedule: Schedule) -> str:
     return out
 
 
-def _holes(schedule: Schedule) -> list[str]:
-    """A line on the holes between buffers, where some are foreseen."""
-    holes = schedule.packed_bytes - schedule.peak_bytes
-    share = holes / max(1, schedule.peak_bytes)
-    return [f"foreseen holes   {show_bytes(holes)} between buffers"] if share > 0.001 else []
+def _fragmentation(schedule: Schedule) -> list[str]:
+    """A line on fragmentation, where some is predicted."""
+    gaps = schedule.packed_bytes - schedule.peak_bytes
+    share = gaps / max(1, schedule.peak_bytes)
+    return [f"fragmentation    {show_bytes(gaps)} expected between buffers"] if share > 0.001 else []
 
 
 def describe(schedule: Schedule) -> str:
@@ -331,7 +336,7 @@ def describe(schedule: Schedule) -> str:
         f"predicted peak   {show_bytes(schedule.total_bytes)}"
         f" = {show_bytes(schedule.fixed_bytes)} fixed + {show_bytes(schedule.peak_bytes)} temporaries"
         + ("" if schedule.budget_bytes is None else f"; budget {show_bytes(schedule.budget_bytes)}"),
-        *_holes(schedule),
+        *_fragmentation(schedule),
         *([f"host memory      {show_bytes(schedule.host_bytes)}"] if schedule.host_bytes else []),
         f"predicted time   {show_ns(schedule.time_ns)}",
         f"predicted error  {schedule.error:.1e} relative (tolerance {schedule.max_error:.0e})",

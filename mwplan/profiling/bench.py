@@ -9,7 +9,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ import numpy as np
 from mwplan.common import trees
 from mwplan.compilers.compiling import options_of, temporaries, workspace
 from mwplan.network import operations
+from mwplan.network.constants import tied
 from mwplan.plans.packing import Workspace
 from mwplan.profiling.growth import random_cotangent
 
@@ -27,6 +28,7 @@ _PIECE = 1 << 10  # bytes: parts of a workspace below leave no hole to speak of
 SMALL = 1 << 14  # bytes: below, a saving is not worth a compilation
 
 
+@runtime_checkable
 class Priced(Protocol):
     """An operation's result, time and workspace."""
 
@@ -43,6 +45,7 @@ class Priced(Protocol):
         """What it allocates beside inputs and outputs."""
 
 
+@runtime_checkable
 class Pricing(Protocol):
     """Tells what operations cost: by running them (`Bench`), or by counting
     (`mwplan.profiling.roofline.Roofline`)."""
@@ -113,12 +116,15 @@ class Program:
 
 class Handle:
     """A `Program` as one caller sees it: with the result at its own arguments, and the program that is timed
-    for it, if that is another."""
+    for it, if that is another; `row_bytes`, what it needs more where its layer is one of a stack."""
 
-    def __init__(self, program: Program, result: Any, timed: Program | None = None) -> None:
+    def __init__(
+        self, program: Program, result: Any, timed: Program | None = None, row_bytes: int = 0
+    ) -> None:
         self.program = program
         self.result = result
         self.timed = timed or program
+        self.row_bytes = row_bytes
 
     @property
     def time_ns(self) -> int:
@@ -127,8 +133,8 @@ class Handle:
 
     @property
     def workspace_bytes(self) -> int:
-        """As `Program.workspace_bytes`."""
-        return self.program.workspace_bytes
+        """As `Program.workspace_bytes`, and `row_bytes`."""
+        return self.program.workspace_bytes + self.row_bytes
 
 
 class Bench:
@@ -191,8 +197,8 @@ class Bench:
         if not into:
             return handle
         program = self._compiled(operation, leaves, treedef, out, into)
-        better = program.workspace_bytes <= handle.workspace_bytes
-        return Handle(handle.program, handle.result, program if better else None)
+        better = program.workspace_bytes <= handle.program.workspace_bytes
+        return Handle(handle.program, handle.result, program if better else None, handle.row_bytes)
 
     def _compiled(
         self,
@@ -208,7 +214,7 @@ class Bench:
         def recycling(recycled: list[Any], dying: list[Any], rest: list[Any]) -> list[Any]:
             others = iter(rest)
             given = [dying[where[i]] if i in where else next(others) for i in range(len(leaves))]
-            result = operation(*jax.tree.unflatten(treedef, trees.tie(given)))
+            result = tied(operation)(*jax.tree.unflatten(treedef, given))
             return trees.tie(jax.tree.leaves(result))
 
         jitted = jax.jit(recycling, donate_argnums=(0, 1), keep_unused=True, compiler_options=self.options)
@@ -318,7 +324,7 @@ class Bench:
         key = hashlib.sha256(lowered.as_text().encode()).hexdigest()
         if key not in self.needs:
             self.needs[key] = temporaries(lowered.compile())
-        return max(0, inputs + made + rest_bytes + handle.workspace_bytes - self.needs[key])
+        return max(0, inputs + made + rest_bytes + handle.program.workspace_bytes - self.needs[key])
 
 
 def _buffers(structs: list[Any]) -> list[Any]:

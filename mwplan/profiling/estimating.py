@@ -1,10 +1,32 @@
 """Profiles of devices that are not at hand: bytes from shapes, times from a roofline, errors measured on this
-host where there are weights."""
+host where there are weights.
+
+**Bytes.** Activations, residuals, fragments and the fixed part are counted as `mw.profile` counts them,
+and equal its figures. Workspaces and savings are the liveness of the program's kernels: XLA's schedule,
+fusion, padding and library scratch are not known. Seen on a CPU: equal in the median; too low by about
+the layer's activations for convolutions' weight gradients, by up to two of them for attention, so that
+plans exceeded small budgets by up to 28%. Leave a margin.
+
+**Times** are a roofline's (`mwplan.profiling.roofline`, `mwplan.profiling.costs`): arithmetic or traffic
+at the device's full rates, and a launch for each kernel. Not in the model: how far a kernel stays below
+those rates (small or oddly shaped products: often a half), caches, autotuned algorithms (Winograd),
+fusion of products with what follows, launches that overlap, several devices. Ratios between the options
+of a layer are what a plan depends on, and are better than the times themselves. Checked on a CPU alone
+(results/estimate); the built-in GPUs' figures are data sheets', not yet held against a GPU. Where a layer
+chooses its operations by `jax.default_backend()`, this host's are counted.
+
+**Errors** depend on weights and working precision, hardly on the device. Where all weights are arrays
+they are measured as in `mw.profile`, at the first `examples` examples of `x`, or of white noise (zeros
+for integers) where `x` is shapes; on this host, in its own matrix precision: float32 at reduced precision
+(TF32) on the device makes them larger. Where weights are shapes, rules whose errors no weights change are
+measured at random ones: those of layers without parameters at white noise, of orthogonal layers, and
+whole fragments (0). All others' local error and growth are infinite, so that no plan uses them.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -44,43 +66,19 @@ def estimate(
     gives the latter without computing anything); `x`, arrays or `jax.ShapeDtypeStruct`s of the shape that
     will be trained on; `device`, a name in `mw.targets.DEVICES` or a `mw.Device`; `examples`, of how many the
     errors are measured; `seed`, of random cotangents and inputs; `progress(done, layers, name)`, called after
-    each layer; `compiled`, whether operations are priced by the device's own compiler (True: an error where
-    it is not installed; False: by counting), by default where it is installed.
+    each layer; `compiled`: whether the device's own compiler prices operations (True: an error where it is
+    not installed; False: they are counted), by default where it is installed.
     **Returns:** a `Profile` whose `source` says "estimated", and how. The same network's plans from it run
     anywhere; `mw.fit` or a profile on the device itself should have the last word.
     **Raises:** `ChainError` where a layer does not accept what it gets; `ArgumentError` for an unknown
     device, or a layer that needs its weights' values to be traced and has only their shapes;
-    `CompilerMissingError`, `TargetError` of the device's compiler.
-    **Cost:** one tracing of each operation of each distinct layer; compiled, some seconds a layer, the first
-    time (`mwplan.targets.cache`). With weights, and where a rule makes errors, also a forward pass of
-    `examples` examples on this host's default device, and compilations to measure them: most of the time,
-    some seconds a rule. Nothing of the size of `x` is allocated.
+    `CompilerMissingError` and `TargetError` of the device's compiler.
+    **Cost:** one tracing of each operation of each distinct layer; where they are compiled, some seconds a
+    layer the first time, then nothing (`mwplan.targets.cache`). With weights, and where a rule makes errors,
+    also a forward pass of `examples` examples on this host's default device, and compilations to measure
+    them: most of the time, some seconds a rule. Nothing of the size of `x` is allocated.
 
-    **Compiled** for the device (`mwplan.targets.pricing`), workspaces and savings are the compiler's own, of
-    each operation alone, and times a roofline's of the kernels that it launches; on TPUs the compiler's own
-    estimates. What libraries need beside (cuDNN, cuBLAS) is not known, nor what is fused across operations.
-    The two paragraphs below are about counting.
-
-    **Bytes.** Activations, residuals, fragments and the fixed part are counted as `mw.profile` counts them,
-    and equal its figures. Workspaces and savings are the liveness of the program's kernels: XLA's schedule,
-    fusion, padding and library scratch are not known. Seen on a CPU: equal in the median; too low by about
-    the layer's activations for convolutions' weight gradients, by up to two of them for attention, so that
-    plans passed lean budgets by up to 28%. Leave a margin.
-
-    **Times** are a roofline's (`mwplan.profiling.roofline`, `mwplan.profiling.costs`): arithmetic or traffic
-    at the device's full rates, and a launch for each kernel. Not in the model: how far a kernel stays below
-    those rates (small or oddly shaped products: often a half), caches, autotuned algorithms (Winograd),
-    fusion of products with what follows, launches that overlap, several devices. Ratios between the options
-    of a layer are what a plan depends on, and are better than the times themselves. Checked on a CPU alone
-    (results/estimate); the built-in GPUs' figures are data sheets', not yet held against a GPU. Where a layer
-    chooses its operations by the platform, those of the device are counted.
-
-    **Errors** depend on weights and working precision, hardly on the device. Where all weights are arrays
-    they are measured as in `mw.profile`, at the first `examples` examples of `x`, or of white noise (zeros
-    for integers) where `x` is shapes; on this host, in its own matrix precision: float32 at reduced precision
-    (TF32) on the device makes them larger. Where weights are shapes, rules whose errors no weights change are
-    measured at random ones: those of layers without parameters at white noise, of orthogonal layers, and
-    whole fragments (0). All others' local error and growth are infinite, so that no plan uses them.
+    What is modelled and what is not, and how far off it is: `mwplan.profiling.estimating`.
 
     >>> make = lambda key: mw.Chain([mw.layers.Dense.init(key, 1024, 1024), jnp.tanh])
     >>> net = jax.eval_shape(make, jax.random.key(0))  # no weights: nothing is computed
@@ -152,7 +150,7 @@ def _counted(
     pricing: Roofline | Compiler,
     chain: Chain,
     structs: list[PyTree],
-    keys: list[Hashable],
+    keys: Sequence[Hashable],
     names: list[str],
     tell: Callable[[int, int, str], None],
 ) -> dict[Hashable, measure.Costs]:

@@ -13,7 +13,7 @@ import collections
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -28,6 +28,7 @@ from mwplan.plans.packing import Workspace
 from mwplan.plans.profiles import InvertOption, LayerProfile, MoonwalkOption, Profile, StoreOption
 from mwplan.profiling import growth
 from mwplan.profiling.bench import Bench, Priced, Pricing
+from mwplan.profiling.stacked import StackedBench
 
 PyTree = Any
 CHECKED_REPETITIONS = 64  # of a deeper stack, only the repetitions whose growth is measured are checked
@@ -85,7 +86,7 @@ def profile(
     unusable: dict[int, frozenset[Name]] = {}  # by layer: the rules that its weights forbid
     for i, one, at in visit(chain, x, sampled, bench.forward):
         if keys[i] not in measured:
-            measured[keys[i]] = measure_layer(bench, one, at)
+            measured[keys[i]] = measure_layer(StackedBench(bench) if keys[i][-1] else bench, one, at)
         unusable[i] = measured[keys[i]].check(one, structs[i])
         if i in sampled:
             measured[keys[i]].add_errors(bench.key, one, at, unusable[i])
@@ -160,11 +161,12 @@ def layer_names(chain: Chain) -> list[str]:
     return [layer_name(one) for part in chain.parts for one in _block(part) * _depth(part)]
 
 
-def layer_keys(chain: Chain, structs: list[PyTree]) -> list[Hashable]:
-    """What layers that share one measurement share: structure, parameter shapes, input."""
+def layer_keys(chain: Chain, structs: list[PyTree]) -> list[tuple[Any, ...]]:
+    """What layers that share one measurement share: structure, parameter shapes, input, whether stacked."""
     trees_ = [jax.tree.structure(one) for part in chain.parts for one in _block(part) * _depth(part)]
     texts = [str(struct) for struct in structs]
-    return list(zip(trees_, signatures(chain), texts))
+    stacked = [isinstance(chain.parts[place.part], Stack) for place in chain.places()]
+    return list(zip(trees_, signatures(chain), texts, stacked))
 
 
 def visit(
@@ -202,7 +204,7 @@ def _through(part: Stack, x: PyTree, start: int, stop: int) -> PyTree:
     return jax.lax.fori_loop(start, stop, step, x)
 
 
-def spread(keys: list[Hashable], count: int) -> set[int]:
+def spread(keys: Sequence[Hashable], count: int) -> set[int]:
     """Up to `count` positions of each key, evenly spread, the first and the last among them."""
     positions: dict[Hashable, list[int]] = {}
     for i, key in enumerate(keys):

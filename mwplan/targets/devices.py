@@ -11,7 +11,7 @@ import dataclasses
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from mwplan.common.errors import ArgumentError
 
@@ -129,6 +129,7 @@ class TpuChip:
     clock_hz: float
 
 
+@runtime_checkable
 class Work(Protocol):
     """A kernel, or a loop of some: what `Device.time_ns` needs to know of it."""
 

@@ -1,0 +1,40 @@
+"""Operations on one layer of a stack: its row is read where it is used, and its gradient written in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from mwplan.execution import loops
+from mwplan.network import operations
+
+PyTree = Any
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Written:
+    """In the place of one layer's gradients: `stacked`, those of all layers, its own among them."""
+
+    stacked: list[Any]
+
+
+def on_row(
+    source: PyTree, row: Any, stacked: list[Any] | None, *args: Any, operation: Callable[..., Any]
+) -> Any:
+    """`operation(layer, *args)` with the layer in `row` of the stacked layers `source`.
+
+    Read before the operation, rows would be there from the start of the program: they depend on nothing.
+    Where `stacked` are the gradients of all layers so far, the operation's own go among them (`Written`), so
+    that they need no memory once they are written.
+    """
+    result = operation(loops.row(source, row), *args)
+    if stacked is None:
+        return result
+    at = operations.gradients_of(operation)
+    assert at is not None
+    written = Written(loops.put(stacked, result[at], row))
+    return (*result[:at], written, *result[at + 1 :])

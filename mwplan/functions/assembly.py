@@ -1,0 +1,304 @@
+"""From cuts to pieces: what each takes, what crosses the cuts, who holds the parameters."""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import itertools
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mwplan.functions.flow import Flow
+from mwplan.functions.kinds import ELEMENTWISE, SHAPES
+from mwplan.functions.pieces import BITS, STOPPED, Label, Piece, given_out, held_as, taken
+from mwplan.functions.programs import Program
+from mwplan.functions.scans import stacked_by
+from mwplan.functions.tracing import Step
+from mwplan.network.chain import Chain, Stack
+
+#: Sources that so many pieces read, or more, cross the cuts between them; those of fewer are held by each of
+#: these pieces.
+SHARED_BY = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class PieceSpec:
+    """One piece, in the numbers of the function's values.
+
+    `start`, `stop`, its operations in the flow; `reads`, `params`, `others`, the values of its program's
+    inputs; `results`, those of its program's results; `crosses`, the values of the next activation, in order;
+    `made_bytes`, of all that its operations make."""
+
+    start: int
+    stop: int
+    program: Program
+    reads: tuple[int, ...]
+    params: tuple[int, ...]
+    others: tuple[int, ...]
+    results: tuple[int, ...]
+    crosses: tuple[int, ...]
+    made_bytes: int
+    label: str
+    region: int
+    depth: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """All pieces; `inputs`, the values of the chain's input; `how` each value that crosses a cut or that a
+    piece holds is held; `carrying`, those with a gradient."""
+
+    pieces: tuple[PieceSpec, ...]
+    inputs: tuple[int, ...]
+    how: dict[int, str]
+    carrying: frozenset[int]
+
+    @property
+    def shares(self) -> bool:
+        """Whether parameters are in the chain's input."""
+        return not self.carrying.isdisjoint(self.inputs)
+
+    def leaves(self, env: dict[int, Any]) -> tuple[list[Any], list[Any]]:
+        """The arrays that carry a gradient: each piece's parameters, then those of the input; and the others,
+        in the same order."""
+        carry = [env[v] for piece in self.pieces for v in piece.params]
+        carry += [env[v] for v in self.inputs if v in self.carrying]
+        rest = [given_out(env[v], self.how[v]) for piece in self.pieces for v in piece.others]
+        rest += [given_out(env[v], self.how[v]) for v in self.inputs if v not in self.carrying]
+        return carry, rest
+
+    def chain(self, carry: list[Any], rest: list[Any]) -> tuple[Chain, tuple[Any, ...]]:
+        """The chain and its input, of what `leaves` returned."""
+        one, other = iter(carry), iter(rest)
+        parts: list[Any] = []
+        before = self.inputs
+        for region, group in itertools.groupby(self.pieces, key=lambda piece: piece.region):
+            block = []
+            for piece in group:
+                params = tuple(next(one) for _ in piece.params)
+                others = tuple(next(other) for _ in piece.others)
+                block.append(self._layer(piece, before, params, others))
+                before = piece.crosses
+            parts += block if region < 0 else [Stack(tuple(block), piece.depth)]
+        return Chain(parts), tuple(next(one if v in self.carrying else other) for v in self.inputs)
+
+    def _layer(
+        self, piece: PieceSpec, before: Sequence[int], params: tuple[Any, ...], others: tuple[Any, ...]
+    ) -> Piece:
+        place = {v: i for i, v in enumerate(before)}
+        made = {v: j for j, v in enumerate(piece.results)}
+        return Piece(
+            params,
+            others,
+            piece.program,
+            tuple((place[v], self.how[v]) for v in piece.reads),
+            tuple(self.how[v] for v in piece.others),
+            tuple((self.how[v], made[v]) if v in made else ("x", place[v]) for v in piece.crosses),
+            Label(piece.label),
+        )
+
+    def gradients(self, chain_grads: Chain, x_grads: Sequence[Any]) -> list[Any]:
+        """Of the first that `leaves` returned, in order."""
+        layers = [
+            one for part in chain_grads.parts for one in (part.block if isinstance(part, Stack) else [part])
+        ]
+        found = [grad for layer in layers for grad in layer.params]
+        return found + [g for v, g in zip(self.inputs, x_grads) if v in self.carrying]
+
+    def results(self, y: Sequence[Any], avals: Sequence[Any]) -> dict[int, Any]:
+        """The function's results by number, from the chain's output."""
+        return {v: taken(leaf, self.how[v], avals[v]) for v, leaf in zip(self.pieces[-1].crosses, y)}
+
+
+class _Assembler:
+    """Makes the pieces between `bounds`, positions in the flow's operations."""
+
+    def __init__(self, flow: Flow, bounds: Sequence[int]) -> None:
+        self.flow, self.bounds = flow, bounds
+        self.count = len(bounds) - 1
+        self.born, self.dies = flow.lifetimes()
+        self.uses: dict[int, list[tuple[int, int]]] = {}
+        for i, read in enumerate(flow.reads):
+            for j, v in enumerate(read):
+                self.uses.setdefault(v, []).append((i, j))
+        last = len(flow.steps)
+        for j, v in enumerate(flow.closure(flow.results())[1]):
+            self.uses.setdefault(v, []).append((last, j))
+        # By each source, the pieces that read it, in order.
+        self.readers = {
+            v: sorted({self.piece_at(i) for i, _ in where})
+            for v, where in self.uses.items()
+            if v in flow.sources
+        }
+        self.regions = [flow.steps[start].region for start in self.bounds[:-1]]
+        self.rows = {row for region in flow.traced.regions for row in region.rows}
+        self.carried = {
+            v
+            for v, pieces in self.readers.items()
+            if v not in self.rows and (len(pieces) >= SHARED_BY or any(self.regions[k] >= 0 for k in pieces))
+        }
+
+    def piece_at(self, step: int) -> int:
+        """The piece in which an operation stands; results are made in the last."""
+        return min(bisect.bisect_right(self.bounds, step), self.count) - 1
+
+    def first_input(self) -> tuple[int, ...]:
+        """The values of the chain's input: what is carried, and the data that the first piece alone reads."""
+        alone = {
+            v
+            for v, pieces in self.readers.items()
+            if pieces == [0] and v not in self.flow.carrying | self.rows
+        }
+        return self.ordered(self.carried | alone, 0)
+
+    def crossing(self, k: int) -> tuple[int, ...]:
+        """The values that cross the cut after piece `k`."""
+        if k < 0:
+            return self.first_input()
+        if k == self.count - 1:
+            return tuple(self.flow.results())
+        at, region, following = self.bounds[k + 1], self.regions[k], self.regions[k + 1]
+        values = {v for v, first in self.born.items() if first < at <= self.dies.get(v, -1)}
+        if region < 0:
+            values |= {v for v in self.carried if self.readers[v][-1] > k}
+            # Before a loop also what the loop carries and never reads.
+            values |= {*self.flow.traced.regions[following].carry} if following >= 0 else set()
+            return self.ordered(values, at)
+        # In a loop nothing from outside is dropped, and at its end everything is where it was.
+        carry = self.flow.traced.regions[region].carry
+        before = self.crossing(self.regions.index(region) - 1)
+        if following != region:
+            return tuple(carry.get(v, v) for v in before)
+        begins = self.bounds[self.regions.index(region)]
+        inner = {v for v in values if self.born[v] >= begins or v in carry}
+        inner |= {v for v in self.born if begins <= self.born[v] < at and v in carry.values()}
+        return self.ordered(inner | {v for v in before if v not in carry}, at)
+
+    def ordered(self, values: set[int], at: int) -> tuple[int, ...]:
+        """Those with a gradient by their next use, so that equal pieces have them in the same places; then
+        the others."""
+
+        def key(v: int) -> tuple[Any, ...]:
+            if v not in self.flow.carrying:
+                return (1, v)
+            where = self.uses.get(v, [])
+            following = bisect.bisect_left(where, (at, -1))
+            return (0, *(where[following] if following < len(where) else (len(self.flow.steps) + 1, v)))
+
+        return tuple(sorted(values, key=key))
+
+    def steps(self, k: int) -> list[Step]:
+        """The operations of piece `k`, with those that make the cheap values it reads."""
+        out: list[Step] = []
+        inside: set[int] = set()
+
+        def add(values: Sequence[int]) -> None:
+            for cheap in self.flow.closure(values)[0]:
+                if cheap.outputs[0] not in inside:
+                    inside.update(cheap.outputs)
+                    out.append(cheap)
+
+        for step in self.flow.steps[self.bounds[k] : self.bounds[k + 1]]:
+            add(step.read)
+            out.append(step)
+        if k == self.count - 1:
+            add(self.flow.results())
+        return out
+
+    def spec(self, k: int, crosses: tuple[int, ...]) -> PieceSpec:
+        """Piece `k`."""
+        flow, steps = self.flow, self.steps(k)
+        made = dict.fromkeys(v for step in steps for v in step.outputs)
+        outside = list(dict.fromkeys(v for step in steps for v in step.read if v not in made))
+        crossing = {*crosses}
+        results = tuple(v for v in made if v in crossing)
+        held = [v for v in outside if v in flow.sources and v not in self.carried]
+        params = tuple(v for v in held if v in flow.carrying)
+        others = tuple(v for v in held if v not in flow.carrying and self.readers[v] != [0])
+        own = {*params, *others}
+        reads = tuple(v for v in outside if v not in own)
+        avals = flow.traced.avals
+        main = flow.steps[self.bounds[k] : self.bounds[k + 1]]
+        return PieceSpec(
+            start=self.bounds[k],
+            stop=self.bounds[k + 1],
+            program=Program(steps, (*reads, *params, *others), results, avals),
+            reads=reads,
+            params=params,
+            others=others,
+            results=results,
+            crosses=crosses,
+            made_bytes=sum(flow.traced.nbytes(v) for step in main for v in step.outputs),
+            region=self.regions[k],
+            depth=flow.traced.regions[self.regions[k]].depth if self.regions[k] >= 0 else 1,
+            label=_label(flow, main, (*params, *(v for v in reads if v in flow.sources))),
+        )
+
+    def kept_alike(self, specs: list[PieceSpec]) -> list[PieceSpec]:
+        """Data that crosses no further than a repeated piece crosses one cut more, where this makes it equal
+        to those before it."""
+        out = specs[:1]
+        for k, spec in enumerate(specs[1:], 1):
+            before = out[-1]
+            if k < self.count - 1 and spec.region == before.region == -1 and spec.program == before.program:
+                left = [v for v in before.crosses if v not in spec.crosses and v not in self.flow.carrying]
+                crosses = self.ordered({*spec.crosses, *left}, spec.stop)
+                spec = dataclasses.replace(spec, crosses=crosses)
+            out.append(spec)
+        return out
+
+
+def assemble(flow: Flow, cuts: Sequence[int]) -> Plan:
+    """The pieces of a flow that is cut at these positions."""
+    made = _Assembler(flow, [0, *cuts, len(flow.steps)])
+    inputs = made.first_input()
+    specs = made.kept_alike([made.spec(k, made.crossing(k)) for k in range(made.count)])
+    avals = flow.traced.avals
+    values = {*inputs, *(v for spec in specs for v in (*spec.crosses, *spec.others))}
+    how = {v: held_as(avals[v], v in flow.carrying) for v in values}
+    for v in inputs:
+        if how[v] == BITS and v not in made.carried:
+            how[v] = STOPPED  # it crosses no cut
+    return Plan(pieces=tuple(specs), inputs=inputs, how=how, carrying=flow.carrying)
+
+
+def _label(flow: Flow, steps: Sequence[Step], params: Sequence[int]) -> str:
+    """What a piece is called: the scopes that its operations share, else the path that its parameters share,
+    else what it does."""
+    scopes = [step.scope.split("/") for step in steps if step.scope]
+    if scopes and (shared := _prefix(scopes)):
+        return "/".join(shared)
+    names = flow.traced.signature.names
+    dynamic = flow.traced.signature.dynamic
+    stacked = stacked_by(flow.traced.regions)
+    paths = [names[dynamic[v]].strip("`") for v in (stacked.get(v, v) for v in params) if v < len(dynamic)]
+    paths = [path for path in paths if path.startswith("params")]
+    if paths and len(shared := _prefix([_split(path) for path in paths])) > 1:
+        return "".join(shared)
+    heads = list(dict.fromkeys(scope[0] for scope in scopes))
+    if heads:
+        return " .. ".join(heads if len(heads) < 3 else (heads[0], heads[-1]))
+    plain = Counter(s.primitive.name for s in steps if s.primitive.name not in ELEMENTWISE | SHAPES)
+    return " ".join(name for name, _ in plain.most_common(3)) or "elementwise"
+
+
+def _split(path: str) -> list[str]:
+    """A path as `jax.tree_util.keystr` writes it, by its keys."""
+    out = [""]
+    for character in path:
+        if character in "[." and out[-1]:
+            out.append("")
+        out[-1] += character
+    return out
+
+
+def _prefix(paths: Sequence[Sequence[str]]) -> list[str]:
+    """What all paths begin with."""
+    shared = []
+    for names in zip(*paths):
+        if len({*names}) > 1:
+            break
+        shared.append(names[0])
+    return shared

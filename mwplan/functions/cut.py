@@ -1,0 +1,177 @@
+"""`mw.cut`: a function as a chain of pieces, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mwplan.common import trees
+from mwplan.common.errors import ArgumentError
+from mwplan.common.sizes import show_bytes
+from mwplan.functions import cutting
+from mwplan.functions.assembly import Plan, assemble
+from mwplan.functions.flow import Flow, analyse
+from mwplan.functions.programs import evaluate
+from mwplan.functions.scans import expand, stacked_by
+from mwplan.functions.tracing import Constant, Traced, trace
+from mwplan.network.chain import Chain
+
+PyTree = Any
+#: Pieces, if not said otherwise.
+MOST = 128
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Cut:
+    """A function cut into pieces: `mw.cut`. Printed, it shows them.
+
+    **Attributes:** `flow`, its operations; `plan`, what each piece takes and gives.
+
+    >>> loss = lambda params, x: jnp.mean(jnp.tanh(jnp.tanh(x @ params["a"]) @ params["b"]) ** 2)
+    >>> params, x = {"a": jnp.eye(64), "b": jnp.eye(64)}, jnp.ones((256, 64))
+    >>> chain, inputs, back = mw.cut(loss, params, x).build(params, x)
+    >>> bool(jnp.allclose(chain(inputs)[0], loss(params, x)))
+    True
+    """
+
+    flow: Flow
+    plan: Plan
+
+    def __len__(self) -> int:
+        """The layers of the chain: of loops, each piece as often as it is executed."""
+        return sum(piece.depth for piece in self.plan.pieces)
+
+    def build(
+        self, params: PyTree, *args: Any
+    ) -> tuple[Chain, tuple[Any, ...], Callable[[Chain, tuple[Any, ...]], PyTree]]:
+        """The chain of pieces for these arguments, its input, and what takes gradients of both back to one of
+        `params`.
+
+        `chain(x)[0]` is the loss. A parameter that several pieces read is in each of them, or in the input.
+        """
+        signature = self.flow.traced.signature
+        arrays = [jnp.asarray(leaf) for leaf in signature.arrays(params, args)]
+        return self.build_flat(arrays, [], self.flow.traced.captured)
+
+    def build_flat(
+        self, params: Sequence[Any], data: Sequence[Any], captured: Sequence[Any]
+    ) -> tuple[Chain, tuple[Any, ...], Callable[[Chain, tuple[Any, ...]], PyTree]]:
+        """As `build`, of the dynamic leaves of `params` and of the other arguments, and the captured
+        arrays."""
+        arrays = [*params, *data]
+        order = sorted(self.flow.differentiated)
+
+        def leaves(diff: list[Any]) -> tuple[list[Any], list[Any]]:
+            env = dict(enumerate([*arrays, *captured]))
+            env.update(zip(order, diff))
+            evaluate(self.flow.prologue, env, ())
+            env.update({row: env[v] for row, v in stacked_by(self.flow.traced.regions).items()})
+            return self.plan.leaves(env)
+
+        found, pull, rest = jax.vjp(leaves, [arrays[v] for v in order], has_aux=True)
+        chain, x = self.plan.chain(found, rest)
+
+        def back(chain_grads: Chain, x_grads: tuple[Any, ...]) -> PyTree:
+            (grads,) = pull(self.plan.gradients(chain_grads, x_grads))
+            return self._like_params(dict(zip(order, grads)), arrays)
+
+        return chain, x, back
+
+    def _like_params(self, grads: dict[int, Any], arrays: Sequence[Any]) -> PyTree:
+        """A tree like the parameters: zeros for arrays that the loss does not depend on, None for what has no
+        gradient."""
+        signature = self.flow.traced.signature
+        leaves: list[Any] = [None] * signature.params
+        for v, i in enumerate(signature.dynamic):
+            if i < signature.params and trees.is_inexact(signature.avals[v]):
+                leaves[i] = grads[v] if v in grads else jnp.zeros_like(arrays[v])
+        return jax.tree.unflatten(signature.params_treedef, leaves)
+
+    def value(self, y: tuple[Any, ...], arrays: Sequence[Any], captured: Sequence[Any]) -> tuple[Any, PyTree]:
+        """`(loss, aux)` as the function returns them, from the chain's output and the arguments."""
+        traced = self.flow.traced
+        env = dict(enumerate([*arrays, *captured]))
+        evaluate(self.flow.prologue, env, ())
+        env.update(self.plan.results(y, traced.avals))
+        out = [one.value if isinstance(one, Constant) else env[one] for one in traced.outputs]
+        loss, aux = jax.tree.unflatten(traced.out_tree, out)
+        return loss, aux
+
+    def __repr__(self) -> str:
+        return f"Cut({len(self)} pieces, {len(self.flow.steps)} operations)"
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def table(self) -> str:
+        """The pieces, one a line: what each is called, how many operations it has, the bytes that it makes,
+        of its parameters, and that cross the cut after it; pieces that are the same program have the same
+        letter."""
+        letters: dict[Any, str] = {}
+        rows = [("piece", "times", "program", "operations", "makes", "parameters", "crosses", "name")]
+        for i, piece in enumerate(self.plan.pieces):
+            letter = letters.setdefault(piece.program, _letter(len(letters)))
+            rows.append(
+                (
+                    str(i + 1),
+                    str(piece.depth),
+                    letter,
+                    str(piece.stop - piece.start),
+                    show_bytes(piece.made_bytes),
+                    show_bytes(sum(trees.nbytes(self.flow.traced.avals[v]) for v in piece.params)),
+                    show_bytes(sum(trees.nbytes(self.flow.traced.avals[v]) for v in piece.crosses)),
+                    piece.label,
+                )
+            )
+        widths = [max(len(row[j]) for row in rows) for j in range(len(rows[0]) - 1)]
+        lines = ["  ".join([*(c.rjust(w) for c, w in zip(row, widths)), row[-1]]) for row in rows]
+        pieces, operations = len(self.plan.pieces), len(self.flow.steps)
+        head = f"{pieces} pieces of {len(letters)} kinds, {operations} operations"
+        return "\n".join([head, *lines])
+
+
+def cut(
+    loss: Callable[..., Any],
+    params: PyTree,
+    *args: Any,
+    has_aux: bool = False,
+    keep_checkpoints: bool = False,
+    most: int = MOST,
+) -> Cut:
+    """Cuts `loss(params, *args)` into a chain of pieces, where little is alive.
+
+    **Arguments:** as `mw.fit_function`; arrays or `jax.ShapeDtypeStruct`s; `keep_checkpoints`, whether what
+    stands in a `jax.checkpoint` stays one operation, with its policy; `most`, pieces.
+    **Returns:** a `Cut`: `print` shows the pieces.
+    **Raises:** `ArgumentError` for a loss that is not a real scalar or does not depend on `params`, for side
+    effects and callbacks, where Python branches on values, and where there is no place to cut.
+
+    >>> loss = lambda params, x: jnp.mean(jnp.tanh(jnp.tanh(x @ params["a"]) @ params["b"]) ** 2)
+    >>> params, x = {"a": jnp.eye(64), "b": jnp.eye(64)}, jnp.ones((256, 64))
+    >>> pieces = mw.cut(loss, params, x)
+    >>> len(pieces) >= 1
+    True
+    """
+    if isinstance(most, bool) or not isinstance(most, int) or most < 1:
+        raise ArgumentError(f"`most={most!r}` must be a number of pieces, at least 1")
+    traced = trace(loss, params, args, has_aux=has_aux, keep_checkpoints=keep_checkpoints)
+    return cut_traced(expand(traced, keep_checkpoints=keep_checkpoints), most)
+
+
+def cut_traced(traced: Traced, most: int) -> Cut:
+    """As `cut`, of a function that is traced already."""
+    flow = analyse(traced)
+    return Cut(flow=flow, plan=assemble(flow, cutting.cuts(flow, most)))
+
+
+def _letter(i: int) -> str:
+    text = ""
+    i += 1
+    while i:
+        i, digit = divmod(i - 1, 26)
+        text = chr(ord("A") + digit) + text
+    return text

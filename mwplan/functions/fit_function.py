@@ -1,0 +1,211 @@
+"""`mw.fit_function`: from a function and a budget to a compiled gradient step that keeps it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mwplan import planning
+from mwplan.common import trees
+from mwplan.common.errors import ArgumentError, InfeasibleError
+from mwplan.common.sizes import show_bytes
+from mwplan.execution import execute
+from mwplan.fitting.fitted import Attempt, Fitted
+from mwplan.fitting.fitting import fit_step
+from mwplan.functions import cut as cutting
+from mwplan.functions.cut import Cut
+from mwplan.plans.profiles import Profile
+from mwplan.plans.schedule import Choice, Schedule
+from mwplan.profiling import measure
+
+PyTree = Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FittedFunction:
+    """A compiled gradient step of a function, within its budget.
+
+    **Attributes:** `cut`, the function's pieces; `fitted`, the step as `mw.fit` describes it, of the flat
+    arguments; `has_aux`.
+
+    >>> loss = lambda params, x: jnp.mean(jnp.tanh(jnp.tanh(x @ params["a"]) @ params["b"]) ** 2)
+    >>> params, x = {"a": jnp.eye(64), "b": jnp.eye(64)}, jnp.ones((256, 64))
+    >>> fitted = mw.fit_function(loss, params, x, budget="1MiB")
+    >>> fitted.temporary_bytes < 1 << 20
+    True
+    """
+
+    cut: Cut
+    fitted: Fitted
+    has_aux: bool
+
+    @property
+    def schedule(self) -> Schedule:
+        """The plan of the pieces."""
+        return self.fitted.schedule
+
+    @property
+    def profile(self) -> Profile:
+        """What the pieces cost."""
+        return self.fitted.profile
+
+    @property
+    def temporary_bytes(self) -> int:
+        """What the compiled program needs beside arguments and results."""
+        return self.fitted.temporary_bytes
+
+    @property
+    def attempts(self) -> tuple[Attempt, ...]:
+        """Everything that was compiled, the chosen one last."""
+        return self.fitted.attempts
+
+    def step(self, params: PyTree, *args: Any) -> tuple[tuple[Any, execute.Report], PyTree]:
+        """`((value, report), grads)`: what the function returned, the runs' error report, and gradients like
+        `params` (None for what is no array of floating-point numbers). Raises `ArgumentError` for arguments
+        of other shapes than those it was compiled for."""
+        return self.fitted.step(*_split(self.cut, params, args))
+
+    def value_and_grad(self, params: PyTree, *args: Any) -> tuple[tuple[Any, execute.Report], PyTree]:
+        """As `step`, not compiled: to be part of a larger function, which is compiled with `mw.jit`."""
+        gradient = _Gradient(self.cut, self.has_aux)
+        return gradient(self.schedule, arrangement=self.fitted.arrangement)(*_split(self.cut, params, args))
+
+    def __str__(self) -> str:
+        first, *rest = str(self.fitted).splitlines()[:-1]
+        call = "  call `(value, report), grads = fitted.step(params, *args)`; `print(fitted.cut)` shows them"
+        return "\n".join([first.replace(" layers ", " pieces "), *rest, call])
+
+
+def fit_function(
+    loss: Callable[..., Any],
+    params: PyTree,
+    *args: Any,
+    budget: int | str,
+    has_aux: bool = False,
+    keep_checkpoints: bool = False,
+    most: int = cutting.MOST,
+    profile: Profile | None = None,
+    max_error: float = 1e-4,
+    allowed: Choice = planning.EVERY_STRATEGY,
+    max_attempts: int = 18,
+    tune: int = 0,
+    say: Callable[[str], None] = lambda text: None,
+) -> FittedFunction:
+    """The gradient step of a function as it is, compiled within a budget.
+
+    The function is traced and cut into pieces where little is alive (`mw.cut`); the pieces are profiled,
+    planned and compiled as the layers of a chain (`mw.fit`).
+
+    **Arguments:** `loss(params, *args)`, as for `jax.value_and_grad`: a real scalar, with `has_aux` a pair of
+    it and anything; `params`, a pytree: the gradient is taken of its floating-point arrays that the loss
+    depends on; of the others it is zeros, and costs no time; integers, keys and what is no array have none.
+    `args`, arrays that the step will be given; what is no array among them is part of the program. `budget`,
+    bytes of the whole step or a text such as "2GiB"; `keep_checkpoints`, `most`, as `mw.cut`; `profile`, of
+    the chain of pieces (measured if None); the rest as `mw.fit`.
+    **Returns:** a `FittedFunction`.
+    **Raises:** as `mw.cut`; `InfeasibleError` where no schedule fits the budget; as `mw.fit`.
+
+    >>> loss = lambda params, x: jnp.mean(jnp.tanh(jnp.tanh(x @ params["a"]) @ params["b"]) ** 2)
+    >>> params, x = {"a": jnp.eye(64), "b": jnp.eye(64)}, jnp.ones((256, 64))
+    >>> fitted = mw.fit_function(loss, params, x, budget="1MiB")
+    >>> (value, report), grads = fitted.step(params, x)
+    >>> bool(jnp.allclose(value, loss(params, x))), grads["a"].shape
+    (True, (64, 64))
+    """
+    found = cutting.cut(loss, params, *args, has_aux=has_aux, keep_checkpoints=keep_checkpoints, most=most)
+    _check_concrete(params, args)
+    flat = _split(found, params, args)
+    if profile is None:
+        chain, x, _ = found.build_flat(*flat)
+        profile = measure.profile(chain, x)
+    gradient = _Gradient(found, has_aux)
+    profile = dataclasses.replace(profile, fixed_bytes=_fixed_bytes(found, flat))
+    try:
+        fitted = fit_step(
+            gradient,
+            flat,
+            profile,
+            budget=budget,
+            max_error=max_error,
+            allowed=allowed,
+            max_attempts=max_attempts,
+            tune=tune,
+            say=say,
+        )
+    except InfeasibleError as error:
+        raise InfeasibleError(
+            f"{error}\n{_narrowest(found)}",
+            budget_bytes=error.budget_bytes,
+            least_bytes=error.least_bytes,
+            binding=error.binding,
+        ) from error
+    return FittedFunction(cut=found, fitted=fitted, has_aux=has_aux)
+
+
+@dataclass(frozen=True)
+class _Gradient:
+    """Makes the step that executes a schedule over a function's pieces."""
+
+    cut: Cut
+    has_aux: bool
+
+    def __call__(self, schedule: Schedule, *, arrangement: Any = 0) -> Callable[..., Any]:
+        planned = execute.value_and_grad(
+            _first, schedule, has_aux=True, wrt_input=self.cut.plan.shares, arrangement=arrangement
+        )
+
+        def step(params: list[Any], data: list[Any], captured: list[Any]) -> Any:
+            arrays = [*params, *data]
+            chain, x, back = self.cut.build_flat(params, data, captured)
+            ((_, y), report), grads = planned(chain, x)
+            chain_grads, x_grads = grads if self.cut.plan.shares else (grads, x)
+            value, aux = self.cut.value(y, arrays, captured)
+            return ((value, aux) if self.has_aux else value, report), back(chain_grads, x_grads)
+
+        return step
+
+
+def _first(y: tuple[Any, ...]) -> tuple[Any, Any]:
+    """The loss, which is the first of the chain's output, and all of it."""
+    return y[0], y
+
+
+def _split(cut: Cut, params: PyTree, args: tuple[Any, ...]) -> tuple[list[Any], list[Any], list[Any]]:
+    """The arrays of the arguments: those of `params`, the others, and what the function closes over."""
+    signature = cut.flow.traced.signature
+    arrays = [jnp.asarray(leaf) for leaf in signature.arrays(params, args)]
+    count = sum(i < signature.params for i in signature.dynamic)
+    return arrays[:count], arrays[count:], list(cut.flow.traced.captured)
+
+
+def _check_concrete(params: PyTree, args: tuple[Any, ...]) -> None:
+    if any(
+        isinstance(leaf, (jax.core.Tracer, jax.ShapeDtypeStruct)) for leaf in jax.tree.leaves((params, args))
+    ):
+        raise ArgumentError(
+            "`params` and `args` must be concrete arrays, to be measured: call `mw.fit_function` outside "
+            "`jax.jit`"
+        )
+
+
+def _fixed_bytes(cut: Cut, flat: tuple[list[Any], list[Any], list[Any]]) -> int:
+    """Bytes of the arguments, of the gradients and of what the function returns."""
+    results = cut.flow.traced.outputs
+    made = sum(cut.flow.traced.nbytes(v) for v in {*results} if isinstance(v, int))
+    return trees.nbytes(flat) + trees.nbytes(trees.parameters(flat[0])) + made
+
+
+def _narrowest(cut: Cut) -> str:
+    """Where the pieces need most, in words."""
+    piece = max(cut.plan.pieces, key=lambda one: one.made_bytes)
+    at = cut.plan.pieces.index(piece) + 1
+    return (
+        f"The function was cut into {len(cut)} pieces; piece {at} ({piece.label}) makes most, "
+        f"{show_bytes(piece.made_bytes)}, and is not cut within: `print(mw.cut(loss, params, *args))` shows "
+        "all"
+    )

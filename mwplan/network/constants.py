@@ -1,0 +1,216 @@
+"""Operations none of whose arrays exists before all of their inputs do: their constants wait for them too.
+
+What an operation makes of constants alone, the zeros that a scatter or a loop writes into, say, depends on
+none of its inputs: XLA makes one such array for all layers of a network, at the start of the program, and
+where it is written to, a copy for each, there too. Here these constants are made to depend on the
+operation's inputs, so that they come with it and go with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var, jaxpr_as_fun
+
+from mwplan.common import trees
+from mwplan.network.canonical import CALLS, bind
+
+PyTree = Any
+
+#: Bytes of a constant that is left as it is: a number, a few indices.
+SMALL = 64
+#: Primitives that may write where a constant operand lies, of which they then need a copy.
+WRITERS = ("scatter", "dynamic_update_slice", "while", "scan", "sort", "cond")
+
+
+def tied(operation: Callable[..., Any], free: type | tuple[type, ...] = ()) -> Callable[..., Any]:
+    """`operation`, no part of which XLA starts before all arguments are there, but for those in nodes of the
+    types `free`; constants of more than a few bytes are parts too.
+
+    Same values. Where there are such constants it is not to be differentiated any more: rules of
+    `jax.custom_vjp` are gone.
+    """
+
+    def call(*args: Any) -> Any:
+        made = _Traced(operation, args)
+        if not _has_constants(made.closed):
+            return made.result(jaxpr_as_fun(made.closed)(*made.arrays(trees.tie(args, free))))
+        # Of all arguments, and one number more, which is there when they are.
+        args, zero = trees.tie((args, jnp.zeros((), jnp.uint8)), free)
+        values = made.arrays(args)
+        return made.result(_Evaluation(zero).run(made.closed.jaxpr, made.closed.consts, values))
+
+    return call
+
+
+class _Traced:
+    """`operation` at `args` as a program of arrays; float0 zeros, and what is no array, stay outside."""
+
+    def __init__(self, operation: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        leaves, treedef = jax.tree.flatten(args)
+        self.where = [i for i, leaf in enumerate(leaves) if _is_value(leaf)]
+        self.fixed: list[Any] = []
+
+        def flat(arrays: list[Any]) -> list[Any]:
+            given = list(leaves)
+            for i, array in zip(self.where, arrays):
+                given[i] = array
+            out, self.treedef = jax.tree.flatten(operation(*jax.tree.unflatten(treedef, given)))
+            self.fixed = [None if _is_value(leaf) else leaf for leaf in out]
+            return [leaf for leaf in out if _is_value(leaf)]
+
+        self.closed: ClosedJaxpr = jax.make_jaxpr(flat)(self.arrays(args))
+
+    def arrays(self, args: tuple[Any, ...]) -> list[Any]:
+        """The arguments of the program."""
+        leaves = jax.tree.leaves(args)
+        return [leaves[i] for i in self.where]
+
+    def result(self, values: Sequence[Any]) -> Any:
+        """What `operation` returns, from what the program does."""
+        given = iter(values)
+        leaves = [next(given) if leaf is None else leaf for leaf in self.fixed]
+        return jax.tree.unflatten(self.treedef, leaves)
+
+
+def _is_value(leaf: Any) -> bool:
+    return trees.is_array(leaf) and leaf.dtype != jax.dtypes.float0
+
+
+def _nbytes(aval: Any) -> int:
+    return trees.nbytes(aval) if hasattr(aval, "dtype") and hasattr(aval, "shape") else 0
+
+
+def _has_constants(closed: ClosedJaxpr) -> bool:
+    """Whether the program makes an array of constants alone, writes into one, or makes one in a loop."""
+    return any(_nbytes(var.aval) > SMALL for var in closed.jaxpr.constvars) or _makes(closed.jaxpr)
+
+
+def _makes(jaxpr: Jaxpr) -> bool:
+    for eqn in jaxpr.eqns:
+        depends = any(isinstance(var, Var) for var in eqn.invars)
+        if not depends and any(_nbytes(var.aval) > SMALL for var in eqn.outvars):
+            return True
+        if eqn.primitive.name == "scan" and len(eqn.outvars) > eqn.params["num_carry"]:
+            return True
+        inner = [eqn.params.get(CALLS.get(eqn.primitive.name, "")), eqn.params.get("jaxpr")]
+        for one in inner:
+            one = one.jaxpr if isinstance(one, ClosedJaxpr) else one
+            if isinstance(one, Jaxpr) and eqn.primitive.name != "scan" and _makes(one):
+                return True
+    return False
+
+
+class _Constant:
+    """A value that depends on none of the operation's inputs."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+def _typed(value: Any, aval: Any) -> Any:
+    """`value` weakly typed where the program's own is."""
+    if isinstance(value, _Constant) or not getattr(aval, "weak_type", False) or trees.is_weak(value):
+        return value
+    return trees.weakened(value)
+
+
+class _Evaluation:
+    """Evaluates a program; `zero`: a number that is there when the operation's inputs are."""
+
+    def __init__(self, zero: Any) -> None:
+        self.zero = zero
+
+    def waits(self, value: Any) -> Any:
+        """`value`, not there before the operation's inputs."""
+        waiting, _ = lax.optimization_barrier((value, self.zero))
+        return waiting
+
+    def run(self, jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+        """The program's results, none of them a `_Constant`."""
+        found = self.evaluate(jaxpr, [_Constant(const) for const in consts], args)
+        return [self.waits(one.value) if isinstance(one, _Constant) else one for one in found]
+
+    def evaluate(self, jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+        """The program's results; those that depend on none of `args` are `_Constant`s, as these may be."""
+        env: dict[Any, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args]))
+
+        def read(var: Any) -> Any:
+            return _Constant(var.val) if isinstance(var, Literal) else env[var]
+
+        for eqn in jaxpr.eqns:
+            found = self.equation(eqn, [read(var) for var in eqn.invars])
+            env.update((var, _typed(value, var.aval)) for var, value in zip(eqn.outvars, found))
+        return [read(var) for var in jaxpr.outvars]
+
+    def equation(self, eqn: Any, values: list[Any]) -> list[Any]:
+        """One equation's results."""
+        name = eqn.primitive.name
+        if name in CALLS:
+            inner = eqn.params[CALLS[name]]
+            return self.evaluate(inner.jaxpr, [_Constant(const) for const in inner.consts], values)
+        if name in ("remat2", "checkpoint"):
+            return self.checkpoint(eqn, values)
+        constant = all(isinstance(value, _Constant) for value in values) and not eqn.effects
+        large = any(_nbytes(var.aval) > SMALL for var in eqn.outvars)
+        if constant and not large:
+            return [_Constant(one) for one in bind(eqn, [value.value for value in values])]
+        if name == "iota":
+            made = bind(eqn, [])[0]
+            return [made + self.zero.astype(made.dtype)]
+        waits = constant or name in WRITERS or name.startswith("scatter")
+        given = [
+            (self.waits(value.value) if waits else value.value) if isinstance(value, _Constant) else value
+            for value in values
+        ]
+        return self.scan(eqn, given) if name == "scan" else bind(eqn, given)
+
+    def checkpoint(self, eqn: Any, values: list[Any]) -> list[Any]:
+        """What `jax.checkpoint` computes (again), its own constants too after what it computes it from."""
+        given = [value.value if isinstance(value, _Constant) else value for value in values]
+        inner = self
+        if eqn.params["differentiated"] and eqn.params["prevent_cse"]:
+            given, zero = trees.tie((given, self.zero))
+            inner = _Evaluation(zero)
+        return inner.run(eqn.params["jaxpr"], (), given)
+
+    def scan(self, eqn: Any, values: list[Any]) -> list[Any]:
+        """A scan whose stacked results do not exist before the operation's inputs do."""
+        params = eqn.params
+        consts, carried = params["num_consts"], params["num_carry"]
+        if len(eqn.outvars) == carried:
+            return bind(eqn, values)
+        fixed, state, rows = values[:consts], values[consts : consts + carried], values[consts + carried :]
+        body = jaxpr_as_fun(params["jaxpr"])
+        stacked = [
+            trees.vary(self.zeros(var.aval), trees.varying_axes(var.aval)) for var in eqn.outvars[carried:]
+        ]
+        length, reverse, unroll = params["length"], params["reverse"], max(1, params.get("unroll", 1))
+
+        def step(i: Any, both: Any) -> Any:
+            state, stacked = both
+            at = length - 1 - i if reverse else i
+            found = body(*fixed, *state, *_rows(rows, at))
+            new = [_put(old, one, at) for old, one in zip(stacked, found[carried:])]
+            return found[:carried], new
+
+        state, stacked = lax.fori_loop(0, length, step, (state, stacked), unroll=min(unroll, max(1, length)))
+        return [*state, *stacked]
+
+    def zeros(self, aval: Any) -> Any:
+        """Zeros (typed keys of zeros) that wait."""
+        if trees.is_key(aval):
+            return jnp.full(aval.shape, self.zero, aval.dtype)
+        return jnp.broadcast_to(self.zero.astype(aval.dtype), aval.shape)
+
+
+def _rows(rows: list[Any], i: Any) -> list[Any]:
+    return [lax.dynamic_index_in_dim(row, i, keepdims=False, allow_negative_indices=False) for row in rows]
+
+
+def _put(rows: Any, new: Any, i: Any) -> Any:
+    return lax.dynamic_update_index_in_dim(rows, new, i, 0, allow_negative_indices=False)

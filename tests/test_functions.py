@@ -1,0 +1,328 @@
+"""Any function: cut into pieces, whose chain computes the same; fitted, whose gradient is JAX's."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import mwplan as mw
+from mwplan.functions import cut, tracing
+from tests import functions
+
+PyTree = Any
+
+
+@pytest.fixture(autouse=True)
+def _x64() -> Iterator[None]:
+    with jax.enable_x64(True):
+        yield
+
+
+def assert_gradient(loss: Any, params: PyTree, *args: Any, has_aux: bool = False, most: int = 128) -> mw.Cut:
+    """The chain of pieces gives the value and the gradient that JAX gives."""
+    found = mw.cut(loss, params, *args, has_aux=has_aux, most=most)
+
+    @jax.jit
+    def step(params: PyTree, *args: Any) -> tuple[Any, PyTree]:
+        chain, x, back = found.build(params, *args)
+        y, pull = jax.vjp(lambda chain, x: chain(x), chain, x)
+        return y, back(*pull((jnp.ones_like(y[0]), *(_zero(leaf) for leaf in y[1:]))))
+
+    y, got = step(params, *args)
+    assert_same_gradient(got, loss, params, *args, has_aux=has_aux)
+    want = loss(params, *args)
+    np.testing.assert_allclose(y[0], want[0] if has_aux else want, rtol=1e-12)
+    return found
+
+
+def _zero(leaf: Any) -> Any:
+    if jnp.issubdtype(leaf.dtype, jnp.inexact):
+        return jnp.zeros_like(leaf)
+    return np.zeros(leaf.shape, jax.dtypes.float0)
+
+
+def assert_same_gradient(got: PyTree, loss: Any, params: PyTree, *args: Any, has_aux: bool = False) -> None:
+    """`got` is what JAX gives, None where it gives float0."""
+    want = jax.jit(jax.grad(loss, has_aux=has_aux, allow_int=True))(params, *args)
+    want = want[0] if has_aux else want
+    want = jax.tree.map(lambda leaf: None if leaf.dtype == jax.dtypes.float0 else leaf, want)
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want)):
+        assert a.dtype == b.dtype
+        np.testing.assert_allclose(
+            a, b, rtol=1e-9, atol=1e-9 * float(jnp.abs(b).max()) + 1e-300, err_msg=jax.tree_util.keystr(path)
+        )
+
+
+def assert_fits(
+    loss: Any, params: PyTree, *args: Any, share: float, has_aux: bool = False
+) -> mw.FittedFunction:
+    """Fitted to a share of what JAX's own step takes, the step keeps the budget, and its gradient is
+    JAX's."""
+    plain = mw.jit(jax.value_and_grad(loss, has_aux=has_aux)).lower(params, *args).compile().memory_analysis()
+    fixed = plain.argument_size_in_bytes + plain.output_size_in_bytes
+    budget = int(share * (fixed + plain.temp_size_in_bytes))
+    fitted = mw.fit_function(loss, params, *args, budget=budget, has_aux=has_aux)
+    assert fitted.temporary_bytes + fixed <= budget
+    (value, report), grads = fitted.step(params, *args)
+    want = loss(params, *args)
+    for a, b in zip(jax.tree.leaves(value), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9)
+        assert a.dtype == b.dtype
+    assert float(report.worst) < 1e-4
+    assert_same_gradient(grads, loss, params, *args, has_aux=has_aux)
+    return fitted
+
+
+def test_mlp_is_cut_between_its_layers_and_fits() -> None:
+    params, x, y = functions.mlp(depth=8)
+    found = assert_gradient(functions.mlp_loss, params, x, y)
+    assert len(found) == 4
+    assert all(len(piece.params) == 4 for piece in found.plan.pieces)
+    assert len({piece.program for piece in found.plan.pieces[:-1]}) == 1
+    fitted = assert_fits(functions.mlp_loss, params, x, y, share=0.8)
+    with pytest.raises(mw.ArgumentError, match=r"args\[0\].*compiled for"):
+        fitted.step(params, x[:2], y)
+
+
+def test_transformer_is_cut_between_its_sublayers_and_fits() -> None:
+    params, batch = functions.transformer(depth=2)
+    found = assert_gradient(functions.transformer_loss, params, batch)
+    kinds = [piece.program for piece in found.plan.pieces]
+    assert len(kinds) == 2 * 2 + 3
+    assert kinds[1] == kinds[3]
+    assert kinds[2] == kinds[4]
+    assert "blocks" in str(found)
+    assert_fits(functions.transformer_loss, params, batch, share=0.5)
+
+
+def scalar(x: Any) -> Any:
+    return jnp.sum(jnp.sin(x))
+
+
+def test_scan_over_stacked_layers_is_a_stack() -> None:
+    params, batch = functions.transformer(depth=4)
+    found = assert_gradient(functions.scanned_loss, functions.scanned(params), batch)
+    chain, _, _ = found.build(functions.scanned(params), batch)
+    assert [isinstance(part, mw.Stack) for part in chain.parts] == [False, True, False, False]
+    assert chain.parts[1].depth == 4
+    assert len(found) == len(chain) == 11
+
+
+def _scans(params: PyTree, x: Any, keys: Any, memory: Any) -> tuple[Any, Any]:
+    """Loops of all kinds: weights in low precision, keys and data by row, what is read in every turn,
+    counters, a carry that nothing reads and one that is stopped; and loops that stay whole."""
+    weights = jax.tree.map(lambda w: (w * 0.5).astype(jnp.float32), params["w"])
+    memory = jnp.tanh(memory @ params["m"])
+
+    def body(carry: Any, row: Any) -> tuple[Any, Any]:
+        x, i, _, idle, total = carry
+        w, key = row
+        noise = jax.random.bernoulli(key, 0.8, x.shape)
+        x = x + jnp.tanh(x @ w.astype(x.dtype)) * noise + memory @ params["shared"]
+        x = x + jnp.sin(x) @ params["shared"] * (i + 1)
+        total = total + jnp.mean(x**2)
+        return (x, i + 1, jax.lax.stop_gradient(x.mean(0)), idle, total), None
+
+    first = (x, 0, jnp.zeros(x.shape[1]), jnp.ones(2), 0.0)
+    (x, i, seen, idle, total), _ = jax.lax.scan(body, first, (weights, keys))
+    x = jax.lax.fori_loop(0, 3, lambda _, x: jnp.sin(x @ params["shared"]), x)
+    x, ys = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), x.sum()), x, params["w"])
+    x, _ = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["w"], reverse=True)
+    return jnp.mean(x) + total + ys.sum(), (i, seen, idle)
+
+
+def test_scans_of_all_kinds() -> None:
+    r = np.random.default_rng(1)
+    params = {"w": r.normal(size=(5, 4, 4)), "m": r.normal(size=(3, 4)), "shared": r.normal(size=(4, 4))}
+    args = (r.normal(size=(6, 4)), jax.random.split(jax.random.key(0), 5), r.normal(size=(6, 3)))
+    params, args = jax.tree.map(jnp.asarray, (params, args))
+    found = assert_gradient(_scans, params, *args, has_aux=True)
+    chain, _, _ = found.build(params, *args)
+    assert [part.depth for part in chain.parts if isinstance(part, mw.Stack)] == [5, 3]
+    assert_gradient(_scans, params, *args, has_aux=True, most=2)
+
+
+def _frozen(params: PyTree, x: Any, key: Any) -> tuple[Any, PyTree]:
+    """Integers, keys, frozen arrays, a number and functions among the parameters, dropout, and results of
+    every kind."""
+    base = jax.lax.stop_gradient(params["base"])
+    h = jnp.tanh(x @ (base + params["a"] @ params["b"]))
+    for i in range(3):
+        h = h * jax.random.bernoulli(jax.random.fold_in(key, i), 0.9, h.shape)
+        h = h + params["act"](h @ params["w"][i]) * params["gain"]
+    h = h + params["table"][params["steps"]]
+    stats = h.mean(0)
+    loss = jnp.mean(h**2) + 0.1 * jnp.sum(params["unused_int"])
+    return loss, {"stats": stats, "logits": h[:, :2], "x": x, "steps": params["steps"] + 1, "one": 1.0}
+
+
+def frozen_params(width: int = 8) -> PyTree:
+    k = jax.random.split(jax.random.key(0), 4)
+    return {
+        "base": jax.random.normal(k[0], (width, width)),
+        "a": jax.random.normal(k[1], (width, 2)),
+        "b": jax.random.normal(k[2], (2, width)),
+        "w": jax.random.normal(k[3], (3, width, width)) * 0.3,
+        "gain": 0.5,
+        "table": jnp.arange(4.0 * width).reshape(4, width),
+        "steps": jnp.asarray(1),
+        "unused_int": jnp.arange(3),
+    }
+
+
+def test_frozen_arrays_integers_keys_and_results() -> None:
+    params, x, key = frozen_params(), jax.random.normal(jax.random.key(5), (6, 8)), jax.random.key(7)
+
+    def loss(params: PyTree, x: Any, key: Any) -> Any:
+        return _frozen({**params, "act": jax.nn.silu}, x, key)
+
+    found = assert_gradient(loss, params, x, key, has_aux=True)
+    carried = {found.flow.traced.signature.names[v] for v in found.flow.differentiated}
+    assert carried == {f"`params['{n}']`" for n in ("a", "b", "gain", "table", "w")}
+    chain, inputs, _ = found.build(params, x, key)
+    y = chain(inputs)
+    signature = found.flow.traced.signature
+    arrays = [jnp.asarray(leaf) for leaf in signature.arrays(params, (x, key))]
+    value, aux = found.value(y, arrays, found.flow.traced.captured)
+    want, want_aux = loss(params, x, key)
+    assert jax.tree.structure(aux) == jax.tree.structure(want_aux)
+    for a, b in zip(jax.tree.leaves((value, aux)), jax.tree.leaves((want, want_aux))):
+        np.testing.assert_allclose(a, b, rtol=1e-12)
+
+
+def test_functions_among_the_parameters_are_part_of_the_program() -> None:
+    params = {"w": jnp.ones((4, 4)), "act": jnp.tanh}
+    found = mw.cut(lambda p, x: scalar(p["act"](x @ p["w"])), params, jnp.ones((2, 4)))
+    chain, x, back = found.build(params, jnp.ones((2, 4)))
+    grads = back(*jax.grad(lambda c, x: c(x)[0], argnums=(0, 1))(chain, x))
+    assert grads["act"] is None
+    assert grads["w"].shape == (4, 4)
+    with pytest.raises(mw.ArgumentError, match=r"params\['act'\].*part of the program"):
+        found.build({**params, "act": jnp.sin}, jnp.ones((2, 4)))
+
+
+def _custom() -> Any:
+    @jax.custom_vjp
+    def f(x: Any) -> Any:
+        return jnp.sin(x)
+
+    f.defvjp(lambda x: (jnp.sin(x), x), lambda x, ct: (2 * ct * jnp.cos(x),))
+    return f
+
+
+def _control(params: PyTree, x: Any) -> Any:
+    """Branches, loops, rules of one's own, each a whole."""
+    x = jax.lax.cond(x.sum() > 0, lambda x: x @ params["a"], lambda x: x - params["a"][0], x)
+    x = jax.lax.fori_loop(0, 3, lambda i, v: jnp.sin(v @ params["b"]), x)
+    x = jax.checkpoint(lambda x: jnp.tanh(x @ params["a"]))(x)
+    x = _custom()(x) + jax.nn.relu(x)
+    return jnp.mean(jax.scipy.special.logsumexp(x, axis=-1))
+
+
+def _complex(params: PyTree, x: Any) -> Any:
+    z = jnp.fft.fft(x.astype(complex)) * params["filter"]
+    z = jnp.fft.ifft(z @ params["mix"])
+    return jnp.mean(jnp.abs(z) ** 2)
+
+
+def _shared(params: PyTree, x: Any, mask: Any) -> Any:
+    """One layer's weights, used by all of them; a mask of floating-point numbers."""
+    for _ in range(6):
+        x = x + jnp.tanh(x @ params["w"] + params["b"]) * mask + jnp.tanh(x @ params["w"].T) @ params["w"]
+    return jnp.mean(x**2)
+
+
+def _of_parameters_alone(params: PyTree) -> Any:
+    x = params["x"]
+    for w in params["w"]:
+        x = jnp.tanh(x @ w) + jnp.sin(x)
+    return jnp.sum(x)
+
+
+W = np.random.default_rng(0)
+CASES: list[tuple[str, Any, PyTree, tuple[Any, ...]]] = [
+    ("control", _control, {"a": W.normal(size=(5, 5)), "b": W.normal(size=(5, 5))}, (W.normal(size=(3, 5)),)),
+    (
+        "complex", _complex,
+        {"filter": W.normal(size=8) + 1j, "mix": W.normal(size=(8, 8)) * (1 - 0.5j)},
+        (W.normal(size=(4, 8)),),
+    ),
+    (
+        "shared", _shared, {"w": W.normal(size=(6, 6)), "b": W.normal(size=6)},
+        (W.normal(size=(7, 6)), W.normal(size=(7, 1))),
+    ),
+    (
+        "of parameters alone", _of_parameters_alone,
+        {"x": W.normal(size=(3, 4)), "w": W.normal(size=(5, 4, 4))}, (),
+    ),
+    ("the parameter itself", lambda p: p, W.normal(), ()),
+    ("an elementwise loss", lambda p, x: p["a"] * x, {"a": W.normal(), "b": W.normal()}, (2.0,)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("loss", "params", "args"), [case[1:] for case in CASES], ids=[c[0] for c in CASES])
+def test_gradients_of_all_kinds_of_functions(loss: Any, params: PyTree, args: tuple[Any, ...]) -> None:
+    params, args = jax.tree.map(jnp.asarray, (params, args))
+    assert_gradient(loss, params, *args)
+    assert_gradient(loss, params, *args, most=2)
+
+
+def test_what_many_pieces_read_crosses_the_cuts_once() -> None:
+    params, args = {"w": jnp.eye(6), "b": jnp.ones(6)}, (jnp.ones((7, 6)), jnp.ones((7, 1)))
+    found = mw.cut(_shared, params, *args)
+    assert len(found) >= 4
+    chain, x, _ = found.build(params, *args)
+    assert all(not layer.params for layer in chain.layers)
+    assert len(x) == 3
+    assert sum(leaf.dtype == jnp.uint64 for leaf in x) == 1  # the mask, which has no gradient
+    assert len({layer.program for layer in chain.layers[2:-1]}) == 1
+    assert len({jax.tree.structure(layer) for layer in chain.layers[2:-1]}) == 1
+
+
+def test_errors_say_what_is_wrong() -> None:
+    x, p = jnp.ones((2, 3)), {"w": jnp.ones((3, 3))}
+    with pytest.raises(mw.ArgumentError, match=r"float64\[2, 3\].*real scalar"):
+        mw.cut(lambda p, x: x @ p["w"], p, x)
+    with pytest.raises(mw.ArgumentError, match=r"complex128\[\].*real"):
+        mw.cut(lambda p, x: jnp.sum(x @ p["w"] + 1j), p, x)
+    with pytest.raises(mw.ArgumentError, match="has_aux"):
+        mw.cut(lambda p, x: (jnp.sum(x @ p["w"]), x), p, x)
+    with pytest.raises(mw.ArgumentError, match="must return a pair"):
+        mw.cut(lambda p, x: jnp.sum(x @ p["w"]), p, x, has_aux=True)
+    with pytest.raises(mw.ArgumentError, match="does not depend"):
+        mw.cut(lambda p, x: jnp.sum(x), p, x)
+    with pytest.raises(mw.ArgumentError, match="does not depend"):
+        mw.cut(lambda p, x: jnp.sum(jax.lax.stop_gradient(x @ p["w"])), p, x)
+    with pytest.raises(mw.ArgumentError, match=r"jax\.debug\.print"):
+        mw.cut(lambda p, x: (jax.debug.print("{}", x), jnp.sum(x @ p["w"]))[1], p, x)
+    with pytest.raises(mw.ArgumentError, match="callback"):
+        mw.cut(lambda p, x: jnp.sum(jax.pure_callback(np.sin, x, x) @ p["w"]), p, x)
+    with pytest.raises(mw.ArgumentError, match=r"jax\.lax\.cond"):
+        mw.cut(lambda p, x: jnp.sum(x @ p["w"] if x.sum() > 0 else x), p, x)
+    with pytest.raises(mw.ArgumentError, match="most=0"):
+        mw.cut(lambda p, x: jnp.sum(x @ p["w"]), p, x, most=0)
+    with pytest.raises(mw.ArgumentError, match="not callable"):
+        mw.cut(None, p, x)  # type: ignore[arg-type]
+
+
+def test_cutting_a_long_program_takes_no_time() -> None:
+    params, batch = functions.transformer(depth=60)
+    mw.cut(functions.transformer_loss, params, batch)  # JAX's own caches
+    start = time.perf_counter()
+    traced = tracing.trace(
+        functions.transformer_loss, params, (batch,), has_aux=False, keep_checkpoints=False
+    )
+    middle = time.perf_counter()
+    found = cut.cut_traced(traced, most=128)
+    took = time.perf_counter() - middle
+    assert len(traced.steps) > 4500
+    assert 60 < len(found) <= 128
+    print(f"{len(traced.steps)} operations traced in {middle - start:.2f} s, cut in {took:.2f} s")
+    assert took < 5  # on a busy machine; alone it is a fifth of that
