@@ -52,10 +52,10 @@ class RemoteFit:
     """A plan that keeps its budget on a device that is not here, by the word of that device's compiler.
 
     **Attributes:** `target`; `compiler`, the versions that said so; `schedule` and `arrangement`, for
-    `mw.value_and_grad`; `temporary_bytes`, compiled; `modelled_ns`, of the compiled step's kernels; `bounds`,
-    what bounds it: pairs of "arithmetic", "traffic", "cycles", "launches" and nanoseconds; `plain_bytes`,
-    `plain_ns`, the same of plain backpropagation (None where it does not fit the device); `attempts`,
-    everything that was compiled.
+    `mw.value_and_grad`; `fixed_bytes`, its arguments and results, and `temporary_bytes`, compiled;
+    `modelled_ns`, of the compiled step's kernels; `bounds`, what bounds it: pairs of "arithmetic", "traffic",
+    "cycles", "launches" and nanoseconds; `plain_bytes`, `plain_ns`, the same of plain backpropagation (None
+    where it does not fit the device); `attempts`, everything that was compiled.
 
     On the device, `fit.compile(loss, chain, x, *args)` gives the step. `to_json`, `from_json` carry the plan
     there.
@@ -72,6 +72,7 @@ class RemoteFit:
     compiler: str
     schedule: Schedule
     arrangement: int
+    fixed_bytes: int
     temporary_bytes: int
     modelled_ns: int
     bounds: tuple[tuple[str, float], ...]
@@ -82,8 +83,9 @@ class RemoteFit:
     def step(self, *args: Any) -> NoReturn:
         """Raises `TargetError`: the step was compiled for another device."""
         raise TargetError(
-            f"this step was compiled for {self.target}, which is not attached here. Save the plan (`fit.to_json()`), load it there "
-            "(`mw.RemoteFit.from_json(text)`) and call `fit.compile(loss, chain, x, *args)`"
+            f"this step was compiled for {self.target}, which is not attached here. Save the plan "
+            "(`fit.to_json()`), load it there (`mw.RemoteFit.from_json(text)`) and call "
+            "`fit.compile(loss, chain, x, *args)`"
         )
 
     def compile(
@@ -106,19 +108,19 @@ class RemoteFit:
         name = here.device.name if here.device is not None else here.name
         if name != self.target:
             raise TargetError(
-                f"the plan was made for {self.target} and {here.name} is attached: fit again with `device={here.name!r}`, or "
-                "without `device` to measure here"
+                f"the plan was made for {self.target} and {here.name} is attached: fit again, without "
+                "`device`, to measure here"
             )
         if (version := f"jax {jax.__version__},") not in f"{self.compiler},":
             raise TargetError(
-                f"the plan was made with {self.compiler} and this is {version.rstrip(',')}, which may compile it otherwise: install "
-                "that version, or fit again"
+                f"the plan was made with {self.compiler} and this is {version.rstrip(',')}, which may compile "
+                "it otherwise: install that version, or fit again"
             )
         execute.check_match(self.schedule, chain)
         if 0 < self.schedule.input_bytes != trees.nbytes(x):
             raise ScheduleMismatchError(
-                f"the plan is for an input of {show_bytes(self.schedule.input_bytes)} and `x` has {show_bytes(trees.nbytes(x))}: "
-                "fit again at this input"
+                f"the plan is for an input of {show_bytes(self.schedule.input_bytes)} and `x` has "
+                f"{show_bytes(trees.nbytes(x))}: fit again at this input"
             )
         gradient = execute.value_and_grad(
             loss, self.schedule, has_aux=has_aux, wrt_input=wrt_input, arrangement=self.arrangement
@@ -127,8 +129,8 @@ class RemoteFit:
         needs, budget = compiling.temporaries(step) + self.schedule.fixed_bytes, self.schedule.budget_bytes
         if budget is not None and needs > budget:
             raise TargetMemoryError(
-                f"compiled here the step needs {show_bytes(needs)}, more than its budget of {show_bytes(budget)}: fit again here, "
-                "without `device`",
+                f"compiled here the step needs {show_bytes(needs)}, more than its budget of "
+                f"{show_bytes(budget)}: fit again here, without `device`",
                 needed_bytes=needs,
             )
         return step
@@ -144,7 +146,7 @@ class RemoteFit:
 
     def __str__(self) -> str:
         plan = self.schedule
-        total = plan.fixed_bytes + self.temporary_bytes
+        total = self.fixed_bytes + self.temporary_bytes
         used = ", ".join(f"{s.value} {plan.strategies.count(s)}" for s in Strategy if s in plan.strategies)
         time_ns = sum(value for _, value in self.bounds) or 1
         bounds = ", ".join(
@@ -155,13 +157,15 @@ class RemoteFit:
             if self.plain_bytes is not None
             else "backpropagation does not fit the device"
         )
+        budget = "" if plan.budget_bytes is None else f", of a budget of {show_bytes(plan.budget_bytes)}"
         return "\n".join(
             (
                 f"step of {len(plan)} layers ({used}) compiled for {self.target}, which is not attached",
-                f"  {show_bytes(total)} = {show_bytes(plan.fixed_bytes)} fixed + {show_bytes(self.temporary_bytes)} temporaries"
-                + ("" if plan.budget_bytes is None else f", of a budget of {show_bytes(plan.budget_bytes)}"),
+                f"  {show_bytes(total)} = {show_bytes(self.fixed_bytes)} fixed"
+                f" + {show_bytes(self.temporary_bytes)} temporaries{budget}",
                 f"  modelled {show_ns(self.modelled_ns)} ({bounds}); {plain}",
-                f"  predicted {show_bytes(plan.peak_bytes)}, {show_ns(plan.time_ns)}; {len(self.attempts)} compiled ({self.compiler})",
+                f"  predicted {show_bytes(plan.peak_bytes)}, {show_ns(plan.time_ns)}; "
+                f"{len(self.attempts)} compiled ({self.compiler})",
             )
         )
 
@@ -197,10 +201,11 @@ def fit(
     for schedule, arrangement in search.candidates(plans, allowed, max_attempts):
         search.compile(schedule, arrangement)
     if search.best is None:
-        least = min(one.compiled_bytes for one in search.attempts) + profile.fixed_bytes
+        least = min(one.compiled_bytes for one in search.attempts)
         raise InfeasibleError(
-            f"`budget={budget!r}` ({search.budget_bytes:_} bytes): of the {len(search.attempts)} programs that were compiled for "
-            f"{target.name} none keeps it. The smallest needs {least:_} bytes ({show_bytes(least)}): raise the budget to that",
+            f"`budget={budget!r}` ({search.budget_bytes:_} bytes): of the {len(search.attempts)} programs "
+            f"that were compiled for {target.name} none keeps it. The smallest needs {least:_} bytes "
+            f"({show_bytes(least)}): raise the budget to that",
             budget_bytes=search.budget_bytes,
             least_bytes=least,
         )
@@ -226,7 +231,6 @@ class _Search:
     ) -> None:
         self.target, self.gradient, self.args, self.profile = target, gradient, args, profile
         self.budget_bytes, self.say = budget_bytes, say
-        self.room = budget_bytes - profile.fixed_bytes
         self.attempts: list[RemoteAttempt] = []
         self.best: tuple[Schedule, int, Compiled] | None = None
 
@@ -256,22 +260,23 @@ class _Search:
                     if len(self.attempts) < most:
                         yield schedule, arrangement
                 needs = min(one.compiled_bytes for one in self.attempts[before:])
-                if needs <= self.room:
+                if needs <= self.budget_bytes:
                     break
-                total = schedule.total_bytes - max(1, needs - self.room)
+                total = schedule.total_bytes - max(1, needs - self.budget_bytes)
 
     def compile(self, schedule: Schedule, arrangement: int) -> None:
         """Compiles one program, or reads what is known of it, and keeps it if it is the fastest that fits."""
         start = time.perf_counter()
+        made: Compiled | None = None
         try:
-            made: Compiled | None = program.compile(
+            one = program.compile(
                 self.gradient(schedule, arrangement=arrangement), *self.args, target=self.target
             )
-            needs, time_ns = made.temporary_bytes, made.modelled_ns
         except TargetMemoryError as error:
-            device = self.target.device
-            made, time_ns = None, 0
-            needs = max(error.needed_bytes or 0, device.memory_bytes if device else 0, self.room + 1)
+            most = 0 if self.target.device is None else self.target.device.memory_bytes
+            needs, time_ns = max(error.needed_bytes or 0, most, self.budget_bytes + 1), 0
+        else:
+            made, needs, time_ns = one, one.total_bytes, one.modelled_ns
         self.attempts.append(
             RemoteAttempt(
                 arrangement=arrangement,
@@ -283,10 +288,11 @@ class _Search:
                 compile_seconds=time.perf_counter() - start,
             )
         )
-        fits = made is not None and needs <= self.room
+        fits = made is not None and needs <= self.budget_bytes
+        above = "fits" if fits else f"{show_bytes(needs - self.budget_bytes)} above the budget"
         self.say(
-            f"a schedule of {show_bytes(schedule.peak_bytes)}, {show_ns(schedule.time_ns)} needs {show_bytes(needs)}, "
-            f"{show_ns(time_ns)} compiled: {'fits' if fits else f'{show_bytes(needs - self.room)} above the budget'}"
+            f"a schedule of {show_bytes(schedule.total_bytes)}, {show_ns(schedule.time_ns)} needs "
+            f"{show_bytes(needs)}, {show_ns(time_ns)} compiled: {above}"
         )
         if made is not None and fits and (self.best is None or time_ns < self.best[2].modelled_ns):
             self.best = (schedule, arrangement, made)
@@ -304,6 +310,7 @@ class _Search:
             compiler=made.compiler,
             schedule=dataclasses.replace(schedule, budget_bytes=self.budget_bytes),
             arrangement=arrangement,
+            fixed_bytes=made.total_bytes - made.temporary_bytes,
             temporary_bytes=made.temporary_bytes,
             modelled_ns=made.modelled_ns,
             bounds=tuple(made.shares_ns.items()),

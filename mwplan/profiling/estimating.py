@@ -13,7 +13,12 @@ those rates (small or oddly shaped products: often a half), caches, autotuned al
 fusion of products with what follows, launches that overlap, several devices. Ratios between the options
 of a layer are what a plan depends on, and are better than the times themselves. Checked on a CPU alone
 (results/estimate); the built-in GPUs' figures are data sheets', not yet held against a GPU. Where a layer
-chooses its operations by `jax.default_backend()`, this host's are counted.
+chooses its operations by the platform, those for the device are counted.
+
+**Compiled** by the device's own compiler (`mwplan.targets.pricing`), where it is installed: workspaces and
+savings are its buffers, of each operation alone; times a roofline's of the kernels that it launches after
+fusion, or on TPUs its own estimates. What libraries need beside (cuDNN, cuBLAS) is not known, nor what is
+fused across operations. The two paragraphs above are about what is counted without it.
 
 **Errors** depend on weights and working precision, hardly on the device. Where all weights are arrays
 they are measured as in `mw.profile`, at the first `examples` examples of `x`, or of white noise (zeros
