@@ -54,7 +54,7 @@ class Network:
 
 def _loss(y: Any, labels: Any) -> Any:
     """Cross entropy, in float32 whatever the activations are."""
-    return cross_entropy(y.astype(jnp.float32), labels)
+    return cross_entropy(y.astype(jnp.float32).reshape(-1, y.shape[-1]), labels.reshape(-1))
 
 
 def _images(batch: int, side: int, channels: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:

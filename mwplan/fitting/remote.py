@@ -113,8 +113,8 @@ class RemoteFit:
             )
         if (version := f"jax {jax.__version__},") not in f"{self.compiler},":
             raise TargetError(
-                f"the plan was made with {self.compiler} and this is {version.rstrip(',')}, which may compile "
-                "it otherwise: install that version, or fit again"
+                f"the plan was made with {self.compiler} and this is {version.rstrip(chr(44))}, which may "
+                "compile it otherwise: install that version, or fit again"
             )
         execute.check_match(self.schedule, chain)
         if 0 < self.schedule.input_bytes != trees.nbytes(x):
