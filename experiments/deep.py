@@ -1,12 +1,15 @@
-"""How deep: compile time at depth 1,000, and a hundredth of backpropagation's memory at depth 10,000:
-`python -m experiments.deep`.
+"""Very deep chains: compile time at depth 1,000, and a step in a hundredth of backpropagation's memory at
+depth 10,000: `python -m experiments.deep`.
 
-A block of a convolution and MaxMin, stacked, its weights near an orthogonal one so that activations keep
-their size. First, at `compiled` blocks, the seconds that tracing and compiling take of a planned step (at a
-quarter of backpropagation's temporaries, or the least that is feasible) and of backpropagation as one
-`lax.scan`, in turns. Then, at `depth` blocks, a step whose temporaries are at most `fraction` of those that
-the scanned backpropagation needs: planned, compiled, run, and its gradient compared. Each of the two is kept
-once it is done. Writes results/deep/.
+Blocks of a convolution and MaxMin, stacked. Weights are near orthogonal ones, so that activations keep their
+size.
+
+- At `compiled` blocks: the seconds that it takes to trace and compile a planned step (at a quarter of
+  backpropagation's temporaries, or the least feasible) and backpropagation as one `lax.scan`, in turns.
+- At `depth` blocks: a step whose temporaries are at most `fraction` of those of the scanned backpropagation.
+  It is planned, compiled and run, and its gradient compared.
+
+Each part is kept once it is done. Writes results/deep/.
 """
 
 from __future__ import annotations
@@ -35,8 +38,8 @@ from mwplan.plans import tape
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes. `turns`: compilations of each; `thin`: as in `mw.frontier`; `regular`: as in `mw.plan`, at
-    `depth`, where plans of all different runs would compile for minutes."""
+    """Sizes. `turns`: compilations of each; `thin`: as in `mw.frontier`; `regular`: as in `mw.plan`, for the
+    deep step, because plans of many different runs compile for minutes."""
 
     compiled: int = 1000
     depth: int = 10_000
@@ -77,7 +80,7 @@ def loss(y: Any) -> Any:
 
 
 def scanned(chain: mw.Chain, x: Any) -> Any:
-    """The same network as one scan: what backpropagation is taken through."""
+    """The same network as one scan, for backpropagation."""
     (stack,) = chain.parts
 
     def step(x: Any, blocks: Any) -> Any:
@@ -89,7 +92,7 @@ def scanned(chain: mw.Chain, x: Any) -> Any:
 
 
 def timed(make: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds, and what was made."""
+    """The seconds that a call takes, and its result."""
     start = time.perf_counter()
     made = jax.block_until_ready(make())
     return time.perf_counter() - start, made

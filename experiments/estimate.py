@@ -1,11 +1,15 @@
-"""Estimated against measured, where both can be had: this CPU. `python -m experiments.estimate`.
+"""Estimated against measured profiles of this CPU: `python -m experiments.estimate`.
 
 Small networks of every family are profiled twice: by `mw.profile`, and by `mw.estimate` for a `mw.Device`
 described by the sustained rates of this machine (a large product, a large sum, many small products). Compared
-are the bytes that must be equal, the workspaces beside the layer's activations, the times of operations as
-ratios, and what matters in the end: at several budgets, the plan made from the estimate, replayed on the
-measured profile, beside the plan made from that. What is learned about the model of programs holds for other
-devices; how far they stay below their published rates is not seen here. Writes results/estimate/.
+are:
+
+- bytes that must be equal; workspaces, relative to the layer's activations; ratios of times;
+- at several budgets, the plan made from the estimate, replayed on the measured profile, with the plan made
+  from the measured profile.
+
+The findings about the model of programs hold for other devices. How far those stay below their published
+rates is not measured here. Writes results/estimate/.
 """
 
 from __future__ import annotations

@@ -26,8 +26,11 @@ INVERTED = (
 
 @dataclass(frozen=True)
 class Family:
-    """Layers that leave the shape of their input, to be repeated: `block(key)`; `option` of the first of
-    them, None for the first there is."""
+    """Layers that keep the shape of their input, to be repeated.
+
+    `block(key)` makes them. `option`: which option the layers take; None, or where they do not have it, their
+    first. `inverse`: whether the inverse is studied.
+    """
 
     block: Callable[[Any], list[Any]]
     shape: tuple[int, ...]
@@ -159,7 +162,7 @@ def _orthogonal(method: str, key: Any) -> list[Any]:
 
 
 def _parametrised() -> Families:
-    """Those that a word or a number tells apart."""
+    """Families that differ by a keyword or a number."""
 
     def residual(key: Any) -> list[Any]:
         return [ml.Residual(_branch(key, 64))]

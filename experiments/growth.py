@@ -9,10 +9,10 @@ Five studies, each one run in float32 over the whole chain, written to results/g
   error within the tolerance);
 - `training`: how the MLP's error grows over 200 steps of SGD with momentum, at two learning rates, with its
   initial basis and with a refresh every 50, with 30% and with 50% fragments;
-- `library`: every family of layers and every option of it that carries an error on, in moonwalk runs of 8,
-  16, 32 and 64 layers, and every inverse in INVERT runs of those lengths: predicted beside measured. As a
-  plan sees it: errors measured at white cotangents, of up to 8 of the layers that are alike, the largest for
-  all.
+- `library`: predicted and measured errors of every family of layers and every option that carries an error
+  from layer to layer, in moonwalk runs of 8, 16, 32 and 64 layers, and of every inverse in INVERT runs of
+  those lengths. Predictions are made as for a plan: errors are measured at white cotangents, for up to 8 of
+  the layers that are alike, and the largest counts for all.
 
 A depth counts layers with parameters; each is followed by its activation.
 """
@@ -43,7 +43,7 @@ from experiments import record
 from experiments.families import Family, families
 from mwplan import layers as ml
 from mwplan.network import rules
-from mwplan.profiling import growth, measure
+from mwplan.profiling import growth, visiting
 
 TOLERANCE = 1e-4
 
@@ -214,14 +214,13 @@ def library(config: Config) -> list[dict[str, Any]]:
 
 
 def one_run(name: str, family: Family, count: int, seed: int = 0) -> dict[str, Any]:
-    """A run of `count` layers, the last block cut where need be, predicted as a plan predicts it, and
-    measured."""
+    """A run of `count` layers, predicted as for a plan, and measured. The last block may be cut."""
     size = len(family.block(jax.random.key(seed)))
     blocks = max(1, count // size)
     layers = chain(family.block, blocks, jax.random.key(seed))
     x = jax.random.normal(jax.random.key(seed + 1), family.shape)
     keys, at = [i % size for i in range(len(layers))], x
-    sampled = measure.spread(list(keys), measure.GROWTH_SAMPLES)
+    sampled = visiting.spread(list(keys), visiting.GROWTH_SAMPLES)
     rules_: list[Any] = []
     errors: list[list[tuple[float, ...]]] = [[] for _ in range(size)]
     key = jax.random.key(seed + 2)

@@ -33,6 +33,7 @@ from mwplan.common.serial import write_atomically
 from mwplan.compilers.compiling import temporaries
 from mwplan.plans.schedule import Schedule, Strategy
 from mwplan.solvers import baselines
+from mwplan.solvers.problem import Problem
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def _finite(value: float) -> float | None:
 
 def schedules(this: alternatives.Problem, tolerances: list[float]) -> list[tuple[str, Schedule]]:
     """Pure Moonwalk, and the least-memory schedule without recomputation for each tolerance."""
-    pure = baselines.all_moonwalk(this.profile, max_error=math.inf)
+    pure = baselines.all_moonwalk(Problem(profile=this.profile, max_error=math.inf))
     made = [("pure moonwalk", planning.scheduled(this.profile, pure, math.inf))] if pure.runs else []
     for tolerance in tolerances:
         frontier = mw.frontier(

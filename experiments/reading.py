@@ -1,4 +1,4 @@
-"""What tables and figures read off the records of `experiments.alternatives.measure`."""
+"""Selections and ratios of the records of `experiments.alternatives.measure`, for tables and figures."""
 
 from __future__ import annotations
 
@@ -33,9 +33,11 @@ ALTERNATIVES = tuple(name for label, (names, _, _) in FAMILIES.items() if label 
 
 
 def ran(record: Record, methods: Iterable[str], max_error: float | None = None) -> list[Row]:
-    """The rows of these methods that were compiled, and whose measured error is within `max_error` (twice:
-    float32 is not exact either) beside that of float32 backpropagation itself, which is more where rounding
-    flips kinks."""
+    """The rows of these methods that were compiled and are accurate enough.
+
+    Their measured error may be twice `max_error` more than that of float32 backpropagation, which is itself
+    inexact, most where rounding flips kinks.
+    """
     names = set(methods)
     compiled = [row for row in record["rows"] if "total_bytes" in row]
     own = min((row["error"] for row in compiled if row["method"] in PLAIN and row["error"]), default=0.0)
@@ -48,7 +50,7 @@ def ran(record: Record, methods: Iterable[str], max_error: float | None = None) 
 
 
 def fitting(record: Record, methods: Iterable[str], budget: int, max_error: float | None = None) -> list[Row]:
-    """The rows of these methods that fit `budget`: measured total bytes, whatever they were planned for."""
+    """The rows of these methods whose measured total bytes fit `budget`, whatever they were planned for."""
     return [row for row in ran(record, methods, max_error) if row["total_bytes"] <= budget]
 
 
@@ -58,7 +60,7 @@ def median(row: Row) -> float:
 
 
 def fastest(rows: Sequence[Row]) -> Row | None:
-    """The row of least median time, None where there is none that was timed."""
+    """The row of least median time; None if none was timed."""
     timed = [row for row in rows if row.get("seconds")]
     return min(timed, key=median) if timed else None
 
@@ -76,9 +78,11 @@ def relative(row: Row, base: Row) -> float:
 
 
 def over(record: Record, row: Row, base: Row) -> float:
-    """As `relative`, where `row` may have run in more rounds than `base`: all of them count, by the mean of
-    everything that ran in as many, which is over `base` in the rounds of both what it is, and `row` over it
-    in all of its rounds."""
+    """As `relative`, where `row` may have run in more rounds than `base`: all rounds of `row` count.
+
+    With `m` the geometric mean of all programs that ran as often as `row`, it is `row / m` in the rounds of
+    `row`, times `m / base` in the rounds that both ran in.
+    """
     rounds = len(row["seconds"])
     if rounds <= len(base["seconds"]):
         return relative(row, base)
@@ -103,7 +107,7 @@ def within(one: Record, limit: float, max_error: float) -> dict[str, Any]:
     """The least total bytes of a plan and of a recomputation within `limit` times backpropagation's time, and
     at any time.
 
-    Pure moonwalk and pure inversion count as plans: they are what a plan for their bytes has to beat.
+    Pure moonwalk and pure inversion count as plans, because the planner could choose them.
     """
     base = fastest(ran(one, PLAIN))
     if base is None:
@@ -111,25 +115,25 @@ def within(one: Record, limit: float, max_error: float) -> dict[str, Any]:
     most = limit * median(base)
     plans = ran(one, ("plan", "moonwalk", "fragment", "invert"), max_error)
     plan = smallest([row for row in plans if row["seconds"] and median(row) <= most])
-    rival = best_recomputation(one, most)
+    other = best_recomputation(one, most)
     least = [smallest(rows) for rows in (plans, ran(one, RECOMPUTING))]
-    sizes = [row and row["total_bytes"] for row in (plan, rival, *least)]
+    sizes = [row and row["total_bytes"] for row in (plan, other, *least)]
     return {
         "model": one["point"]["network"]["model"],
         "depth": one["point"]["network"]["depth"],
         "backprop_bytes": base["total_bytes"],
         "plan_bytes": sizes[0],
-        "recomputation": rival["method"] if rival else None,
+        "recomputation": other["method"] if other else None,
         "recomputation_bytes": sizes[1],
         "ratio": sizes[0] / sizes[1] if sizes[0] and sizes[1] else None,
-        "temporaries_ratio": plan["temporary_bytes"] / rival["temporary_bytes"] if plan and rival else None,
+        "temporaries_ratio": plan["temporary_bytes"] / other["temporary_bytes"] if plan and other else None,
         "least_plan_bytes": sizes[2],
         "least_recomputation_bytes": sizes[3],
     }
 
 
 def limits_table(limits: Sequence[dict[str, Any]], limit: float) -> Table:
-    """What `within` found, for people."""
+    """The results of `within` as a table."""
 
     def size(value: int | None) -> str:
         return "" if value is None else mib(value)

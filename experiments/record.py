@@ -1,4 +1,4 @@
-"""What every experiment writes beside its numbers, and where."""
+"""Provenance, files and console of every experiment."""
 
 from __future__ import annotations
 

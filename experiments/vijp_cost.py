@@ -192,7 +192,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 
 def draw(rows: list[dict[str, Any]]) -> Figure:
-    """Time of the vijp against the bytes it needs kept."""
+    """Time of the vijp against the bytes that are kept for it."""
     figure = Figure(figsize=(9, 0.2 * len(rows) + 1), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     labels = [f"{row['layer']}: {row['option']}" for row in rows]

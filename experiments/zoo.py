@@ -13,8 +13,8 @@
 
 `depth` counts blocks (gpt: transformer blocks, two layers each); with `group=k`, up to k consecutive blocks
 of one kind are one layer of the chain, so that very deep networks stay quick to plan; with 0, every layer is
-itself. Data comes with scikit-learn: digits, enlarged to the resolution asked for; the descriptions of its
-data sets as text. The long signals are generated.
+itself. Data comes with scikit-learn: digits, enlarged to the resolution, and the descriptions of its data
+sets as text. The long signals are generated.
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ def build(config: Config) -> Model:
 
 
 def joined(depth: int, layers: int) -> int:
-    """The `group` that makes a chain of `depth` blocks one of at most `layers` layers; 0, every layer itself,
-    where two a block are few enough to unroll."""
+    """The `group` with which `depth` blocks make a chain of at most `layers` layers; 0 (no grouping) if the
+    chain, at two layers a block, is short enough to unroll."""
     return 0 if 2 * depth <= UNROLL else math.ceil(depth / layers)
 
 
@@ -163,7 +163,7 @@ VOCABULARY = 128
 
 @ml.layer
 class Skip:
-    """`x + branch(x)` that claims nothing of its branch: no vijp, no inverse."""
+    """`x + branch(x)` without a vijp or an inverse, whatever the branch."""
 
     branch: Any
 
@@ -302,13 +302,14 @@ def _conv_branch(keys: Keys, width: int) -> ml.Sequential:
 
 
 def _conv_stem(config: Config, keys: Keys) -> list[Any]:
-    """Not submersive, but no channel starts as zeros: a norm of such is too steep to be inverted."""
+    """A convolution that is not submersive. No channel starts as zeros, because norms of zeros are too steep
+    to be inverted."""
     return [ml.SpaceToDepth((2, 2)), ml.Conv2D.he(next(keys), 4, config.width)]
 
 
 def revnet(config: Config, keys: Keys) -> list[Any]:
-    """Couplings of one-convolution branches at constant resolution; gelu, for an inverse flips the signs of
-    ReLUs near 0."""
+    """Couplings of one-convolution branches at constant resolution. They use gelu, because inversion flips
+    the signs of ReLUs near 0."""
     layers, half = _conv_stem(config, keys), config.width // 2
 
     def branch() -> ml.Sequential:

@@ -1,12 +1,13 @@
 r"""A few layers before a long stretch of identical ones, with RECOMPUTE runs from the former into the latter.
 
-Lean schedules keep next to nothing but a chain's input; a run that had to end where the identical layers
-begin would keep one activation more, at every level. So the suffixes `(s, e)` of the `a` layers before,
-followed by `n` of the identical ones, have tables too, for the lengths `n` of `mwplan.solvers.sparse`, as
-inner schedules and, followed by the whole stretch, at the top level. They begin with
+Schedules of little memory keep next to nothing but a chain's input; a run that had to end where the
+identical layers begin would keep one activation more, at every level. So the suffixes `(s, e)` of the `a`
+layers before, followed by `n` of the identical ones, have tables too, for the lengths `n` of
+`mwplan.solvers.sparse`, as inner schedules and, followed by the whole stretch, at the top level. They begin
+with
 
 - a run that ends among the `a` layers or at their end (STORE, MOONWALK, INVERT; RECOMPUTE by
-  `mwplan.solvers.frontier.Tables`), or
+  `mwplan.solvers.tables.Tables`), or
 - a RECOMPUTE run over all of them and `m < n` of the identical layers, where `n - m` is such a length too.
 
 **Cost:** at most two merges for each of the `a` layers and each length.
@@ -16,22 +17,17 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mwplan.plans.schedule import Run, RunKind
+from mwplan.solvers.candidates import Node
 from mwplan.solvers.diagonals import NO_POINTS, envelopes, thinned_all
-from mwplan.solvers.pareto import Ints
-from mwplan.solvers.sparse import Family, SparseTables, longest_within, stairs_at
+from mwplan.solvers.pareto import NO_STAIRS, Stairs
+from mwplan.solvers.reading import inner_runs
+from mwplan.solvers.sparse import Family, SparseTables, stairs_at
 from mwplan.solvers.splits import Buffer, Pairs, grouped
-
-if TYPE_CHECKING:
-    from mwplan.solvers.frontier import Tables
-
-Stairs = tuple[Ints, Ints]
-Node = tuple[int, bool]
-_NONE: Stairs = (np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
+from mwplan.solvers.tables import Tables
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +53,7 @@ class Approach:
         self.before, self.body = before, body
         self.size = before.size
         self.waiting = max(before.waiting, body.waiting)
-        self.left = Buffer(body.grid, body.span, 256, sheeted=True)
+        self.left = Buffer(body.grid, 256, sheeted=True)
         self.nodes = [(s, e) for s in range(self.size - 1, -1, -1) for e in before.kept_states(s)]
         self.pieces: dict[Node, list[_Piece]] = {node: [] for node in self.nodes}
         #: rows of the suffixes in the body's own buffer, inside RECOMPUTE runs and at the top, by how many of
@@ -77,7 +73,6 @@ class Approach:
             self._merge(s, e, body.size, body.top, self.top)
 
     # -- pieces
-    # --------------------------------------------------------------------------------------------------
 
     def _add(
         self, node: Node, stop: int, keeps: bool, floor: int, held: int, stairs: Stairs,
@@ -89,41 +84,38 @@ class Approach:
         of = np.zeros(stairs[0].size, dtype=np.int64)
         self.left.extend(1, of, *stairs, np.array([floor]))
 
-    def _own(self, s: int, e: bool) -> int:
-        return 0 if e else int(self.before.candidates.activation[s])
-
     def _add_near(self, s: int, e: bool) -> None:
         """Runs that end among the layers before, or at their end."""
         c = self.before.candidates
         atoms, low = c.atoms(s, e), 0
         for stop, keeps, high in atoms.groups:
             rows, low = slice(low, high), high
-            columns = [x[rows] for x in (atoms.forward_peak, atoms.backward_peak, atoms.held, atoms.time)]
+            columns = [x[rows] for x in atoms.costs]
             for floor, held, stairs in grouped(columns, self.waiting):
                 self._add((s, e), stop, keeps, floor, held, stairs, atoms=rows)
         peaks = c.recompute_forward_peak(s, e)
         for stop in range(s + 1, self.size + 1):
             need, time = self.before.suffix(0, s, stop, e)
             spent = int(c.forward_sum[stop] - c.forward_sum[s])
-            self._add((s, e), stop, False, int(peaks[stop - s - 1]), self._own(s, e), (need, time + spent))
+            self._add((s, e), stop, False, int(peaks[stop - s - 1]), c.own_bytes(s, e), (need, time + spent))
 
     def _add_far(self, s: int, e: bool, n: int) -> None:
         """The RECOMPUTE runs over `n` of the identical layers too."""
-        c, own = self.before.candidates, self._own(s, e)
+        c = self.before.candidates
+        own = c.own_bytes(s, e)
         need, time = stairs_at(self.body.tables, self.inner[s, e, n])
         spent = int(c.forward_sum[-1] - c.forward_sum[s]) + n * self.body.forward
         floor = max(int(c.recompute_forward_peak(s, e)[-1]), own + self.body.peaks[1])
         self._add((s, e), self.size, False, floor, own, (need, time + spent), into=n)
 
     # -- tables
-    # --------------------------------------------------------------------------------------------------
 
     def _choices(self, s: int, e: bool, n: int, family: Family) -> tuple[list[_Piece], Pairs]:
         """The pieces that the layers from `s` on and `n` identical ones may begin with, and the rows of what
         is left."""
         body, top = self.body, family is self.body.top
         known = self.top if top else self.inner
-        most = n if top and body.inside else longest_within(n)
+        most = n if top and body.inside else body.longest_within(n)
         pieces, rows = [], []
         for piece in self.pieces[s, e]:
             if piece.into:
@@ -148,22 +140,22 @@ class Approach:
         tables = self.body.tables
         rows[s, e, n] = tables.rows
         if not pieces:
-            tables.extend(1, _NONE[0], *_NONE)
+            tables.extend(1, NO_STAIRS[0], *NO_STAIRS)
             return
-        loss = self.body.thin / 3
+        tuning, thin = self.body.tuning, self.body.thin
+        slack, loss = thin * tuning.identical_merge_share, thin * tuning.identical_thinning_share
         of = np.zeros(len(pieces), dtype=np.int64)
         found = envelopes(
-            of, pairs, NO_POINTS, self.left, tables, self.body.shifts, slack=2 * loss, optimistic=False
+            of, pairs, NO_POINTS, self.left, tables, self.body.shifts, slack=slack, optimistic=False
         )
         tables.extend(1, *(thinned_all(*found, loss, optimistic=False) if found[0].size else found))
 
     # -- reading
-    # -------------------------------------------------------------------------------------------------
 
     def points(self, e: bool) -> Stairs:
         """The staircase of these layers, the identical ones and what follows, from the node with `e`."""
         row = self.top.get((0, e, self.body.size))
-        return _NONE if row is None else stairs_at(self.body.tables, row)
+        return NO_STAIRS if row is None else stairs_at(self.body.tables, row)
 
     def read(self, e: bool, budget: int) -> tuple[tuple[Run, ...], bool, int]:
         """The runs over these layers and the identical ones from the node with `e`, with `e` at their end and
@@ -173,7 +165,7 @@ class Approach:
     def _read(
         self, s: int, e: bool, n: int, budget: int, family: Family
     ) -> tuple[tuple[Run, ...], bool, int]:
-        body, first = self.body, self.before.first
+        body, first = self.body, self.before.place.first
         known = self.top if family is body.top else self.inner
         out: list[Run] = []
         at = body.first
@@ -204,6 +196,6 @@ class Approach:
         if piece.into:
             inner = self._read(s, e, piece.into, budget, self.body.inner)[0]
         else:
-            inner = self.before.inner_runs(0, s, piece.stop, e, budget)
+            inner = inner_runs(self.before, 0, s, piece.stop, e, budget)
         stop = first + piece.stop + piece.into
         return Run(kind=RunKind.RECOMPUTE, start=first + s, stop=stop, inner=inner)

@@ -16,51 +16,43 @@ import itertools
 import math
 from collections.abc import Iterator
 
-from mwplan.plans.profiles import InvertOption, MoonwalkOption, Profile
+from mwplan.plans.profiles import InvertOption, MoonwalkOption
 from mwplan.plans.schedule import Run, RunKind, Strategy
+from mwplan.solvers.problem import Problem
 
-EVERY = frozenset(Strategy)
 Cost = tuple[int, int]
 
 
-def every_plan(
-    profile: Profile, *, max_error: float = 1e-4, allowed: frozenset[Strategy] = EVERY, host: bool = False
-) -> Iterator[tuple[Run, ...]]:
-    """All plans of the space, nested to any depth; with `host` those that offload too, outside RECOMPUTE
-    runs. Their number grows like a power of the chain's length: up to 3 or 4 layers."""
-    yield from _plans(profile, 0, len(profile), max_error, allowed, whole=True, host=host)
+def every_plan(problem: Problem) -> Iterator[tuple[Run, ...]]:
+    """All plans of the space that keep `max_error` with the strategies `allowed`, nested to any depth; with
+    `host_bytes` those that offload too, outside RECOMPUTE runs, whatever they need of it. Their number grows
+    like a power of the chain's length: up to 3 or 4 layers."""
+    yield from _plans(problem, 0, len(problem.profile), whole=True, host=problem.host_bytes > 0)
 
 
 def _plans(
-    p: Profile,
-    start: int,
-    stop: int,
-    max_error: float,
-    allowed: frozenset[Strategy],
-    *,
-    whole: bool,
-    host: bool = False,
+    problem: Problem, start: int, stop: int, *, whole: bool, host: bool = False
 ) -> Iterator[tuple[Run, ...]]:
+    p, allowed = problem.profile, problem.strategies
     if start == stop:
         yield ()
         return
     for at in range(start + 1, stop + 1):
-        firsts = list(_plain_runs(p, start, at, max_error, allowed))
+        firsts = list(_plain_runs(problem, start, at))
         if host and at == start + 1 and Strategy.OFFLOAD in allowed:
-            away = [(o.name,) for o in p.layers[start].offload]
-            firsts += [Run(kind=RunKind.OFFLOAD, start=start, stop=at, options=names) for names in away]
+            names = [(o.name,) for o in p.layers[start].offload]
+            firsts += [Run(kind=RunKind.OFFLOAD, start=start, stop=at, options=one) for one in names]
         if Strategy.RECOMPUTE in allowed and (whole or (start, at) != (start, stop)):
-            for inner in _plans(p, start, at, max_error, allowed, whole=False):
+            for inner in _plans(problem, start, at, whole=False):
                 firsts.append(Run(kind=RunKind.RECOMPUTE, start=start, stop=at, inner=inner))
-        for rest in _plans(p, at, stop, max_error, allowed, whole=True, host=host):
+        for rest in _plans(problem, at, stop, whole=True, host=host):
             for first in firsts:
                 yield (first, *rest)
 
 
-def _plain_runs(
-    p: Profile, start: int, stop: int, max_error: float, allowed: frozenset[Strategy]
-) -> Iterator[Run]:
+def _plain_runs(problem: Problem, start: int, stop: int) -> Iterator[Run]:
     """STORE, MOONWALK and INVERT runs over `(start, stop]`."""
+    p, allowed, max_error = problem.profile, problem.strategies, problem.max_error
     if stop == start + 1 and Strategy.STORE in allowed:
         for o in p.layers[start].store:
             yield Run(kind=RunKind.STORE, start=start, stop=stop, options=(o.name,))
@@ -105,21 +97,19 @@ def _invert_error(options: tuple[InvertOption, ...]) -> float:
     return max(*errors, cotangent)
 
 
-def every_cost(
-    profile: Profile, *, max_error: float = 1e-4, allowed: frozenset[Strategy] = EVERY
-) -> dict[int, int]:
+def every_cost(problem: Problem) -> dict[int, int]:
     """The least time at every need that some plan has: `{need_bytes: time_ns}`, slower plans of the same need
-    left out."""
-    search = _Search(profile, max_error, allowed)
+    left out; without side conditions."""
+    search = _Search(problem)
     out: dict[int, int] = {}
-    for need, time in search.stretch(0, len(profile), True, None):
+    for need, time in search.stretch(0, len(problem.profile), True, None):
         out[need] = min(time, out.get(need, time))
     return out
 
 
 class _Search:
-    def __init__(self, p: Profile, max_error: float, allowed: frozenset[Strategy]) -> None:
-        self.p, self.max_error, self.allowed = p, max_error, allowed
+    def __init__(self, problem: Problem) -> None:
+        self.problem, self.p, self.allowed = problem, problem.profile, problem.strategies
         self.known: dict[tuple[int, int, bool, int | None], set[Cost]] = {}
         self.plain: dict[tuple[int, int], list[Run]] = {}
 
@@ -153,7 +143,7 @@ class _Search:
         a = list(p.activation_bytes)
         a[s] = 0 if e else a[s]
         if (s, r) not in self.plain:
-            self.plain[s, r] = list(_plain_runs(p, s, r, self.max_error, self.allowed))
+            self.plain[s, r] = list(_plain_runs(self.problem, s, r))
         out = set()
         for run in self.plain[s, r]:
             if run.kind is RunKind.STORE:

@@ -18,16 +18,13 @@ from numpy.typing import NDArray
 
 from mwplan.solvers.parallel import each, parts
 from mwplan.solvers.pareto import INF, Ints, begins, ends, lexicographic
-from mwplan.solvers.splits import LEVELS, MARGIN, Buffer, Pairs, Shifts
+from mwplan.solvers.splits import MARGIN, Buffer, Pairs, Shifts
 
 #: points of many staircases, one after the other: of which, need, time
 Points = tuple[Ints, Ints, Ints]
 NO_POINTS: Points = (np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
 Samples = NDArray[np.float32]
 _INF = np.float32(np.inf)
-#: about so many groups at most are bounded at once, few enough for a processor's cache, and so many at least:
-#: where threads take turns often, they wait for each other
-_GROUPS, _FEW = 32_000, 4_000
 
 
 @dataclass(slots=True)
@@ -72,9 +69,10 @@ def envelopes(
     staircase.
     """
     if not of.size:
-        return staircases(*known, right.span)
+        return staircases(*known, right.grid.span)
     # Cut between stretches, each time at or before where parts of one size would begin.
-    number = parts(of.size, _GROUPS, _FEW)
+    tuning = right.grid.tuning
+    number = parts(of.size, tuning.groups_most, tuning.groups_least)
     first = np.flatnonzero(begins(of))
     cuts = first[np.unique(first.searchsorted(np.arange(number) * of.size // number, side="right") - 1)]
     chunks = [slice(*x) for x in itertools.pairwise([*cuts.tolist(), of.size])]
@@ -87,14 +85,14 @@ def envelopes(
         mine = known[0][part], known[1][part], known[2][part]
         points = Pieces([mine[0]], [mine[1]], [mine[2]])
         _Cells(of[some], pairs.take(some), mine, left, right, shifts, slack).add_to(points, optimistic)
-        return staircases(*points.joined(), right.span)
+        return staircases(*points.joined(), right.grid.span)
 
     of_, need, time = zip(*each(envelope, list(zip(chunks, beside))))
     return np.concatenate(of_), np.concatenate(need), np.concatenate(time)
 
 
 class _Scratch(threading.local):
-    """Arrays of one thread that are used again and again: the system takes longer to hand out fresh memory
+    """Arrays of one thread that are used again and again: the system takes longer to hand out new memory
     than is worked on it."""
 
     def __init__(self) -> None:
@@ -138,7 +136,7 @@ class _Level:
 
 
 class _Cells:
-    """The groups of many stretches in cells: what bounds say of them, in `LEVELS` of finer and finer
+    """The groups of many stretches in cells: what bounds say of them, in `Grid.levels` of finer and finer
     intervals.
 
     `limit[w, q]`: what stretch `w` is known to take at the beginning of cell `q`, infinite for the first
@@ -157,12 +155,13 @@ class _Cells:
         slack: float,
     ) -> None:
         self.left, self.right, self.shifts, self.slack = left, right, shifts, slack
-        self.pairs, budgets = pairs, right.grid
+        self.pairs, budgets = pairs, right.grid.budgets
         new = begins(of)
         #: names of the stretches, which are numbered from 0 here
         self.names, self.of = of[new], np.cumsum(new) - 1
-        count = left.columns[0].shape[1]
-        self.limit: Samples = np.full((self.names.size, count * LEVELS[0] + 1), _INF, dtype=np.float32)
+        count, self.widths = left.columns[0].shape[1], right.grid.levels
+        width = count * self.widths[0] + 1
+        self.limit: Samples = np.full((self.names.size, width), _INF, dtype=np.float32)
         cuts = known[0].searchsorted([self.names, self.names + 1]).T.tolist() if known[0].size else []
         for row, (begin, end) in zip(self.limit, cuts):
             if end > begin:
@@ -173,7 +172,7 @@ class _Cells:
         self.factor = np.float32((1 + MARGIN) / (1 + slack))
         group = np.arange(self.of.size)
         self.levels = [self._level(0, group, np.zeros_like(group))]
-        for number in range(1, len(LEVELS)):
+        for number in range(1, len(self.widths)):
             self.levels.append(self._level(number, *self._left_over(self.levels[-1])))
 
     @staticmethod
@@ -213,7 +212,7 @@ class _Cells:
     def _level(self, number: int, group: Ints, parent: Ints) -> _Level:
         """Bounds `group` in the intervals of level `number` that are within `parent`, counts on the upper
         bounds, and says which groups may matter then."""
-        width = LEVELS[number]
+        width = self.widths[number]
         _, count, ratio = self.left.sheets[number].shape
         lower = self._bounds(number, 0, group, parent)
 
@@ -252,7 +251,7 @@ class _Cells:
         for pair, need, time in pairs.steps(self.left, self.right, self.shifts, cell):
             points.add(names[pair], need, time)
         if self.slack and optimistic:
-            for level, width in zip(self.levels, LEVELS):
+            for level, width in zip(self.levels, self.widths):
                 self._add_floors(points, level, width)
         elif self.slack:
             self._add_sure(points)
@@ -278,7 +277,7 @@ class _Cells:
         least = np.minimum.reduceat(fastest, first.cuts)[first.part] * np.float32(1 + MARGIN)
         fast = np.flatnonzero(fastest <= least)
         chosen.append(fast)
-        cell.append(np.full(fast.size, self.right.grid.size))
+        cell.append(np.full(fast.size, self.right.grid.budgets.size))
         group = np.concatenate(chosen)
         need, time = self.pairs.take(group).values_at(
             self.left, self.right, self.shifts, np.concatenate(cell)
@@ -296,7 +295,7 @@ class _Cells:
         limit = self.limit[stretch, cells] * np.float32(1 + MARGIN)
         part, place = np.nonzero((bound < limit) & (cells > 0))
         time = np.floor(bound[part, place].astype(np.float64) * (1 - MARGIN)).astype(np.int64)
-        points.add(self.names[level.stretch[part]], self.right.grid[cells[part, place] - 1] + 1, time)
+        points.add(self.names[level.stretch[part]], self.right.grid.budgets[cells[part, place] - 1] + 1, time)
 
 
 def staircases(of: Ints, need: Ints, time: Ints, span: int) -> tuple[Ints, Ints, Ints]:

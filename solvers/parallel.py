@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+from mwplan.solvers.tuning import TUNING
+
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
-#: more threads would wait for the interpreter's lock
-_MOST = 8
 _NAME = "mwplan-solver"
 
 
@@ -26,7 +26,7 @@ def processors() -> int:
 
 
 def _threads() -> int:
-    return min(processors(), _MOST)
+    return min(processors(), TUNING.threads)
 
 
 @functools.cache

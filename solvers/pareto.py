@@ -12,19 +12,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mwplan.solvers.tuning import TUNING, Tuning
+
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 Floats = NDArray[np.float64]
+#: needs and times of the points of one staircase
+Stairs = tuple[Ints, Ints]
 INF = np.iinfo(np.int64).max // 2
-_CELLS = 512
-#: from so many points on `nondominated` looks them up in a table first; how many values of the last
-#: coordinate that tells apart
-_MANY, _LEVELS = 256, 128
-#: groups of up to so many points are compared with others, about so many pairs of points at once
-_TOGETHER, _PAIRS = 64, 200_000
+#: of nothing that fits, and of nothing left to do
+NO_STAIRS: Stairs = (np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
+DONE: Stairs = (np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64))
 
 
-def staircase(need: Ints, time: Ints) -> tuple[Ints, Ints]:
+def staircase(need: Ints, time: Ints, tuning: Tuning = TUNING) -> Stairs:
     """The Pareto set of the points `(need, time)`, both minimised.
 
     **Cost:** linear for most of the points, which a grid of needs shows to be dominated; one sort of the
@@ -32,11 +33,12 @@ def staircase(need: Ints, time: Ints) -> tuple[Ints, Ints]:
     """
     if need.size <= 1:
         return need, time
-    if need.size > 4 * _CELLS:
+    cells = tuning.staircase_cells
+    if need.size > 4 * cells:
         low = int(need.min())
-        shift = max(0, int(int(need.max()) - low).bit_length() - _CELLS.bit_length() + 1)
+        shift = max(0, int(int(need.max()) - low).bit_length() - cells.bit_length() + 1)
         cell = (need - low) >> shift
-        best = np.full(_CELLS + 1, INF, dtype=np.int64)
+        best = np.full(cells + 1, INF, dtype=np.int64)
         np.minimum.at(best, cell + 1, time)
         # A point no faster than one in a lower cell, whose need is smaller, is dominated.
         keep = time < np.minimum.accumulate(best)[cell]
@@ -53,7 +55,7 @@ def staircase(need: Ints, time: Ints) -> tuple[Ints, Ints]:
     return need[last], time[last]
 
 
-def thinned(need: Ints, time: Ints, loss: float, *, optimistic: bool) -> tuple[Ints, Ints]:
+def thinned(need: Ints, time: Ints, loss: float, *, optimistic: bool) -> Stairs:
     """The staircase with at most one step for each factor `1 + loss` of time.
 
     Steps within such a factor become one: at the least of their needs, with the largest of their times (a
@@ -116,7 +118,7 @@ def lexicographic(columns: Sequence[Ints]) -> NDArray[np.intp]:
     return order
 
 
-def _plainly_good(table: Ints, of: Ints) -> NDArray[np.intp]:
+def _plainly_good(table: Ints, of: Ints, tuning: Tuning) -> NDArray[np.intp]:
     """Indices of the points, of two or three coordinates from 0, left when those with a better one of their
     group in an earlier cell are gone.
 
@@ -126,15 +128,15 @@ def _plainly_good(table: Ints, of: Ints) -> NDArray[np.intp]:
     """
     first, second = table[0], table[1]
     groups = int(of[-1]) + 1
-    cells = min(_CELLS, 1 << (first.size // (8 * groups)).bit_length())
+    cells = min(tuning.staircase_cells, 1 << (first.size // (8 * groups)).bit_length())
     width = cells + 1
     cell = first >> max(0, int(first.max()).bit_length() - cells.bit_length() + 1)
     level, levels, exact = np.zeros(1, dtype=np.intp), 1, True
     if len(table) == 3:
         values = np.unique(table[2])
         # Where several values share a level, only lower levels are sure to be better.
-        exact = values.size <= _LEVELS
-        values = values if exact else values[:: -(-values.size // _LEVELS)]
+        exact = values.size <= tuning.table_levels
+        values = values if exact else values[:: -(-values.size // tuning.table_levels)]
         level, levels = values.searchsorted(table[2], side="right") - exact, values.size + 1
     best = np.full((levels, groups, width), np.iinfo(np.int64).max)
     at = (level * groups + of) * width + cell
@@ -143,7 +145,7 @@ def _plainly_good(table: Ints, of: Ints) -> NDArray[np.intp]:
     return np.flatnonzero(second < best.ravel()[at if exact else at - groups * width])
 
 
-def _sweep(second: Ints, third: Ints, block: int = 32) -> NDArray[np.intp]:
+def _sweep(second: Ints, third: Ints, block: int) -> NDArray[np.intp]:
     """Indices of points no earlier one is at most as large as in both coordinates.
 
     Within blocks all pairs are compared; then blocks twice as long, again and again: their second halves
@@ -180,7 +182,7 @@ def _sweep(second: Ints, third: Ints, block: int = 32) -> NDArray[np.intp]:
 
 
 def nondominated(
-    columns: Sequence[NDArray[Any]], of: Ints | None = None, block: int = 256
+    columns: Sequence[NDArray[Any]], of: Ints | None = None, tuning: Tuning = TUNING
 ) -> NDArray[np.intp]:
     """Indices of the points no other point of their group dominates, group by group; of equal points one is
     kept.
@@ -188,7 +190,7 @@ def nondominated(
     **Arguments:** `columns`, one array for each coordinate, all minimised; floats must not be negative. `of`:
     the groups, in any order; None for one.
     **Cost:** near linear for up to three coordinates that differ within groups; for more O(n * kept *
-    coordinates) for each group, in blocks of `block` points.
+    coordinates) for each group, in blocks of `Tuning.compare_block` points.
     """
     size = len(columns[0])
     if size <= 1:
@@ -210,9 +212,9 @@ def nondominated(
     if not len(table):
         return order[first]
     if len(table) > 3:
-        return order[_compared_all(table, first, block)]
-    if size > _MANY and len(table) > 1:
-        left = _plainly_good(table, of)
+        return order[_compared_all(table, first, tuning)]
+    if size > tuning.table_points and len(table) > 1:
+        left = _plainly_good(table, of, tuning)
         order, of, table = order[left], of[left], table[:, left]
     sort = lexicographic((of, *table))
     order, of, table = order[sort], of[sort], table[:, sort]
@@ -225,8 +227,10 @@ def nondominated(
         second = np.unique(second, return_inverse=True)[1]
     second = second - of * (int(second.max()) + 1)
     if len(table) == 2:
-        return order[np.append(True, second[1:] < np.minimum.accumulate(second)[:-1])]
-    return order[_sweep(second, table[2])]
+        left = np.flatnonzero(np.append(True, second[1:] < np.minimum.accumulate(second)[:-1]))
+    else:
+        left = _sweep(second, table[2], tuning.sweep_block)
+    return order[left]
 
 
 def _ordered(column: Floats) -> Ints:
@@ -234,18 +238,20 @@ def _ordered(column: Floats) -> Ints:
     their bits are."""
     bits = column.view(np.int64)
     low = int(bits.min(initial=INF, where=bits > 0))
-    return np.where(bits > 0, bits - low + 1, 0)
+    ordered: Ints = np.where(bits > 0, bits - low + 1, 0)
+    return ordered
 
 
-def _compared_all(table: Ints, first: NDArray[np.intp], block: int) -> NDArray[np.intp]:
+def _compared_all(table: Ints, first: NDArray[np.intp], tuning: Tuning) -> NDArray[np.intp]:
     """Indices of the points that no other of their group dominates, group by group. Small groups of about
     equal size are compared together."""
     sizes = np.diff(first, append=table.shape[1])
-    kept = [a + _compared(table[:, a : a + n], block) for a, n in zip(first, sizes) if n > _TOGETHER]
+    most, block = tuning.pairs_group, tuning.compare_block
+    kept = [a + _compared(table[:, a : a + n], block) for a, n in zip(first, sizes) if n > most]
     width = 1
-    while width <= _TOGETHER:
+    while width <= most:
         some = np.flatnonzero((sizes <= width) & (sizes > width // 2))
-        each = max(1, _PAIRS // width**2)
+        each = max(1, tuning.pairs_together // width**2)
         for low in range(0, some.size, each):
             group = some[low : low + each]
             at = first[group, None] + np.minimum(np.arange(width), sizes[group, None] - 1)

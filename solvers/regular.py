@@ -32,24 +32,11 @@ from mwplan.plans.ledger import replay
 from mwplan.plans.profiles import Profile
 from mwplan.plans.schedule import Run, RunKind, Strategy, shifted, walk
 from mwplan.plans.tape import SWEEPS, WRITTEN_OUT, loops
+from mwplan.solvers.parts import Place, part, repeated, stretches
+from mwplan.solvers.problem import Problem
 from mwplan.solvers.sparse import SparseTables
-from mwplan.solvers.uniform import UniformTables, part, repeated, stretches
-
-#: shorter stretches of identical layers are left as they are
-LEAST_STRETCH = 96
-#: levels of RECOMPUTE, of one group each, where two levels do not fit
-_DEEPEST = 4
-#: schedules of no more loops stay as they are
-_FEW = 8
-#: up to so many compile in half a minute or so
-_MANY = 50
-#: what one more loop may cost of the time, between schedules of few runs
-_PRICE = 1e-3
-_TRIES = 4
-#: what may be lost for a tape, and how many STORE options are tried
-_THIN, _OPTIONS = 0.005, 3
-#: up to so many layers, nothing is
-_EXACT = 256
+from mwplan.solvers.tuning import TUNING, Tuning
+from mwplan.solvers.uniform import UniformTables
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +68,9 @@ class _Shape:
     inner: _Shape | None = None
     after: _Shape | None = None
 
-    @property
-    def price(self) -> float:
+    def price(self, tuning: Tuning) -> float:
         """Its time, where a loop costs something."""
-        return self.time_ns * (1 + _PRICE * self.loops)
+        return self.time_ns * (1 + tuning.loop_price * self.loops)
 
     def runs(self, start: int) -> Iterator[Run]:
         if self.leaf:
@@ -102,8 +88,9 @@ class _Shape:
 class _Body:
     """Shapes for stretches of one layer, repeated; `leaves`, what tails may be of."""
 
-    def __init__(self, profile: Profile, leaves: Sequence[_Leaf], max_error: float) -> None:
-        self.profile, self.max_error = profile, max_error
+    def __init__(self, problem: Problem, leaves: Sequence[_Leaf]) -> None:
+        self.profile, self.max_error, self.tuning = problem.profile, problem.max_error, problem.tuning
+        profile = self.profile
         self.own = profile.activation_bytes[0]
         self.forward_ns = profile.layers[0].forward_ns
         self.costs = functools.cache(self._costs)
@@ -159,7 +146,7 @@ class _Body:
                     continue
                 if inner := self.one_group(length, room - (count - 1) * self.own, levels - 1):
                     found.append(self.group(count, length, inner, self.leaf(leaf, rest)))
-        return min(found, key=lambda shape: shape.price, default=None)
+        return min(found, key=lambda shape: shape.price(self.tuning), default=None)
 
     def best(self, size: int, room: int) -> _Shape | None:
         """The best of at most two groups at the top."""
@@ -172,8 +159,8 @@ class _Body:
                     found.append(self.group(count, length, inner, after))
         fits = [shape for shape in found if shape]
         if not fits:
-            return self.one_group(size, room, _DEEPEST)
-        return min(fits, key=lambda shape: shape.price)
+            return self.one_group(size, room, self.tuning.group_levels)
+        return min(fits, key=lambda shape: shape.price(self.tuning))
 
 
 def _counts(most: int) -> Iterator[int]:
@@ -186,41 +173,35 @@ def _counts(most: int) -> Iterator[int]:
             step *= 2
 
 
-def affordable(runs: Sequence[Run], loss: float) -> float:
+def affordable(runs: Sequence[Run], loss: float, tuning: Tuning = TUNING) -> float:
     """The share of its time that a schedule may lose for fewer loops: `loss`, and in proportion more where it
-    has more than `_MANY`."""
-    return loss * max(1.0, loops(runs) / _MANY)
+    has more than `Tuning.many_loops`."""
+    return loss * max(1.0, loops(runs) / tuning.many_loops)
 
 
-def simplify(
-    profile: Profile, runs: tuple[Run, ...], room: int, *, max_error: float, loss: float
-) -> tuple[Run, ...]:
-    """`runs`, or a schedule of fewer different ones that fits `room` bytes as well and takes longer by at
+def simplify(problem: Problem, runs: tuple[Run, ...], loss: float) -> tuple[Run, ...]:
+    """`runs`, or a schedule of fewer different ones that fits `budget_bytes` as well and takes longer by at
     most the share `affordable` of `loss`.
 
-    **Arguments:** `runs`, a schedule of `profile` that keeps `max_error`. **Cost:** as the module says.
+    **Arguments:** `runs`, a schedule of the problem. **Cost:** as the module says.
     """
-    long = [(a, z) for a, z, uniform in stretches(profile, LEAST_STRETCH) if uniform]
-    most_ns = int(replay(profile, runs).time_ns * (1 + affordable(runs, loss))) if long else 0
+    profile, tuning = problem.profile, problem.tuning
+    long = [(a, z) for a, z, uniform in stretches(profile, tuning.stretch_layers) if uniform]
+    most_ns = int(replay(profile, runs).time_ns * (1 + affordable(runs, loss, tuning))) if long else 0
     for start, stop in long:
         within = [run for run in runs if start < run.stop <= stop]
         # Nothing is recomputed that was not: it may not be allowed.
-        if loops(within) > _FEW and any(run.kind is RunKind.RECOMPUTE for run in within):
-            runs = _replaced(profile, runs, within, start, room, max_error, most_ns)
+        if loops(within) > tuning.few_loops and any(run.kind is RunKind.RECOMPUTE for run in within):
+            runs = _replaced(problem, runs, within, start, most_ns)
     return runs
 
 
 def _replaced(
-    profile: Profile,
-    runs: tuple[Run, ...],
-    within: list[Run],
-    start: int,
-    room: int,
-    max_error: float,
-    most_ns: int,
+    problem: Problem, runs: tuple[Run, ...], within: list[Run], start: int, most_ns: int
 ) -> tuple[Run, ...]:
     """`runs` with others in place of `within`, which reach into a stretch that begins at `start`, if there
     are better ones."""
+    profile = problem.profile
     begin, end = max(start, within[0].start), within[-1].stop
     # A RECOMPUTE run may come from a few layers before the stretch: those are stored then.
     left = tuple(run for run in runs if run.stop <= within[0].start)
@@ -229,8 +210,42 @@ def _replaced(
         left += (Run(kind=RunKind.STORE, start=at, stop=at + 1, options=(option.name,)),)
     right = tuple(run for run in runs if run.start >= end)
     piece = part(profile, begin, end)
+    taken = _taken(profile, piece, left, right, begin, end)
+    here = problem.of(piece)
+    body = _Body(here, _leaves(piece, within, begin))
+    names = _most_stored(within, problem.tuning.tape_options)
+
+    def shape(room: int) -> tuple[Run, ...] | None:
+        found = body.best(end - begin, room)
+        return tuple(found.runs(begin)) if found else None
+
+    makers: list[Callable[[int], tuple[Run, ...] | None]] = [shape]
+    makers += [functools.partial(_one_tape, here, begin, name) for name in names]
+    best, least, room = runs, loops(runs), problem.budget
+    lowest = math.inf
+    for make in makers:
+        less = 0
+        for _ in range(problem.tuning.fit_attempts):
+            found = make(room - taken - less)
+            if found is None or loops(other := (*left, *found, *right)) >= least:
+                break
+            checked = replay(profile, other)
+            price = checked.time_ns * (1 + problem.tuning.loop_price * loops(other))
+            if checked.time_ns > most_ns or price >= lowest:
+                break
+            if checked.peak_bytes <= room and checked.error <= problem.max_error:
+                best, lowest = other, price
+                break
+            less += max(1, checked.peak_bytes - room)
+    return best
+
+
+def _taken(
+    profile: Profile, piece: Profile, left: tuple[Run, ...], right: tuple[Run, ...], begin: int, end: int
+) -> int:
+    """What the runs beside a piece take of the budget: what those to its left hold, and what those to its
+    right need beyond the turn that a leaf's own replay ends with."""
     own, waiting = piece.activation_bytes[0], piece.cotangent_bytes[0]
-    # What others hold, and what those to the right need beyond the turn that a leaf's own replay ends with.
     taken = 0
     if left:
         events = replay(part(profile, 0, begin), left).events
@@ -238,47 +253,22 @@ def _replaced(
     if right:
         after = replay(part(profile, end, len(profile)), [shifted(run, -end) for run in right])
         taken += max(0, after.peak_bytes - waiting)
-    body = _Body(piece, _leaves(piece, within, begin), max_error)
-    names = _most_stored(within)
-
-    def shape(room: int) -> tuple[Run, ...] | None:
-        found = body.best(end - begin, room)
-        return tuple(found.runs(begin)) if found else None
-
-    makers: list[Callable[[int], tuple[Run, ...] | None]] = [shape]
-    makers += [functools.partial(_one_tape, piece, begin, name) for name in names]
-    best, least = runs, loops(runs)
-    lowest = math.inf
-    for make in makers:
-        less = 0
-        for _ in range(_TRIES):
-            found = make(room - taken - less)
-            if found is None or loops(other := (*left, *found, *right)) >= least:
-                break
-            checked = replay(profile, other)
-            price = checked.time_ns * (1 + _PRICE * loops(other))
-            if checked.time_ns > most_ns or price >= lowest:
-                break
-            if checked.peak_bytes <= room and checked.error <= max_error:
-                best, lowest = other, price
-                break
-            less += max(1, checked.peak_bytes - room)
-    return best
+    return taken
 
 
-def _most_stored(runs: Sequence[Run]) -> list[str]:
-    """The options of STORE runs, at any depth, that a tape might do with alone: at most `_OPTIONS`, the most
+def _most_stored(runs: Sequence[Run], most: int) -> list[str]:
+    """The options of STORE runs, at any depth, that a tape might do with alone: at most so many, the most
     frequent first."""
     stored = collections.Counter(run.options[0] for run in walk(runs) if run.kind is RunKind.STORE)
-    return [name for name, _ in stored.most_common(_OPTIONS)]
+    return [name for name, _ in stored.most_common(most)]
 
 
-def _one_tape(piece: Profile, begin: int, option: str, room: int) -> tuple[Run, ...] | None:
-    """The fastest schedule of `piece`, from layer `begin` on, by recomputation and one STORE option; None
+def _one_tape(problem: Problem, begin: int, option: str, room: int) -> tuple[Run, ...] | None:
+    """The fastest schedule of a piece, from layer `begin` on, by recomputation and one STORE option; None
     where nothing fits. It compiles as a tape where memory is scarce."""
-    tables = _tables(piece, begin, option)
+    tables = _tables(problem, begin, option)
     if isinstance(tables, UniformTables):  # which knows the chain's own input only, and does not count it
-        room -= piece.activation_bytes[0] if begin else 0
+        room -= problem.profile.activation_bytes[0] if begin else 0
         need = tables.points()[0]
         if not need.size or need[0] > room:
             return None
@@ -288,14 +278,19 @@ def _one_tape(piece: Profile, begin: int, option: str, room: int) -> tuple[Run, 
 
 
 @functools.lru_cache(maxsize=8)
-def _tables(piece: Profile, begin: int, option: str) -> SparseTables | UniformTables:
+def _tables(problem: Problem, begin: int, option: str) -> SparseTables | UniformTables:
+    piece, tuning = problem.profile, problem.tuning
     store = tuple(one for one in piece.layers[0].store if one.name == option)
     layer = dataclasses.replace(piece.layers[0], store=store, moonwalk=(), invert=())
-    alone = dataclasses.replace(piece, layers=(layer,) * len(piece))
-    allowed = frozenset({Strategy.STORE, Strategy.RECOMPUTE})
-    if len(piece) <= _EXACT:
-        return UniformTables(alone, max_error=0.0, allowed=allowed)
-    return SparseTables(alone, max_error=0.0, allowed=allowed, thin=_THIN, first=begin)
+    alone = dataclasses.replace(
+        problem.of(dataclasses.replace(piece, layers=(layer,) * len(piece))),
+        max_error=0.0,
+        allowed={Strategy.STORE, Strategy.RECOMPUTE},
+        thin=tuning.tape_thin,
+    )
+    if len(piece) <= tuning.tape_exact_layers:
+        return UniformTables(alone)
+    return SparseTables(alone, Place(whole=alone.profile, first=begin))
 
 
 def _leaves(piece: Profile, within: Sequence[Run], begin: int) -> list[_Leaf]:

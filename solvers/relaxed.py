@@ -12,7 +12,8 @@ with `T` a lower bound of the layers' frontier, no schedule spends less than `T(
 bounds of disjoint pieces add up; other layers count with their fastest options. A chain that is one piece is
 not cut.
 
-What is lost: the memory that pieces take from one another; most at lean budgets and in chains of many pieces.
+What is lost: the memory that pieces take from one another; most at small budgets and in chains of many
+pieces.
 """
 
 from __future__ import annotations
@@ -22,16 +23,11 @@ from collections.abc import Iterable
 import numpy as np
 
 from mwplan.plans.profiles import Profile
-from mwplan.plans.schedule import Strategy
-from mwplan.solvers.pareto import Ints
-from mwplan.solvers.runs import fastest_ns
+from mwplan.solvers.pareto import DONE, NO_STAIRS, Stairs
+from mwplan.solvers.parts import Place, part
+from mwplan.solvers.predictions import fastest_ns
+from mwplan.solvers.problem import Problem
 from mwplan.solvers.sparse import SparseTables
-from mwplan.solvers.uniform import part
-
-Stairs = tuple[Ints, Ints]
-_DONE: Stairs = (np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64))
-#: most layers of a piece
-_PIECE = 320
 
 
 def cut_bytes(profile: Profile) -> int:
@@ -49,37 +45,29 @@ def cut_bytes(profile: Profile) -> int:
     return max(waits, *backward, *moonwalk)
 
 
-def lower_bound(
-    profile: Profile,
-    parts: Iterable[tuple[int, int, bool]],
-    *,
-    max_error: float,
-    allowed: frozenset[Strategy],
-    thin: float,
-) -> Stairs:
+def lower_bound(problem: Problem, parts: Iterable[tuple[int, int, bool]]) -> Stairs:
     """A staircase that no schedule of the chain beats at any budget. No schedule fits below its least need.
 
-    **Arguments:** as of `mwplan.solvers.frontier.solve_frontier`; `parts`, as
-    `mwplan.solvers.uniform.stretches` gives them. **Cost:** the frontier of a piece for each uniform part.
+    **Arguments:** `problem`, without side conditions, whose `thin` must not be 0; `parts`, as
+    `mwplan.solvers.parts.stretches` gives them. **Cost:** the frontier of a piece for each uniform part.
     """
+    profile = problem.profile
     pieces: list[tuple[int, Stairs]] = []
     rest = 0
     for start, stop, uniform in parts:
         if not uniform:
             rest += fastest_ns(part(profile, start, stop))
             continue
-        count = -(-(stop - start) // _PIECE)
+        count = -(-(stop - start) // problem.tuning.bound_piece)
         size = (stop - start) // count
         rest += fastest_ns(part(profile, start, start + 1)) * (stop - start - count * size)
         piece = part(profile, start, start + size)
         cut = size < len(profile)
-        ends = (_DONE, _DONE) if cut else None
-        tables = SparseTables(piece, max_error=max_error, allowed=allowed, thin=thin, ends=ends, bound=True)
-        need, time = tables.points()
+        place = Place(whole=piece, ends=(DONE, DONE)) if cut else None
+        need, time = SparseTables(problem.of(piece), place, bound=True).points()
         pieces.append((count, (np.maximum(need - cut_bytes(piece) * cut, 0), time)))
     if not all(need.size for _, (need, _) in pieces):
-        none = np.zeros(0, dtype=np.int64)
-        return none, none
+        return NO_STAIRS
     # Below one piece's least need nothing fits.
     needs = np.unique(np.concatenate([need for _, (need, _) in pieces]))
     needs = needs[needs >= max(int(need[0]) for _, (need, _) in pieces)]

@@ -14,36 +14,36 @@ nodes `(s, e)`. With one byte a slot it is exact: a second opinion on the fronti
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
-from mwplan.common.errors import ArgumentError
-from mwplan.plans.profiles import Profile
 from mwplan.plans.schedule import Run, RunKind, Solution, Status, Strategy
+from mwplan.solvers.candidates import Atoms, Candidates
 from mwplan.solvers.pareto import Ints
-from mwplan.solvers.runs import Atoms, Candidates
+from mwplan.solvers.problem import Problem, check_integer
 
 #: above any time; four of them still fit 64 bits
 INF = 2**60
 
 
-def rotor(profile: Profile, budget_bytes: int, slots: int = 500) -> Solution:
+def rotor(problem: Problem, slots: int = 500) -> Solution:
     """The fastest schedule of STORE and RECOMPUTE runs whose bytes, rounded up to `slots` parts of the
-    budget, fit it.
+    budget, fit it; whatever strategies the problem allows, and without side conditions.
 
     **Returns:** a `Solution`: FEASIBLE (its optimality is that of rounded bytes), or INFEASIBLE. `peak_bytes`
     is the budget's upper estimate, rounded.
     **Raises:** `ArgumentError`.
     """
-    for name, value in (("budget_bytes", budget_bytes), ("slots", slots)):
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**63:
-            raise ArgumentError(f"`{name}={value!r}` must be an integer from 1 to 2^63 - 1")
-    return _Rotor(profile, budget_bytes, slots).solution()
+    check_integer("slots", slots, 1)
+    return _Rotor(problem, slots).solution()
 
 
 class _Rotor:
-    def __init__(self, profile: Profile, budget: int, slots: int) -> None:
-        self.c = Candidates(profile, allowed={Strategy.STORE, Strategy.RECOMPUTE})
-        self.size, self.slots, self.budget = len(profile), slots, budget
+    def __init__(self, problem: Problem, slots: int) -> None:
+        alone = replace(problem.unconditional(), allowed={Strategy.STORE, Strategy.RECOMPUTE})
+        self.c = Candidates(alone)
+        self.size, self.slots, self.budget = self.c.size, slots, problem.budget
         self.nodes = [
             (True,) if s == 0 else (False, True) if self.c.kept_nodes[s] else (False,)
             for s in range(self.size)

@@ -1,23 +1,24 @@
 r"""Long chains of identical layers, thinned: tables at few lengths, equal runs taken together.
 
 As in `mwplan.solvers.uniform` a stretch is known by its number of layers `n` and `e`. Tables are made at
-lengths of `_BITS` binary digits only: all up to `2^_BITS`, every second up to twice that, and so on; and at
-the chain's own length, with its lowest digits gone one after the other. A stretch begins with
+lengths of `D = Tuning.length_bits` binary digits only: all up to `2^D`, every second up to twice that, and so
+on; and at the chain's own length, with its lowest digits gone one after the other. A stretch begins with
 
 - one run, or the same run `p = 2^i` times, of `d` layers together, wherever `n - d` is such a length again.
   If a run has the staircase `m(b)` (of inner schedules and forward, or one step) and holds `H`, then `p` of
   them have `m_p(b) = m_{p/2}(b) + m_{p/2}(b - H p / 2)` and hold `H p`.
 
 Every point is a schedule. What is lost: splits between these lengths, RECOMPUTE runs of all but less than one
-layer in `_SHARE` of their stretch (if any of them could be, schedules would nest as deep as the chain is
-long; like this a nest is at most about `_SHARE (1 + log(L / _SHARE))` deep), moonwalk and invert runs of more
-than `_LONGEST` layers or other lengths, one after the other only of `2^i` or `3 2^i` layers, those that
-others beat but for a factor `1 + _STEP thin` in each of their costs, and what merging (a factor
-`1 + 2 thin / 3` at each table) and thinning (`1 + thin / 3`) lose. What does not fit is UNKNOWN, not
-INFEASIBLE; `mwplan.solvers.relaxed` bounds from below what these tables take; losses measured against exact
-tables, and how far the leanest schedule is from the least bytes, are in results/solver_scaling.
+layer in `R = Tuning.recompute_share` of their stretch (if any of them could be, schedules would nest as deep
+as the chain is long; like this a nest is at most about `R (1 + log(L / R))` deep), moonwalk and invert runs
+of more than `Tuning.longest_run` layers or other lengths, one after the other only of `2^i` or `3 2^i`
+layers, those that others beat but for a factor `1 + Tuning.identical_run_share thin` in each of their costs,
+and what merging and thinning lose at each table (`Tuning.identical_merge_share` and
+`identical_thinning_share` of `thin`). What does not fit is UNKNOWN, not INFEASIBLE; `mwplan.solvers.relaxed`
+bounds from below what these tables take; losses measured against exact tables, and how far the least-memory
+schedule is from the least bytes, are in results/solver_scaling.
 
-**Cost:** O(2^_BITS log L) merges of O(2^_BITS log L) groups.
+**Cost:** O(2^D log L) merges of O(2^D log L) groups.
 """
 
 from __future__ import annotations
@@ -28,26 +29,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from mwplan.common.errors import ArgumentError
-from mwplan.plans.profiles import Profile
 from mwplan.plans.schedule import Run, RunKind, Strategy
+from mwplan.solvers.candidates import Candidates
 from mwplan.solvers.diagonals import NO_POINTS, envelopes, thinned_all
-from mwplan.solvers.pareto import Ints, begins, nondominated, thinned
-from mwplan.solvers.runs import Candidates
-from mwplan.solvers.splits import Buffer, Pairs, Shifts, grid, grouped, joined, with_tail
-from mwplan.solvers.uniform import repeated
-
-Stairs = tuple[Ints, Ints]
-_NONE: Stairs = (np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
-_DONE: Stairs = (np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64))
-_BITS = 6
-_LONGEST = 256
-_SHARE = 32
-_CELLS = 1024
-#: share of the losses of merging and thinning at the top level of a bound, where they would add up along the
-#: chain
-_TOP = 0.1
-#: runs of several layers that differ by less than a factor `1 + _STEP thin` in everything count as one
-_STEP = 1.0
+from mwplan.solvers.pareto import DONE, Ints, Stairs, begins, nondominated, thinned
+from mwplan.solvers.parts import Place, repeated
+from mwplan.solvers.problem import Problem
+from mwplan.solvers.splits import Buffer, Grid, Pairs, Shifts, grouped, joined, spaced, with_tail
+from mwplan.solvers.tuning import TUNING, Tuning
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +54,13 @@ class _Piece:
     halves: tuple[int, int] | None = None
 
 
-def lengths(size: int) -> list[int]:
+def lengths(size: int, tuning: Tuning = TUNING) -> list[int]:
     """The lengths up to `size` at which there are tables, and `size` itself."""
-    found = set(range(1, min(size, 1 << _BITS) + 1))
+    bits = tuning.length_bits
+    found = set(range(1, min(size, 1 << bits) + 1))
     step = 2
-    while step << (_BITS - 1) < size:
-        found.update(range(step << (_BITS - 1), min(size, step << _BITS) + 1, step))
+    while step << (bits - 1) < size:
+        found.update(range(step << (bits - 1), min(size, step << bits) + 1, step))
         step *= 2
     left = size
     while left not in found:
@@ -85,11 +75,6 @@ def stairs_at(buffer: Buffer, row: int) -> Stairs:
     return buffer.key[part] - buffer.base[row], buffer.time[part]
 
 
-def longest_within(n: int) -> int:
-    """Up to how many of `n` layers a RECOMPUTE run takes that begins a schedule of them."""
-    return n - max(1, n // _SHARE)
-
-
 @dataclass(frozen=True, slots=True)
 class Family:
     """The tables of all lengths, inside RECOMPUTE runs or at the top level: `rows[n, e]` in the buffer of
@@ -100,38 +85,28 @@ class Family:
 
 
 class SparseTables:
-    """The tables. `candidates` are those of a chain of at most `_LONGEST + 1` layers.
+    """The tables. `candidates` are those of a chain of at most `Tuning.longest_run + 1` layers.
 
-    **Arguments:** as of `mwplan.solvers.frontier.solve_frontier`; `thin` must not be 0. Where `profile` is a
-    part of the chain `whole`, after its first `first` layers: `ends`, the staircases of what follows, without
-    and with its first input kept; None where nothing does. `bound`: tables at all lengths, with all runs,
-    merged and thinned downwards; not schedules then, but a bound (`mwplan.solvers.relaxed`). **Cost** then:
-    O(L^2) groups.
+    **Arguments:** `problem`, of identical layers, whose `thin` must not be 0; `place`, where they are a part
+    of a chain; `bound`: tables at all lengths, with all runs, merged and thinned downwards; not schedules
+    then, but a bound (`mwplan.solvers.relaxed`). **Cost** then: O(L^2) groups.
     """
 
-    def __init__(
-        self,
-        profile: Profile,
-        *,
-        max_error: float,
-        allowed: frozenset[Strategy],
-        thin: float,
-        whole: Profile | None = None,
-        first: int = 0,
-        ends: tuple[Stairs, Stairs] | None = None,
-        bound: bool = False,
-    ) -> None:
-        self.bound = bound
-        whole = whole or profile
-        self.size, self.thin, self.first = len(profile), thin, first
+    def __init__(self, problem: Problem, place: Place | None = None, *, bound: bool = False) -> None:
+        self.problem, self.tuning, self.bound = problem, problem.tuning, bound
+        profile, self.thin = problem.profile, problem.thin
+        self.size, self.place = len(profile), place or Place(whole=profile)
+        self.first, ends = self.place.first, self.place.ends
         #: whether something follows
         self.inside = ends is not None
-        self.nested = Strategy.RECOMPUTE in allowed
-        short = repeated(profile, (self.size if bound else min(self.size, _LONGEST)) + 1)
+        self.nested = Strategy.RECOMPUTE in problem.strategies
+        most = self.size if bound else min(self.size, self.tuning.longest_run)
         self.candidates = Candidates(
-            short, max_error=max_error, allowed=allowed, loss=thin / 6, optimistic=bound,
-            of=1 if bound else len(whole),
-        )  # fmt: skip
+            problem.of(repeated(profile, most + 1)),
+            loss=self.thin * self.tuning.identical_label_share,
+            optimistic=bound,
+            whole=1 if bound else len(self.place.whole),
+        )
         self.candidates.prepare([(0, True), (1, False)])
         self.activation, self.waiting = int(profile.activation_bytes[0]), int(profile.cotangent_bytes[0])
         layer = profile.layers[0]
@@ -140,36 +115,46 @@ class SparseTables:
         #: forward peak of RECOMPUTE runs without x_s: of one layer, and of more
         self.peaks = (peak, peak + self.activation)
         self.both = bool(self.candidates.kept_nodes[1:].any())
-        self.lengths = list(range(1, self.size + 1)) if bound else lengths(self.size)
-        high = whole.bytes_bound() - whole.fixed_bytes
-        self.span = 1 << (high + 1).bit_length()
-        if self.span * (2 * len(self.lengths) + 2) >= 2**63:
-            raise ArgumentError(
-                f"`profile` has {self.size} layers and up to {profile.bytes_bound()} bytes: too many for its "
-                "tables; state bytes in a larger unit"
-            )
-        least = 2 * (self.activation + self.waiting) + layer.forward_workspace_bytes
-        self.grid = grid(least // 2, least, high, _CELLS)
-        if ends:
-            self.grid = with_tail(self.grid, least, high, ends)
+        self.lengths = list(range(1, self.size + 1)) if bound else lengths(self.size, self.tuning)
+        self.grid = self._make_grid()
+        self.shifts = Shifts(self.grid)
         #: pieces, each in the row of its number of `_left` as soon as a merge asks for it, and the numbers of
         #: those from either node
         self.pieces: list[_Piece] = []
         self._from: dict[bool, list[int]] = {False: [], True: []}
-        self._left = Buffer(self.grid, self.span, 512, sheeted=True)
-        self.shifts = Shifts(self.grid)
+        self._left = Buffer(self.grid, 512, sheeted=True)
         #: of the pieces in `_left` from either node: number, `held`, `floor`, row of shifts, `layers`,
         #: `keeps`, from which stretch length on they are used, and whether up to any
         self._costs = {e: np.zeros((8, 0), dtype=np.int64) for e in (False, True)}
         none = np.full((self.size + 1, 2), -1)
         self.inner, self.top = Family(none, self.waiting), Family(none.copy(), 0)
         #: the tables of both
-        self.tables = Buffer(self.grid, self.span, 4 * len(self.lengths) + 4)
+        self.tables = Buffer(self.grid, 4 * len(self.lengths) + 4)
         turns = ends or (self._turn(False), self._turn(True))
-        for family, stairs in ((self.inner, (_DONE, _DONE)), (self.top, turns)):
+        for family, stairs in ((self.inner, (DONE, DONE)), (self.top, turns)):
             for e in (0, 1):
                 family.rows[0, e] = self.tables.rows
                 self.tables.extend(1, np.zeros(stairs[e][0].size, dtype=np.int64), *stairs[e])
+        self._fill()
+
+    def _make_grid(self) -> Grid:
+        """The budgets at which staircases are compared first."""
+        profile, whole, ends = self.problem.profile, self.place.whole, self.place.ends
+        high = whole.bytes_bound() - whole.fixed_bytes
+        span = 1 << (high + 1).bit_length()
+        if span * (2 * len(self.lengths) + 2) >= 2**63:
+            raise ArgumentError(
+                f"`profile` has {self.size} layers and up to {profile.bytes_bound()} bytes: too many for its "
+                "tables; state bytes in a larger unit"
+            )
+        least = 2 * (self.activation + self.waiting) + profile.layers[0].forward_workspace_bytes
+        budgets = spaced(least // 2, least, high, self.tuning.cells_identical)
+        if ends:
+            budgets = with_tail(budgets, least, high, ends)
+        return Grid(budgets, span, self.tuning)
+
+    def _fill(self) -> None:
+        """The tables of all lengths."""
         last = 0
         for n in self.lengths:
             self._add_atoms(n)
@@ -185,7 +170,6 @@ class SparseTables:
         return np.array([self.candidates.turn_bytes(e)]), np.zeros(1, dtype=np.int64)
 
     # -- pieces
-    # --------------------------------------------------------------------------------------------------
 
     def _add(self, e: bool, piece: _Piece) -> int:
         self.pieces.append(piece)
@@ -212,7 +196,7 @@ class SparseTables:
                 [piece.layers for piece in some],
                 [piece.keeps for piece in some],
                 # Where there are tables at all lengths, runs are repeated one by one.
-                [(1 << _BITS) + 1 if piece.halves else 0 for piece in some],
+                [(1 << self.tuning.length_bits) + 1 if piece.halves else 0 for piece in some],
                 [bool(piece.halves or piece.atoms) for piece in some],
             ]
             self._costs[e] = np.concatenate([costs, np.array(columns, dtype=np.int64)], axis=1)
@@ -233,7 +217,7 @@ class SparseTables:
                     second.keeps,
                     max(first.floor, second.floor + first.held),
                     first.held + second.held,
-                    thinned(need, time, self.thin / 3, optimistic=False),
+                    thinned(need, time, self._thinning(), optimistic=False),
                     halves=(numbers[e], numbers[first.keeps]),
                 )
             numbers = {e: self._add(e, piece) for e, piece in twice.items()}
@@ -264,7 +248,7 @@ class SparseTables:
                 rows, low = slice(low, high), high
                 if stop - start != n:
                     continue
-                columns = [atoms.forward_peak, atoms.backward_peak, atoms.held, atoms.time]
+                columns = atoms.costs
                 if n == 1:
                     # The same option from a kept input and from another one may alternate.
                     for row in range(rows.start, rows.stop):
@@ -286,15 +270,14 @@ class SparseTables:
 
     def _few(self, columns: list[Ints]) -> list[Ints]:
         """Of runs `(F, B, H, t)` of one length: those that no other beats by steps of a factor
-        `1 + _STEP thin` in each."""
+        `1 + Tuning.identical_run_share thin` in each."""
         f, b, held, time = columns
         steps = [np.where(f + self.waiting <= b, 0, f), b, held, time]
-        rough = [
-            np.floor(np.log(np.maximum(x, 1)) / np.log1p(_STEP * self.thin)).astype(np.int64) for x in steps
-        ]
+        step = np.log1p(self.tuning.identical_run_share * self.thin)
+        rough = [np.floor(np.log(np.maximum(x, 1)) / step).astype(np.int64) for x in steps]
         # Of those that count as one, the fastest.
         first = np.argsort(time, kind="stable")
-        kept = first[nondominated([x[first] for x in rough])]
+        kept = first[nondominated([x[first] for x in rough], tuning=self.tuning)]
         return [x[kept] for x in columns]
 
     def _add_recompute(self, n: int) -> None:
@@ -309,7 +292,6 @@ class SparseTables:
         self._add_repeated(same)
 
     # -- tables
-    # --------------------------------------------------------------------------------------------------
 
     def _stairs(self, family: Family, n: int, e: bool) -> Stairs:
         return stairs_at(self.tables, int(family.rows[n, int(e)]))
@@ -317,13 +299,21 @@ class SparseTables:
     def _choices(self, n: int, e: bool, family: Family) -> Pairs:
         """The pieces that a stretch of `n` layers may begin with, and the rows of what is left."""
         # A RECOMPUTE run may end the part, but neither the chain nor the RECOMPUTE run it stands in.
-        longest = n if family is self.top and self.inside else n - 1 if self.bound else longest_within(n)
+        longest = n if family is self.top and self.inside else n - 1 if self.bound else self.longest_within(n)
         number, held, floor, moved, layers, keeps, least, most = self._costs[e]
         rest = family.rows[np.maximum(n - layers, 0), keeps]
         which = np.flatnonzero(
             (layers <= n) & (rest >= 0) & (least <= n) & (layers <= np.where(most, n, longest))
         )
         return Pairs(number[which], rest[which], held[which], floor[which] + family.waiting, moved[which])
+
+    def longest_within(self, n: int) -> int:
+        """Up to how many of `n` layers a RECOMPUTE run takes that begins a schedule of them."""
+        return n - max(1, n // self.tuning.recompute_share)
+
+    def _thinning(self) -> float:
+        """What thinning may lose."""
+        return self.thin * self.tuning.identical_thinning_share
 
     def _nodes(self, n: int, family: Family) -> tuple[bool, ...]:
         """The nodes that a stretch of `n` layers may begin with."""
@@ -340,8 +330,9 @@ class SparseTables:
         apart: dict[tuple[float, float], list[tuple[Family, int]]] = {}
         for family, n in asked:
             many = n >= 4 or (family is self.top and self.inside)
-            share = (_TOP if self.bound and family is self.top else 1.0) * many
-            apart.setdefault((share * self.thin * 2 / 3, share * self.thin / 3), []).append((family, n))
+            share = (self.tuning.top_share if self.bound and family is self.top else 1.0) * many
+            slack = share * self.thin * self.tuning.identical_merge_share
+            apart.setdefault((slack, share * self._thinning()), []).append((family, n))
         for (slack, loss), some in apart.items():
             first, choices, of = self.tables.rows, [], []
             for k, (family, n) in enumerate(some):
@@ -358,7 +349,6 @@ class SparseTables:
             self.tables.extend(2 * len(some), *found)
 
     # -- reading
-    # -------------------------------------------------------------------------------------------------
 
     def points(self, e: bool = True) -> Stairs:
         """The staircase of the chain, or of this part and what follows, from the node with `e`."""

@@ -29,24 +29,18 @@ from numpy.typing import NDArray
 
 from mwplan.common.errors import ArgumentError
 from mwplan.solvers.parallel import each
-from mwplan.solvers.pareto import INF, Ints, staircase
+from mwplan.solvers.pareto import INF, Ints, Stairs, staircase
+from mwplan.solvers.tuning import Tuning
 
-Stairs = tuple[Ints, Ints]
 Samples = NDArray[np.float32]
 Index = NDArray[np.intp]
 _Array = TypeVar("_Array", bound=NDArray[Any])
+#: ten times what float32 rounds the sum of two samples by: 2^-24 of each, and of the sum
 MARGIN = 2e-6
-#: so many cells are bounded together, at first and where that leaves groups; each number divides the one
-#: before
-LEVELS = (16, 4, 1)
-#: points of a row that a buffer begins with room for
-_POINTS = 64
-#: rows that are sampled together: few enough for a processor's cache
-_ROWS = 64
 _INF = np.float32(np.inf)
 
 
-def grid(low: int, least: int, high: int, cells: int) -> Ints:
+def spaced(low: int, least: int, high: int, cells: int) -> Ints:
     """About `cells` budgets from `low` to `high`, most of them a little above `least`, where frontiers are
     steep."""
     low, least, high = max(1, low), max(2, least), max(3, high)
@@ -62,21 +56,32 @@ def with_tail(budgets: Ints, least: int, high: int, ends: tuple[Stairs, Stairs])
     lowest = min((int(need[0]) for need, _ in ends if need.size), default=0)
     if 2 * lowest < 3 * least:
         return budgets
-    return np.union1d(budgets, grid(lowest // 2, lowest, high, budgets.size))
+    return np.union1d(budgets, spaced(lowest // 2, lowest, high, budgets.size))
 
 
-def sheets(n: int) -> list[tuple[Index, Index]]:
-    """With a grid of `n` budgets: for each of `LEVELS` the columns of samples (`Buffer`) that bound the
-    intervals from below, those within one interval of the level before in a row, and the numbers of the
-    budgets at their ends, `n` where there is none. Behind cell `n` samples are infinite: column `n + 1`."""
-    out = []
-    before = -(-(n + 1) // LEVELS[0]) * LEVELS[0]
-    for width, wider in zip(LEVELS, (before, *LEVELS)):
-        begin = np.arange(0, before, width).reshape(-1, wider // width)
-        last = begin + (width - 1)
-        ends = np.minimum(last, n)
-        out.append((np.where(begin > n, n + 1, ends), ends))
-    return out
+class Grid:
+    """The budgets at which staircases are compared first, and how cells between them are taken together.
+
+    Cell `q` is `(budgets[q-1], budgets[q]]`, the first one without beginning, the last, `n`, without end.
+    `span`, more than any need, tells rows of a buffer apart. `levels`: so many cells are bounded together, at
+    first and where that leaves groups.
+    """
+
+    __slots__ = ("budgets", "levels", "sheets", "span", "tuning")
+
+    def __init__(self, budgets: Ints, span: int, tuning: Tuning) -> None:
+        self.budgets, self.span, self.tuning, self.levels = budgets, span, tuning, tuning.cell_levels
+        n, levels = budgets.size, self.levels
+        #: for each of `levels` the columns of samples (`Buffer`) that bound the intervals from below, those
+        #: within one interval of the level before in a row, and the numbers of the budgets at their ends, `n`
+        #: where there is none. Behind cell `n` samples are infinite: column `n + 1`.
+        self.sheets: list[tuple[Index, Index]] = []
+        before = -(-(n + 1) // levels[0]) * levels[0]
+        for width, wider in zip(levels, (before, *levels)):
+            begin = np.arange(0, before, width).reshape(-1, wider // width)
+            last = begin + (width - 1)
+            ends = np.minimum(last, n)
+            self.sheets.append((np.where(begin > n, n + 1, ends), ends))
 
 
 def longer(old: _Array, rows: int) -> _Array:
@@ -90,10 +95,9 @@ class Buffer:
     """Staircases of many rows, one after another, each element keyed by `base[row] + need`; and their
     samples.
 
-    Cell `q` is `(grid[q-1], grid[q]]`, the first one without beginning, the last, `n`, without end.
     `pointer[row, q]`: the first element of the row beyond cell `q - 1`. `samples[row]`: the times at the ends
     of the `n + 1` cells, infinite below `floor`, then infinity; if `sheeted`, `sheets[k][row]` has them in
-    the order of `sheets` instead.
+    the order of `Grid.sheets` instead.
     """
 
     __slots__ = (
@@ -106,22 +110,21 @@ class Buffer:
         "samples",
         "sheets",
         "size",
-        "span",
         "time",
     )
 
-    def __init__(self, budgets: Ints, span: int, rows: int, *, sheeted: bool = False) -> None:
-        n = budgets.size
-        self.size, self.grid, self.span = 0, budgets, span
+    def __init__(self, grid: Grid, rows: int, *, sheeted: bool = False) -> None:
+        n, points = grid.budgets.size, grid.tuning.room_points * rows
+        self.size, self.grid = 0, grid
         #: rows that `extend` has filled
         self.rows = 0
         # What is not touched takes no memory.
-        self.key = np.empty(_POINTS * rows, dtype=np.int64)
-        self.time = np.empty(_POINTS * rows, dtype=np.int64)
+        self.key = np.empty(points, dtype=np.int64)
+        self.time = np.empty(points, dtype=np.int64)
         self.base = np.zeros(rows, dtype=np.int64)
         self.pointer = np.zeros((rows, n + 2), dtype=np.int32)
         self.samples: Samples = np.empty((0 if sheeted else rows, n + 2), dtype=np.float32)
-        self.columns = [lower for lower, _ in sheets(n)] if sheeted else []
+        self.columns = [lower for lower, _ in grid.sheets] if sheeted else []
         self.sheets: list[Samples] = [np.empty((rows, *x.shape), dtype=np.float32) for x in self.columns]
 
     def extend(
@@ -130,8 +133,9 @@ class Buffer:
         """Adds the staircases of the next `rows` rows at once; `of`, in order: the row of each point, from 0;
         `at`, what this returned where it is known already: how many points lie in each cell of each row and
         before, earlier rows included."""
-        n, size, first = self.grid.size, self.size, self.rows
-        if (first + rows + 1) * self.span >= 2**63:
+        budgets, size, first = self.grid.budgets, self.size, self.rows
+        n, span, together = budgets.size, self.grid.span, self.grid.tuning.rows_together
+        if (first + rows + 1) * span >= 2**63:
             raise ArgumentError(
                 f"`profile`: {first + rows} stretches are too many for its byte counts: state bytes in a "
                 "larger unit"
@@ -144,11 +148,11 @@ class Buffer:
         if end > self.key.size:
             for name in ("key", "time"):
                 setattr(self, name, longer(getattr(self, name), max(end, 2 * self.key.size)))
-        base = np.arange(first, first + rows) * self.span
+        base = np.arange(first, first + rows) * span
         self.base[first : first + rows], self.time[size:end] = base, time
         np.add(need, base[of], out=self.key[size:end])
         if at is None:
-            cell = of * (n + 1) + self.grid.searchsorted(need)
+            cell = of * (n + 1) + budgets.searchsorted(need)
             at = np.cumsum(np.bincount(cell, minlength=rows * (n + 1))).reshape(rows, n + 1)
         begin, short = np.append(0, at[:-1, n]), time.astype(np.float32)
 
@@ -163,28 +167,29 @@ class Buffer:
                 reached = short.take(at[some] - 1, mode="clip")
                 np.copyto(samples[:, : n + 1], reached, where=at[some] > begin[some, None])
             if floor is not None:
-                np.copyto(samples[:, :n], _INF, where=self.grid < floor[some, None])
+                np.copyto(samples[:, :n], _INF, where=budgets < floor[some, None])
             if not self.sheets:
                 self.samples[here] = samples
             for sheet, columns in zip(self.sheets, self.columns):
                 samples.take(columns, axis=1, out=sheet[here], mode="clip")
 
-        each(fill, [slice(low, min(low + _ROWS, rows)) for low in range(0, rows, _ROWS)])
+        each(fill, [slice(low, min(low + together, rows)) for low in range(0, rows, together)])
         self.size, self.rows = end, first + rows
         return at
 
 
 class Shifts:
     """Where the samples of suffixes stand when bytes are held to their left: `moves` of each number of held
-    bytes, once, as rows of `sheets`: `columns` of it, from the function `sheets`, those that bound from below
+    bytes, once, as rows of `sheets`: `columns` of it, as `Grid.sheets` has them, those that bound from below
     and those at budgets."""
 
     __slots__ = ("budgets", "columns", "ends", "high", "known", "low", "sheets")
 
-    def __init__(self, budgets: Ints) -> None:
+    def __init__(self, grid: Grid) -> None:
+        budgets, columns = grid.budgets, grid.sheets
         self.budgets = budgets
         self.known: dict[int, int] = {}
-        n, columns = budgets.size, sheets(budgets.size)
+        n = budgets.size
         #: the cells `(low, high]`
         self.low, self.high = np.append(np.int64(-1), budgets), np.append(budgets, np.int64(2**62))
         #: the budgets at the ends of the intervals of each level, in the order of `sheets`; -1 where there is
@@ -219,7 +224,8 @@ class Shifts:
         n = self.budgets.size
         column = self._column(moved, np.clip(budget, 0, n - 1), 1)
         found = np.where((column > n) | (budget < 0), 0, column + 1)
-        return np.where(budget == n, n, found)
+        cells: Ints = np.where(budget == n, n, found)
+        return cells
 
     def _column(self, moved: Ints, cell: Ints, side: int) -> Ints:
         """One column of `moves` each: at the end of `cell`, from below or from above."""
@@ -227,7 +233,8 @@ class Shifts:
         _, count, wide = sheet.shape
         ratio = wide // 2
         at = moved * (count * wide) + 2 * cell - cell % ratio + side * ratio
-        return sheet.ravel().take(at).astype(np.int64)
+        column: Ints = sheet.ravel().take(at).astype(np.int64)
+        return column
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,7 +264,7 @@ class Pairs:
     def values_at(self, left: Buffer, right: Buffer, shifts: Shifts, cell: Ints) -> Stairs:
         """As `values`, at the end of a cell each."""
         own = _pointer(left, self.left, cell + 1)
-        budget = np.append(right.grid, right.span - 1)[cell]
+        budget = np.append(right.grid.budgets, right.grid.span - 1)[cell]
         rest = shifts.cell(self.moved, cell)
         ranges = _pointer(right, self.right, rest), _pointer(right, self.right, rest + 1)
         ahead, pair = right.base[self.right] - self.held, np.arange(cell.size)

@@ -1,6 +1,6 @@
 r"""Chains of identical layers: a stretch is known by its length alone.
 
-With equal layers and boundaries `T[s, r, e]` of `mwplan.solvers.frontier` depends on `n = r - s` and `e`
+With equal layers and boundaries `T[s, r, e]` of `mwplan.solvers.tables` depends on `n = r - s` and `e`
 only, so one table of L rows replaces one of L^2. Every split is tried: exact. Long chains that need not be
 exact have `mwplan.solvers.sparse`.
 
@@ -14,80 +14,26 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from mwplan.plans.profiles import LayerProfile, Profile
 from mwplan.plans.schedule import Run, RunKind, Strategy
-from mwplan.solvers.pareto import Ints, staircase, value_at
-from mwplan.solvers.runs import Candidates
+from mwplan.solvers.candidates import Candidates
+from mwplan.solvers.pareto import DONE, NO_STAIRS, Ints, Stairs, staircase, value_at
+from mwplan.solvers.problem import Problem
 from mwplan.solvers.splits import grouped
 
-Stairs = tuple[Ints, Ints]
 #: runs of one length, `e'`, `F` and `H`
 Group = tuple[int, bool, int, int, Stairs]
-_NONE: Stairs = (np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
-
-
-def is_uniform(profile: Profile) -> bool:
-    """Whether all layers are equal (names apart) and all boundaries alike."""
-    return stretches(profile, 1) == [(0, len(profile), True)]
-
-
-def repeated(profile: Profile, size: int) -> Profile:
-    """`size` times the first layer of a uniform chain."""
-    return dataclasses.replace(
-        profile,
-        layers=profile.layers[:1] * size,
-        activation_bytes=profile.activation_bytes[:1] * (size + 1),
-        cotangent_bytes=profile.cotangent_bytes[:1] * (size + 1),
-        sweep_cotangent_bytes=profile.sweep_cotangent_bytes[:1] * (size + 1),
-    )
-
-
-def stretches(profile: Profile, least: int) -> list[tuple[int, int, bool]]:
-    """The chain in parts `(start, stop, uniform)`: stretches of at least `least` equal layers (names apart)
-    between equal boundaries, and what lies between them."""
-    boundaries = list(
-        zip(profile.activation_bytes, profile.cotangent_bytes, profile.sweep_cotangent_bytes, strict=True)
-    )
-    out: list[tuple[int, int, bool]] = []
-    start = done = 0
-    for at in range(1, len(profile) + 1):
-        # Whether layer at + 1 goes on with the stretch from `start`.
-        same = at < len(profile) and boundaries[start] == boundaries[at] == boundaries[at + 1]
-        if same and _alike(profile.layers[start], profile.layers[at]):
-            continue
-        if at - start >= least and boundaries[start] == boundaries[start + 1]:
-            out += [(done, start, False)] if start > done else []
-            out.append((start, at, True))
-            done = at
-        start = at
-    return out + ([(done, len(profile), False)] if done < len(profile) else [])
-
-
-def _alike(one: LayerProfile, other: LayerProfile) -> bool:
-    return one is other or one.costs() == other.costs()
-
-
-def part(profile: Profile, start: int, stop: int) -> Profile:
-    """The layers `start+1..stop`."""
-    return dataclasses.replace(
-        profile,
-        layers=profile.layers[start:stop],
-        activation_bytes=profile.activation_bytes[start : stop + 1],
-        cotangent_bytes=profile.cotangent_bytes[start : stop + 1],
-        sweep_cotangent_bytes=profile.sweep_cotangent_bytes[start : stop + 1],
-    )
 
 
 class UniformTables:
     """The tables of a uniform chain.
 
-    **Arguments:** as of `mwplan.solvers.frontier.solve_frontier`.
+    **Arguments:** `problem`, of such a chain.
     """
 
-    def __init__(self, profile: Profile, *, max_error: float, allowed: frozenset[Strategy]) -> None:
-        self.profile, self.size = profile, len(profile)
-        self.nested = Strategy.RECOMPUTE in allowed
-        self.candidates = Candidates(profile, max_error=max_error, allowed=allowed)
+    def __init__(self, problem: Problem) -> None:
+        profile = problem.profile
+        self.size, self.nested = len(profile), Strategy.RECOMPUTE in problem.strategies
+        self.candidates = Candidates(problem)
         self.own = int(profile.activation_bytes[0])
         self.k = int(profile.cotangent_bytes[0])
         self.forward = profile.layers[0].forward_ns
@@ -99,10 +45,9 @@ class UniformTables:
         peaks = profile.layers[0].forward_workspace_bytes + self.own
         # Forward peak of RECOMPUTE runs without x_s: of one layer, and of more.
         self.peaks = (peaks, peaks + (self.own if self.size > 1 else 0))
-        none = (np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64))
         #: inner[e][n]: the staircase of n layers inside a RECOMPUTE run; e is True for its start as the
         #: chain's too
-        self.inner: dict[bool, list[Stairs]] = {False: [none], True: [none]}
+        self.inner: dict[bool, list[Stairs]] = {False: [DONE], True: [DONE]}
         self.top: dict[bool, list[Stairs]] = {
             e: [(np.array([self.candidates.turn_bytes(e)]), np.zeros(1, dtype=np.int64))]
             for e in (False, True)
@@ -110,11 +55,11 @@ class UniformTables:
         for n in range(1, self.size + 1):
             # A chain starts at a kept boundary, so e = True is always needed there.
             for e in (False, True):
-                self.inner[e].append(self._merge(n, e, self.k, self.inner) if self.nested else _NONE)
+                self.inner[e].append(self._merge(n, e, self.k, self.inner) if self.nested else NO_STAIRS)
         for n in range(1, self.size + 1):
             for e in (False, True):
                 asked = e in self.states if n < self.size else e
-                self.top[e].append(self._merge(n, e, 0, self.top) if asked else _NONE)
+                self.top[e].append(self._merge(n, e, 0, self.top) if asked else NO_STAIRS)
 
     def _recompute_peak(self, n: int, e: bool) -> int:
         return (0 if e else self.own) + self.peaks[n > 1]
@@ -139,7 +84,7 @@ class UniformTables:
         if self.nested and n > 1:
             self._merge_recompute(n, e, k, family[False], needs, times)
         if not needs:
-            return _NONE
+            return NO_STAIRS
         need, time = staircase(np.concatenate(needs), np.concatenate(times))
         if self.cap is not None:
             need, time = need[need <= self.cap], time[need <= self.cap]
@@ -148,7 +93,7 @@ class UniformTables:
     def _atoms(self, e: bool, n: int) -> Iterator[Group]:
         """STORE, MOONWALK and INVERT runs of at most `n` layers, `(length, e', F, H, staircase of (B, t))`;
         those shorter than `n` without the runs that a RECOMPUTE run in their place beats (see
-        `mwplan.solvers.frontier.Tables`)."""
+        `mwplan.solvers.tables.Tables`)."""
         start = self._start(e)
         if start >= self.size:
             return
@@ -161,7 +106,7 @@ class UniformTables:
             length = stop - start
             if length > n:
                 break
-            columns = [x[low:high] for x in (atoms.forward_peak, atoms.backward_peak, atoms.held, atoms.time)]
+            columns = [x[low:high] for x in atoms.costs]
             low = high
             if length == n:
                 ending += [(length, keeps, *x) for x in grouped(columns, waiting)]
@@ -221,7 +166,7 @@ class UniformTables:
     def _read(
         self, start: int, stop: int, e: bool, budget: int, k: int, family: dict[bool, list[Stairs]]
     ) -> tuple[Run, ...]:
-        # A stack of stretches instead of calls, as in `mwplan.solvers.frontier`: start, position, stop, e,
+        # A stack of stretches instead of calls, as in `mwplan.solvers.reading`: start, position, stop, e,
         # budget, runs.
         stack: list[tuple[int, int, int, bool, int, list[Run]]] = [(start, start, stop, e, budget, [])]
         while True:

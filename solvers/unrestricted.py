@@ -41,11 +41,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
-from mwplan.common.errors import ArgumentError
-from mwplan.plans.profiles import Profile
-from mwplan.plans.schedule import Choice, Run, RunKind, Solution, Status, Strategy, check_allowed
-from mwplan.solvers.runs import ALL_STRATEGIES, moonwalk_strategy
+from mwplan.plans.profiles import InvertOption, LayerProfile, MoonwalkOption, StoreOption
+from mwplan.plans.schedule import Run, RunKind, Solution, Status, Strategy
+from mwplan.solvers.predictions import moonwalk_strategy
+from mwplan.solvers.problem import Problem, check_integer
 
 Value = tuple[str, int, str]
 
@@ -63,80 +64,84 @@ class Operation:
     time_ns: int
 
 
-def operations(
-    profile: Profile, allowed: Choice = ALL_STRATEGIES
-) -> tuple[list[Operation], dict[Value, int]]:
-    """All operations of a chain, and the bytes of every value."""
-    allowed = check_allowed(allowed)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OperationSequence(Solution):
+    """A solution without runs: its `time_ns` and `bound_ns` hold; `operations`, the names in order."""
+
+    operations: tuple[str, ...] = ()
+
+
+def operations(problem: Problem) -> tuple[list[Operation], dict[Value, int]]:
+    """All operations of a chain that are `allowed`, and the bytes of every value."""
+    profile, allowed = problem.profile, problem.strategies
     size: dict[Value, int] = {}
     for at in range(len(profile) + 1):
         size["x", at, ""] = 0 if at == 0 else profile.activation_bytes[at]
         size["ct", at, ""] = profile.cotangent_bytes[at]
     out = [Operation("loss", frozenset({_x(len(profile))}), frozenset({_ct(len(profile))}), 0, 0, 0)]
     for at, layer in enumerate(profile.layers, start=1):
-        x, y, ct_x, ct_y = _x(at - 1), _x(at), _ct(at - 1), _ct(at)
-        out.append(_op(f"forward {at}", {x}, {y}, 0, layer.forward_workspace_bytes, layer.forward_ns))
+        work, spent = layer.forward_workspace_bytes, layer.forward_ns
+        out.append(_op(f"forward {at}", {_x(at - 1)}, {_x(at)}, 0, work, spent))
         for s in layer.store if Strategy.STORE in allowed else ():
-            kept = {("store", at, s.name)}
-            size["store", at, s.name] = s.residual_bytes
-            out.append(
-                _op(f"forward {at} {s.name}", {x}, {y} | kept, 0, s.forward_workspace_bytes, s.forward_ns)
-            )
-            needs = kept | {ct_y} | ({x} if s.keeps_input else set()) | ({y} if s.keeps_output else set())
-            out.append(
-                _op(f"backward {at} {s.name}", needs, {ct_x}, at, s.backward_workspace_bytes, s.backward_ns)
-            )
+            out += _store(at, s, size)
         for m in layer.moonwalk:
-            if moonwalk_strategy(m) not in allowed:
-                continue
-            kept, fragment = {("moonwalk", at, m.name)}, {("fragment", at, m.name)}
-            size["moonwalk", at, m.name], size["fragment", at, m.name] = m.residual_bytes, m.fragment_bytes
-            if m.fragment_is_cotangent:
-                # It is ct_l itself, kept.
-                fragment = {ct_y}
-            out.append(
-                _op(f"forward {at} {m.name}", {x}, {y} | kept, 0, m.forward_workspace_bytes, m.forward_ns)
-            )
-            needs = kept | {ct_y} | ({x} if m.keeps_input else set()) | ({y} if m.keeps_output else set())
-            out.append(
-                _op(
-                    f"reverse {at} {m.name}",
-                    needs,
-                    {ct_x} | (fragment - {ct_y}),
-                    0,
-                    m.reverse_workspace_bytes,
-                    m.reverse_ns,
-                )
-            )
-            # The time of a rebuild pays for the gradient too, so that comes only after it.
-            paid = {("paid", at, m.name)}
-            size["paid", at, m.name] = 0
-            out.append(
-                _op(
-                    f"rebuild {at} {m.name}",
-                    fragment | {ct_x},
-                    ({ct_y} | paid) - fragment,
-                    0,
-                    m.rebuild_workspace_bytes,
-                    m.rebuild_ns,
-                )
-            )
-            needs = paid | {x, ct_y}
-            out.append(_op(f"gradient {at} {m.name}", needs, set(), at, m.last_workspace_bytes, 0))
-            work = m.advance_workspace_bytes
-            out.append(_op(f"advance {at} {m.name}", needs, {y}, at, work, layer.forward_ns))
+            if moonwalk_strategy(m) in allowed:
+                out += _moonwalk(at, layer, m, size)
         for i in layer.invert if Strategy.INVERT in allowed else ():
-            needs = {y, ct_y}
-            own = (i.residual_bytes, i.forward_ns, i.forward_workspace_bytes)
-            if own != (0, layer.forward_ns, layer.forward_workspace_bytes):
-                kept = {("invert", at, i.name)}
-                size["invert", at, i.name] = i.residual_bytes
-                needs |= kept
-                name, workspace = f"forward {at} invert {i.name}", i.forward_workspace_bytes
-                out.append(_op(name, {x}, {y} | kept, 0, workspace, i.forward_ns))
-            workspace = i.backward_workspace_bytes
-            out.append(_op(f"invert {at} {i.name}", needs, {x, ct_x}, at, workspace, i.backward_ns))
+            out += _invert(at, layer, i, size)
     return out, size
+
+
+def _needed(at: int, option: StoreOption | MoonwalkOption) -> set[Value]:
+    """What a backward step of layer `at` needs besides residuals."""
+    x, y = {_x(at - 1)} if option.keeps_input else set(), {_x(at)} if option.keeps_output else set()
+    return {_ct(at), *x, *y}
+
+
+def _store(at: int, s: StoreOption, size: dict[Value, int]) -> list[Operation]:
+    kept = {("store", at, s.name)}
+    size["store", at, s.name] = s.residual_bytes
+    forward = f"forward {at} {s.name}", {_x(at - 1)}, {_x(at)} | kept
+    needs, back = kept | _needed(at, s), s.backward_workspace_bytes
+    return [
+        _op(*forward, 0, s.forward_workspace_bytes, s.forward_ns),
+        _op(f"backward {at} {s.name}", needs, {_ct(at - 1)}, at, back, s.backward_ns),
+    ]
+
+
+def _moonwalk(at: int, layer: LayerProfile, m: MoonwalkOption, size: dict[Value, int]) -> list[Operation]:
+    x, y, ct_x, ct_y = _x(at - 1), _x(at), _ct(at - 1), _ct(at)
+    kept, fragment = {("moonwalk", at, m.name)}, {("fragment", at, m.name)}
+    size["moonwalk", at, m.name], size["fragment", at, m.name] = m.residual_bytes, m.fragment_bytes
+    if m.fragment_is_cotangent:
+        # It is ct_l itself, kept.
+        fragment = {ct_y}
+    # The time of a rebuild pays for the gradient too, so that comes only after it.
+    paid = {("paid", at, m.name)}
+    size["paid", at, m.name] = 0
+    reversed_, rebuilt, done = {ct_x} | (fragment - {ct_y}), ({ct_y} | paid) - fragment, paid | {x, ct_y}
+    back, rebuild, name = m.reverse_workspace_bytes, m.rebuild_workspace_bytes, f"{at} {m.name}"
+    return [
+        _op(f"forward {name}", {x}, {y} | kept, 0, m.forward_workspace_bytes, m.forward_ns),
+        _op(f"reverse {name}", kept | _needed(at, m), reversed_, 0, back, m.reverse_ns),
+        _op(f"rebuild {name}", fragment | {ct_x}, rebuilt, 0, rebuild, m.rebuild_ns),
+        _op(f"gradient {name}", done, set(), at, m.last_workspace_bytes, 0),
+        _op(f"advance {name}", done, {y}, at, m.advance_workspace_bytes, layer.forward_ns),
+    ]
+
+
+def _invert(at: int, layer: LayerProfile, i: InvertOption, size: dict[Value, int]) -> list[Operation]:
+    x, y, out = _x(at - 1), _x(at), []
+    needs = {y, _ct(at)}
+    own = (i.residual_bytes, i.forward_ns, i.forward_workspace_bytes)
+    if own != (0, layer.forward_ns, layer.forward_workspace_bytes):
+        kept = {("invert", at, i.name)}
+        size["invert", at, i.name] = i.residual_bytes
+        needs |= kept
+        name, workspace = f"forward {at} invert {i.name}", i.forward_workspace_bytes
+        out.append(_op(name, {x}, {y} | kept, 0, workspace, i.forward_ns))
+    workspace = i.backward_workspace_bytes
+    return [*out, _op(f"invert {at} {i.name}", needs, {x, _ct(at - 1)}, at, workspace, i.backward_ns)]
 
 
 def _op(
@@ -170,79 +175,70 @@ def steps_of(runs: Iterable[Run]) -> int:
     return total
 
 
-def solve_unrestricted(
-    profile: Profile,
-    budget_bytes: int,
-    steps: int,
-    *,
-    allowed: Choice = ALL_STRATEGIES,
-    time_limit_s: float = 60.0,
-    seed: int = 0,
-    workers: int = 2,
-) -> tuple[Solution, tuple[str, ...]]:
-    """The fastest sequence of at most `steps` operations within a budget, of any order and without runs.
+def solve_unrestricted(problem: Problem, steps: int) -> OperationSequence:
+    """The fastest sequence of at most `steps` operations within `budget_bytes`, of any order and without
+    runs.
 
-    **Returns:** a `Solution` without runs (its `time_ns` and `bound_ns` hold), and the operations' names in
-    order.
     **Raises:** `ArgumentError`. **Cost:** `steps` times (operations + values) binaries: chains of up to 3 or
     4 layers.
     """
-    for name, value in (("budget_bytes", budget_bytes), ("steps", steps)):
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**62:
-            raise ArgumentError(f"`{name}={value!r}` must be an integer from 1 to 2^62")
+    check_integer("steps", steps, 1)
     from ortools.sat.python import cp_model
 
-    every, size = operations(profile, allowed)
-    values = list(size)
+    every, size = operations(problem)
     model = cp_model.CpModel()
+    do = _model(model, every, size, problem, steps)
+    solver = cp_model.CpSolver()
+    solver.parameters.max_time_in_seconds = problem.time_limit_s
+    solver.parameters.num_workers = problem.workers
+    solver.parameters.random_seed = problem.seed
+    status = solver.solve(model)
+    if status == cp_model.INFEASIBLE:
+        return OperationSequence(status=Status.INFEASIBLE, solver="unrestricted")
+    bound = max(0, int(-(-(solver.best_objective_bound - 1e-6) // 1)))
+    if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
+        return OperationSequence(status=Status.UNKNOWN, bound_ns=bound, solver="unrestricted")
+    names = [every[k].name for row in do for k in range(len(every)) if solver.boolean_value(row[k])]
+    time = round(solver.objective_value)
+    optimal = status == cp_model.OPTIMAL
+    return OperationSequence(
+        status=Status.OPTIMAL if optimal else Status.FEASIBLE,
+        time_ns=time,
+        bound_ns=time if optimal else bound,
+        solver="unrestricted",
+        operations=tuple(names),
+    )
+
+
+def _model(
+    model: Any, every: list[Operation], size: dict[Value, int], problem: Problem, steps: int
+) -> list[list[Any]]:
+    """Adds all variables and constraints; returns `do`."""
+    values = list(size)
     do = [[model.new_bool_var(f"do{t},{k}") for k in range(len(every))] for t in range(steps + 1)]
     live = [{v: model.new_bool_var(f"live{t},{v}") for v in values} for t in range(steps + 2)]
+    made = [sum(size[v] for v in op.makes) + op.workspace_bytes for op in every]
+    makers = {v: [k for k, op in enumerate(every) if v in op.makes] for v in values}
     for v in values:
         if v != _x(0):
             model.add(live[0][v] == 0)
     for t in range(steps + 1):
         model.add(live[t][_x(0)] == 1)
         model.add_at_most_one(do[t])
-        makers: dict[Value, list[int]] = {v: [] for v in values}
-        fresh = []
         for k, op in enumerate(every):
             for v in op.needs:
                 model.add_implication(do[t][k], live[t][v])
-            for v in op.makes:
-                makers[v].append(k)
-            fresh.append(sum(size[v] for v in op.makes) + op.workspace_bytes)
         for v in values:
             model.add(live[t + 1][v] <= live[t][v] + sum(do[t][k] for k in makers[v]))
         bytes_alive = sum(size[v] * live[t][v] for v in values if size[v])
-        model.add(bytes_alive + sum(n * do[t][k] for k, n in enumerate(fresh) if n) <= budget_bytes)
+        model.add(bytes_alive + sum(n * do[t][k] for k, n in enumerate(made) if n) <= problem.budget)
         if t:
             # Idle steps come last.
             model.add(sum(do[t]) <= sum(do[t - 1]))
-    for at in range(1, len(profile) + 1):
+    for at in range(1, len(problem.profile) + 1):
         model.add(sum(row[k] for row in do for k, op in enumerate(every) if op.gradient == at) == 1)
     model.add(sum(row[0] for row in do) == 1)
     # The chain's input cotangent is a result too.
     model.add(sum(row[k] for row in do for k, op in enumerate(every) if _ct(0) in op.makes) >= 1)
     model.minimize(sum(op.time_ns * row[k] for row in do for k, op in enumerate(every)))
-    solver = cp_model.CpSolver()
-    solver.parameters.max_time_in_seconds = time_limit_s
-    solver.parameters.num_workers = workers
-    solver.parameters.random_seed = seed
-    status = solver.solve(model)
-    if status == cp_model.INFEASIBLE:
-        return Solution(status=Status.INFEASIBLE, solver="unrestricted"), ()
-    bound = max(0, int(-(-(solver.best_objective_bound - 1e-6) // 1)))
-    if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
-        return Solution(status=Status.UNKNOWN, bound_ns=bound, solver="unrestricted"), ()
-    names = [every[k].name for row in do for k in range(len(every)) if solver.boolean_value(row[k])]
-    time = round(solver.objective_value)
-    optimal = status == cp_model.OPTIMAL
-    return (
-        Solution(
-            status=Status.OPTIMAL if optimal else Status.FEASIBLE,
-            time_ns=time,
-            bound_ns=time if optimal else bound,
-            solver="unrestricted",
-        ),
-        tuple(names),
-    )
+    return do

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 
 import jax
 import pytest
@@ -18,6 +19,11 @@ if shutil.which("nvidia-smi") is None:
     # Most of the suite's time is compilation. LLVM's part takes half as long without optimisations; what XLA
     # makes of a program, its buffers too, stays the same.
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
+
+
+# What is kept on disk is the tests' own, and gone with them: figures of earlier runs would hide changes.
+_CACHE = tempfile.TemporaryDirectory(prefix="mwplan-tests-")
+os.environ["XDG_CACHE_HOME"] = _CACHE.name
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -28,7 +28,7 @@ from mwplan.layers import (
     layer,
 )
 from mwplan.network import rules
-from mwplan.profiling import costs, measure, programs
+from mwplan.profiling import costs, estimating, layer_costs, programs
 from mwplan.profiling.roofline import DEVICES
 from tests.helpers import relative_error
 
@@ -81,7 +81,7 @@ def both(name: str) -> tuple[mw.Profile, mw.Profile]:
     shapes = jax.eval_shape(lambda c, x: (c, x), chain, x)
     with pytest.MonkeyPatch.context() as patch:
         if name != "mlp":  # errors take long to compile, and those of one network are enough
-            patch.setattr(measure.Costs, "add_errors", lambda *args: None)
+            patch.setattr(layer_costs.Costs, "add_errors", lambda *args: None)
         return mw.estimate(*shapes, device="h100"), mw.profile(chain, x, repeats=1)
 
 
@@ -363,14 +363,14 @@ def test_nothing_is_run_where_nothing_makes_errors(monkeypatch: pytest.MonkeyPat
     def refuse(*args: Any) -> Any:
         raise AssertionError("run")
 
-    monkeypatch.setattr(measure, "visit", refuse)
+    monkeypatch.setattr(estimating, "visit", refuse)
     told: list[int] = []
     chain = mw.Chain([jnp.tanh, Dense(jnp.ones((3, 3)))])
     with pytest.raises(AssertionError, match="run"):
         mw.estimate(chain, jnp.ones((2, 3)), device="h100")
     chain = mw.Chain([jnp.tanh, jnp.sin])
     profile = mw.estimate(chain, jnp.ones((2, 3)), device="h100", progress=lambda done, *_: told.append(done))
-    assert (profile.layers[0].moonwalk[0].growth, told) == (0, [2])
+    assert (profile.layers[0].moonwalk[0].growth, told) == (0, [1, 2, 2])
 
 
 def test_unusual_inputs() -> None:
@@ -386,7 +386,7 @@ def test_unusual_inputs() -> None:
     mw.estimate(
         whole, jnp.ones((8, 2, 2, 3)), device="laptop", examples=4, progress=lambda *a: told.append(a)
     )
-    assert [done for done, _, _ in told] == [1, 2, 2]
+    assert [done for done, _, _ in told] == [1, 2, 1, 2, 2]  # counted, and then measured
 
 
 class NeedsValues:

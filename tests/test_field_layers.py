@@ -199,12 +199,13 @@ def test_frozen_weights_cost_nothing(stacked: bool) -> None:
     assert store[1].backward_ns < store[0].backward_ns
     assert not store[1].residual_bytes > store[0].residual_bytes
     params = trees.parameters(net)
-    plain = jax.jit(jax.value_and_grad(lambda p: mean_square(trees.with_parameters(net, p)(x)))).lower(params)
+    plain = jax.jit(jax.value_and_grad(lambda p, net, x: mean_square(trees.with_parameters(net, p)(x))))
+    plain = plain.lower(params, net, x).compile()
     schedule = mw.Schedule(runs=alike(RunKind.STORE, "vjp", 4))
     step = mw.jit(mw.value_and_grad(mean_square, schedule)).lower(net, x).compile()
     (_, _), grads = step(net, x)
-    assert relative_error(grads, plain.compile()(params)[1]) < 1e-5
-    assert step.cost_analysis()["flops"] < 1.1 * plain.compile().cost_analysis()["flops"]
+    assert relative_error(grads, plain(params, net, x)[1]) < 1e-5
+    assert step.cost_analysis()["flops"] <= plain.cost_analysis()["flops"]
     outputs = step.memory_analysis().output_size_in_bytes
     assert outputs < trees.nbytes(params) + 4096
     if not stacked:
@@ -255,8 +256,8 @@ def test_frozen_weights_stay_as_they_are() -> None:
     moved = optax.apply_updates(mw.trainable(net), updates)
     after = trees.with_parameters(net, jax.tree.leaves(moved))
     states = mw.init_states(optimizer, net)
-    (_, _), (together, _) = mw.jit(mw.value_and_update(mean_square, schedule, optimizer))(net, states, x)
+    (_, _), together, _ = mw.jit(mw.value_and_update(mean_square, schedule, optimizer))(net, states, x)
     for one in (after, together):
         np.testing.assert_array_equal(one[0].base.weight, net[0].base.weight)
         assert not np.array_equal(one[0].a, net[0].a)
-    np.testing.assert_allclose(after[1].a, together[1].a, rtol=1e-5)
+    np.testing.assert_allclose(after[1].a, together[1].a, rtol=1e-5, atol=1e-6)

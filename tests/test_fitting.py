@@ -120,7 +120,7 @@ def test_smaller_schedules_are_tried_until_one_fits(
     assert sizes == sorted(sizes, reverse=True)
     assert "trying a smaller one" in told[0]
     monkeypatch.setattr(search, "temporaries", lambda compiled: 1 << 40)
-    asked = r"^`budget='[\d_]+ B'` \([\d_]+ bytes\).*of the 2 that were compiled none does.*raise the budget"
+    asked = r"^`budget='[\d_]+ B'` \([\d_]+ bytes\): of the \d+ programs that were compiled none fits.*raise"
     with pytest.raises(mw.InfeasibleError, match=asked):
         mw.fit(mean_square, chain, x, budget=f"{total} B", profile=profile, max_attempts=2)
 
@@ -210,7 +210,7 @@ def test_fewer_strategies_may_fit_where_all_do_not(
 
 def test_budgets_that_nothing_fits(profile: mw.Profile) -> None:
     chain, x = network(), jnp.ones((512, 32))
-    with pytest.raises(mw.InfeasibleError, match="least-memory schedule needs"):
+    with pytest.raises(mw.InfeasibleError, match=r"of the .* programs that were compiled none fits"):
         mw.fit(mean_square, chain, x, budget=profile.fixed_bytes + 1, profile=profile)
     with pytest.raises(mw.ArgumentError, match="max_attempts"):
         mw.fit(mean_square, chain, x, budget="1GiB", profile=profile, max_attempts=0)

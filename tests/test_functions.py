@@ -13,6 +13,7 @@ import pytest
 
 import mwplan as mw
 from mwplan.functions import cut, tracing
+from mwplan.functions.policy import Policy
 from tests import functions
 
 PyTree = Any
@@ -24,9 +25,12 @@ def _x64() -> Iterator[None]:
         yield
 
 
-def assert_gradient(loss: Any, params: PyTree, *args: Any, has_aux: bool = False, most: int = 128) -> mw.Cut:
+def assert_gradient(
+    loss: Any, params: PyTree, *args: Any, has_aux: bool = False, most: int = 128, loops: bool = False
+) -> mw.Cut:
     """The chain of pieces gives the value and the gradient that JAX gives."""
     found = mw.cut(loss, params, *args, has_aux=has_aux, most=most)
+    found = found.looped() if loops else found
 
     @jax.jit
     def step(params: PyTree, *args: Any) -> tuple[Any, PyTree]:
@@ -61,23 +65,41 @@ def assert_same_gradient(got: PyTree, loss: Any, params: PyTree, *args: Any, has
 
 
 def assert_fits(
-    loss: Any, params: PyTree, *args: Any, share: float, has_aux: bool = False
+    loss: Any, params: PyTree, *args: Any, has_aux: bool = False, between: float = 0.4
 ) -> mw.FittedFunction:
-    """Fitted to a share of what JAX's own step takes, the step keeps the budget, and its gradient is
-    JAX's."""
-    plain = mw.jit(jax.value_and_grad(loss, has_aux=has_aux)).lower(params, *args).compile().memory_analysis()
-    fixed = plain.argument_size_in_bytes + plain.output_size_in_bytes
-    budget = int(share * (fixed + plain.temp_size_in_bytes))
-    fitted = mw.fit_function(loss, params, *args, budget=budget, has_aux=has_aux)
-    assert fitted.temporary_bytes + fixed <= budget
+    """Fitted to a budget between the least and the most that a plan would use, the compiled step keeps it,
+    and gives the function's value and JAX's gradient."""
+    found = mw.cut(loss, params, *args, has_aux=has_aux)
+    chain, x, _ = found.build(params, *args)
+    profile = mw.profile(chain, x, repeats=1)
+    points = mw.frontier(profile).points
+    temporary = points[0][0] + int(between * (points[-1][0] - points[0][0])) - profile.fixed_bytes
+    fitted = mw.fit_function(
+        loss,
+        params,
+        *args,
+        has_aux=has_aux,
+        profile=profile,
+        budget=temporary + fixed_bytes(loss, params, *args),
+    )
+    assert fitted.temporary_bytes <= temporary
     (value, report), grads = fitted.step(params, *args)
     want = loss(params, *args)
-    for a, b in zip(jax.tree.leaves(value), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-9)
+    assert jax.tree.structure(value) == jax.tree.structure(want)
+    for a, b in zip(jax.tree.leaves(value), jax.tree.leaves(want)):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
         assert a.dtype == b.dtype
     assert float(report.worst) < 1e-4
     assert_same_gradient(grads, loss, params, *args, has_aux=has_aux)
     return fitted
+
+
+def fixed_bytes(loss: Any, params: PyTree, *args: Any) -> int:
+    """Bytes of arguments and results of the gradient step."""
+    arrays = [leaf for leaf in jax.tree.leaves((params, args)) if hasattr(leaf, "dtype")]
+    floats = [leaf for leaf in jax.tree.leaves(params) if hasattr(leaf, "dtype") and leaf.dtype.kind == "f"]
+    results = jax.tree.leaves(jax.eval_shape(lambda: loss(params, *args)))
+    return sum(leaf.nbytes for leaf in (*arrays, *floats)) + sum(r.size * r.dtype.itemsize for r in results)
 
 
 def test_mlp_is_cut_between_its_layers_and_fits() -> None:
@@ -86,9 +108,35 @@ def test_mlp_is_cut_between_its_layers_and_fits() -> None:
     assert len(found) == 4
     assert all(len(piece.params) == 4 for piece in found.plan.pieces)
     assert len({piece.program for piece in found.plan.pieces[:-1]}) == 1
-    fitted = assert_fits(functions.mlp_loss, params, x, y, share=0.8)
+    fitted = assert_fits(functions.mlp_loss, params, x, y)
     with pytest.raises(mw.ArgumentError, match=r"args\[0\].*compiled for"):
         fitted.step(params, x[:2], y)
+    policy = fitted.policy()
+    assert_same_gradient(jax.jit(jax.grad(policy))(params, x, y), functions.mlp_loss, params, x, y)
+    assert len(str(policy).splitlines()) >= len(fitted.schedule.runs)
+    assert policy.temporary_bytes(params, x, y) > 0
+
+
+def test_a_plan_in_the_words_of_checkpoint() -> None:
+    params, x, y = functions.mlp(depth=16, batch=512)
+    found = mw.cut(functions.mlp_loss, params, x, y)
+    store = [mw.Run(kind=mw.RunKind.STORE, start=i, stop=i + 1, options=("vjp",)) for i in range(len(found))]
+    inner = mw.Run(kind=mw.RunKind.RECOMPUTE, start=1, stop=3, inner=tuple(store[1:3]))
+    outer = mw.Run(kind=mw.RunKind.RECOMPUTE, start=0, stop=4, inner=(store[0], inner, store[3]))
+    lean = mw.Run(kind=mw.RunKind.STORE, start=4, stop=5, options=("products",))
+    rebuilt = mw.Run(kind=mw.RunKind.MOONWALK, start=5, stop=6, options=("whole",))
+
+    def policy(*runs: mw.Run) -> Policy:
+        schedule = mw.Schedule(runs=runs)
+        return Policy(cut=found, schedule=schedule, has_aux=False)
+
+    saved = policy(*store)
+    mixed = policy(outer, lean, rebuilt, *store[6:])
+    for one in (saved, mixed):
+        assert_same_gradient(jax.jit(jax.grad(one))(params, x, y), functions.mlp_loss, params, x, y)
+    assert mixed.temporary_bytes(params, x, y) < saved.temporary_bytes(params, x, y)
+    assert [run.kind for run in mixed.unsaid] == [mw.RunKind.MOONWALK]
+    assert "products saved" in str(mixed)
 
 
 def test_transformer_is_cut_between_its_sublayers_and_fits() -> None:
@@ -99,7 +147,7 @@ def test_transformer_is_cut_between_its_sublayers_and_fits() -> None:
     assert kinds[1] == kinds[3]
     assert kinds[2] == kinds[4]
     assert "blocks" in str(found)
-    assert_fits(functions.transformer_loss, params, batch, share=0.5)
+    assert_fits(functions.transformer_loss, params, batch)
 
 
 def scalar(x: Any) -> Any:
@@ -113,6 +161,16 @@ def test_scan_over_stacked_layers_is_a_stack() -> None:
     assert [isinstance(part, mw.Stack) for part in chain.parts] == [False, True, False, False]
     assert chain.parts[1].depth == 4
     assert len(found) == len(chain) == 11
+
+
+def test_pieces_that_repeat_are_looped() -> None:
+    params, batch = functions.transformer(depth=5)
+    found = assert_gradient(functions.transformer_loss, params, batch, loops=True)
+    chain, _, _ = found.build(params, batch)
+    assert [len(part) for part in chain.parts if isinstance(part, mw.Stack)] == [10]
+    assert len(chain) == len(found) == 13
+    copied = sum(leaf.nbytes for leaf in jax.tree.leaves(params["blocks"]))
+    assert found.plan.copied_bytes(found.flow.traced.avals) == copied
 
 
 def _scans(params: PyTree, x: Any, keys: Any, memory: Any) -> tuple[Any, Any]:

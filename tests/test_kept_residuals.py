@@ -14,8 +14,7 @@ from mwplan import layers
 from mwplan.layers import Dense, LeakyReLU, layer
 from mwplan.network import operations, residuals, rules
 from mwplan.plans.schedule import Run, RunKind
-from mwplan.profiling import measure
-from mwplan.profiling.bench import Bench
+from mwplan.profiling import touch
 from tests.helpers import relative_error
 from tests.measured import measured
 
@@ -71,14 +70,11 @@ def test_of_what_keeps_the_same_the_lesser_is_left_out() -> None:
 def test_a_composite_is_inverted_at_its_parts_cost() -> None:
     """Of a rule that keeps nothing, too, a composite's backward is of all its parts."""
     one = layers.Coupling(layers.Smooth("gelu"), Dense.init(jax.random.key(0), 4, 4))
-    x, bench = jax.random.normal(jax.random.key(1), (2048, 8)), Bench(1, 0)
+    x = jax.random.normal(jax.random.key(1), (2048, 8))
 
     def option(layer: Any) -> InvertOption:
-        (rule,) = rules.invert_rules(layer, jax.eval_shape(lambda: x))
-        plain = bench.program(operations.plain_forward, layer, x)
-        made = measure._InvertPrograms(bench, rule, layer, x, plain.result, bench.cotangent(x), plain)
-        bench.settle()
-        return made.option()
+        (found,) = mw.profile(mw.Chain([layer]), x, repeats=1).layers[0].invert
+        return found
 
     alone, inside = option(one), option(layers.Sequential((one,)))
     assert alone.backward_workspace_bytes > x.nbytes // 2  # a branch's output at the very least
@@ -185,7 +181,57 @@ def test_profiles_are_measured_once_for_equal_layers() -> None:
     assert mw.Profile.from_json(profile.to_json()) == profile
 
 
-def test_fresh_memory_is_measured() -> None:
-    kept, rate = Bench(2, 0).fresh()
-    assert 0 <= kept <= 2**25
-    assert 0 <= rate < 5e6  # 5 ms a MiB: a page in 20 microseconds
+def test_the_first_touch_of_memory_is_measured() -> None:
+    found = touch.measured()
+    assert 0 <= found.kept_bytes <= 2**25
+    assert 0 <= found.first_touch_mib_ns < 5e6  # 5 ms a MiB: a page in 20 microseconds
+
+
+@layer
+class Masked:
+    """Scores of which each row sees those before it alone, and a softmax of them."""
+
+    def __call__(self, x: Any) -> Any:
+        """Applies the layer."""
+        scores = jnp.einsum("bik,bjk->bij", x, x)
+        before = jnp.tril(jnp.ones(scores.shape[-2:], bool))
+        return jax.nn.softmax(jnp.where(before, scores, -jnp.inf)) @ x
+
+
+def test_a_mask_that_no_argument_changes_is_made_again() -> None:
+    """Not packed and kept, once for every example: a kernel more each way, and no fusion with the softmax."""
+    x = jax.random.normal(jax.random.key(0), (3, 8, 4))
+    rule = rules.VjpStore()
+    _, held = operations.forward(Masked(), x, rule=rule)
+    kinds = [source[0] for source in held.spec.sources]
+    assert "made" in kinds
+    assert "bits" not in kinds
+    assert not any(leaf.dtype == jnp.uint8 for leaf in held.own)
+    again = operations.forward(Masked(), x, rule=rule)[1]
+    assert held.spec.sources == again.spec.sources  # programs compare by what they compute
+
+
+@pytest.mark.parametrize("depth", [2, 6])
+def test_gradients_through_masks_that_are_made_again(depth: int) -> None:
+    """Written out and in loops."""
+    net = mw.stack(mw.Chain([Masked()] * depth), x := jax.random.normal(jax.random.key(0), (2, 8, 4)))
+    runs = tuple(Run(kind=RunKind.STORE, start=i, stop=i + 1, options=("vjp",)) for i in range(depth))
+    want = jax.grad(lambda x: jnp.sum(net(x) ** 2))(x)
+    got = mw.jit(jax.grad(lambda x: jnp.sum(mw.apply(mw.Schedule(runs=runs), net, x) ** 2)))(x)
+    assert relative_error(got, want) < 1e-5
+
+
+def test_what_an_argument_changes_is_kept() -> None:
+    """A mask of the input's signs, and one of a closed-over array: nothing here says what that holds."""
+    table = jnp.arange(8.0) > 3
+
+    def signs(x: Any) -> Any:
+        return jnp.where(x > 0, x, 0.5 * x)
+
+    def closed(x: Any) -> Any:
+        return jnp.where(table, x * x, x)
+
+    x = jnp.linspace(-1.0, 1.0, 8)
+    for function in (signs, closed):
+        found = residuals.origins(lambda f, x: jax.vjp(f, x)[1], function, x)
+        assert not any(isinstance(one, residuals.Made) for one in found)

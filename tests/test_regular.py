@@ -8,7 +8,7 @@ import itertools
 
 import pytest
 
-from experiments.solver_scaling import deep, identical
+from experiments.solver_chains import deep, identical
 from mwplan import planning
 from mwplan.plans.ledger import replay
 from mwplan.plans.profiles import Profile
@@ -25,6 +25,7 @@ from mwplan.plans.schedule import (
 )
 from mwplan.plans.tape import LOOPS, loops, written_out
 from mwplan.solvers import baselines
+from mwplan.solvers.problem import Problem
 from mwplan.solvers.regular import affordable, simplify
 
 CHAINS = {
@@ -118,7 +119,8 @@ def test_runs_that_reach_into_a_stretch_from_other_layers() -> None:
         at = stop
     runs = (walked, *parts)
     before = replay(profile, runs)
-    after = simplify(profile, runs, 2 * before.peak_bytes, max_error=1.0, loss=0.5)
+    problem = Problem(profile=profile, budget_bytes=2 * before.peak_bytes, max_error=1.0)
+    after = simplify(problem, runs, 0.5)
     assert loops(after) < loops(runs)
     assert replay(profile, after).time_ns <= 1.5 * before.time_ns
 
@@ -133,7 +135,7 @@ def test_proved_plans_stay_as_they_are() -> None:
 
 
 def test_recomputation_nested_deeper_than_python_calls() -> None:
-    """The leanest schedule of a deep chain holds a RECOMPUTE run inside another at every layer: it is
+    """The least-memory schedule of a deep chain holds a RECOMPUTE run inside another at every layer: it is
     replayed, saved and read all the same."""
     depth = 700
     profile = identical(depth, submersive=False)
@@ -151,7 +153,7 @@ def test_recomputation_nested_deeper_than_python_calls() -> None:
     assert nesting(runs) == depth - 1
     assert sum(1 for _ in walk(runs)) == 2 * depth - 1
     forward = depth * (depth - 1) // 2
-    plain = planning.scheduled(profile, baselines.store_all(profile), max_error=0.0)
+    plain = planning.scheduled(profile, baselines.store_all(Problem(profile=profile)), max_error=0.0)
     assert schedule.time_ns == plain.time_ns + forward * profile.layers[0].forward_ns
     assert written_out(runs) == 3 * depth - 1
     assert loops(runs) == LOOPS

@@ -12,6 +12,7 @@ from mwplan.common.errors import ArgumentError
 from mwplan.plans.profiles import Profile
 from mwplan.plans.schedule import Status
 from mwplan.solvers.frontier import solve_frontier
+from mwplan.solvers.problem import Problem
 from mwplan.solvers.unrestricted import solve_unrestricted, steps_of
 from tests.chains import random_profile
 
@@ -41,13 +42,14 @@ def test_never_above_the_run_space_and_seldom_below() -> None:
     cases = better = 0
     for _ in range(25):
         profile = plain(random_profile(rng, rng.randint(1, 4), stores=1, moonwalks=1))
-        frontier = solve_frontier(profile)
+        problem = Problem(profile=profile, workers=1)
+        frontier = solve_frontier(problem)
         for need, time in frontier.points[:: max(1, len(frontier.points) // 3)]:
             steps = steps_of(frontier.at(need).runs or ()) + 1
-            found, names = solve_unrestricted(profile, need, steps, workers=1)
+            found = solve_unrestricted(problem.within(need), steps)
             assert found.status is Status.OPTIMAL
             assert found.time_ns == found.bound_ns <= time
-            assert names.count("loss") == 1
+            assert found.operations.count("loss") == 1
             cases += 1
             better += found.time_ns < time
     assert 0 < better < cases / 5
@@ -55,12 +57,13 @@ def test_never_above_the_run_space_and_seldom_below() -> None:
 
 def test_nothing_fits_no_bytes() -> None:
     profile = plain(random_profile(random.Random(1), 2))
-    found, names = solve_unrestricted(profile, 1, 6)
-    assert (found.status, names) == (Status.INFEASIBLE, ())
+    found = solve_unrestricted(Problem(profile=profile, budget_bytes=1), 6)
+    assert (found.status, found.operations) == (Status.INFEASIBLE, ())
 
 
 @pytest.mark.parametrize("change", [{"budget_bytes": 0}, {"steps": 0}, {"steps": 1.5}])
 def test_bad_arguments(change: dict[str, Any]) -> None:
     arguments = {"budget_bytes": 10, "steps": 4, **change}
+    steps, profile = arguments.pop("steps"), plain(random_profile(random.Random(1), 1))
     with pytest.raises(ArgumentError, match="`"):
-        solve_unrestricted(plain(random_profile(random.Random(1), 1)), **arguments)
+        solve_unrestricted(Problem(profile=profile, **arguments), steps)

@@ -23,6 +23,7 @@ from mwplan import planning
 from mwplan.common.errors import InfeasibleError
 from mwplan.plans.profiles import Profile
 from mwplan.plans.schedule import Run, RunKind
+from mwplan.solvers import problem as solvers
 from mwplan.solvers import rotor
 
 #: STORE options that `jax.checkpoint` can express, and their policies.
@@ -76,7 +77,7 @@ def rotor_checkpoint(problem: Problem, budget: int | None) -> Candidate:
         raise NotApplicableError("rotor plans for one budget: give one")
     profile = _expressible(problem.profile)
     room = budget - profile.fixed_bytes
-    solution = rotor.rotor(profile, room) if room > 0 else None
+    solution = rotor.rotor(solvers.Problem(profile=profile, budget_bytes=room)) if room > 0 else None
     if solution is None or solution.runs is None:
         raise InfeasibleError("rotor finds nothing that fits", budget_bytes=budget)
     schedule = planning.scheduled(profile, solution, problem.max_error)

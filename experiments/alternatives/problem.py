@@ -18,6 +18,7 @@ from mwplan.common.errors import MwplanError
 from mwplan.network.canonical import canonical
 from mwplan.plans.profiles import Profile
 from mwplan.plans.schedule import Schedule, Strategy
+from mwplan.solvers import problem as solvers
 
 PyTree = Any
 Step = Callable[[mw.Chain, Any, Any], tuple[Any, Any]]
@@ -77,6 +78,11 @@ class Problem:
         """The frontier, solved once for each set of strategies; that of a long chain thinned even where
         `thin` is 0, or it would take hours."""
         return cached_frontier(self.profile, self.max_error, frozenset(allowed), self._thin)
+
+    @property
+    def asked(self) -> solvers.Problem:
+        """What baselines are asked."""
+        return solvers.Problem(profile=self.profile, max_error=self.max_error)
 
     @functools.cached_property
     def baselines(self) -> list[Schedule]:

@@ -48,19 +48,19 @@ def _baseline(problem: Problem, solution: Solution, kind: RunKind, what: str) ->
 
 def invert(problem: Problem, budget: int | None) -> Candidate:
     """Inversion wherever a layer allows it, storing elsewhere."""
-    solution = baselines.all_invert(problem.profile, max_error=problem.max_error)
+    solution = baselines.all_invert(problem.asked)
     return _baseline(problem, solution, RunKind.INVERT, "can be inverted")
 
 
 def moonwalk(problem: Problem, budget: int | None) -> Candidate:
     """Moonwalk runs as long as the error allows, with the smallest fragments."""
-    solution = baselines.all_moonwalk(problem.profile, max_error=problem.max_error)
+    solution = baselines.all_moonwalk(problem.asked)
     return _baseline(problem, solution, RunKind.MOONWALK, "has a vijp or a fragment")
 
 
 def fragment(problem: Problem, budget: int | None) -> Candidate:
     """Moonwalk runs with the largest fragments."""
-    solution = baselines.all_fragment(problem.profile, max_error=problem.max_error)
+    solution = baselines.all_fragment(problem.asked)
     return _baseline(problem, solution, RunKind.MOONWALK, "has a fragment")
 
 

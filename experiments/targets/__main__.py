@@ -36,7 +36,7 @@ class Config:
     out: Path = record.RESULTS / "targets"
 
 
-FAST: dict[str, Any] = {"networks": ("gpt",), "targets": ("h200",), "shares": (1.0, 0.3, 0.05)}
+FAST: dict[str, Any] = {"networks": ("gpt",), "targets": ("h200",), "shares": (0.3, 0.05, 1.0)}
 
 
 def main(config: Config) -> None:

@@ -125,9 +125,7 @@ def _profile(source: str, device: str | None = None) -> Profile:
                 device=device,
                 progress=lambda done, total, name: advance("estimating layers", done, total),
             )
-        return measure.profile(
-            chain, x, progress=lambda done, total, name: advance("profiling layers", done, total)
-        )
+        return measure.profile(chain, x, progress=lambda done, total, what: advance(what, done, total))
 
 
 @app.command()

@@ -56,6 +56,19 @@ def options_of(backend: str | None = None) -> dict[str, str]:
     return {}
 
 
+def memory_options(backend: str | None = None) -> dict[str, str | int | bool]:
+    """Options under which a program compiles fast, is slow, and has the buffers that it has with
+    `compiler_options`: to ask what it needs, not to run it.
+
+    On CPUs nearly all of the time goes into machine code; buffers are assigned before. Elsewhere the usual
+    options: GPUs choose algorithms, and their scratch memory, by trying them.
+    """
+    options: dict[str, str | int | bool] = dict(options_of(backend))
+    if (backend or platforms.platform()) == "cpu":
+        options |= {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+    return options
+
+
 @contextlib.contextmanager
 def options_given() -> Iterator[None]:
     """A context for tracing what will be compiled with the options: no warning that they may be missing."""

@@ -18,18 +18,20 @@ from mwplan.common import trees
 from mwplan.common.errors import ArgumentError, ScheduleMismatchError, SecondDerivativeError
 from mwplan.common.sizes import show_bytes
 from mwplan.compilers.compiling import warn_if_undone
-from mwplan.execution import plain
+from mwplan.execution import barriers, plain
+from mwplan.execution.barriers import Barriers, Performer
 from mwplan.execution.gradients import Gradients
 from mwplan.execution.interpreter import Interpreter
-from mwplan.execution.performers import Performer, alone, compiled, loose
 from mwplan.execution.view import View
 from mwplan.network import residuals, sharding
+from mwplan.network.carried import Carried
 from mwplan.network.chain import Chain, Stack, boundaries, check_chain, fingerprint
 from mwplan.plans.schedule import RunKind, Schedule, allow_nesting, nesting, reporting_runs
 
 PyTree = Any
-#: How the program of a step is written: 0, as planned; `UNTIED`; `LOOSE`.
-Arrangement = int
+#: How the program of a step is written: 0, with the barriers that its platform needs; `UNTIED`; `LOOSE`;
+#: `PLAIN`; or with barriers of one's own.
+Arrangement = int | Barriers
 #: The arrangement without barriers around operations: those around recomputed stretches and reconstructions
 #: stay.
 UNTIED = -1
@@ -134,7 +136,7 @@ class _Saved:
 
 
 def _planned(
-    schedule: Schedule, *, check: bool, arrangement: Arrangement
+    schedule: Schedule, *, check: bool, arrangement: Arrangement, wrt_input: bool = True
 ) -> Callable[[Chain, PyTree, Array], PyTree]:
     """`(chain, x, probe) -> chain(x)`, differentiated by `schedule`; the probe's cotangent is the report.
 
@@ -153,7 +155,7 @@ def _planned(
 
     def forward(chain: Chain, x: PyTree, probe: Array) -> tuple[PyTree, _Saved]:
         warn_if_grown(schedule, x)
-        interpreter = _interpreter(chain, x, check, perform)
+        interpreter = _interpreter(chain, x, check, perform, wrt_input)
         interpreter.claim(0, x)
         interpreter.claim(0)  # the input is an argument: it is there to the end
         kept = interpreter.forward(schedule.runs, 0)
@@ -166,10 +168,11 @@ def _planned(
     def backward(saved: _Saved, ct: PyTree) -> tuple[Chain, PyTree, Array]:
         saved, ct = _once((saved, ct))
         ct = trees.tie(ct)  # or XLA computes it from the output again for each of its users
-        interpreter = _interpreter(saved.chain, saved.x[0], check, perform)
+        interpreter = _interpreter(saved.chain, saved.x[0], check, perform, wrt_input)
         interpreter.x, interpreter.claims = dict(saved.x), dict(saved.claims)
         interpreter.sketches = dict(saved.sketches)
-        box = [ct]
+        box = [interpreter.carried.dropped(ct, len(saved.chain))]
+        del ct
         interpreter.backward(schedule.runs, saved.kept, box, 0)
         residuals.forget()
         report = interpreter.reported(
@@ -178,7 +181,8 @@ def _planned(
         chain_ct = Chain.tree_unflatten(
             None, [_part_cotangent(part, g) for part, g in zip(saved.chain.parts, interpreter.grads.parts)]
         )
-        x_ct = jax.tree.map(_instantiate, saved.x[0], box[0])
+        whole = interpreter.carried.filled(box[0], 0, interpreter.structs[0])
+        x_ct = jax.tree.map(_instantiate, saved.x[0], whole)
         axes = trees.varying_axes((saved.chain, saved.x[0]))
         varied: tuple[Chain, PyTree, Array] = trees.vary((chain_ct, x_ct, report), axes)
         return varied
@@ -204,10 +208,10 @@ def _planned(
     return placed
 
 
-def _interpreter(chain: Chain, x: PyTree, check: bool, perform: Performer) -> Interpreter:
-    return Interpreter(
-        View(chain, chain.places()), boundaries(chain, x), Gradients(chain), perform, check=check
-    )
+def _interpreter(chain: Chain, x: PyTree, check: bool, perform: Performer, wrt_input: bool) -> Interpreter:
+    structs, view = boundaries(chain, x), View(chain, chain.places())
+    carried = Carried.along(chain, structs, wrt_input=wrt_input)
+    return Interpreter(view, structs, Gradients(chain), perform, check=check, carried=carried)
 
 
 def warn_if_grown(schedule: Schedule, x: PyTree) -> None:
@@ -309,11 +313,13 @@ def value_and_grad(
     """A function that returns `(loss, report), grads`, like `jax.value_and_grad` with the runs' error report.
 
     **Arguments:** `loss(y, *args)`, a scalar (with `has_aux`, a pair of it and anything); `schedule`;
-    `wrt_input`: also the gradient with respect to the input; `arrangement`, how the program is written:
+    `wrt_input`: also the gradient with respect to the input; `arrangement`, how the program is written. By
+    default with the barriers under which the peak is the planned one on the platform that it is compiled for:
+    around all operations on CPUs, behind those of the backward sweep on GPUs and TPUs (`docs/barriers.md`).
     `mw.UNTIED`: no barriers around operations, so that XLA fuses across layers; `mw.LOOSE`: none around
-    residuals, so that XLA may compute them again from what is there anyway. Both are often a few per cent
-    faster, but the peak is no longer the planned one (loose, it is mostly lower): compile and measure it.
-    `fitted.arrangement` is that of `mw.fit`.
+    residuals, so that XLA may compute them again from what is there anyway. On CPUs both are often a few per
+    cent faster, but the peak is no longer the planned one (loose, it is mostly lower): compile and measure
+    it. `fitted.arrangement` is that of `mw.fit`.
     **Returns:** `f(chain, x, *args) -> ((value, report), grads)`, where `value` is what `loss` returned,
     `grads` is a chain (with None for leaves that are not parameters), or a pair `(chain, x)` of gradients.
     `report` is a `Report`; within `jax.shard_map`, each run's worst of all devices.
@@ -333,7 +339,7 @@ def value_and_grad(
     def step(chain: Chain, x: PyTree, *args: Any) -> tuple[tuple[Any, Report], Any]:
         check_match(schedule, chain)
         warn_if_undone(x, chain)
-        call = _planned(schedule, check=True, arrangement=arrangement)
+        call = _planned(schedule, check=True, arrangement=arrangement, wrt_input=wrt_input)
 
         def total(params: list[Any], x_params: list[Any], probe: Array) -> tuple[Any, Any]:
             y = call(trees.with_parameters(chain, params), trees.with_parameters(x, x_params), probe)
@@ -355,7 +361,10 @@ def value_and_grad(
 
 
 def _performer(arrangement: Arrangement) -> Performer:
-    known: dict[int, Performer] = {0: compiled, UNTIED: alone, LOOSE: loose, PLAIN: alone}
+    if isinstance(arrangement, Barriers):
+        return arrangement
+    none = barriers.UNTIED
+    known = {0: barriers.planned(), UNTIED: none, LOOSE: barriers.LOOSE, PLAIN: none}
     if isinstance(arrangement, bool) or arrangement not in known:
         raise ArgumentError(
             f"`arrangement={arrangement!r}` must be 0, `mw.UNTIED`, `mw.LOOSE` or what `mw.fit` found "

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from mwplan.common import trees
 from mwplan.execution import loops
-from mwplan.execution.performers import Performer
+from mwplan.execution.barriers import Performer
 from mwplan.execution.rows import Written
 from mwplan.execution.view import View
 from mwplan.network.chain import Chain, Stack

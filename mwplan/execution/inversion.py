@@ -22,6 +22,7 @@ def backward(walker: Walker, run: Run, kept: list[Any], box: list[PyTree], depth
     """Backward over a run. `kept`, of F, is emptied; `box` as in `Interpreter.backward`."""
     if walker.check:
         walker.note(run, jnp.zeros(()))  # where the one layer's input is there already
+    box[0] = walker.carried.filled(box[0], run.stop, walker.structs[run.stop])
     for piece in reversed(repeats.pieces(walker.view, run)):
         known = walker.x.get(piece.start)  # only the run's start can be: the run to the left keeps it
         if piece.count > 1:
@@ -40,6 +41,7 @@ def backward(walker: Walker, run: Run, kept: list[Any], box: list[PyTree], depth
         del x
         walker.release(piece.stop)
     walker.release(run.start)
+    box[0] = walker.carried.dropped(box[0], run.start)
 
 
 def _layer(

@@ -6,6 +6,8 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
+
 from mwplan.common import trees
 from mwplan.execution import loops, repeats, scans
 from mwplan.execution.repeats import Part, Repeat
@@ -20,7 +22,9 @@ PyTree = Any
 def backward(walker: Walker, run: Run, held: list[Any], box: list[PyTree], depth: int) -> None:
     """R and M over a run. `held`, what F kept, is emptied; `box` as in `Interpreter.backward`."""
     pieces = repeats.pieces(walker.view, run)
-    inside = [trees.widen(box.pop())]
+    whole = walker.carried.filled(box.pop(), run.stop, walker.structs[run.stop])
+    inside = [trees.widen(whole)]
+    del whole
     compared = _compared(walker, run, pieces) if walker.check else None
     truth = got = None
     fragments: list[Any] = []
@@ -29,7 +33,9 @@ def backward(walker: Walker, run: Run, held: list[Any], box: list[PyTree], depth
             # Before the next operation's arrays are there.
             truth, inside[0] = walker.gate((sketch.take(inside[0]), inside[0]))
         fragments.append(_reversed(walker, run, piece, held, inside, depth))
-    box.append(trees.cast_like(inside[0], walker.structs[run.start]))
+    first = trees.cast_like(inside[0], walker.structs[run.start])
+    box.append(walker.carried.dropped(first, run.start))
+    del first
     for piece in pieces:  # M
         if piece.count > 1:
             _scan_advance(walker, run, piece, fragments.pop(), inside, depth)
@@ -115,19 +121,22 @@ def _scan_advance(
     walker: Walker, run: Run, piece: Repeat, fragments: Any, box: list[PyTree], depth: int
 ) -> None:
     part = Part.of(run, piece)
+    carried = walker.carried.window(piece.start, piece.start + piece.span)
+    same, values = carried.throughout(), jax.tree.leaves(walker.x[piece.start])
 
     def step(state: Any, repetition: Any, fragments: Any) -> Any:
         x, ct, buffers = state
         inner = walker.within(piece, repetition, buffers)
-        inner.claim(0, x)
+        inner.claim(0, carried.with_(x, 0, same, values))
         inside = [ct]
         _advance(inner, part, list(fragments), inside, depth, None)
-        return (inner.x[piece.span], inside.pop(), inner.buffers(piece.once)), None
+        y = carried.without(inner.x[piece.span], piece.span, same)
+        return (y, inside.pop(), inner.buffers(piece.once)), None
 
-    state = (walker.x[piece.start], box.pop(), walker.buffers(piece))
+    state = (carried.without(walker.x[piece.start], 0, same), box.pop(), walker.buffers(piece))
     (x, ct, buffers), _ = loops.scan(step, state, fragments, piece.count)
     walker.took(piece, buffers)
     box.append(ct)
     if piece.stop < run.stop:
-        walker.claim(piece.stop, x)
+        walker.claim(piece.stop, carried.with_(x, piece.span, same, values))
     walker.release(piece.start)

@@ -23,13 +23,15 @@ class Scanned:
     """What a scan over a `Repeat` keeps from forward to backward; every leaf has a leading axis, one row a
     repetition.
 
-    `claims`: of the activations in `x`, by position within the repetition. `end_claims`: how many want the
-    repetition's last activation, which is the first of the next, and kept there.
+    `carried`: the leaves of the first input, for those that all repetitions hand on as they are and that are
+    not among the rows. `claims`: of the activations in `x`, by position within the repetition. `end_claims`:
+    how many want the repetition's last activation, which is the first of the next, and kept there.
     """
 
     x: dict[int, PyTree]
     kept: list[Any]
     sketches: dict[int, Array]
+    carried: list[Any]
     claims: tuple[tuple[int, int], ...] = field(metadata={"static": True})
     end_claims: int = field(metadata={"static": True})
 
@@ -40,28 +42,34 @@ def forward(walker: AnyWalker, many: Repeat, walk: Callable[[AnyWalker], list[An
     As in `Interpreter.forward`, one claim on the first input is consumed, one on the last output is left.
     """
     fixed: list[Any] = []
+    carried = walker.carried.window(many.start, many.start + many.span)
+    same = carried.throughout()
+    values = jax.tree.leaves(walker.x[many.start])
 
     def step(x: PyTree, repetition: Any, _: None) -> Any:
         inner = walker.within(many, repetition, single=True)
-        inner.claim(0, x)
+        inner.claim(0, carried.with_(x, 0, same, values))
         kept = walk(inner)
         y = inner.x[many.span]
         inner.release(many.span)
         end_claims = inner.claims.pop(many.span, 0)
         if end_claims:
-            inner.x[0] = x  # the repetition before wants it
+            inner.x[0] = carried.with_(x, 0, same, values)  # the repetition before wants it
             del inner.x[many.span]
         fixed[:] = tuple(sorted(inner.claims.items())), end_claims
-        return y, (inner.x, kept, inner.sketches)
+        new = {at: carried.without(one, at, same) for at, one in inner.x.items()}
+        return carried.without(y, many.span, same), (new, kept, inner.sketches)
 
-    y, rows = loops.scan(step, walker.x[many.start], None, many.count)
+    first = carried.without(walker.x[many.start], 0, same)
+    y, rows = loops.scan(step, first, None, many.count)
+    y = carried.with_(y, many.span, same, values)
     claims, end_claims = fixed
     walker.claim(many.stop, y)
     for _ in range(end_claims):
         walker.claim(many.stop)
     walker.release(many.start)
     x, kept, sketches = rows
-    return Scanned(x, kept, sketches, claims, end_claims)
+    return Scanned(x, kept, sketches, values if same else [], claims, end_claims)
 
 
 def backward(
@@ -79,21 +87,25 @@ def backward(
     Returns the last `carried` and the stacked rows; the gradients go where they belong.
     """
     fixed: list[Any] = []
+    window = walker.carried.window(many.start, many.start + many.span)
+    same = window.throughout()
 
     def step(state: Any, repetition: Any, rows: Any) -> Any:
         carried, end, buffers = state
         x, kept, sketches = rows
         inner = walker.within(many, repetition, buffers, single=single)
-        inner.x, inner.claims, inner.sketches = dict(x), dict(saved.claims), dict(sketches)
+        inner.x = {at: window.with_(one, at, same, saved.carried) for at, one in x.items()}
+        inner.claims, inner.sketches = dict(saved.claims), dict(sketches)
         if saved.end_claims:
-            inner.x[many.span], inner.claims[many.span] = end, saved.end_claims
+            inner.x[many.span] = window.with_(end, many.span, same, saved.carried)
+            inner.claims[many.span] = saved.end_claims
         carried, row = walk(inner, carried, kept)
         keys = tuple(sorted(inner.report))
         fixed[:] = [keys]
         end = x[0] if saved.end_claims else None
         return (carried, end, inner.buffers(many.once)), (row, inner.reported(keys))
 
-    end = walker.x[many.stop] if saved.end_claims else None
+    end = window.without(walker.x[many.stop], many.span, same) if saved.end_claims else None
     rows = (saved.x, saved.kept, saved.sketches)
     (carried, _, buffers), (out, reports) = loops.scan(
         step, (carried, end, walker.buffers(many)), rows, many.count, reverse=True

@@ -62,7 +62,7 @@ def forward(walker: Walker, one: Taped, depth: int) -> Words:
     there is to keep."""
     tape, many = one.tape, one.many
     steps = _Steps(walker, many, one.run, depth)
-    leaves, treedef = jax.tree.flatten(walker.x[many.start])
+    leaves, treedef = jax.tree.flatten(steps.new(walker.x[many.start]))
     axes = [trees.varying_axes(leaf) for leaf in jax.tree.leaves(steps.y)]
     first = jax.tree.unflatten(treedef, [trees.vary(leaf, more) for leaf, more in zip(leaves, axes)])
     all_axes = frozenset().union(*axes, *(trees.varying_axes(leaf) for leaf in jax.tree.leaves(steps.held)))
@@ -74,7 +74,7 @@ def forward(walker: Walker, one: Taped, depth: int) -> Words:
         return steps.ahead(loops.row(table, k), first, state[1])
 
     last: tuple[PyTree, Words] = lax.fori_loop(0, len(tape.forward), step, (first, stack))
-    walker.claim(many.stop, last[0])
+    walker.claim(many.stop, steps.whole(last[0]))
     return last[1]
 
 
@@ -82,7 +82,7 @@ def backward(walker: Walker, one: Taped, stack: Words, box: list[PyTree], depth:
     """Backward over the runs, as `Interpreter.backward`; the claim on the input goes."""
     tape, many = one.tape, one.many
     steps = _Steps(walker, many, one.run, depth)
-    first = walker.x[many.start]
+    first = steps.new(walker.x[many.start])
     state = box.pop(), walker.buffers(many)
     state = steps.behind(_table([tape.first])[0], first, stack, state)
     # A loop of one turn is written out: the next atom would write to the stack before this one has read it.
@@ -112,9 +112,24 @@ class _Steps:
     def __init__(self, walker: Walker, many: Repeat, run: Run, depth: int = 0) -> None:
         self.walker, self.many, self.run, self.depth = walker, many, run, depth
         x = walker.x.get(many.start, walker.structs[many.start])
-        self.y, self.held = jax.eval_shape(lambda x: self.store(jnp.int32(0), x), x)
+        self.carried = walker.carried.window(many.start, many.start + 1)
+        self.same = self.carried.throughout()
+        self.y, self.held = jax.eval_shape(self._first, x)
+        self.values = jax.tree.leaves(x)
         self.activation = _words_of(self.y)
         self.stride = _words_of(self.held) + (self.activation if self.held.keeps_input else 0)
+
+    def _first(self, x: PyTree) -> tuple[PyTree, Residuals]:
+        self.values = jax.tree.leaves(x)
+        return self.store(jnp.int32(0), self.new(x))
+
+    def new(self, x: PyTree) -> PyTree:
+        """An activation without what all layers hand on as it is."""
+        return self.carried.without(x, 0, self.same)
+
+    def whole(self, x: PyTree) -> PyTree:
+        """The activation that `new` took from."""
+        return self.carried.with_(x, 0, self.same, self.values)
 
     def _within(self, layer: Any, buffers: Any) -> Walker:
         return self.walker.within(self.many, layer, buffers, single=not self.walker.grads.performs)
@@ -122,20 +137,20 @@ class _Steps:
     def plain(self, layer: Any, x: PyTree, buffers: Any = None) -> PyTree:
         """Forward over one layer."""
         inner = self._within(layer, buffers)
-        return inner.on_layer("forward", 1, self.depth, operations.plain_forward, x)
+        return self.new(inner.on_layer("forward", 1, self.depth, operations.plain_forward, self.whole(x)))
 
     def store(self, layer: Any, x: PyTree, buffers: Any = None) -> tuple[PyTree, Residuals]:
         """Forward over one layer, and its residuals."""
         inner = self._within(layer, buffers)
         operation = functools.partial(operations.forward, rule=inner.rule(self.run, 1))
-        made: tuple[PyTree, Residuals] = inner.on_layer("forward", 1, self.depth, operation, x)
-        return made
+        y, held = inner.on_layer("forward", 1, self.depth, operation, self.whole(x))
+        return self.new(y), held
 
     def back(self, layer: Any, x: PyTree, held: Residuals, ct: PyTree, buffers: Any) -> tuple[PyTree, Any]:
         """Backward over one layer: the cotangent of its input, and the gradients of the stack of layers."""
         inner = self._within(layer, buffers)
         if held.keeps_input:
-            inner.claim(0, x)
+            inner.claim(0, self.whole(x))
         box = [ct]
         inner.store(self.run, [held], box, self.depth)
         return box.pop(), inner.grads.stacked(self.walker.view.places[self.many.start].part)

@@ -18,6 +18,7 @@ from mwplan.execution.gradients import Gradients
 from mwplan.execution.interpreter import Interpreter
 from mwplan.execution.view import View
 from mwplan.network import operations, sharding
+from mwplan.network.carried import Carried
 from mwplan.network.chain import Chain, boundaries, unstack
 from mwplan.plans.ledger import Event, replay
 from mwplan.plans.profiles import Profile
@@ -131,14 +132,18 @@ def trace(
     chain = unstack(chain)  # every operation is dispatched alone
     watch = _Watch(chain)
     view = View(chain, chain.places())
-    interpreter = Interpreter(view, boundaries(chain, x), watch.gradients, watch.perform, lambda tree: tree)
+    structs = boundaries(chain, x)
+    carried = Carried.along(chain, structs, wrt_input=False)
+    interpreter = Interpreter(
+        view, structs, watch.gradients, watch.perform, lambda tree: tree, carried=carried
+    )
     interpreter.claim(0, x)
     interpreter.claim(0)
     kept = interpreter.forward(schedule.runs, 0)
     y = interpreter.x[len(chain)]
     # `y` may carry integers and random keys along
     cotangent = jax.jit(jax.grad(lambda y: loss(y, *args), allow_int=True), compiler_options=watch.options)
-    box = [jax.block_until_ready(cotangent(y))]
+    box = [carried.dropped(jax.block_until_ready(cotangent(y)), len(chain))]
     watch.note("turn", len(chain), 0, 0, 0)
     del y
     interpreter.release(len(chain))

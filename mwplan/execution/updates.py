@@ -28,6 +28,7 @@ from mwplan.execution.gradients import Finder, Gradients
 from mwplan.execution.interpreter import Interpreter
 from mwplan.execution.view import View
 from mwplan.network import residuals, sharding
+from mwplan.network.carried import Carried
 from mwplan.network.chain import Chain, Stack, boundaries, check_chain
 from mwplan.plans.schedule import Schedule, reporting_runs
 
@@ -152,7 +153,9 @@ def value_and_update(
             )
         updates = Updates(chain, states, optimizer)
         view = View(chain, chain.places())
-        interpreter = Interpreter(view, boundaries(chain, x), updates, check=True)
+        structs = boundaries(chain, x)
+        carried = Carried.along(chain, structs, wrt_input=False)
+        interpreter = Interpreter(view, structs, updates, check=True, carried=carried)
         interpreter.claim(0, x)
         interpreter.claim(0)
         kept = interpreter.forward(schedule.runs, 0)
@@ -164,7 +167,7 @@ def value_and_update(
             return checked_scalar(value, has_aux), value
 
         (_, value), grads = jax.value_and_grad(total, has_aux=True)(trees.parameters(y))
-        box = [cotangent(y, grads)]
+        box = [carried.dropped(cotangent(y, grads), len(chain))]
         interpreter.backward(schedule.runs, kept, box, 0)
         residuals.forget()
         found = interpreter.reported([(run.start, run.stop) for run in runs])

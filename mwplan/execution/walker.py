@@ -11,12 +11,13 @@ from jaxtyping import Array
 
 from mwplan.common import trees
 from mwplan.common.errors import ScheduleMismatchError
-from mwplan.execution import loops, rows
+from mwplan.execution import barriers, loops, rows
+from mwplan.execution.barriers import Performer
 from mwplan.execution.gradients import Gradients
-from mwplan.execution.performers import Performer, compiled, in_loop
 from mwplan.execution.repeats import Part, Repeat
 from mwplan.execution.view import View
 from mwplan.network import operations, rules, sketch
+from mwplan.network.carried import Carried
 from mwplan.network.chain import layer_name
 from mwplan.network.residuals import Residuals
 from mwplan.plans.schedule import Run, RunKind
@@ -28,8 +29,9 @@ class Walker:
     """Walks single layers, forward and backward.
 
     **Arguments:** `view`, the layers; `structs`, the shapes of their boundaries; `grads`, where gradients go;
-    `perform`, which executes an operation; `gate`, which makes arrays wait for one another; `check`, whether
-    runs that reconstruct something are compared with the truth.
+    `perform`, which executes an operation (None: in a program, with the barriers of its platform); `gate`,
+    which makes arrays wait for one another; `check`, whether runs that reconstruct something are compared
+    with the truth; `carried`, what layers hand on as it is.
 
     **Attributes:** `x`, the activations alive by position, each once however many runs want it, and `claims`,
     how many do; `report`, the discrepancies by run, each a scalar or a row of a vector; `sketches`, of the
@@ -41,17 +43,19 @@ class Walker:
         view: View,
         structs: Sequence[PyTree],
         grads: Gradients,
-        perform: Performer = compiled,
+        perform: Performer | None = None,
         gate: Callable[[PyTree], PyTree] = trees.tie,
         *,
         check: bool = False,
+        carried: Carried | None = None,
     ) -> None:
         self.view = view
         self.structs = structs
         self.grads = grads
-        self.perform = perform
+        self.perform = barriers.planned() if perform is None else perform
         self.gate = gate
         self.check = check
+        self.carried = carried or Carried.along(view.chain, structs, wrt_input=True)
         self.x: dict[int, PyTree] = {}
         self.claims: dict[int, int] = {}
         self.report: dict[tuple[int, int], Any] = {}
@@ -64,9 +68,10 @@ class Walker:
             self.view.window(many.start, many.span, repetition),
             self.structs[many.start : many.start + many.span + 1],
             self.grads.within(self.view.places[many.start].part, buffers),
-            in_loop(self.perform, single=single and many.span == 1),
+            barriers.in_loop(self.perform, single=single and many.span == 1),
             self.gate,
             check=self.check,
+            carried=self.carried.window(many.start, many.start + many.span),
         )
 
     # -- layers and their gradients
@@ -106,6 +111,8 @@ class Walker:
         offered = [r for r in find[run.kind](one, x) if not isinstance(r, rules.Unavailable)]
         for candidate in offered:
             if candidate.name == name:
+                if run.kind in (RunKind.STORE, RunKind.OFFLOAD):
+                    return self.carried.store(candidate, layer, x, self.structs[layer])
                 return candidate
         raise ScheduleMismatchError(
             f"the schedule wants {run.kind.name} option {name!r} of layer {layer} ({layer_name(one)}), which "

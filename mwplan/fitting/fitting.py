@@ -26,6 +26,7 @@ from mwplan.plans.profiles import Profile
 from mwplan.plans.schedule import Choice, Schedule, Strategy, check_allowed
 from mwplan.profiling import measure
 from mwplan.solvers import baselines
+from mwplan.solvers.problem import Problem
 from mwplan.targets.devices import Device
 
 PyTree = Any
@@ -104,7 +105,7 @@ def fit(
             allowed=chosen, has_aux=has_aux, wrt_input=wrt_input, max_attempts=max_attempts, thin=thin,
             regular=regular, say=say,
         )  # fmt: skip
-    profile = measure.profile(chain, x) if profile is None else profile
+    profile = measure.profile(chain, x, wrt_input=wrt_input) if profile is None else profile
     _check_profile(profile, chain, x)
     profile = with_loss(profile, loss, y, args, has_aux)
     return fit_step(
@@ -195,15 +196,22 @@ class _Fitter:
         """What stands among the candidates whatever the budget: plain backpropagation, every layer recomputed
         by itself, each also as JAX would do it; the smallest schedules of the `sets` of strategies."""
         profile = self.compiler.profile
+        asked = Problem(profile=profile, max_error=self.max_error)
+        known = set()
         for make in (baselines.store_all, baselines.recompute_each):
-            schedule = planning.scheduled(profile, make(profile), self.max_error)
+            schedule = planning.scheduled(profile, make(asked), self.max_error)
             if any(one.issuperset(schedule.strategies) for one in sets):
+                known.add(schedule.runs)
                 yield schedule, execute.PLAIN
                 yield schedule, 0
         for some in sets:
             frontier = self.plans(some).bare
-            if frontier.least_bytes is not None:
-                yield frontier.at(frontier.least_bytes), 0
+            if frontier.least_bytes is None:
+                continue
+            schedule = frontier.at(frontier.least_bytes)
+            if schedule.runs not in known:
+                known.add(schedule.runs)
+                yield schedule, 0
 
     def tuned(self, chosen: frozenset[Strategy], budget_bytes: int, rounds: int) -> Fitted:
         """The fastest, timed, of many that fit: see `tune` of `fit`."""

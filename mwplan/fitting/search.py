@@ -178,7 +178,7 @@ class Plans:
             frontier.profile,
             budget,
             max_error=frontier.max_error,
-            allowed=frontier.solved.allowed,
+            allowed=frontier.solved.problem.strategies,
             regular=self.regular,
             frontier=frontier,
         )

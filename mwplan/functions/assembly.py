@@ -7,109 +7,19 @@ import dataclasses
 import itertools
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from mwplan.functions.flow import Flow
 from mwplan.functions.kinds import ELEMENTWISE, SHAPES
-from mwplan.functions.pieces import BITS, STOPPED, Label, Piece, given_out, held_as, taken
+from mwplan.functions.piece_chain import Group, PieceSpec, Plan
+from mwplan.functions.pieces import BITS, STOPPED, held_as
 from mwplan.functions.programs import Program
 from mwplan.functions.scans import stacked_by
 from mwplan.functions.tracing import Step
-from mwplan.network.chain import Chain, Stack
 
 #: Sources that so many pieces read, or more, cross the cuts between them; those of fewer are held by each of
 #: these pieces.
 SHARED_BY = 3
-
-
-@dataclass(frozen=True, kw_only=True)
-class PieceSpec:
-    """One piece, in the numbers of the function's values.
-
-    `start`, `stop`, its operations in the flow; `reads`, `params`, `others`, the values of its program's
-    inputs; `results`, those of its program's results; `crosses`, the values of the next activation, in order;
-    `made_bytes`, of all that its operations make."""
-
-    start: int
-    stop: int
-    program: Program
-    reads: tuple[int, ...]
-    params: tuple[int, ...]
-    others: tuple[int, ...]
-    results: tuple[int, ...]
-    crosses: tuple[int, ...]
-    made_bytes: int
-    label: str
-    region: int
-    depth: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """All pieces; `inputs`, the values of the chain's input; `how` each value that crosses a cut or that a
-    piece holds is held; `carrying`, those with a gradient."""
-
-    pieces: tuple[PieceSpec, ...]
-    inputs: tuple[int, ...]
-    how: dict[int, str]
-    carrying: frozenset[int]
-
-    @property
-    def shares(self) -> bool:
-        """Whether parameters are in the chain's input."""
-        return not self.carrying.isdisjoint(self.inputs)
-
-    def leaves(self, env: dict[int, Any]) -> tuple[list[Any], list[Any]]:
-        """The arrays that carry a gradient: each piece's parameters, then those of the input; and the others,
-        in the same order."""
-        carry = [env[v] for piece in self.pieces for v in piece.params]
-        carry += [env[v] for v in self.inputs if v in self.carrying]
-        rest = [given_out(env[v], self.how[v]) for piece in self.pieces for v in piece.others]
-        rest += [given_out(env[v], self.how[v]) for v in self.inputs if v not in self.carrying]
-        return carry, rest
-
-    def chain(self, carry: list[Any], rest: list[Any]) -> tuple[Chain, tuple[Any, ...]]:
-        """The chain and its input, of what `leaves` returned."""
-        one, other = iter(carry), iter(rest)
-        parts: list[Any] = []
-        before = self.inputs
-        for region, group in itertools.groupby(self.pieces, key=lambda piece: piece.region):
-            block = []
-            for piece in group:
-                params = tuple(next(one) for _ in piece.params)
-                others = tuple(next(other) for _ in piece.others)
-                block.append(self._layer(piece, before, params, others))
-                before = piece.crosses
-            parts += block if region < 0 else [Stack(tuple(block), piece.depth)]
-        return Chain(parts), tuple(next(one if v in self.carrying else other) for v in self.inputs)
-
-    def _layer(
-        self, piece: PieceSpec, before: Sequence[int], params: tuple[Any, ...], others: tuple[Any, ...]
-    ) -> Piece:
-        place = {v: i for i, v in enumerate(before)}
-        made = {v: j for j, v in enumerate(piece.results)}
-        return Piece(
-            params,
-            others,
-            piece.program,
-            tuple((place[v], self.how[v]) for v in piece.reads),
-            tuple(self.how[v] for v in piece.others),
-            tuple((self.how[v], made[v]) if v in made else ("x", place[v]) for v in piece.crosses),
-            Label(piece.label),
-        )
-
-    def gradients(self, chain_grads: Chain, x_grads: Sequence[Any]) -> list[Any]:
-        """Of the first that `leaves` returned, in order."""
-        layers = [
-            one for part in chain_grads.parts for one in (part.block if isinstance(part, Stack) else [part])
-        ]
-        found = [grad for layer in layers for grad in layer.params]
-        return found + [g for v, g in zip(self.inputs, x_grads) if v in self.carrying]
-
-    def results(self, y: Sequence[Any], avals: Sequence[Any]) -> dict[int, Any]:
-        """The function's results by number, from the chain's output."""
-        return {v: taken(leaf, self.how[v], avals[v]) for v, leaf in zip(self.pieces[-1].crosses, y)}
 
 
 class _Assembler:
@@ -261,7 +171,15 @@ def assemble(flow: Flow, cuts: Sequence[int]) -> Plan:
     for v in inputs:
         if how[v] == BITS and v not in made.carried:
             how[v] = STOPPED  # it crosses no cut
-    return Plan(pieces=tuple(specs), inputs=inputs, how=how, carrying=flow.carrying)
+    groups: list[Group] = []
+    for region, some in itertools.groupby(range(len(specs)), key=lambda i: specs[i].region):
+        within = list(some)
+        groups += (
+            [Group(i, 1) for i in within]
+            if region < 0
+            else [Group(within[0], len(within), depth=specs[within[0]].depth)]
+        )
+    return Plan(pieces=tuple(specs), inputs=inputs, how=how, carrying=flow.carrying, groups=tuple(groups))
 
 
 def _label(flow: Flow, steps: Sequence[Step], params: Sequence[int]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -13,8 +13,9 @@ from mwplan.common import trees
 from mwplan.common.errors import ArgumentError
 from mwplan.common.sizes import show_bytes
 from mwplan.functions import cutting
-from mwplan.functions.assembly import Plan, assemble
+from mwplan.functions.assembly import assemble
 from mwplan.functions.flow import Flow, analyse
+from mwplan.functions.piece_chain import Plan
 from mwplan.functions.programs import evaluate
 from mwplan.functions.scans import expand, stacked_by
 from mwplan.functions.tracing import Constant, Traced, trace
@@ -44,6 +45,11 @@ class Cut:
     def __len__(self) -> int:
         """The layers of the chain: of loops, each piece as often as it is executed."""
         return sum(piece.depth for piece in self.plan.pieces)
+
+    def looped(self) -> Cut:
+        """With pieces that repeat one after another as `mw.Stack`s, compiled once. Their parameters are then
+        stacked within the step: a copy of them and of their gradients, `plan.copied_bytes`."""
+        return replace(self, plan=self.plan.looped(self.flow.traced.avals))
 
     def build(
         self, params: PyTree, *args: Any

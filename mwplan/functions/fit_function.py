@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from mwplan import planning
 from mwplan.common import trees
 from mwplan.common.errors import ArgumentError, InfeasibleError
-from mwplan.common.sizes import show_bytes
+from mwplan.common.sizes import parse_bytes, show_bytes
 from mwplan.execution import execute
 from mwplan.fitting.fitted import Attempt, Fitted
 from mwplan.fitting.fitting import fit_step
@@ -24,6 +24,8 @@ from mwplan.plans.schedule import Choice, Schedule
 from mwplan.profiling import measure
 
 PyTree = Any
+#: The share of the budget that copies of stacked parameters may take, if not asked for.
+COPIED = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +77,11 @@ class FittedFunction:
         gradient = _Gradient(self.cut, self.has_aux)
         return gradient(self.schedule, arrangement=self.fitted.arrangement)(*_split(self.cut, params, args))
 
+    def policy(self) -> Policy:
+        """The plan in `jax.checkpoint`'s words: printed, what is recomputed and saved; called, the function
+        with these checkpoints, to be differentiated, scanned over and sharded like any other."""
+        return Policy(cut=self.cut, schedule=self.schedule, has_aux=self.has_aux)
+
     def __str__(self) -> str:
         first, *rest = str(self.fitted).splitlines()[:-1]
         call = "  call `(value, report), grads = fitted.step(params, *args)`; `print(fitted.cut)` shows them"
@@ -89,6 +96,7 @@ def fit_function(
     has_aux: bool = False,
     keep_checkpoints: bool = False,
     most: int = cutting.MOST,
+    loops: bool | None = None,
     profile: Profile | None = None,
     max_error: float = 1e-4,
     allowed: Choice = planning.EVERY_STRATEGY,
@@ -105,8 +113,10 @@ def fit_function(
     it and anything; `params`, a pytree: the gradient is taken of its floating-point arrays that the loss
     depends on; of the others it is zeros, and costs no time; integers, keys and what is no array have none.
     `args`, arrays that the step will be given; what is no array among them is part of the program. `budget`,
-    bytes of the whole step or a text such as "2GiB"; `keep_checkpoints`, `most`, as `mw.cut`; `profile`, of
-    the chain of pieces (measured if None); the rest as `mw.fit`.
+    bytes of the whole step or a text such as "2GiB"; `keep_checkpoints`, `most`, as `mw.cut`; `loops`,
+    whether pieces that repeat are compiled once, as a loop over stacked parameters (a copy of them and of
+    their gradients in the step; if None, where that is at most a twentieth of the budget; loops of the
+    function itself need no copy); `profile`, of the chain of pieces (measured if None); the rest as `mw.fit`.
     **Returns:** a `FittedFunction`.
     **Raises:** as `mw.cut`; `InfeasibleError` where no schedule fits the budget; as `mw.fit`.
 
@@ -119,6 +129,10 @@ def fit_function(
     """
     found = cutting.cut(loss, params, *args, has_aux=has_aux, keep_checkpoints=keep_checkpoints, most=most)
     _check_concrete(params, args)
+    looped = found.looped()
+    copies = 2 * looped.plan.copied_bytes(found.flow.traced.avals)
+    if loops or (loops is None and copies <= COPIED * parse_bytes(budget)):
+        found = looped
     flat = _split(found, params, args)
     if profile is None:
         chain, x, _ = found.build_flat(*flat)

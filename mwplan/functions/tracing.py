@@ -7,6 +7,7 @@ other."""
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -90,9 +91,16 @@ class Signature:
 
     @classmethod
     def of(cls, params: PyTree, args: tuple[Any, ...]) -> Signature:
-        """Of arguments: arrays, numbers, `jax.ShapeDtypeStruct`s; other leaves are fixed."""
+        """Of arguments: arrays, numbers, `jax.ShapeDtypeStruct`s; other leaves are fixed. Numbers too in an
+        argument that has such leaves (as an Equinox module), and `True` and `False`: Python may branch on
+        them."""
         found, treedef = jax.tree_util.tree_flatten_with_path((params, args))
-        dynamic = tuple(i for i, (_, leaf) in enumerate(found) if is_dynamic(leaf))
+        numbers = [flag for tree in (params, *args) for flag in _numbers_vary(tree)]
+        dynamic = tuple(
+            i
+            for i, ((_, leaf), vary) in enumerate(zip(found, numbers, strict=True))
+            if is_dynamic(leaf, vary)
+        )
         inside = {*dynamic}
         return cls(
             treedef=treedef,
@@ -115,7 +123,7 @@ class Signature:
             )
         for i, leaf in enumerate(found):
             if i in self.fixed:
-                if is_dynamic(leaf) or not _same(leaf, self.fixed[i]):
+                if not _same(leaf, self.fixed[i]):
                     raise ArgumentError(
                         f"{self.names[i]} is {leaf!r}, and the step was compiled for {self.fixed[i]!r}: what "
                         "is no array is "
@@ -212,7 +220,7 @@ class Flat:
             return Constant(var.val, var.aval) if isinstance(var, Literal) else env[var]
 
         for eqn in jaxpr.eqns:
-            where = "/".join(filter(None, (scope, str(eqn.source_info.name_stack))))
+            where = "/".join(filter(None, (scope, _plain(str(eqn.source_info.name_stack)))))
             inputs = [read(var) for var in eqn.invars]
             inner = self.opened(eqn)
             if inner is not None:
@@ -321,6 +329,17 @@ def needed(steps: Sequence[Step], outputs: Iterable[Operand], regions: Sequence[
     return kept[::-1]
 
 
+#: What a transformation makes of a scope's name.
+_TRANSFORMED = re.compile(r"\b(?:vmap|jvp|transpose|checkpoint|rematted_computation)\(([^()]*)\)")
+
+
+def _plain(scope: str) -> str:
+    """A name stack without the transformations that it names."""
+    while (shorter := _TRANSFORMED.sub(r"\1", scope)) != scope:
+        scope = shorter
+    return "/".join(filter(None, scope.split("/")))
+
+
 def _result(value: Any, has_aux: bool) -> tuple[Any, Any]:
     """`(loss, aux)` of what the function returned."""
     if not has_aux:
@@ -390,11 +409,20 @@ def check_effects(jaxpr: Jaxpr) -> None:
         )
 
 
-def is_dynamic(leaf: Any) -> bool:
-    """Whether a leaf of the arguments is an array, its shape, or a number."""
-    if isinstance(leaf, (jax.ShapeDtypeStruct, bool, int, float, complex)):
+def is_dynamic(leaf: Any, numbers: bool = True) -> bool:
+    """Whether a leaf of the arguments is an array, its shape, or (if `numbers`) a number."""
+    if isinstance(leaf, (bool, int, float, complex)):
+        return numbers and not isinstance(leaf, bool)
+    if isinstance(leaf, jax.ShapeDtypeStruct):
         return True
     return trees.is_array(leaf) and getattr(leaf.dtype, "kind", "f") not in "OUSMm"
+
+
+def _numbers_vary(tree: PyTree) -> list[bool]:
+    """For each leaf, whether it would vary from call to call if it is a number."""
+    leaves = jax.tree.leaves(tree)
+    vary = all(is_dynamic(leaf) for leaf in leaves)
+    return [vary] * len(leaves)
 
 
 def _aval(leaf: Any) -> Any:
@@ -425,7 +453,7 @@ def _sharding(aval: Any) -> Any:
 
 def _same(a: Any, b: Any) -> bool:
     try:
-        return bool(a is b or a == b)
+        return bool(a is b or (type(a) is type(b) and a == b))
     except Exception:
         return False
 

@@ -118,10 +118,11 @@ class Circular:
 
 @dataclass(frozen=True)
 class _Edge:
-    """What the first (or the `last`) `count` outputs along `axis` see of the input's other end.
+    """The part of the first (or the `last`) `count` outputs along `axis` that comes from the input's other
+    end.
 
-    Along earlier axes with zeros around, along later axes with the input's other ends, so that each corner is
-    seen once.
+    Along earlier axes the input is padded by zeros, along later ones it is wrapped, so that each corner
+    counts once.
     """
 
     pads: tuple[tuple[int, int], ...]
@@ -131,7 +132,7 @@ class _Edge:
     last: bool
 
     def outputs(self, shape: Sequence[int]) -> tuple[slice, ...]:
-        """Where it is added, in an output of `shape`."""
+        """The outputs that it is added to, for an output of `shape`."""
         at = [slice(0, n) for n in shape]
         n = shape[self.axis + 1]
         at[self.axis + 1] = slice(n - self.count, n) if self.last else slice(0, self.count)

@@ -29,7 +29,7 @@ from mwplan.network.rules import InvertRule, Unavailable, VijpRule
 
 
 class _Conv:
-    """What both share; `dims` spatial axes."""
+    """Base of `Conv1D` and `Conv2D`; `dims` spatial axes."""
 
     weight: Array
     bias: Array | None

@@ -118,8 +118,8 @@ def geometry(
 def split_halo(
     u: Inexact[Array, "examples *padded channels"], g: Geometry
 ) -> tuple[Inexact[Array, "examples *size channels"], tuple[Array, ...]]:
-    """Takes the cotangent of the padded input apart: the input's, and the halo's slabs (those that are not
-    empty)."""
+    """Splits the cotangent of the padded input into that of the input and the halo's slabs that are not
+    empty."""
     inner = tuple(slice(lo, lo + n) for (lo, _), n in zip(g.pads, g.size))
     ct_in = u[(slice(None), *inner)]
     box = u[(slice(None), *(slice(0, t) for t in g.touched))]

@@ -1,4 +1,4 @@
-r"""What the rules of linear layers share: the transposed map, left inverses, and refinement.
+r"""Parts of the rules of linear layers: the transposed map, left inverses, and refinement.
 
 A linear layer $y = xJ + b$ keeps nothing for its input vjp, $\bar x = \bar y J^\top$; its vijp applies a left
 inverse of $J^\top$'s transpose. Everything here computes in float32 or wider, whatever the activations'
@@ -34,7 +34,7 @@ class LinearLayer(Protocol):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class InputShape:
-    """Input residuals of a linear layer: no arrays, only what its input looked like."""
+    """Input residuals of a linear layer: no arrays, only the shapes and dtypes of its input."""
 
     shape: tuple[int, ...] = field(metadata={"static": True})
     dtype: str = field(metadata={"static": True})

@@ -27,11 +27,10 @@ class _Norm:
     centred: bool = False
 
     def known(self, number: float, like: Array) -> Array:
-        """`number` in the dtype of `like`, as something that depends on the scale (and is not a number where
-        that is none).
+        """`number` in the dtype of `like`, computed from the scale; NaN where the scale is NaN.
 
-        XLA:CPU writes a constant that several operations of a step share out for each row, once, and keeps it
-        from the first to the last.
+        It must not be a constant: XLA:CPU writes out a constant that several operations of a step share, one
+        number a row, and keeps it from the first of them to the last.
         """
         first = lax.stop_gradient(self.scale).reshape(-1)[0]
         return jnp.where(first == first, number, jnp.nan).astype(like.dtype)
@@ -49,8 +48,7 @@ class _Norm:
         return self.divided(x, size), size
 
     def divided(self, x: Array, size: Array) -> Array:
-        """`x / size`, as XLA computes it anyway: its own constant 1 over `size` would be one that operations
-        share."""
+        """`x / size`, with a 1 that is no constant: see `known`."""
         return x * (self.known(1, size) / size)
 
     def pull(self, x: Array, ct_out: Array) -> tuple[Array, Array]:

@@ -44,7 +44,7 @@ class OrthogonalDense:
       them, by the compact form $I - V T V^\top$ with
       $T^{-1} = \mathrm{striu}(V^\top V) + \mathrm{diag}(|v_i|^2)/2$.
 
-    $Q$ is made anew in every sweep, about $2 n^3$ flop for $n = \max(inner, outer)$, and is never kept.
+    $Q$ is computed in every sweep, about $2 n^3$ flop for $n = \max(inner, outer)$, and is never kept.
     """
 
     raw: Float[Array, "size columns"]
@@ -181,8 +181,8 @@ class OrthogonalInverse(InvertRule):
 
 
 class CircularOrthogonal:
-    """What orthogonal convolutions share: circular, stride 1, `inner` channels to the first `outer`; `linear`
-    is theirs."""
+    """Base of orthogonal convolutions: circular, stride 1, `inner` channels to the first `outer`. Subclasses
+    define `linear`."""
 
     bias: Array | None
     outer: int
@@ -251,7 +251,7 @@ class OrthogonalConv(CircularOrthogonal):
 
     With $A(\omega)$ the transform of the taps, $S = A - A^H$, $Q(\omega) = (I + S)^{-1}(I - S)$, of which the
     first `outer` columns are used. As a filter it reaches across the whole input, with taps that decay.
-    Channels last; `outer <= inner`. A stride is had by a `SpaceToDepth` in front.
+    Channels last; `outer <= inner`. For a stride put a `SpaceToDepth` before it.
 
     **Cost:** transforms of input and output, $8\,inner\,outer$ flop a frequency and example on half the
     frequencies, and a complex solve of `inner` a frequency once a sweep.

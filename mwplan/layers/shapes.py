@@ -24,7 +24,7 @@ from mwplan.network.rules import InvertRule, Unavailable, VijpRule
 
 
 class _Moves:
-    """What layers that only move numbers share: `linear` and `undo`."""
+    """Base of layers that only move numbers: `linear` and `undo`."""
 
     def linear(self, x: Any) -> Any:
         """The layer itself."""

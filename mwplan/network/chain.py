@@ -397,6 +397,9 @@ def one_block(part: Stack) -> tuple[Any, ...]:
     return jax.eval_shape(lambda block: jax.tree.map(lambda leaf: leaf[0], block), part.block)
 
 
+_BATCH = ". The input is of the whole batch: what takes one example needs `jax.vmap`, `eqx.filter_vmap`"
+
+
 def _output(one: Any, x: PyTree, position: int, known: dict[Hashable, PyTree]) -> PyTree:
     """The shapes that a layer returns, looked up in `known` where a layer like it is there."""
     leaves, treedef = jax.tree.flatten((one, x))
@@ -410,14 +413,7 @@ def _output(one: Any, x: PyTree, position: int, known: dict[Hashable, PyTree]) -
     try:
         y, differs = traced(one, x)
     except Exception as error:
-        hint = (
-            ""
-            if _raised_itself(error)
-            else (
-                ". The input is of the whole batch: what takes one example needs `jax.vmap`, "
-                "`eqx.filter_vmap`"
-            )
-        )
+        hint = "" if _raised_itself(error) else _BATCH
         raise ChainError(
             f"{where} does not accept its input {_shapes(x)}: {type(error).__name__}: {error}{hint}"
         ) from error

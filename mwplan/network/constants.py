@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var, jaxpr_as_fun
 
-from mwplan.common import trees
+from mwplan.common import platforms, trees
 from mwplan.network.canonical import CALLS, bind
 
 PyTree = Any
@@ -25,6 +25,8 @@ PyTree = Any
 SMALL = 64
 #: Primitives that may write where a constant operand lies, of which they then need a copy.
 WRITERS = ("scatter", "dynamic_update_slice", "while", "scan", "sort", "cond")
+#: Primitives that XLA:CPU replaces by a program that writes into a constant array of its own.
+HIDDEN = ("top_k",)
 
 
 def tied(operation: Callable[..., Any], free: type | tuple[type, ...] = ()) -> Callable[..., Any]:
@@ -90,12 +92,18 @@ def _has_constants(closed: ClosedJaxpr) -> bool:
     return any(_nbytes(var.aval) > SMALL for var in closed.jaxpr.constvars) or _makes(closed.jaxpr)
 
 
+def _hides(eqn: Any) -> bool:
+    return eqn.primitive.name in HIDDEN and platforms.platform() == "cpu"
+
+
 def _makes(jaxpr: Jaxpr) -> bool:
     for eqn in jaxpr.eqns:
         depends = any(isinstance(var, Var) for var in eqn.invars)
         if not depends and any(_nbytes(var.aval) > SMALL for var in eqn.outvars):
             return True
         if eqn.primitive.name == "scan" and len(eqn.outvars) > eqn.params["num_carry"]:
+            return True
+        if _hides(eqn):
             return True
         inner = [eqn.params.get(CALLS.get(eqn.primitive.name, "")), eqn.params.get("jaxpr")]
         for one in inner:
@@ -126,9 +134,20 @@ class _Evaluation:
         self.zero = zero
 
     def waits(self, value: Any) -> Any:
-        """`value`, not there before the operation's inputs."""
-        waiting, _ = lax.optimization_barrier((value, self.zero))
-        return waiting
+        """`value`, not there before the operation's inputs: computed from `zero`, to the last bit.
+
+        A barrier around both would not do: of its results what nobody uses is dropped, with what it waits
+        for.
+        """
+        if trees.is_key(value):
+            data = self.waits(jax.random.key_data(value))
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(value))
+        value = jnp.asarray(value)
+        if value.dtype == jnp.bool_:
+            return value ^ (self.zero != 0)
+        if jnp.issubdtype(value.dtype, jnp.floating):
+            return value * (self.zero + 1).astype(value.dtype)  # -0.0 + 0.0 would be 0.0
+        return value + self.zero.astype(value.dtype)
 
     def run(self, jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
         """The program's results, none of them a `_Constant`."""
@@ -160,14 +179,27 @@ class _Evaluation:
         if constant and not large:
             return [_Constant(one) for one in bind(eqn, [value.value for value in values])]
         if name == "iota":
-            made = bind(eqn, [])[0]
-            return [made + self.zero.astype(made.dtype)]
+            return [self.waits(bind(eqn, [])[0])]
         waits = constant or name in WRITERS or name.startswith("scatter")
         given = [
             (self.waits(value.value) if waits else value.value) if isinstance(value, _Constant) else value
             for value in values
         ]
+        if _hides(eqn):
+            return self.branch(eqn, given)
         return self.scan(eqn, given) if name == "scan" else bind(eqn, given)
+
+    def branch(self, eqn: Any, values: list[Any]) -> list[Any]:
+        """The equation in a branch of a choice, always taken: its constants are made there, when it is."""
+
+        def taken(values: list[Any]) -> list[Any]:
+            return bind(eqn, values)
+
+        def other(values: list[Any]) -> list[Any]:
+            structs = jax.eval_shape(taken, values)
+            return [trees.vary(jnp.zeros(s.shape, s.dtype), trees.varying_axes(s)) for s in structs]
+
+        return list(lax.cond(self.zero == 0, taken, other, values))
 
     def checkpoint(self, eqn: Any, values: list[Any]) -> list[Any]:
         """What `jax.checkpoint` computes (again), its own constants too after what it computes it from."""

@@ -18,7 +18,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
+from jax.interpreters.partial_eval import dce_jaxpr
+from jaxtyping import Array
 
 from mwplan.common import trees
 
@@ -28,8 +30,8 @@ PyTree = Any
 @dataclass(frozen=True)
 class _Spec:
     """Where each leaf comes from: `("own", i)`, `("bits", i, shape)`, `("all", number, shape, dtype)`,
-    `("layer" | "input" | "output", i)`, or `("layer" | "input", i, shape)` where the leaf there has another
-    shape; and the treedef."""
+    `("made", program)`, `("layer" | "input" | "output", i)`, or `("layer" | "input", i, shape)` where the
+    leaf there has another shape; and the treedef."""
 
     sources: tuple[tuple[Any, ...], ...]
     treedef: Any
@@ -71,6 +73,8 @@ def split(residuals: PyTree, layer: PyTree, x: PyTree, y: PyTree, origins: Seque
         if source is None:
             if isinstance(origin, Reshaped) and id(origin.leaf) in known:
                 source = (*known[id(origin.leaf)], jnp.shape(leaf))
+            elif isinstance(origin, Made):
+                source = ("made", origin)
             elif origin is not None and not isinstance(origin, Reshaped):
                 source = ("all", origin, jnp.shape(leaf), jnp.result_type(leaf))
             elif jnp.result_type(leaf) == jnp.bool_ and math.prod(jnp.shape(leaf)) > 1:
@@ -93,6 +97,8 @@ def restore(held: Residuals, layer: PyTree, x: PyTree, y: PyTree) -> PyTree:
             leaves.append(held.own[index])
         elif kind == "all":
             leaves.append(jnp.full(shape[0], index, shape[1]))
+        elif kind == "made":
+            leaves.append(index())
         elif kind == "bits":
             count = math.prod(shape[0])
             bits = jnp.unpackbits(held.own[index], count=count)
@@ -120,9 +126,26 @@ class Reshaped:
     leaf: Any
 
 
+@dataclass(frozen=True)
+class Made:
+    """An array that is the same whatever the arguments, by the few elementwise operations that make it.
+
+    `text` is the program's, and tells it from others: two traces of one function make two objects.
+    """
+
+    text: str
+    program: ClosedJaxpr = field(compare=False, repr=False)
+
+    def __call__(self) -> Array:
+        """The array. A compiler fuses it into what reads it."""
+        made: Array = jaxpr_as_fun(self.program)()[0]
+        return made
+
+
 def origins(function: Callable[..., Any], *args: PyTree) -> tuple[Any, ...]:
     """For each leaf of what `function(*args)` returns: the number that all its elements are whatever the
-    arrays in `args`, or the leaf of `args` that it is in another shape (`Reshaped`), or None.
+    arrays in `args`, the program that makes it whatever they are (`Made`), the leaf of `args` that it is in
+    another shape (`Reshaped`), or None.
 
     Nothing at all, `()`, where an argument has a part that cannot be hashed, or the same array twice: what is
     returned is then of another structure, which JAX makes without the duplicates. **Cost:** one more trace of
@@ -157,7 +180,44 @@ def _origins(
 
     found = jax.make_jaxpr(call)([kinds[i] for i in where])
     arguments = {var: Reshaped(i) for var, i in zip(found.jaxpr.invars, where)}
-    return tuple(_origin(found.jaxpr, var, arguments.get) for var in found.jaxpr.outvars)
+    origins = [_origin(found.jaxpr, var, arguments.get) for var in found.jaxpr.outvars]
+    return tuple(
+        _made(found.jaxpr, var) if origin is None else origin
+        for var, origin in zip(found.jaxpr.outvars, origins, strict=True)
+    )
+
+
+#: primitives so cheap that their results are made again rather than kept
+_CHEAP = frozenset((
+    "iota", "broadcast_in_dim", "reshape", "squeeze", "expand_dims", "transpose", "copy", "stop_gradient",
+    "convert_element_type", "eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not", "xor", "select_n", "add",
+    "sub", "mul", "neg", "max", "min", "sign", "abs",
+))  # fmt: skip
+
+
+def _made(jaxpr: Jaxpr, var: Any) -> Made | None:
+    """The part of a program that makes `var`, if it needs no argument and has `_CHEAP` operations alone."""
+    if isinstance(var, Literal):
+        return None
+    alone, used = dce_jaxpr(jaxpr, [one is var for one in jaxpr.outvars])
+    if any(used) or not all(map(_is_cheap, alone.eqns)):
+        return None
+    read = [*alone.outvars, *(one for eqn in alone.eqns for one in eqn.invars)]
+    if not {one for one in read if not isinstance(one, Literal)}.isdisjoint(alone.constvars):
+        return None
+    program = ClosedJaxpr(alone.replace(constvars=[]), [])
+    return Made(str(program), program)
+
+
+def _is_cheap(eqn: Any) -> bool:
+    """Whether an operation may be done again. None may that reads an array of the program's own: that is
+    memory, and no part of the program's text."""
+    if any(isinstance(one, Literal) and np.ndim(one.val) > 0 for one in eqn.invars):
+        return False
+    inner = eqn.params.get("jaxpr")
+    if eqn.primitive.name in ("jit", "pjit") and isinstance(inner, ClosedJaxpr):
+        return not inner.consts and all(map(_is_cheap, inner.jaxpr.eqns))
+    return eqn.primitive.name in _CHEAP
 
 
 #: primitives that leave the elements in their order

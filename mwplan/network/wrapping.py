@@ -217,10 +217,13 @@ def frozen(one: Any, trained: Callable[[Any], PyTree] | None = None) -> Any:
     **Returns:** a layer with the same leaves. **Raises:** `ArgumentError` where it cannot be called, or
     `trained` returns what is no weight of it.
 
-    ```python
-    net = mw.Chain([mw.frozen(block) for block in pretrained] + [head])
-    part = mw.frozen(block, trained=lambda block: (block.scale, block.bias))
-    ```
+    >>> body, head = (mw.layers.Dense.init(jax.random.key(i), 8, 8) for i in range(2))
+    >>> net = mw.Chain([mw.frozen(body), head])
+    >>> len(jax.tree.leaves(mw.trainable(net)))  # the head's weight and bias
+    2
+    >>> net = mw.Chain([mw.frozen(body, trained=lambda dense: dense.bias), head])
+    >>> len(jax.tree.leaves(mw.trainable(net)))
+    3
     """
     if not callable(one):
         raise ArgumentError(f"`one` is a {type(one).__name__}, which is not callable: give a layer")
@@ -241,10 +244,11 @@ def trainable(tree: PyTree) -> PyTree:
     """`tree` (a chain, say) with None for every leaf that is no parameter: of the structure of
     `mw.value_and_grad`'s gradients, and what an optimizer's `init` and `update` take.
 
-    ```python
-    weights = mw.trainable(net)
-    updates, state = optimizer.update(grads, state, weights)
-    net = eqx.apply_updates(net, updates)
-    ```
+    >>> import optax
+    >>> net = mw.Chain([mw.layers.Dense.init(jax.random.key(0), 8, 8), jnp.tanh])
+    >>> weights = mw.trainable(net)
+    >>> state = optax.adam(1e-3).init(weights)
+    >>> len(jax.tree.leaves(weights))
+    2
     """
     return trees.only_parameters(tree, trees.parameters(tree))

@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 from mwplan.common.errors import ArgumentError, InfeasibleError
 from mwplan.common.sizes import parse_bytes, show_bytes, show_ns
-from mwplan.planning.schedules import EVERY_STRATEGY, SolverMismatchError, confirmed
+from mwplan.planning.schedules import SolverMismatchError, confirmed
 from mwplan.plans.ledger import buffers, replay, strategies
 from mwplan.plans.packing import pack
 from mwplan.plans.profiles import Profile
 from mwplan.plans.schedule import Choice, Schedule, Solution, Status, Strategy
 from mwplan.solvers import frontier as frontier_solver
 from mwplan.solvers.frontier import solve_frontier
+from mwplan.solvers.predictions import fastest_ns
+from mwplan.solvers.problem import EVERY_STRATEGY, Problem
 from mwplan.solvers.regular import affordable, simplify
-from mwplan.solvers.runs import fastest_ns
 from mwplan.solvers.tuning import TUNING, Tuning
 
 if TYPE_CHECKING:
@@ -49,10 +50,8 @@ def frontier(
             f"`profile` is a {type(profile).__name__}: make one with `mw.profile(chain, x)`, or load it with "
             "`Profile.from_json`"
         )
-    if isinstance(max_error, bool) or not isinstance(max_error, (int, float)) or not max_error >= 0:
-        raise ArgumentError(f"`max_error={max_error!r}` must be a number, at least 0 (1e-4 by default)")
-    solved = solve_frontier(profile, max_error=float(max_error), allowed=allowed, thin=thin)
-    return Frontier(profile, solved, float(max_error))
+    problem = Problem(profile=profile, max_error=max_error, allowed=allowed, thin=thin)
+    return Frontier(profile, solve_frontier(problem))
 
 
 def default_thin(profile: Profile) -> float:
@@ -76,7 +75,11 @@ class Frontier:
 
     profile: Profile
     solved: frontier_solver.Frontier
-    max_error: float
+
+    @property
+    def max_error(self) -> float:
+        """The largest predicted error of any of them."""
+        return self.solved.problem.max_error
 
     def __str__(self) -> str:
         if not self.points:
@@ -92,7 +95,7 @@ class Frontier:
     @property
     def tuning(self) -> Tuning:
         """What decides which of the schedules is taken."""
-        return TUNING
+        return self.solved.problem.tuning
 
     @property
     def points(self) -> tuple[tuple[int, int], ...]:
@@ -103,7 +106,7 @@ class Frontier:
     @property
     def always_bytes(self) -> int:
         """What every schedule takes: the fixed part, and the tables of pointers."""
-        return self.profile.fixed_bytes + self.profile.table_bytes
+        return self.profile.fixed_bytes + self.profile.beside_bytes
 
     @functools.cached_property
     def _steps(self) -> tuple[tuple[int, int], ...]:
@@ -149,7 +152,7 @@ class Frontier:
         budget = schedule.budget_bytes or 0
         if schedule.fixed_bytes + schedule.packed_bytes <= budget:
             return schedule
-        less = [need for need, _ in self._steps if need + self.profile.table_bytes < schedule.peak_bytes]
+        less = [need for need, _ in self._steps if need + self.profile.beside_bytes < schedule.peak_bytes]
         for need in less[: -1 - self.tuning.smaller_points : -1]:
             smaller = self.schedule(self.simplified(self.solved.at(need), need, regular), budget)
             if smaller.fixed_bytes + smaller.packed_bytes <= budget:
@@ -171,26 +174,23 @@ class Frontier:
         needs = pack(buffers(self.profile, solution.runs or ())).total_bytes
         if needs < (1 + self.tuning.alignment_share) * solution.peak_bytes:
             needs = solution.peak_bytes
-        return needs + self.profile.table_bytes
+        return needs + self.profile.beside_bytes
 
     def simplified(self, solution: Solution, room: int, loss: float) -> Solution:
         """`solution`, or one of fewer different runs at a loss of time of at most about `loss`
         (`affordable`); proved optimal, it stays as it is."""
         if solution.runs is None or solution.status is Status.OPTIMAL:
             return solution
-        runs = simplify(self.profile, solution.runs, room, max_error=self.max_error, loss=loss)
+        problem = dataclasses.replace(self.solved.problem, profile=self.profile, budget_bytes=room)
+        runs = simplify(problem, solution.runs, loss)
         if runs is solution.runs:
             return solution
         found = replay(self.profile, runs)
         before = solution.time_ns + self.profile.fresh_ns(solution.peak_bytes)
-        if (
-            found.time_ns + found.fresh_ns > (1 + affordable(solution.runs, loss)) * before
-        ):  # it takes more memory, which costs time
-            return (
-                self.simplified(solution, solution.peak_bytes, loss)
-                if room > solution.peak_bytes
-                else solution
-            )
+        if found.time_ns + found.fresh_ns > (1 + affordable(solution.runs, loss, self.tuning)) * before:
+            # It takes more memory, which costs time.
+            more = room > solution.peak_bytes
+            return self.simplified(solution, solution.peak_bytes, loss) if more else solution
         return dataclasses.replace(
             solution,
             runs=runs,
@@ -204,7 +204,7 @@ class Frontier:
         """The error for a budget below the least feasible one: says that, and which event needs it."""
         least = self.least_bytes
         proved = self.solved.at(budget_bytes - self.always_bytes).status is Status.INFEASIBLE
-        if self.solved.allowed == {Strategy.OFFLOAD}:
+        if self.solved.problem.strategies == {Strategy.OFFLOAD}:
             return InfeasibleError(
                 "OFFLOAD alone is allowed, which needs `host_budget`, and `profile.offloading(bytes_per_s)` "
                 "for `profile`",
@@ -231,7 +231,7 @@ class Frontier:
 
     def _more_allowed(self) -> str:
         """Advice where strategies were left out."""
-        left_out = EVERY_STRATEGY - {Strategy.OFFLOAD} - self.solved.allowed
+        left_out = EVERY_STRATEGY - {Strategy.OFFLOAD} - self.solved.problem.strategies
         names = ", ".join(strategy.value for strategy in Strategy if strategy in left_out)
         return f", or allow more strategies ({names} left out)" if names else ""
 
@@ -255,7 +255,7 @@ class Frontier:
             budget_bytes=budget_bytes,
             fixed_bytes=self.profile.fixed_bytes,
             input_bytes=self.profile.activation_bytes[0],
-            peak_bytes=checked.peak_bytes + self.profile.table_bytes,
+            peak_bytes=checked.peak_bytes + self.profile.beside_bytes,
             packed_bytes=self._packed_bytes(solution),
             host_bytes=checked.host_bytes,
             time_ns=time,
@@ -280,9 +280,8 @@ class Frontier:
         least = 0 if offloads else fresh_ns(self.solved.least_bytes or 0)
         if not free:
             return solution.bound_ns + least
-        if self.solved.thin and solution.solver.startswith(
-            "frontier"
-        ):  # the bounds of a thinned frontier cost as much again
+        if self.solved.problem.thin and solution.solver.startswith("frontier"):
+            # The bounds of a thinned frontier cost as much again.
             return fastest_ns(self.profile) + least
         return min(time + fresh_ns(need) for need, time in self.solved.bound_points if need <= room)
 

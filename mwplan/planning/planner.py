@@ -9,10 +9,10 @@ from mwplan.common.errors import ArgumentError, InfeasibleError
 from mwplan.common.sizes import parse_bytes, show_bytes
 from mwplan.planning.budgets import Frontier, default_thin
 from mwplan.planning.budgets import frontier as frontier_of
-from mwplan.planning.schedules import EVERY_STRATEGY
 from mwplan.plans.profiles import Profile
 from mwplan.plans.schedule import Choice, Schedule, Solution, Status, Strategy, as_strategies, check_allowed
 from mwplan.solvers import integer_program
+from mwplan.solvers.problem import EVERY_STRATEGY, Problem
 from mwplan.solvers.tuning import TUNING
 
 
@@ -54,10 +54,20 @@ def plan(
     solved = frontier or frontier_of(
         profile, max_error=max_error, allowed=chosen, thin=default_thin(profile) if thin is None else thin
     )
-    if solved.profile != profile or solved.max_error != max_error or solved.solved.allowed != chosen:
+    known = solved.solved.problem
+    if (solved.profile, known.max_error, known.strategies) != (profile, max_error, chosen):
         raise ArgumentError("`frontier` is of another profile, `max_error` or `allowed`: leave it out")
     host_bytes = 0 if host_budget is None or host_budget == 0 else parse_bytes(host_budget, "host_budget")
-    _check_host(profile, host_budget, host_bytes, pins)
+    problem = dataclasses.replace(
+        known,
+        profile=profile,
+        pins={} if pins is None else pins,
+        host_bytes=host_bytes,
+        max_distinct_runs=max_distinct_runs,
+        time_limit_s=time_limit_s,
+        seed=seed,
+    )
+    _check_host(problem, host_budget)
     room = budget_bytes - solved.always_bytes
     least = solved.solved.least_bytes
     fits = least is not None and room >= least
@@ -70,49 +80,36 @@ def plan(
             budget_bytes=budget_bytes,
         )
     free = not pins and not host_bytes and max_distinct_runs is None
-    solution = integer_program.solve(
-        profile,
-        max(1, solved.enough(room) if free else room),
-        max_error=max_error,
-        allowed=chosen,
-        pins=dict(pins or {}),
-        host_bytes=host_bytes,
-        max_distinct_runs=max_distinct_runs,
-        time_limit_s=time_limit_s,
-        seed=seed,
-        frontier=solved.solved,
-    )
+    problem = problem.within(max(1, solved.enough(room) if free else room))
+    solution = integer_program.solve(problem, solved.solved)
     if solution.runs is None:
         raise _nothing_found(solved, solution, budget_bytes, budget, time_limit_s)
     if free:
         schedule = solved.schedule(solved.simplified(solution, room, regular), budget_bytes)
         return solved.packed(schedule, regular)
     schedule = solved.schedule(solution, budget_bytes, free=False)
-    if not host_bytes or pins or max_distinct_runs is not None or not fits:
-        return schedule
-    # The program knows nothing of the time that memory costs, and long chains are thinned without the host.
-    alone = solved.at(budget_bytes, regular=regular)
+    if host_bytes and fits and not pins and max_distinct_runs is None:
+        return _faster(schedule, solved.at(budget_bytes, regular=regular))
+    return schedule
+
+
+def _faster(schedule: Schedule, alone: Schedule) -> Schedule:
+    """The faster of a schedule with the host's memory and one without: the program knows nothing of the time
+    that memory costs, and long chains are thinned without the host."""
     if alone.time_ns >= schedule.time_ns:
         return schedule
     status = alone.status if alone.time_ns <= schedule.bound_ns else Status.FEASIBLE
     return dataclasses.replace(alone, bound_ns=min(alone.time_ns, schedule.bound_ns), status=status)
 
 
-def _check_host(
-    profile: Profile,
-    host_budget: int | str | None,
-    host_bytes: int,
-    pins: Mapping[int, Choice] | None,
-) -> None:
+def _check_host(problem: Problem, host_budget: int | str | None) -> None:
     """Raises `ArgumentError` where the host's memory is asked for and cannot be used, or is needed."""
-    if pins is not None and not isinstance(pins, Mapping):
-        raise ArgumentError(f'`pins={pins!r}` must say what each layer is to have: {{1: "store"}}')
-    if host_bytes and not any(layer.offload for layer in profile.layers):
+    if problem.host_bytes and not any(layer.offload for layer in problem.profile.layers):
         raise ArgumentError(
             f"`host_budget={host_budget!r}`, but no layer of `profile` can send its residuals to the host: "
             "plan with `profile.offloading(bytes_per_s)`, the rate of the link"
         )
-    for at, choice in {} if host_bytes else dict(pins or {}).items():
+    for at, choice in {} if problem.host_bytes else dict(problem.pins).items():
         if as_strategies(choice, f"pins[{at}]") == {Strategy.OFFLOAD}:
             raise ArgumentError(
                 f"`pins` sends layer {at} to the host, where nothing may be kept: give `host_budget`, and "

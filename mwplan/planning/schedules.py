@@ -8,8 +8,9 @@ from mwplan.common.errors import MwplanError
 from mwplan.plans.ledger import Replay, replay, strategies
 from mwplan.plans.profiles import Profile
 from mwplan.plans.schedule import Schedule, Solution, Strategy
+from mwplan.solvers import baselines
+from mwplan.solvers.problem import EVERY_STRATEGY, Problem
 
-EVERY_STRATEGY = frozenset(Strategy)
 #: Sets of strategies whose plans are worth a look beside that of all: a profile's times are estimates,
 #: recomputation alone may turn out faster, and other buffers lie closer or less so.
 NARROWER = (
@@ -52,7 +53,7 @@ def scheduled(profile: Profile, solution: Solution, max_error: float) -> Schedul
         status=solution.status,
         fixed_bytes=profile.fixed_bytes,
         input_bytes=profile.activation_bytes[0],
-        peak_bytes=found.peak_bytes + profile.table_bytes,
+        peak_bytes=found.peak_bytes + profile.beside_bytes,
         time_ns=found.time_ns + found.fresh_ns,
         error=found.error,
         max_error=max_error,
@@ -64,12 +65,7 @@ def scheduled(profile: Profile, solution: Solution, max_error: float) -> Schedul
 def baseline_schedules(profile: Profile, *, max_error: float, allowed: frozenset[Strategy]) -> list[Schedule]:
     """What one would try by hand, of the allowed strategies: every layer stored, which is plain
     backpropagation; inversion wherever a layer allows it; moonwalk runs as long as the error allows."""
-    from mwplan.solvers import baselines
-
-    made = [
-        baselines.store_all(profile),
-        baselines.all_invert(profile, max_error=max_error),
-        baselines.all_moonwalk(profile, max_error=max_error),
-    ]
+    problem = Problem(profile=profile, max_error=max_error)
+    made = [baselines.store_all(problem), baselines.all_invert(problem), baselines.all_moonwalk(problem)]
     found = [scheduled(profile, solution, max_error) for solution in made if solution.runs is not None]
     return [one for one in found if allowed.issuperset(one.strategies)]

@@ -202,17 +202,12 @@ class Profile:
 
     `activation_bytes`, `cotangent_bytes`, `sweep_cotangent_bytes` have one entry per position 0..L.
     `fixed_bytes` are the arguments and outputs of the gradient step: parameters, input, gradients.
-    `fingerprint` identifies the chain's structure and input shapes; a schedule made from this profile carries
-    it on. `fresh_mib_ns`: what a step pays for each MiB of its temporaries because the system hands them out
-    anew, page by page, as CPUs' allocators do with blocks above `kept_bytes`; 0 where memory is pooled.
-    `workspaces`: what the options' larger workspaces consist of, by their bytes, as far as it is known;
-    without it fragmentation is not predicted.
-
-    >>> profile = mw.estimate(mw.Chain([jnp.tanh] * 8), jnp.ones((256, 64)), device="h100")
-    >>> len(profile.layers), profile.activation_bytes[0]
-    (8, 65536)
-    >>> mw.Profile.from_json(profile.to_json()) == profile
-    True
+    `carried_bytes`: temporaries that are alive all the time, and in no other entry: what layers hand on as it
+    is (docs/accounting.md). `fingerprint` identifies the chain's structure and input shapes; a schedule made
+    from this profile carries it on. `fresh_mib_ns`: what a step pays for each MiB of its temporaries because
+    the system hands them out anew, page by page, as CPUs' allocators do with blocks above `kept_bytes`; 0
+    where memory is pooled. `workspaces`: what the options' larger workspaces consist of, by their bytes, as
+    far as it is known; without it holes between buffers are not foreseen.
     """
 
     layers: tuple[LayerProfile, ...]
@@ -220,6 +215,7 @@ class Profile:
     cotangent_bytes: tuple[int, ...]
     sweep_cotangent_bytes: tuple[int, ...]
     fixed_bytes: int = 0
+    carried_bytes: int = 0
     kept_bytes: int = 0
     fresh_mib_ns: int = 0
     workspaces: tuple[Workspace, ...] = ()
@@ -269,13 +265,19 @@ class Profile:
         """
         return sum(layer.table_bytes for layer in self.layers)
 
+    @property
+    def beside_bytes(self) -> int:
+        """Temporaries that no event counts, because they are there all the time: tables of pointers, and what
+        layers hand on."""
+        return self.table_bytes + self.carried_bytes
+
     def fresh_ns(self, peak_bytes: int) -> int:
         """Time that a step of `peak_bytes` temporaries spends on getting them."""
         return 0 if peak_bytes <= self.kept_bytes else peak_bytes * self.fresh_mib_ns >> 20
 
     def bytes_bound(self) -> int:
         """An upper bound on the live bytes at any event of any schedule: everything at once."""
-        total = self.fixed_bytes + self.table_bytes + sum(self.activation_bytes) + sum(self.cotangent_bytes)
+        total = self.fixed_bytes + self.beside_bytes + sum(self.activation_bytes) + sum(self.cotangent_bytes)
         total += 2 * sum(self.sweep_cotangent_bytes)
         for layer, times in _distinct(self.layers):
             total += times * layer.forward_workspace_bytes

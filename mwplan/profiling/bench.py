@@ -1,31 +1,43 @@
-"""Compiles single operations, times them, and reads their workspace off the compiled program."""
+"""Prices operations on this device: their memory from compiled programs, their time from runs.
+
+Each operation is traced once. What it allocates is read off a program of its own, compiled as cheaply as
+the compiler allows (its buffers are the same, see `memory_options`) and never run. What it takes is measured
+where it stands: the operations of one option follow one another in one program, as within a step, whose time
+is shared out by what the operations count for. Programs are lowered one after another and compiled side by
+side.
+"""
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import math
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from mwplan.common import trees
-from mwplan.compilers.compiling import options_of, temporaries, workspace
-from mwplan.network import operations
+from mwplan.compilers.compiling import memory_options, options_of, temporaries, workspace
 from mwplan.network.constants import tied
 from mwplan.plans.packing import Workspace
-from mwplan.profiling.growth import random_cotangent
+from mwplan.profiling import costs, programs
+from mwplan.profiling.roofline import DEVICES
+from mwplan.profiling.touch import FirstTouch
+from mwplan.solvers.parallel import processors
 
 PyTree = Any
-_KEPT = 32 << 20  # bytes: glibc's largest threshold, up to which it keeps freed blocks
 _PIECE = 1 << 10  # bytes: parts of a workspace below leave no hole to speak of
 SMALL = 1 << 14  # bytes: below, a saving is not worth a compilation
+_ENOUGH_NS = 100_000_000  # of one program's runs, together
+_SHORT_NS = 5_000_000  # what is over so soon may find in caches what it reads
 
 
 @runtime_checkable
@@ -34,301 +46,397 @@ class Priced(Protocol):
 
     @property
     def result(self) -> Any:
-        """What the operation gives: arrays or shapes."""
+        """The shapes of what the operation gives."""
 
     @property
     def time_ns(self) -> int:
-        """Its time."""
+        """Its time, once settled."""
 
     @property
     def workspace_bytes(self) -> int:
-        """What it allocates beside inputs and outputs."""
+        """What it allocates beside inputs and outputs, once settled."""
+
+
+@runtime_checkable
+class Saved(Protocol):
+    """What an operation needs less where it is the last user of something."""
+
+    @property
+    def saving_bytes(self) -> int:
+        """Bytes, once settled."""
 
 
 @runtime_checkable
 class Pricing(Protocol):
-    """Tells what operations cost: by running them (`Bench`), or by counting
-    (`mwplan.profiling.roofline.Roofline`)."""
+    """Tells what operations cost: by compiling and running them (`Bench`), or by counting
+    (`mwplan.profiling.roofline.Roofline`). Arguments are pytrees of shapes."""
 
-    def cotangent(self, y: PyTree) -> PyTree:
-        """A cotangent of `y`."""
+    def program(self, operation: Callable[..., Any], *args: Any) -> Any:
+        """What `operation(*args)` gives and costs, as `Priced`."""
 
-    def program(self, operation: Callable[..., Any], *args: Any) -> Priced:
-        """What `operation(*args)` gives and costs; its time is known after `settle`."""
+    def saving(self, handle: Any, *, dead: PyTree, temporary: PyTree) -> Saved:
+        """What the operation needs less where it is the last user of `dead`, as `Saving`."""
 
-    def in_place(self, handle: Any, operation: Callable[..., Any], *args: Any, dead: Any) -> Priced:
-        """As `Bench.in_place`."""
+    def together(self, *handles: Any) -> None:
+        """These operations follow one another: their times are measured in one program, if at all."""
 
-    def settle(self) -> None:
-        """Makes the times of all programs known."""
-
-    def fresh(self) -> tuple[int, int]:
-        """As `Bench.fresh`."""
-
-    def saving(
-        self, handle: Any, operation: Callable[..., Any], *args: Any, dead: Any, outputs: Callable[[Any], Any]
-    ) -> int:
-        """As `Bench.saving`."""
+    def derive(self, handle: Any, base: Any, more: Any) -> None:
+        """The operation `handle` does what `base` does, and beside it some of what `more` does: its time need
+        not be measured."""
 
 
-class Program:
-    """One compiled operation: workspace, and time once settled.
+def cotangent(y: PyTree) -> PyTree:
+    """The shapes of a cotangent of `y`."""
+    return jax.tree.map(
+        lambda leaf: (
+            trees.struct_of(leaf)
+            if trees.is_inexact(leaf)
+            else jax.ShapeDtypeStruct(leaf.shape, jax.dtypes.float0)
+        ),
+        y,
+    )
 
-    It takes `(recycled, dying, leaves)`: buffers for outputs, inputs whose memory goes to other outputs, and
-    the rest. `into` says which output takes the memory of which input.
-    """
 
-    def __init__(
-        self, compiled: Any, leaves: list[Any], overhead_ns: int, into: dict[int, int] | None = None
-    ) -> None:
-        self.compiled = compiled
-        self.into = into or {}
-        self.dying = [leaves[i] for i in self.into.values()]
-        self.leaves = [leaf for i, leaf in enumerate(leaves) if i not in self.into.values()]
-        self.overhead_ns = overhead_ns
-        self.workspace_bytes = temporaries(compiled)
-        self.workspace = workspace(compiled, _PIECE)
-        self.samples: list[int] = []
+@dataclass(frozen=True)
+class Memory:
+    """What is read off a compiled program."""
 
-    @property
-    def time_ns(self) -> int:
-        """Median time of a run, less what an empty call costs."""
-        return max(0, math.ceil(statistics.median(self.samples)) - self.overhead_ns)
-
-    def run(self, buffers: list[Any]) -> tuple[list[Any], int]:
-        """The outputs, in the place of `buffers`, which an earlier run gave, and the nanoseconds that it
-        took."""
-        dying = [_refilled(buffers[j], leaf, 0) for j, leaf in zip(self.into, self.dying)]
-        recycled = [buffer for j, buffer in enumerate(buffers) if j not in self.into]
-        jax.block_until_ready(dying)
-        start = time.perf_counter_ns()
-        outputs = jax.block_until_ready(self.compiled(recycled, dying, self.leaves))
-        return outputs, time.perf_counter_ns() - start
-
-    def sample(self, buffers: list[Any]) -> list[Any]:
-        """Runs twice and notes the second's time: in a step what an operation reads has just been written,
-        and here other programs ran since."""
-        outputs, _ = self.run(buffers)
-        outputs, taken = self.run(outputs)
-        self.samples.append(taken)
-        return outputs
+    temporaries: int
+    workspace: Workspace
 
 
 class Handle:
-    """A `Program` as one caller sees it: with the result at its own arguments, and the program that is timed
-    for it, if that is another; `row_bytes`, what it needs more where its layer is one of a stack."""
+    """One operation: `inputs` and `outputs`, the leaves of its arguments and of its result, are objects of
+    their own, by which operations find one another; float0 zeros, which have no memory, are not among the
+    arguments of `function`, nor among what it returns."""
 
-    def __init__(
-        self, program: Program, result: Any, timed: Program | None = None, row_bytes: int = 0
-    ) -> None:
-        self.program = program
-        self.result = result
-        self.timed = timed or program
-        self.row_bytes = row_bytes
+    def __init__(self, operation: Callable[..., Any], args: Any) -> None:
+        leaves, treedef = jax.tree.flatten(args)
+        real = [i for i, leaf in enumerate(leaves) if leaf.dtype != jax.dtypes.float0]
+        self.operation, self.args = operation, args
+        made: list[Any] = []
+
+        def flat(*arrays: Any) -> list[Any]:
+            given = [np.zeros(leaf.shape, jax.dtypes.float0) for leaf in leaves]
+            for i, array in zip(real, arrays, strict=True):
+                given[i] = array
+            found = operation(*jax.tree.unflatten(treedef, given))
+            made[:] = [trees.struct(found)]
+            return [leaf for leaf in jax.tree.leaves(found) if leaf.dtype != jax.dtypes.float0]
+
+        self.inputs = [leaves[i] for i in real]
+        self.jaxpr: ClosedJaxpr = jax.make_jaxpr(flat)(*self.inputs)
+        self.function = jaxpr_as_fun(self.jaxpr)
+        self.result: Any = made.pop()
+        self.outputs = [leaf for leaf in jax.tree.leaves(self.result) if leaf.dtype != jax.dtypes.float0]
+        self.memory: Future[Memory] | None = None
+        self.on_row: Future[Memory] | None = None  # the same, of a layer that is a row of a stack
+        self.time: float | None = None
+        self._counted: float | None = None
+
+    def barred(self, arrays: Sequence[Any]) -> list[Any]:
+        """The outputs, between barriers as within a step."""
+        return list(trees.tie(tied(self.function)(*arrays)))
+
+    def alone(self, *arrays: Any) -> list[Any]:
+        """`barred`, as a function to be compiled."""
+        return self.barred(arrays)
+
+    @property
+    def counted_ns(self) -> float:
+        """What a roofline says of its time: shares count, not the figure."""
+        if self._counted is None:
+            device = DEVICES["laptop" if jax.default_backend() == "cpu" else "h100"]
+            self._counted = 1.0 + device.time_ns(costs.kernels(programs.graph(self.jaxpr)))
+        return self._counted
+
+    @property
+    def measured_ns(self) -> float:
+        """What its time has been found to be."""
+        assert self.time is not None
+        return self.time
 
     @property
     def time_ns(self) -> int:
-        """As `Program.time_ns`."""
-        return self.timed.time_ns
+        """As `Priced.time_ns`."""
+        return math.ceil(self.measured_ns)
 
     @property
     def workspace_bytes(self) -> int:
-        """As `Program.workspace_bytes`, and `row_bytes`."""
-        return self.program.workspace_bytes + self.row_bytes
+        """As `Priced.workspace_bytes`."""
+        return max(self.alone_bytes, 0 if self.on_row is None else self.on_row.result().temporaries)
+
+    @property
+    def alone_bytes(self) -> int:
+        """The same of a layer that stands alone."""
+        assert self.memory is not None
+        return self.memory.result().temporaries
+
+
+class Saving:
+    """What an operation needs less than inputs + outputs + workspace where it is the last user of `dead`.
+
+    `dead`: leaves of its arguments (found by identity); `temporary`: those of its result that are no outputs
+    of the step, as gradients are. A program is compiled, and not run, in which both come and go: XLA then
+    places outputs where dead inputs were, as it will within a step, and its temporaries are what the
+    operation really needs.
+    """
+
+    def __init__(self, handle: Handle, dead: PyTree, temporary: PyTree) -> None:
+        self.handle = handle
+        gone = {id(leaf) for leaf in jax.tree.leaves(dead)}
+        picked = {id(leaf) for leaf in jax.tree.leaves(temporary)}
+        self.dies = [id(leaf) in gone for leaf in handle.inputs]
+        self.goes = [id(leaf) in picked for leaf in handle.outputs]
+        self.apart = [leaf for leaf, dies in zip(handle.inputs, self.dies) if dies]
+        made = [leaf for leaf, goes in zip(handle.outputs, self.goes) if goes]
+        self.worth = min(trees.nbytes(self.apart), trees.nbytes(made)) >= SMALL
+        self.needs: Future[Memory] | None = None
+
+    def lowered(self) -> Any:
+        """The program, ready to be compiled."""
+        outputs = self.handle.outputs
+
+        def step(leaves: list[Any], zero: Any) -> Any:
+            fresh = trees.tie([_moved(leaf, zero) if dies else leaf for leaf, dies in zip(leaves, self.dies)])
+            result = self.handle.function(*fresh)
+            given = {id(leaf) for leaf in fresh}
+            new = [goes or id(leaf) not in given for leaf, goes in zip(result, self.goes, strict=True)]
+            made[:] = [leaf for leaf, some in zip(outputs, new) if some]
+            # Gradients too leave as sums: in an output's buffer the compiler would find room for temporaries
+            # until it is written.
+            return [_summed(leaf) for leaf in trees.tie([leaf for leaf, some in zip(result, new) if some])]
+
+        made: list[Any] = []
+        found = jax.jit(step).lower(self.handle.inputs, jax.ShapeDtypeStruct((), jnp.int32))
+        self.apart = [leaf for leaf, dies in zip(self.handle.inputs, self.dies) if dies] + made
+        return found
+
+    @property
+    def saving_bytes(self) -> int:
+        """As `Saved.saving_bytes`."""
+        if self.needs is None:
+            return 0
+        apart = trees.nbytes(self.apart) + self.handle.alone_bytes
+        return max(0, apart - self.needs.result().temporaries)
+
+
+class Joint:
+    """Operations in one program. It takes `(recycled, inputs)`: buffers for outputs, which an earlier run
+    gave, and the rest: in a compiled step an operation writes into memory that is there already."""
+
+    def __init__(self, handles: Sequence[Handle]) -> None:
+        self.handles = handles
+        made = {id(leaf) for handle in handles for leaf in handle.outputs}
+        used = {id(leaf) for handle in handles for leaf in handle.inputs}
+        free = {id(leaf): leaf for handle in handles for leaf in handle.inputs if id(leaf) not in made}
+        self.inputs = list(free.values())
+        self.outputs = [leaf for handle in handles for leaf in handle.outputs if id(leaf) not in used]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*donated.*")  # an output that is an input needs none
+            options = options_of() or None
+            jitted = jax.jit(self._run, donate_argnums=0, keep_unused=True, compiler_options=options)
+            self.lowered = jitted.lower(self.outputs, self.inputs)
+        self.text = self.lowered.as_text()
+        self.ns = 0.0
+
+    def _run(self, recycled: list[Any], inputs: list[Any]) -> list[Any]:
+        known = {id(leaf): array for leaf, array in zip(self.inputs, inputs, strict=True)}
+        for handle in self.handles:
+            found = handle.barred([known[id(leaf)] for leaf in handle.inputs])
+            known.update({id(leaf): array for leaf, array in zip(handle.outputs, found, strict=True)})
+        return [known[id(leaf)] for leaf in self.outputs]
+
+    def share(self) -> None:
+        """Gives each operation that has no time yet its share of the whole."""
+        counted = sum(handle.counted_ns for handle in self.handles)
+        for handle in self.handles:
+            if handle.time is None:
+                handle.time = self.ns * handle.counted_ns / counted
 
 
 class Bench:
-    """Times operations in rounds, so that a slow moment hits all alike; equal programs are compiled and timed
-    once.
+    """Compiles and times; equal programs once.
 
-    Outputs are donated back as the next run's output buffers: in a compiled step an operation writes into
-    memory that is there already, and fresh pages would be counted against it here.
+    `touch`, called where something is timed: what memory costs that was not there before.
     """
 
-    def __init__(self, repeats: int, seed: int) -> None:
+    def __init__(self, repeats: int, seed: int, touch: Callable[[], FirstTouch] = FirstTouch) -> None:
         self.repeats = repeats
         self.key = jax.random.key(seed)
-        self.options = options_of() or None
-        self.known: dict[str, Program] = {}
-        self.needs: dict[str, int] = {}
-        self.unsettled: list[Program] = []
-        self.plain = jax.jit(operations.plain_forward, compiler_options=self.options)
-        self.overhead_ns = 0
-        empty = self.program(lambda a: a + 1, jnp.zeros(()))
-        self.settle(rounds=50)
-        self.overhead_ns = empty.time_ns
+        self.noise = np.random.default_rng(seed)
+        self.touch = touch
+        self.known: dict[str, Future[Any]] = {}  # programs by their text
+        self.times: dict[str, float] = {}
+        self._pool = ThreadPoolExecutor(processors(), thread_name_prefix="mwplan-compiler")
+        self._overhead_ns: float | None = None
 
-    def forward(self, one: PyTree, x: PyTree) -> PyTree:
-        """The layer's output, not timed."""
-        return self.plain(one, x)
+    def close(self) -> None:
+        """Ends its threads, without waiting for what nobody waits for."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def cotangent(self, y: PyTree) -> PyTree:
-        """White noise like `y`, in its dtypes."""
-        return trees.cast_like(random_cotangent(trees.struct(y), self.key), y)
+    def memory(self, lowered: Any) -> Future[Memory]:
+        """What a program needs, from a compilation that is not for running it."""
+
+        def compiled() -> Memory:
+            found = _compiled(lowered, memory_options())
+            return Memory(temporaries(found), workspace(found, _PIECE))
+
+        return self._once("memory", lowered.as_text(), compiled)
+
+    def program(self, joint: Joint) -> Future[Any]:
+        """The program of a `Joint`, compiled to be run."""
+        return self._once("run", joint.text, lambda: _compiled(joint.lowered, {}))
+
+    def _once(self, kind: str, text: str, make: Callable[[], Any]) -> Future[Any]:
+        name = hashlib.sha256(f"{kind}:{text}".encode()).hexdigest()
+        if name not in self.known:
+            self.known[name] = self._pool.submit(make)
+        return self.known[name]
+
+    def time(self, joints: Sequence[Joint], arrays: Callable[[Any], Any]) -> None:
+        """Times programs in rounds, so that a slow moment hits all alike; `arrays`: of a shape."""
+        new = {joint.text: joint for joint in joints if joint.text not in self.times}
+        overhead = self._overhead() if new else 0.0
+        made: dict[int, Any] = {}  # one array for each shape, whoever reads it
+        runs = []
+        for joint in new.values():
+            inputs = [made.setdefault(id(leaf), arrays(leaf)) for leaf in joint.inputs]
+            runs.append(_Run(self.program(joint).result(), inputs, joint.outputs))
+        for _ in range(1 + self.repeats):
+            for run in runs:
+                run.sample()
+        for joint, run in zip(new.values(), runs):
+            touched = self.touch().ns(temporaries(run.program))
+            # What a first touch costs is rough: it does not explain all of a program's time.
+            self.times[joint.text] = max(run.median_ns - touched, run.median_ns / 4) - overhead
+        for joint in joints:
+            joint.ns = max(0.0, self.times[joint.text])
+            joint.share()
+
+    def _overhead(self) -> float:
+        """What a run costs that does nothing."""
+        if self._overhead_ns is None:
+            leaf = jax.ShapeDtypeStruct((), jnp.float32)
+            joint = Joint([Handle(lambda a: a + 1, (leaf,))])
+            run = _Run(self.program(joint).result(), [jnp.zeros((), jnp.float32)], joint.outputs)
+            for _ in range(51):
+                run.sample()
+            self._overhead_ns = run.median_ns
+        return self._overhead_ns
+
+
+class _Run:
+    """A program that is run again and again, in the place of what it gave before."""
+
+    def __init__(self, program: Any, inputs: list[Any], outputs: list[Any]) -> None:
+        self.program, self.inputs = program, inputs
+        self.buffers = _buffers(outputs)
+        self.samples: list[int] = []
+        self.taken = 0  # by the last run
+
+    @property
+    def median_ns(self) -> float:
+        """Of its samples."""
+        return float(statistics.median(self.samples))
+
+    def sample(self) -> None:
+        """The first time a run that does not count, unless it is long enough to make up for that.
+
+        What is short runs twice and the second time counts: in a step what an operation reads has just been
+        written, and here other programs ran since. What is long is sampled no more often than it needs.
+        """
+        if sum(self.samples) > _ENOUGH_NS:
+            return
+        short = self.taken < _SHORT_NS
+        for _ in range(1 + short):
+            start = time.perf_counter_ns()
+            self.buffers = jax.block_until_ready(self.program(self.buffers, self.inputs))
+            taken = time.perf_counter_ns() - start
+        if self.taken or taken > _ENOUGH_NS:
+            self.samples.append(taken)
+        self.taken = taken
+
+
+class Layer:
+    """The operations of one layer on a bench: `Pricing`, in three steps. They are traced as they are asked
+    for, compiled by `start`, timed by `settle`."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench = bench
+        self.handles: list[Handle] = []
+        self.savings: list[Saving] = []
+        self.joints: list[Joint] = []
+        self.derived: list[tuple[Handle, Handle, Handle]] = []
 
     def program(self, operation: Callable[..., Any], *args: Any) -> Handle:
-        """Compiles the operation for `args`, between barriers as within a step, and runs it once; `settle`
-        times it."""
+        """As `Pricing.program`."""
+        handle = Handle(operation, args)
+        self.handles.append(handle)
+        return handle
 
-        leaves, treedef = jax.tree.flatten(args)  # programs are compared without their callers' classes
-        out = jax.eval_shape(operation, *args)
-        program = self._compiled(operation, leaves, treedef, jax.tree.leaves(out), {})
-        flat = program.compiled(_buffers(jax.tree.leaves(out)), [], leaves)
-        return Handle(program, jax.tree.unflatten(jax.tree.structure(out), flat))
+    def saving(self, handle: Handle, *, dead: PyTree, temporary: PyTree) -> Saving:
+        """As `Pricing.saving`."""
+        saving = Saving(handle, dead, temporary)
+        self.savings.append(saving)
+        return saving
 
-    def in_place(self, handle: Handle, operation: Callable[..., Any], *args: Any, dead: Any) -> Handle:
-        """`handle`, timed as where the operation is the last user of `dead`, leaves of `args` (found by
-        identity).
+    def together(self, *handles: Handle) -> None:
+        """As `Pricing.together`."""
+        self.joints.append(Joint(handles))
 
-        Outputs may then be written where these were, which elementwise operations do within a step: less
-        memory moves. Where the compiler would have to copy for it (products read an input more than once), it
-        does not do so within a step either, and the time stays that of `handle`.
-        """
-        leaves, treedef = jax.tree.flatten(args)
-        gone = {id(leaf) for leaf in jax.tree.leaves(dead)}
-        out = jax.tree.leaves(handle.program.compiled.out_info)
-        free = {j: (leaf.shape, leaf.dtype) for j, leaf in enumerate(out)}
-        into: dict[int, int] = {}
-        for i, leaf in enumerate(leaves):
-            same = [j for j, kind in free.items() if kind == (jnp.shape(leaf), leaf.dtype)]
-            if id(leaf) in gone and same and trees.nbytes(leaf) >= SMALL:
-                into[same[0]] = i
-                del free[same[0]]
-        if not into:
-            return handle
-        program = self._compiled(operation, leaves, treedef, out, into)
-        better = program.workspace_bytes <= handle.program.workspace_bytes
-        return Handle(handle.program, handle.result, program if better else None, handle.row_bytes)
+    def derive(self, handle: Handle, base: Handle, more: Handle) -> None:
+        """As `Pricing.derive`."""
+        self.derived.append((handle, base, more))
 
-    def _compiled(
-        self,
-        operation: Callable[..., Any],
-        leaves: list[Any],
-        treedef: Any,
-        out: list[Any],
-        into: dict[int, int],
-    ) -> Program:
-        """The operation's `Program`, known or new; `into` as there."""
-        where = {i: k for k, i in enumerate(into.values())}
+    def start(self) -> list[Future[Any]]:
+        """Has everything compiled: what is waited for."""
+        futures = [self.bench.program(joint) for joint in self.joints]
+        for handle in self.handles:
+            handle.memory = self.bench.memory(jax.jit(handle.alone).lower(*handle.inputs))
+            futures.append(handle.memory)
+        for saving in self.savings:
+            if saving.worth:
+                saving.needs = self.bench.memory(saving.lowered())
+                futures.append(saving.needs)
+        return futures
 
-        def recycling(recycled: list[Any], dying: list[Any], rest: list[Any]) -> list[Any]:
-            others = iter(rest)
-            given = [dying[where[i]] if i in where else next(others) for i in range(len(leaves))]
-            result = tied(operation)(*jax.tree.unflatten(treedef, given))
-            return trees.tie(jax.tree.leaves(result))
+    def settle(self, values: dict[int, Any]) -> None:
+        """Times everything at `values`, arrays for shapes by their identities; at white noise for others."""
 
-        jitted = jax.jit(recycling, donate_argnums=(0, 1), keep_unused=True, compiler_options=self.options)
-        dying, rest = [leaves[i] for i in where], [leaf for i, leaf in enumerate(leaves) if i not in where]
-        lowered = jitted.lower([leaf for j, leaf in enumerate(out) if j not in into], dying, rest)
-        key = hashlib.sha256(lowered.as_text().encode()).hexdigest()
-        if key not in self.known:
-            with warnings.catch_warnings():
-                # an output that is an input needs no buffer
-                warnings.filterwarnings("ignore", message=".*donated.*")
-                self.known[key] = Program(lowered.compile(), leaves, self.overhead_ns, into)
-            self.unsettled.append(self.known[key])
-        return self.known[key]
+        def arrays(leaf: Any) -> Any:
+            if id(leaf) in values:
+                return values[id(leaf)]
+            if trees.is_inexact(leaf):  # by NumPy: nothing need be compiled for it
+                noise = self.bench.noise.standard_normal(leaf.shape, np.float32)
+                return jnp.array(noise.astype(leaf.dtype))
+            return _buffers([leaf])[0]
 
-    def settle(self, rounds: int | None = None) -> None:
-        """Times every new program: one warm-up and `repeats` rounds over all of them."""
-        outputs = [_buffers(program.compiled.out_info) for program in self.unsettled]
-        for _ in range(1 + (rounds or self.repeats)):
-            outputs = [program.sample(buffers) for program, buffers in zip(self.unsettled, outputs)]
-        for program in self.unsettled:
-            del program.samples[0]
-            program.leaves = program.dying = []  # what it was timed on need not be kept
-        self.unsettled.clear()
-
-    def fresh(self) -> tuple[int, int]:
-        """`(kept_bytes, fresh_mib_ns)` of `Profile`: a large array as a temporary against the same array in
-        an output's memory, which is there already.
-
-        glibc maps blocks above 32 MiB anew each time, and keeps smaller ones; whether that is so here, a
-        smaller array tells. Other platforms pool memory.
-        """
-        if jax.default_backend() != "cpu":
-            return 0, 0
-        small, large = (self._fresh_mib_ns(size) for size in (_KEPT * 3 // 4, 2 * _KEPT))
-        return (_KEPT if small < large / 2 else 0), large
-
-    def _fresh_mib_ns(self, size: int) -> int:
-        """What an allocation of `size` bytes costs, for each MiB of it."""
-
-        def filled(value: Any) -> tuple[Any, Any]:
-            array = jax.lax.optimization_barrier(jnp.broadcast_to(value, (size // 4,)))
-            return array, jnp.sum(array)
-
-        one = jnp.ones((), jnp.float32)  # 4 bytes, with `jax_enable_x64` too
-        temporary = jax.jit(lambda v: filled(v)[1], compiler_options=self.options)
-        given = jax.jit(lambda buffer, v: filled(v), donate_argnums=0, keep_unused=True)
-        buffer = jnp.zeros(size // 4, jnp.float32)
-        taken: tuple[list[int], list[int]] = [], []
-        for _ in range(2 + max(9, self.repeats)):
-            start = time.perf_counter_ns()
-            jax.block_until_ready(temporary(one))
-            between = time.perf_counter_ns()
-            buffer, _ = jax.block_until_ready(given(buffer, one))
-            taken[0].append(between - start)
-            taken[1].append(time.perf_counter_ns() - between)
-        more = statistics.median(taken[0][2:]) - statistics.median(taken[1][2:])
-        return max(0, int(more / (size / 2**20)))
+        self.bench.time(self.joints, arrays)
+        for handle, base, more in self.derived:
+            extra = (handle.counted_ns - base.counted_ns) * more.measured_ns / more.counted_ns
+            handle.time = max(0.0, base.measured_ns + extra)
+        measured = sum(joint.ns for joint in self.joints)
+        counted = sum(handle.counted_ns for joint in self.joints for handle in joint.handles)
+        for handle in self.handles:
+            if handle.time is None:  # it stands nowhere that was timed
+                handle.time = handle.counted_ns * measured / counted
 
     def workspaces(self) -> tuple[Workspace, ...]:
-        """What the workspaces of all programs consist of. On CPUs alone: elsewhere it has not been held
-        against compiled steps."""
-        found = {one.workspace_bytes: one.workspace for one in self.known.values() if one.workspace.buffers}
-        return tuple(found[total] for total in sorted(found)) if jax.default_backend() == "cpu" else ()
+        """What the workspaces of its operations consist of."""
+        done = [handle.memory for handle in self.handles] + [saving.needs for saving in self.savings]
+        found = [future.result().workspace for future in done if future is not None]
+        return tuple(one for one in found if one.buffers)
 
-    def saving(
-        self,
-        handle: Handle,
-        operation: Callable[..., Any],
-        *args: Any,
-        dead: Any,
-        outputs: Callable[[Any], Any],
-    ) -> int:
-        """Bytes that the operation needs less than inputs + outputs + workspace where it is the last user of
-        `dead`.
 
-        `dead` are leaves of `args` (found by identity); `outputs` picks from the result what is temporary
-        (not gradients). A program is compiled, and not run, in which both are temporaries: XLA then places
-        outputs where dead inputs were, as it will within a step, and its temporaries are what the operation
-        really needs.
-        """
-        leaves, treedef = jax.tree.flatten(args)
-        gone = {id(leaf) for leaf in jax.tree.leaves(dead)}
-        mine = [id(leaf) in gone for leaf in leaves]
-        inputs = sum(trees.nbytes(leaf) for leaf, dies in zip(leaves, mine) if dies)
-        made = trees.nbytes(outputs(handle.result))
-        if inputs < SMALL or made < SMALL:
-            return 0
-
-        rest_bytes = 0
-
-        def step(leaves: list[Any], zero: Any) -> Any:
-            nonlocal rest_bytes
-            fresh = [_moved(leaf, zero) if dies else leaf for leaf, dies in zip(leaves, mine)]
-            fresh = trees.tie(fresh)
-            result = operation(*jax.tree.unflatten(treedef, fresh))
-            given = {id(leaf) for leaf in fresh}
-            temporary = {id(leaf) for leaf in jax.tree.leaves(outputs(result))}
-            made = [
-                leaf for leaf in jax.tree.leaves(result) if id(leaf) in temporary or id(leaf) not in given
-            ]
-            rest_bytes = trees.nbytes([leaf for leaf in made if id(leaf) not in temporary])
-            # Gradients too leave as sums: in an output's buffer the compiler would find room for temporaries
-            # until it is written.
-            return [_summed(leaf) for leaf in trees.tie(made)]
-
-        lowered = jax.jit(step, compiler_options=self.options).lower(leaves, jnp.zeros((), jnp.int32))
-        key = hashlib.sha256(lowered.as_text().encode()).hexdigest()
-        if key not in self.needs:
-            self.needs[key] = temporaries(lowered.compile())
-        return max(0, inputs + made + rest_bytes + handle.program.workspace_bytes - self.needs[key])
+def _compiled(lowered: Any, options: dict[str, Any]) -> Any:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*donated.*")
+        return lowered.compile(options or None)
 
 
 def _buffers(structs: list[Any]) -> list[Any]:
-    """Fresh arrays of these shapes, without compiling anything for it (but for typed keys)."""
+    """New arrays of these shapes, without compiling anything for it (but for typed keys)."""
     return [
         jnp.zeros(leaf.shape, leaf.dtype)
         if trees.is_key(leaf)
@@ -337,17 +445,8 @@ def _buffers(structs: list[Any]) -> list[Any]:
     ]
 
 
-@functools.partial(jax.jit, donate_argnums=0, keep_unused=True)
-def _refilled(buffer: Any, leaf: Any, zero: Any) -> Any:
-    """`leaf`'s values in `buffer`'s memory."""
-    return _moved(leaf, zero)
-
-
 def _moved(leaf: Any, zero: Any) -> Any:
-    """A copy that the compiler must make: `zero` is 0, and only known when the program runs. A float0 array,
-    which has no memory, is none."""
-    if leaf.dtype == jax.dtypes.float0:
-        return leaf
+    """A copy that the compiler must make: `zero` is 0, and only known when the program runs."""
     if trees.is_key(leaf):
         return jax.random.wrap_key_data(
             _moved(jax.random.key_data(leaf), zero), impl=jax.random.key_impl(leaf)
@@ -359,6 +458,4 @@ def _moved(leaf: Any, zero: Any) -> Any:
 
 def _summed(leaf: Any) -> Any:
     """One number that needs all of `leaf`."""
-    if leaf.dtype == jax.dtypes.float0:
-        return jnp.zeros(())
     return jnp.sum((jax.random.key_data(leaf) if trees.is_key(leaf) else leaf).astype(jnp.float32))

@@ -61,6 +61,7 @@ _TRANSCENDENTAL = {
     *("exp", "exp2", "expm1", "log", "log1p", "sin", "cos", "tan", "asin", "acos", "atan", "atan2"),
     *("sinh", "cosh", "tanh", "asinh", "acosh", "atanh", "logistic", "pow", "cbrt", "erf", "erfc", "erf_inv"),
     *("lgamma", "digamma", "igamma", "igammac", "bessel_i0e", "bessel_i1e", "random_bits", "threefry2x32"),
+    "polynomial",
 }
 _ELEMENTWISE = {
     *(
@@ -348,14 +349,16 @@ _FACTORS: dict[str, Callable[[int, int, int], tuple[float, int]]] = {
 def _dot_flop(node: Node) -> float:
     (contracted, _), _ = node.params["dimension_numbers"]
     lhs = node.inputs[0].shape
-    return 2.0 * node.outputs[0].size * math.prod(lhs[d] for d in contracted)
+    count: int = math.prod(lhs[d] for d in contracted)
+    return 2.0 * node.outputs[0].size * count
 
 
 def _conv_flop(node: Node) -> float:
     numbers = node.params["dimension_numbers"]
     rhs = node.inputs[1]
     seen = rhs.size / max(1, rhs.shape[numbers.rhs_spec[0]])  # taps * channels of one output
-    return 2.0 * node.outputs[0].size * seen / math.prod(node.params["lhs_dilation"] or (1,))
+    spread: int = math.prod(node.params["lhs_dilation"] or (1,))
+    return float(2.0 * node.outputs[0].size * seen / spread)
 
 
 def _control(node: Node) -> Kernel:

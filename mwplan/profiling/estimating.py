@@ -31,7 +31,7 @@ whole fragments (0). All others' local error and growth are infinite, so that no
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -40,12 +40,24 @@ import jax.numpy as jnp
 
 from mwplan.common import platforms, trees
 from mwplan.common.errors import ArgumentError, ChainError
-from mwplan.network import rules
 from mwplan.network.chain import Chain, Stack, boundaries, check_chain, one_block
 from mwplan.plans.profiles import Profile
 from mwplan.profiling import measure
+from mwplan.profiling.carrying import Place, carrying
 from mwplan.profiling.growth import random_cotangent
+from mwplan.profiling.layer_costs import Costs, Name, exact, name_of
+from mwplan.profiling.options import Figures, measure_layer
+from mwplan.profiling.progress import Progress, shown
 from mwplan.profiling.roofline import Device, Roofline, device_of
+from mwplan.profiling.touch import FirstTouch
+from mwplan.profiling.visiting import (
+    GROWTH_SAMPLES,
+    first_layers,
+    layer_keys,
+    layer_names,
+    spread,
+    visit,
+)
 from mwplan.targets import plugins
 from mwplan.targets.devices import TpuChip
 from mwplan.targets.pricing import Compiler
@@ -62,7 +74,8 @@ def estimate(
     device: str | Device,
     examples: int = 16,
     seed: int = 0,
-    progress: Callable[[int, int, str], None] | None = None,
+    wrt_input: bool = False,
+    progress: Progress | bool | None = None,
     compiled: bool | None = None,
 ) -> Profile:
     """Estimates what `mw.profile` would measure of `chain` at input `x` on a device that is not at hand.
@@ -70,8 +83,8 @@ def estimate(
     **Arguments:** `chain`, its weights arrays or `jax.ShapeDtypeStruct`s (`jax.eval_shape(make_chain, key)`
     gives the latter without computing anything); `x`, arrays or `jax.ShapeDtypeStruct`s of the shape that
     will be trained on; `device`, a name in `mw.targets.DEVICES` or a `mw.Device`; `examples`, of how many the
-    errors are measured; `seed`, of random cotangents and inputs; `progress(done, layers, name)`, called after
-    each layer; `compiled`: whether the device's own compiler prices operations (True: an error where it is
+    errors are measured; `seed`, of random cotangents and inputs; `wrt_input`, `progress`, as of
+    `mw.profile`; `compiled`: whether the device's own compiler prices operations (True: an error where it is
     not installed; False: they are counted), by default where it is installed.
     **Returns:** a `Profile` whose `source` says "estimated", and how. The same network's plans from it run
     anywhere; `mw.fit` or a profile on the device itself should have the last word.
@@ -99,38 +112,24 @@ def estimate(
         raise ArgumentError("`chain` and `x` must be arrays or shapes: call `mw.estimate` outside `jax.jit`")
     structs = boundaries(chain, x)
     abstract = _abstract(chain)
-    tell = progress or (lambda done, layers, name: None)
-    names, keys = measure.layer_names(chain), measure.layer_keys(chain, structs)
-    counted = _counted(
-        pricing, chain, structs, keys, names, tell if abstract else lambda done, layers, name: None
-    )
-    if abstract:
-        first = {key: i for i, key in reversed(list(enumerate(keys)))}
-        for i, one in enumerate(_layers(chain)):
-            if first[keys[i]] == i:
+    shared = carrying(chain, structs, wrt_input=wrt_input)
+    names, keys = layer_names(chain), layer_keys(chain, structs, shared)
+    with shown(progress, "estimating") as tell:
+        counted = _counted(chain, pricing, structs, keys, names, tell)
+        if abstract:
+            for i, one in first_layers(chain, keys):
                 _errors_without_weights(counted[keys[i]], one, structs[i], examples, seed)
-    unusable: dict[int, frozenset[measure.Name]] = {}
-    if not abstract:
-        key = jax.random.key(seed)
-        sampled = measure.spread(keys, measure.GROWTH_SAMPLES)
-        inexact = [i for i, k in enumerate(keys) if not _exact(counted[k].checked())]
-        last = max(inexact, default=-1)
-        x = _some(chain, x, structs, examples, key) if inexact else None
-        forward = jax.jit(lambda one, x: one(x))
-        for i, one, at in measure.visit(chain, x, sampled, forward) if inexact else ():
-            unusable[i] = counted[keys[i]].check(one, structs[i])
-            if i in sampled:
-                counted[keys[i]].add_errors(key, one, at, unusable[i])
-            tell(i + 1, len(chain), names[i])
-            if i >= last:  # nothing further on has errors: its inputs need not be computed
-                break
+            unusable = {}
+        else:
+            unusable = _errors(chain, x, structs, keys, counted, examples, seed, tell)
         tell(len(chain), len(chain), names[-1])
     return measure.assemble(
         chain,
         structs,
+        shared,
         [(names[i], counted[key], unusable.get(i)) for i, key in enumerate(keys)],
         fixed_bytes=sum(map(trees.nbytes, (chain, trees.parameters(chain), structs[0]))),
-        fresh=pricing.fresh(),
+        touch=FirstTouch(),  # accelerators pool their memory
         device=device_of(device).name,
         source=_source(pricing)
         + ("errors without weights" if abstract else f"errors of {examples} examples"),
@@ -152,25 +151,26 @@ def _source(pricing: Roofline | Compiler) -> str:
 
 
 def _counted(
-    pricing: Roofline | Compiler,
     chain: Chain,
+    pricing: Roofline | Compiler,
     structs: list[PyTree],
-    keys: Sequence[Hashable],
+    keys: list[tuple[Any, ...]],
     names: list[str],
-    tell: Callable[[int, int, str], None],
-) -> dict[Hashable, measure.Costs]:
-    """The costs of each distinct layer, those of a compiler side by side: while one is compiled another is
+    tell: Progress,
+) -> dict[Hashable, Costs]:
+    """What the layers cost, by their keys; those of a compiler side by side: while one is compiled another is
     traced."""
     platform = pricing.target.platform if isinstance(pricing, Compiler) else _platform(pricing.device)
 
-    def count(i: int, one: Any) -> measure.Costs:
+    def count(i: int, one: Any) -> Costs:
         with platforms.lowering_for(platform):
-            return _count(pricing, one, structs[i], f"layer {i + 1} ({names[i]})")
+            figures = _count(pricing, one, structs[i], keys[i][-1], f"layer {i + 1} ({names[i]})")
+        return Costs(figures, one, structs[i])
 
-    counted: dict[Hashable, measure.Costs] = {}
+    counted: dict[Hashable, Costs] = {}
     threads = PRICED_AT_ONCE if isinstance(pricing, Compiler) else 1
     with ThreadPoolExecutor(threads, thread_name_prefix="price") as pool:
-        started: dict[Hashable, Future[measure.Costs]] = {}
+        started: dict[Hashable, Future[Costs]] = {}
         for i, one in enumerate(_layers(chain)):
             if keys[i] not in started:
                 started[keys[i]] = pool.submit(count, i, one)
@@ -189,9 +189,32 @@ def _platform(device: Device) -> str:
     return "tpu" if isinstance(device.chip, TpuChip) else "gpu" if device.chip is not None else "cpu"
 
 
-def _exact(checked: list[rules.VijpRule | rules.InvertRule]) -> bool:
-    """Whether these rules make no errors at all, whatever the weights."""
-    return all(isinstance(rule, rules.WholeFragment) for rule in checked)
+def _errors(
+    chain: Chain,
+    x: PyTree,
+    structs: list[PyTree],
+    keys: list[tuple[Any, ...]],
+    counted: dict[Hashable, Costs],
+    examples: int,
+    seed: int,
+    tell: Progress,
+) -> dict[int, frozenset[Name]]:
+    """Measures the layers' errors at some examples. Returns, by layer, the rules that its weights forbid."""
+    unusable: dict[int, frozenset[Name]] = {}
+    inexact = [i for i, k in enumerate(keys) if not exact(counted[k].checked())]
+    if not inexact:
+        return unusable
+    key = jax.random.key(seed)
+    sampled = spread(keys, GROWTH_SAMPLES)
+    forward = jax.jit(lambda one, x: one(x))
+    for i, one, at in visit(chain, _some(chain, x, structs, examples, key), sampled, forward):
+        unusable[i] = counted[keys[i]].check(one, structs[i])
+        if i in sampled:
+            counted[keys[i]].add_errors(key, one, at, unusable[i])
+        tell(i + 1, len(chain), "measuring errors")
+        if i >= inexact[-1]:  # nothing further on has errors: its inputs need not be computed
+            break
+    return unusable
 
 
 def _abstract(tree: PyTree) -> bool:
@@ -209,10 +232,10 @@ def _layers(chain: Chain) -> Iterator[Any]:
             yield from block
 
 
-def _count(pricing: Roofline | Compiler, one: PyTree, struct: PyTree, where: str) -> measure.Costs:
+def _count(pricing: Roofline | Compiler, one: PyTree, struct: PyTree, place: Place, where: str) -> Figures:
     """Prices one layer's operations."""
     try:
-        return measure.measure_layer(pricing, one, struct)
+        return measure_layer(pricing, one, struct, place)
     except (TypeError, AttributeError, ValueError, jax.errors.JAXTypeError) as error:
         if not _abstract(one):
             raise
@@ -263,15 +286,13 @@ def _noise(tree: PyTree, key: jax.Array) -> PyTree:
     return jax.tree.unflatten(treedef, made)
 
 
-def _errors_without_weights(
-    costs: measure.Costs, one: PyTree, struct: PyTree, examples: int, seed: int
-) -> None:
+def _errors_without_weights(costs: Costs, one: PyTree, struct: PyTree, examples: int, seed: int) -> None:
     """The errors that no weights change, at random ones; infinite for the others."""
     key = jax.random.key(seed)
     known = [r for r in costs.checked() if not jax.tree.leaves(one) or getattr(r, "any_weights", False)]
-    others = frozenset(measure.name_of(r) for r in costs.checked() if r not in known)
+    others = frozenset(name_of(r) for r in costs.checked() if r not in known)
     costs.errors.update(dict.fromkeys(others, (math.inf, math.inf)))
-    if _exact(known):
+    if exact(known):
         return
     x = _some(Chain([one]), struct, boundaries(Chain([one]), struct), examples, jax.random.fold_in(key, 1))
     # White, each column of about unit length, whatever the parameters stand for: no wide range of sizes.

@@ -34,6 +34,14 @@ class Counted:
     workspace_bytes: int
     program: programs.Graph
     kernels: list[costs.Kernel]
+    inputs: list[Any]
+
+
+@dataclass(frozen=True)
+class CountedSaving:
+    """As `mwplan.profiling.bench.Saving`."""
+
+    saving_bytes: int
 
 
 class Roofline:
@@ -42,16 +50,6 @@ class Roofline:
 
     def __init__(self, device: Device) -> None:
         self.device = device
-
-    def cotangent(self, y: PyTree) -> PyTree:
-        """The shapes of a cotangent of `y`."""
-
-        def one(leaf: Any) -> Any:
-            return jax.ShapeDtypeStruct(
-                leaf.shape, leaf.dtype if trees.is_inexact(leaf) else jax.dtypes.float0
-            )
-
-        return jax.tree.map(one, y)
 
     def program(self, operation: Callable[..., Any], *args: Any) -> Counted:
         """Counts `operation(*args)`; `args` are arrays or shapes."""
@@ -64,34 +62,23 @@ class Roofline:
             workspace_bytes=costs.workspace(program, steps),
             program=program,
             kernels=steps,
+            inputs=jax.tree.leaves(args),
         )
 
-    def in_place(self, handle: Counted, operation: Callable[..., Any], *args: Any, dead: Any) -> Counted:
-        """`handle`: what an operation moves is counted alike wherever it writes."""
-        return handle
-
-    def fresh(self) -> tuple[int, int]:
-        """Nothing: accelerators pool their memory."""
-        return 0, 0
-
-    def settle(self) -> None:
-        """Nothing: times are known at once."""
-
-    def saving(
-        self,
-        handle: Counted,
-        operation: Callable[..., Any],
-        *args: Any,
-        dead: Any,
-        outputs: Callable[[Any], Any],
-    ) -> int:
-        """Bytes that the operation needs less than inputs + outputs + workspace where it is the last user of
-        `dead`; as `Bench.saving`."""
+    def saving(self, handle: Counted, *, dead: PyTree, temporary: PyTree) -> CountedSaving:
+        """What the operation needs less where it is the last user of `dead`."""
         gone = {id(leaf) for leaf in jax.tree.leaves(dead)}
-        wanted = {id(leaf) for leaf in jax.tree.leaves(outputs(handle.result))}
-        dying = [v for leaf, v in zip(jax.tree.leaves(args), handle.program.inputs) if id(leaf) in gone]
+        wanted = {id(leaf) for leaf in jax.tree.leaves(temporary)}
+        dying = [v for leaf, v in zip(handle.inputs, handle.program.inputs) if id(leaf) in gone]
         made = [
             v for leaf, v in zip(jax.tree.leaves(handle.result), handle.program.outputs) if id(leaf) in wanted
         ]
         apart = sum(v.nbytes for v in (*dying, *made)) + handle.workspace_bytes
-        return max(0, apart - costs.needs(handle.program, handle.kernels, dying, made))
+        needs = costs.needs(handle.program, handle.kernels, dying, made)
+        return CountedSaving(max(0, apart - needs))
+
+    def together(self, *handles: Counted) -> None:
+        """Nothing: each operation's time is counted."""
+
+    def derive(self, handle: Counted, base: Counted, more: Counted) -> None:
+        """Nothing: each operation's time is counted."""

@@ -3,57 +3,58 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mwplan.common import trees
-from mwplan.compilers.compiling import temporaries
 from mwplan.execution import rows
 from mwplan.network import operations
 from mwplan.network.constants import tied
-from mwplan.profiling.bench import Bench, Handle
+from mwplan.profiling.bench import Handle, Layer
 
 PyTree = Any
 _ROWS = 2  # of one alone the compiler needs no copy
 
 
-class StackedBench:
-    """As a `Bench`, with the memory of rows in the workspaces: of the layer where an operation reads it, of
-    its gradient until that is among those of the stack."""
+class StackedLayer(Layer):
+    """As a `Layer`, with the memory of rows in the workspaces: of the layer where an operation reads it, of
+    its gradient until that is among those of the stack. **Cost:** one more compilation for each operation on
+    a layer with parameters."""
 
-    def __init__(self, bench: Bench) -> None:
-        self.bench = bench
-        self.in_place = bench.in_place
-        self.saving = bench.saving
-        self.settle = bench.settle
-        self.fresh = bench.fresh
-        self.cotangent = bench.cotangent
+    def start(self) -> list[Future[Any]]:
+        """As `Layer.start`."""
+        futures = super().start()
+        for handle in self.handles:
+            function = getattr(handle.operation, "func", handle.operation)
+            if function.__module__ == operations.__name__ and trees.nbytes(handle.args[0]):
+                handle.on_row = self.bench.memory(_lowered(handle))
+                futures.append(handle.on_row)
+        return futures
 
-    def program(self, operation: Callable[..., Any], *args: Any) -> Handle:
-        """As `Bench.program`. **Cost:** one more compilation for operations on layers with parameters."""
-        handle = self.bench.program(operation, *args)
-        on_layer = getattr(operation, "func", operation).__module__ == operations.__name__
-        if on_layer and trees.nbytes(args[0]):
-            needs = self._needs(operation, *args)
-            handle.row_bytes = max(0, needs - handle.program.workspace_bytes)
-        return handle
 
-    def _needs(self, operation: Callable[..., Any], layer: PyTree, *args: Any) -> int:
-        """Temporary bytes of the operation as a step performs it."""
-        makes = operations.gradients_of(operation) is not None
-        source = jax.tree.map(_stacked, layer)
-        grads = [_stacked(leaf) for leaf in trees.parameters(layer)] if makes else None
+def _lowered(handle: Handle) -> Any:
+    """The operation as a step performs it."""
+    layer, *args = handle.args
+    makes = operations.gradients_of(handle.operation) is not None
+    source = jax.tree.map(_stacked, layer)
+    grads = [_stacked(leaf) for leaf in trees.parameters(layer)] if makes else None
+    leaves, treedef = jax.tree.flatten(args)
+    real = [i for i, leaf in enumerate(leaves) if leaf.dtype != jax.dtypes.float0]
 
-        def step(grads: list[Any] | None, source: PyTree, row: Any, args: tuple[Any, ...]) -> Any:
-            on_row = functools.partial(rows.on_row, operation=operation)
-            return trees.tie(tied(on_row)(source, row, grads, *args))
+    def step(grads: list[Any] | None, source: PyTree, row: Any, arrays: list[Any]) -> Any:
+        given = [np.zeros(leaf.shape, jax.dtypes.float0) for leaf in leaves]
+        for i, array in zip(real, arrays, strict=True):
+            given[i] = array
+        on_row = functools.partial(rows.on_row, operation=handle.operation)
+        return trees.tie(tied(on_row)(source, row, grads, *jax.tree.unflatten(treedef, given)))
 
-        jitted = jax.jit(step, donate_argnums=0, compiler_options=self.bench.options)
-        return temporaries(jitted.lower(grads, source, jnp.int32(0), args).compile())
+    jitted = jax.jit(step, donate_argnums=0)
+    return jitted.lower(grads, source, jax.ShapeDtypeStruct((), jnp.int32), [leaves[i] for i in real])
 
 
 def _stacked(leaf: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((_ROWS, *jnp.shape(leaf)), leaf.dtype)
+    return trees.struct_of(leaf, (_ROWS, *jnp.shape(leaf)))

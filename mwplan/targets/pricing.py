@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mwplan.common import trees
 from mwplan.targets import program
@@ -29,9 +30,11 @@ SMALL = 1 << 14  # bytes: below, a saving is not worth a compilation
 @dataclass(frozen=True)
 class Compiling:
     """One operation: the shapes of its result, and what its compiled program costs, waited for where it is
-    asked for."""
+    asked for; `inputs`, the leaves of its arguments, by which `Compiler.saving` finds them."""
 
     result: Any
+    inputs: list[Any]
+    flat: Callable[[list[Any]], list[Any]]
     future: Future[Compiled]
 
     @property
@@ -43,6 +46,23 @@ class Compiling:
     def workspace_bytes(self) -> int:
         """The compiled program's temporaries."""
         return self.future.result().temporary_bytes
+
+
+@dataclass(frozen=True)
+class CompilingSaving:
+    """As `mwplan.profiling.bench.Saved`: of a program in which what dies and what is made are temporaries."""
+
+    handle: Compiling
+    future: Future[Compiled] | None
+    apart_bytes: int
+
+    @property
+    def saving_bytes(self) -> int:
+        """Bytes that the operation needs less than inputs, outputs and workspace."""
+        if self.future is None:
+            return 0
+        needs = self.future.result().temporary_bytes
+        return max(0, self.apart_bytes + self.handle.workspace_bytes - needs)
 
 
 class Compiler:
@@ -62,74 +82,58 @@ class Compiler:
         self.done = 0
         self._lock = threading.Lock()
 
-    def cotangent(self, y: PyTree) -> PyTree:
-        """The shapes of a cotangent of `y`."""
-
-        def one(leaf: Any) -> Any:
-            dtype = leaf.dtype if trees.is_inexact(leaf) else jax.dtypes.float0
-            return jax.ShapeDtypeStruct(leaf.shape, dtype)
-
-        return jax.tree.map(one, y)
-
     def program(self, operation: Callable[..., Any], *args: Any) -> Compiling:
-        """Starts to compile the operation for arrays or shapes like `args`, between barriers as within a
-        step."""
-        leaves, treedef = jax.tree.flatten(args)
+        """Starts to compile the operation for shapes like `args`, between barriers as within a step."""
+        inputs, treedef = jax.tree.flatten(args)
+
+        def flat(leaves: list[Any]) -> list[Any]:
+            return jax.tree.leaves(operation(*jax.tree.unflatten(treedef, leaves)))
 
         def between(leaves: list[Any]) -> list[Any]:
-            result = operation(*jax.tree.unflatten(treedef, trees.tie(leaves)))
-            return trees.tie(_arrays(jax.tree.leaves(result)))
+            return trees.tie(_arrays(flat(trees.tie(_whole(inputs, leaves)))))
 
-        out = jax.eval_shape(operation, *args)
         # Objects of its own for every leaf: `saving` tells them apart by identity.
-        result = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), out)
-        return Compiling(result, self._started(between, leaves))
+        result = trees.struct(jax.eval_shape(operation, *args))
+        return Compiling(result, inputs, flat, self._started(between, _arrays(inputs)))
 
-    def in_place(self, handle: Compiling, operation: Callable[..., Any], *args: Any, dead: Any) -> Compiling:
-        """`handle`: what an operation moves is counted alike wherever it writes."""
-        return handle
+    def saving(self, handle: Compiling, *, dead: PyTree, temporary: PyTree) -> CompilingSaving:
+        """What the operation needs less where it is the last user of `dead`, leaves of its arguments, and
+        `temporary`, leaves of its result, are no results of the step."""
+        gone, wanted = ({id(leaf) for leaf in jax.tree.leaves(tree)} for tree in (dead, temporary))
+        dies = [id(leaf) in gone for leaf in handle.inputs]
+        outputs = jax.tree.leaves(handle.result)
+        made = trees.nbytes([leaf for leaf in outputs if id(leaf) in wanted])
+        dying = trees.nbytes([leaf for leaf, mine in zip(handle.inputs, dies) if mine])
+        if dying < SMALL or made < SMALL:
+            return CompilingSaving(handle, None, 0)
 
-    def settle(self) -> None:
-        """Nothing: times are waited for where they are asked for."""
-
-    def fresh(self) -> tuple[int, int]:
-        """Nothing: accelerators pool their memory."""
-        return 0, 0
-
-    def saving(
-        self,
-        handle: Compiling,
-        operation: Callable[..., Any],
-        *args: Any,
-        dead: Any,
-        outputs: Callable[[Any], Any],
-    ) -> int:
-        """Bytes that the operation needs less than inputs + outputs + workspace where it is the last user of
-        `dead`, as `mwplan.profiling.bench.Bench.saving`: of a program in which both are temporaries."""
-        leaves, treedef = jax.tree.flatten(args)
-        gone = {id(leaf) for leaf in jax.tree.leaves(dead)}
-        mine = [id(leaf) in gone for leaf in leaves]
-        inputs = sum(trees.nbytes(leaf) for leaf, dies in zip(leaves, mine) if dies)
-        made = trees.nbytes(outputs(handle.result))
-        if inputs < SMALL or made < SMALL:
-            return 0
-        temporary = {id(leaf) for leaf in jax.tree.leaves(outputs(handle.result))}
-        which = [id(leaf) in temporary for leaf in jax.tree.leaves(handle.result)]
-        rest_bytes = sum(
-            trees.nbytes(leaf) for leaf, mine_ in zip(jax.tree.leaves(handle.result), which) if not mine_
-        )
+        mine = [id(leaf) in wanted for leaf in outputs]
+        rest_bytes = 0
 
         def step(given: tuple[list[Any], Any]) -> Any:
+            nonlocal rest_bytes
             leaves, zero = given
-            fresh = trees.tie([_moved(leaf, zero) if dies else leaf for leaf, dies in zip(leaves, mine)])
-            result = operation(*jax.tree.unflatten(treedef, fresh))
+            whole = _whole(handle.inputs, leaves)
+            fresh = trees.tie([_moved(leaf, zero) if one else leaf for leaf, one in zip(whole, dies)])
+            there = {id(leaf) for leaf in fresh}
+            # What is passed through as it came takes no memory of its own.
+            kept = [
+                (leaf, one) for leaf, one in zip(handle.flat(fresh), mine) if one or id(leaf) not in there
+            ]
+            rest_bytes = trees.nbytes([leaf for leaf, one in kept if not one])
             # Gradients too leave as sums: in an output's buffer the compiler would find room for temporaries
             # until it is written.
-            return [_summed(leaf) for leaf in trees.tie(_arrays(jax.tree.leaves(result)))]
+            return [_summed(leaf) for leaf in trees.tie(_arrays([leaf for leaf, _ in kept]))]
 
         zero = jax.ShapeDtypeStruct((), jnp.int32)
-        needs = self._started(step, (leaves, zero)).result().temporary_bytes
-        return max(0, inputs + made + rest_bytes + handle.workspace_bytes - needs)
+        future = self._started(step, (_arrays(handle.inputs), zero))
+        return CompilingSaving(handle, future, dying + made + rest_bytes)
+
+    def together(self, *handles: Compiling) -> None:
+        """Nothing: each operation's time is modelled."""
+
+    def derive(self, handle: Compiling, base: Compiling, more: Compiling) -> None:
+        """Nothing: each operation's time is modelled."""
 
     def _started(self, function: Callable[[Any], Any], given: Any) -> Future[Compiled]:
         """Its compilation, in another thread, unless it is known."""
@@ -151,8 +155,18 @@ class Compiler:
 
 
 def _arrays(leaves: list[Any]) -> list[Any]:
-    """What a compiled program can return: no float0 arrays, which have no memory."""
-    return [leaf for leaf in leaves if not (hasattr(leaf, "dtype") and leaf.dtype == jax.dtypes.float0)]
+    """What a compiled program can take and return: no float0 arrays, which have no memory."""
+    return [leaf for leaf in leaves if not _is_float0(leaf)]
+
+
+def _is_float0(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") and leaf.dtype == jax.dtypes.float0
+
+
+def _whole(like: list[Any], arrays: list[Any]) -> list[Any]:
+    """`arrays` with the float0 zeros that are among `like`."""
+    rest = iter(arrays)
+    return [np.zeros(leaf.shape, leaf.dtype) if _is_float0(leaf) else next(rest) for leaf in like]
 
 
 def _moved(leaf: Any, zero: Any) -> Any:

@@ -1,0 +1,122 @@
+"""Barriers around the operations of a compiled step, by the platform that it is compiled for.
+
+A barrier (`lax.optimization_barrier`) makes arrays wait for one another: nothing that reads one of them
+begins before all are there. It costs no instruction, but XLA fuses nothing across it, so that what could have
+stayed in registers is written to memory and read again. A step has them for three reasons, and each compiler
+needs others:
+
+1. *What is recomputed must not be merged with what it recomputes.* XLA merges equal expressions, and would
+   keep the first instead. One barrier suffices, around the input of the recomputed stretch and the cotangent
+   that it waits for: where `jax.checkpoint` has its own. It stands in every step, whatever is said here, as
+   do those around a run's sketches and behind a MOONWALK run.
+2. *Gradients of parameters must not be postponed.* Nothing waits for them but the end of the step, and while
+   they wait, what they are computed from stays alive. A barrier around the results of a backward operation
+   (gradients, and the cotangent that goes on) makes the next operation wait for both.
+3. *Nothing of an operation may begin before its turn*, nor be left for later: the arguments of every
+   operation wait for one another, and so do all its results.
+
+XLA:GPU orders kernels for memory, and needs the first two (measured: `results/barriers`): so all that is
+elementwise fuses across layers, forward and backward, as in backpropagation. XLA:CPU orders for concurrency
+and needs all three.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+
+from mwplan.common import platforms, trees
+from mwplan.network.canonical import canonical
+from mwplan.network.constants import tied
+from mwplan.network.residuals import Residuals
+
+
+@runtime_checkable
+class Performer(Protocol):
+    """Executes one operation. `sweep`, `layer`, `depth` as in `ledger.Event`."""
+
+    def __call__(self, sweep: str, layer: int, depth: int, operation: Callable[..., Any], *args: Any) -> Any:
+        """Returns `operation(*args)`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Around:
+    """The barriers around one operation: whether its `arguments` wait for one another (and what it makes of
+    constants, an array of zeros that it writes to, say, for all of them), and its `results`;
+    `residuals`, whether those among them do (else XLA may compute them again where they are used, from what
+    is there anyway, instead of keeping them)."""
+
+    arguments: bool
+    results: bool
+    residuals: bool = True
+
+    def __call__(self, operation: Callable[..., Any], *args: Any) -> Any:
+        """`operation(*args)`, between them."""
+        free = () if self.residuals else Residuals
+        result = (tied(operation, free) if self.arguments else operation)(*args)
+        return trees.tie(result, free) if self.results else result
+
+
+#: No barrier.
+NONE = Around(arguments=False, results=False)
+#: An operation that is done, all of it, before the next begins.
+DONE = Around(arguments=False, results=True)
+#: An operation whose every part has its turn and keeps it.
+APART = Around(arguments=True, results=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Barriers:
+    """Where a step has barriers: the performer of a compiled step.
+
+    `forward`: around the operations of forward sweeps, recomputed ones too; `backward`: around all others;
+    `canonical`: whether convolutions are brought into one layout, as XLA:CPU needs it in loops. Every
+    operation is in a scope, by which `mw.explain_peak` and profilers name it.
+
+    >>> Barriers(forward=NONE, backward=DONE)("forward", 1, 0, jnp.add, 1.0, 2.0)
+    Array(3., dtype=float32, weak_type=True)
+    """
+
+    forward: Around
+    backward: Around
+    canonical: bool = False
+
+    def __call__(self, sweep: str, layer: int, depth: int, operation: Callable[..., Any], *args: Any) -> Any:
+        """Returns `operation(*args)`; the layers of a loop's body count from its own first."""
+        around = self.forward if sweep == "forward" else self.backward
+        with jax.named_scope(f"{sweep} {layer}"):
+            return around(canonical(operation) if self.canonical else operation, *args)
+
+    def in_loop(self, *, single: bool) -> Barriers:
+        """Those in the body of a loop; `single`: where that is one operation, whose turns follow one another
+        anyway, and which barriers would keep from fusing with what it reads and writes."""
+        inside = UNTIED if single else self
+        return replace(inside, canonical=True) if platforms.platform() == "cpu" else inside
+
+
+#: No barriers around operations: the recomputed is recomputed, all else is XLA's to order.
+UNTIED = Barriers(forward=NONE, backward=NONE)
+#: Barriers around activations and cotangents, but not around residuals.
+LOOSE = Barriers(
+    forward=replace(APART, residuals=False),
+    backward=replace(APART, residuals=False),
+)  # fmt: skip
+#: By platform, those under which the compiled step's peak is the planned one.
+PLANNED = {
+    "cpu": Barriers(forward=APART, backward=APART),
+    "gpu": Barriers(forward=NONE, backward=DONE),
+    "tpu": Barriers(forward=NONE, backward=DONE),
+}
+
+
+def planned() -> Barriers:
+    """Those of the platform that the program is being traced for; on one that is not known, as on CPUs."""
+    return PLANNED.get(platforms.platform(), PLANNED["cpu"])
+
+
+def in_loop(perform: Performer, *, single: bool) -> Performer:
+    """What takes the place of `perform` in the body of a loop; `single` as in `Barriers.in_loop`."""
+    return perform.in_loop(single=single) if isinstance(perform, Barriers) else perform

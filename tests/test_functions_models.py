@@ -1,0 +1,74 @@
+"""Models of other libraries, unmodified: cut, fitted to a budget, with JAX's gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import equinox as eqx
+import jax
+import pytest
+
+from tests import functions, models
+from tests.test_functions import assert_fits, assert_gradient
+
+
+@pytest.fixture(autouse=True)
+def _x64() -> Iterator[None]:
+    with jax.enable_x64(True):
+        yield
+
+
+def test_linen_resnet_with_new_averages() -> None:
+    loss, params, args = models.resnet()
+    assert_gradient(loss, params, *args, has_aux=True)
+    assert_fits(loss, params, *args, has_aux=True)
+
+
+def test_nnx_decoder_with_tied_embeddings() -> None:
+    loss, params, args = models.decoder()
+    found = assert_gradient(loss, params, *args, has_aux=True)
+    first, last = found.plan.pieces[0], found.plan.pieces[-1]
+    assert {*first.params} & {*last.params}  # the embedding, held by both
+    fitted = assert_fits(loss, params, *args, has_aux=True)
+    (_, state), _ = fitted.step(params, *args)[0]
+    assert int(state["calls"][...]) == 1
+
+
+def test_unet_with_long_skips() -> None:
+    loss, params, args = models.unet()
+    found = assert_gradient(loss, params, *args)
+    assert max(len(piece.crosses) for piece in found.plan.pieces) >= 3
+    assert_fits(loss, params, *args)
+
+
+def test_normalizing_flow() -> None:
+    loss, params, args = models.flow()
+    found = assert_gradient(loss, params, *args)
+    assert len({piece.program for piece in found.plan.pieces[2:-1]}) == 1
+    assert_fits(loss, params, *args)
+
+
+def test_scanned_transformer() -> None:
+    params, batch = functions.transformer(depth=4)
+    fitted = assert_fits(functions.scanned_loss, functions.scanned(params), batch)
+    assert len(fitted.schedule) == 11
+
+
+def test_equinox_vision_transformer() -> None:
+    loss, model, args = models.vit()
+    fitted = assert_equinox(loss, model, args)
+    assert fitted.cut.plan.pieces[1].program == fitted.cut.plan.pieces[4].program
+
+
+def assert_equinox(loss: Any, model: Any, args: tuple[Any, ...]) -> Any:
+    """As `assert_fits`, with `eqx.filter_value_and_grad` for the truth."""
+    import mwplan as mw
+
+    fitted = mw.fit_function(loss, model, *args, budget="100MiB")
+    (value, _), grads = fitted.step(model, *args)
+    want, want_grads = eqx.filter_value_and_grad(loss)(model, *args)
+    assert jax.tree.structure(grads) == jax.tree.structure(want_grads)
+    for a, b in zip(jax.tree.leaves((value, grads)), jax.tree.leaves((want, want_grads))):
+        assert abs(a - b).max() <= 1e-9 * abs(b).max() + 1e-15
+    return fitted
