@@ -64,18 +64,18 @@ def test_live_arrays_are_the_ledgers_at_every_event(fraction: float) -> None:
 
 def test_residuals_in_the_host_s_memory() -> None:
     """A CPU has no memory beside the host's, so that what is planned shows in the trace alone: device bytes
-    as the ledger has them, the rest away."""
+    as the ledger has them, the rest offloaded."""
     chain, x, profile = measured()
     profile = profile.offloading(2e10, least_bytes=1 << 10)
     frontier = mw.frontier(profile)
     assert frontier.least_bytes is not None
-    away = 0
+    offloaded = 0
     for host in ("64 KiB", "1GiB"):
         plan = mw.plan(profile, frontier.least_bytes, host_budget=host)
         assert plan.time_ns <= frontier.at(frontier.least_bytes).time_ns
         assert plan.host_bytes <= parse_bytes(host)
         assert mw.Schedule.from_json(plan.to_json()) == plan
-        away += plan.strategies.count(mw.Strategy.OFFLOAD)
+        offloaded += plan.strategies.count(mw.Strategy.OFFLOAD)
         assert ("host memory" in str(plan)) == (plan.host_bytes > 0)
         timeline = mw.trace(plan, chain, x, mean_square, profile=profile)
         assert [e.array_bytes for e in timeline.events] == [e.predicted_array_bytes for e in timeline.events]
@@ -83,7 +83,7 @@ def test_residuals_in_the_host_s_memory() -> None:
         step = mw.jit(mw.value_and_grad(mean_square, plan))
         for got in (step(chain, x)[1], timeline.gradients):
             assert relative_error(got, want) < 1e-4
-    assert away
+    assert offloaded
     assert mw.Profile.from_json(profile.to_json()) == profile
     alone = mw.plan(profile, frontier.least_bytes, host_budget="1GiB", pins={1: "offload"})
     assert alone.strategies[0] is mw.Strategy.OFFLOAD

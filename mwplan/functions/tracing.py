@@ -435,7 +435,7 @@ def _aval(leaf: Any) -> Any:
 
 
 def _canonical(dtype: Any) -> Any:
-    if jax.dtypes.issubdtype(dtype, jax.dtypes.extended):
+    if jnp.issubdtype(dtype, jax.dtypes.extended):
         return dtype
     return np.dtype(jax.dtypes.canonicalize_dtype(dtype))
 

@@ -40,6 +40,8 @@ import jax.numpy as jnp
 
 from mwplan.common import platforms, trees
 from mwplan.common.errors import ArgumentError, ChainError
+from mwplan.compilers.compiling import options_given
+from mwplan.network import axes
 from mwplan.network.chain import Chain, Stack, boundaries, check_chain, one_block
 from mwplan.plans.profiles import Profile
 from mwplan.profiling import measure
@@ -67,6 +69,7 @@ PyTree = Any
 PRICED_AT_ONCE = 4  # layers whose operations are traced and compiled side by side
 
 
+@options_given()
 def estimate(
     chain: Chain,
     x: PyTree,
@@ -110,10 +113,11 @@ def estimate(
         raise ArgumentError(f"`examples={examples!r}` must be an integer, at least 1")
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((chain, x))):
         raise ArgumentError("`chain` and `x` must be arrays or shapes: call `mw.estimate` outside `jax.jit`")
+    whole, chain = chain, axes.bound(chain, x)
     structs = boundaries(chain, x)
     abstract = _abstract(chain)
     shared = carrying(chain, structs, wrt_input=wrt_input)
-    names, keys = layer_names(chain), layer_keys(chain, structs, shared)
+    names, keys = layer_names(chain), layer_keys(whole, structs, shared)
     with shown(progress, "estimating") as tell:
         counted = _counted(chain, pricing, structs, keys, names, tell)
         if abstract:
@@ -123,12 +127,13 @@ def estimate(
         else:
             unusable = _errors(chain, x, structs, keys, counted, examples, seed, tell)
         tell(len(chain), len(chain), names[-1])
+    gradients = (trees.parameters(chain), trees.parameters(structs[0]) if wrt_input else ())
     return measure.assemble(
-        chain,
+        whole,
         structs,
         shared,
         [(names[i], counted[key], unusable.get(i)) for i, key in enumerate(keys)],
-        fixed_bytes=sum(map(trees.nbytes, (chain, trees.parameters(chain), structs[0]))),
+        fixed_bytes=sum(map(trees.nbytes, (chain, gradients, structs[0]))),
         touch=FirstTouch(),  # accelerators pool their memory
         device=device_of(device).name,
         source=_source(pricing)
