@@ -111,16 +111,9 @@ def fit(
     return fit_step(
         functools.partial(execute.value_and_grad, loss, has_aux=has_aux, wrt_input=wrt_input),
         (chain, x, *args),
-        profile,
-        budget=budget,
-        max_error=max_error,
-        allowed=chosen,
-        max_attempts=max_attempts,
-        thin=thin,
-        regular=regular,
-        tune=tune,
-        say=say,
-    )
+        profile, budget=budget, max_error=max_error, allowed=chosen, max_attempts=max_attempts, thin=thin,
+        regular=regular, tune=tune, say=say,
+    )  # fmt: skip
 
 
 def fit_step(

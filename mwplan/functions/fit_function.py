@@ -140,7 +140,7 @@ def fit_function(
     flat = _split(found, params, args)
     if profile is None:
         chain, x, _ = found.build_flat(*flat)
-        profile = measure.profile(chain, x)
+        profile = measure.profile(chain, x, wrt_input=found.plan.shares)
     gradient = _Gradient(found, has_aux)
     profile = dataclasses.replace(profile, fixed_bytes=_fixed_bytes(found, flat))
     try:

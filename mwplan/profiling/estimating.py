@@ -167,8 +167,10 @@ def _counted(
     traced."""
     platform = pricing.target.platform if isinstance(pricing, Compiler) else _platform(pricing.device)
 
+    wide = jnp.result_type(float) == jnp.float64  # `with jax.enable_x64():` is of one thread
+
     def count(i: int, one: Any) -> Costs:
-        with platforms.lowering_for(platform):
+        with jax.enable_x64(wide), platforms.lowering_for(platform):
             figures = _count(pricing, one, structs[i], keys[i][-1], f"layer {i + 1} ({names[i]})")
         return Costs(figures, one, structs[i])
 
