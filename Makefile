@@ -4,12 +4,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 NEWEST := .venv-newest
+TARGETS := .venv-targets
 WORKERS ?= 2
 # Further arguments of pytest: `make test ARGS="tests/test_cli.py -x"`.
 ARGS ?=
 PYTEST := -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test test-slow test-newest lint format types check clean
+.PHONY: demo test test-slow test-newest test-targets lint format types check clean
 
 # A failed or interrupted install must not leave a stamp, or the next make would trust a broken environment.
 $(VENV)/.installed: pyproject.toml
@@ -46,6 +47,21 @@ $(NEWEST)/.installed: pyproject.toml
 	$(NEWEST)/bin/python -m pip install --quiet -e ".[dev]"
 	touch $@
 
+# What needs a compiler for GPUs, without one: in an environment of its own, where JAX keeps to the CPU.
+test-targets: $(TARGETS)/.installed
+	JAX_PLATFORMS=cpu $(TARGETS)/bin/python $(PYTEST) tests/test_targets.py tests/test_targets_pricing.py \
+	  tests/test_peak.py tests/test_remote.py tests/test_experiments_targets.py $(ARGS)
+
+$(TARGETS)/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "mwplan needs Python 3.11 or newer; set PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv $(TARGETS)
+	$(TARGETS)/bin/python -m pip install --quiet --upgrade "pip>=24"
+	$(TARGETS)/bin/python -m pip install --quiet -e ".[dev]"
+	$(TARGETS)/bin/python -m pip install --quiet $$($(TARGETS)/bin/python -c \
+	  'import jaxlib; v = jaxlib.__version__; print(f"jax-cuda12-plugin=={v} jax-cuda12-pjrt=={v} nvidia-cuda-nvcc-cu12")')
+	touch $@
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -60,4 +76,4 @@ types: $(VENV)/.installed
 check: lint types test
 
 clean:
-	rm -rf $(VENV) $(NEWEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(NEWEST) $(TARGETS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

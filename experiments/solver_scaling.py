@@ -21,6 +21,7 @@ from rich.table import Table
 from experiments import record
 from experiments.solver_cases import Config, cases
 from experiments.solver_report import draw, summary
+from experiments.solver_tuning import CASES, vary
 
 
 def main(config: Config) -> None:
@@ -66,5 +67,10 @@ if __name__ == "__main__":
     )
     parser.add_argument("--out", type=Path, default=Config.out)
     parser.add_argument("--thin", type=float, default=Config.thin)
+    parser.add_argument("--vary", choices=["all", *CASES], help="measure a field of `Tuning` instead")
+    parser.add_argument("--repeats", type=int, default=3, help="of each value, with --vary")
     arguments = parser.parse_args()
-    main(Config(out=arguments.out, thin=arguments.thin))
+    if arguments.vary:
+        vary(list(CASES) if arguments.vary == "all" else [arguments.vary], arguments.repeats)
+    else:
+        main(Config(out=arguments.out, thin=arguments.thin))

@@ -20,6 +20,7 @@ from mwplan.execution.tracing import Timeline, trace
 from mwplan.execution.updates import init_states, value_and_update
 from mwplan.fitting.fitted import Fitted
 from mwplan.fitting.fitting import fit
+from mwplan.fitting.remote import RemoteFit
 from mwplan.functions.cut import Cut, cut
 from mwplan.functions.fit_function import FittedFunction, fit_function
 from mwplan.network.chain import Chain, Stack, stack, unstack
@@ -55,6 +56,7 @@ __all__ = [  # noqa: RUF022 (plainly sorted, as the test compares it)
     "Peak",
     "PlanUndoneWarning",
     "Profile",
+    "RemoteFit",
     "Report",
     "Run",
     "RunKind",

@@ -19,7 +19,7 @@ def greedy(problem: Problem) -> Solution:
     """A schedule within `budget_bytes`, of `allowed` strategies, by one change after the other.
 
     A layer may change to a STORE option of fewer bytes, to RECOMPUTE, or to its fastest moonwalk option;
-    neighbours changed alike become one run. Recomputed stretches are tried whole, in pieces of about the
+    neighbours changed alike become one run. Recomputed stretches are looked at whole, in pieces of about the
     square root of their length, and layer by layer; the fastest schedule found that fits is returned.
     **Cost:** three replays for each change.
     """

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from mwplan.plans.profiles import MoonwalkOption
 from mwplan.solvers.layer_costs import LayerCosts, Rounding
-from mwplan.solvers.pareto import Bools, Floats, Ints, nondominated
+from mwplan.solvers.pareto import INF, Bools, Floats, Ints, begins, nondominated
 
 Node = tuple[int, bool]
 
@@ -149,18 +149,12 @@ class MoonwalkRuns:
         """Appends layer `stop` to labels of the position before, from nodes at `starts` that are kept
         (`bare`) or not: adds the runs that end here to `pieces`, and returns the labels that go on."""
         layers = self.layers
-        a, d, max_error = layers.activation, layers.sweep, layers.max_error
+        a, d = layers.activation, layers.sweep
         at = stop - 1
         x, n = self.options[at], len(layers.moonwalk[at])
-        none = np.zeros(0, dtype=np.intp)
-        if not n:
-            return old.take(none)
-        with np.errstate(over="ignore"):
-            error = np.hypot(old.error[:, None] * x.growth, x.local_error).ravel()
-        # An error at the limit is allowed; the last digit is as the rounding of `hypot` has it.
-        code = np.flatnonzero(error <= max_error)
+        code, error, may_end = self._children(at, old)
         if not code.size:
-            return old.take(none)
+            return old.take(code)
         parent, o = np.divmod(code, n)
         node = old.node[parent]
         first = starts[node] == at
@@ -186,13 +180,58 @@ class MoonwalkRuns:
         if self.rounding.by_strategy:
             pattern = np.unique(2 * pattern + (fragment > 0), return_inverse=True)[1]
             apart = apart * (int(pattern.max()) + 1) + pattern
-        index = nondominated([compared, held, last, forward], apart, layers.tuning)
+        costs = [compared, held, last, forward]
+        index = may_end[nondominated([x[may_end] for x in costs], apart[may_end], layers.tuning)]
         columns = (node, stop, keeps, forward, last, held + out, time, code, pattern)
         pieces.append([x[index] if isinstance(x, np.ndarray) else np.full(index.size, x) for x in columns])
         if stop == layers.size or not layers.moonwalk[stop]:
-            return old.take(none)
+            return old.take(code[:0])
         back = np.maximum(own, advance + (a[stop] - saving) + x.advance[o])
-        error = error[code] if np.isfinite(max_error) else np.zeros(code.size)
         index = nondominated([compared, held, back, forward, error], apart, layers.tuning)
         # Groups are in order of nodes, and so are labels.
         return _Labels(node, time, held, back, forward, error, keeps, code, pattern).take(index)
+
+    def _children(self, at: int, old: _Labels) -> tuple[NDArray[np.intp], Floats, NDArray[np.intp]]:
+        """The labels that layer `at + 1` makes of `old`, as `n` times their parent and the option, in order;
+        their errors; and the numbers of those that are worth ending a run.
+
+        A run that ends, and one whose error an option of growth 0 forgets, is compared without its error:
+        those that another of the same options beats then have parents that are beaten without theirs.
+        """
+        x, n, max_error = self.options[at], len(self.layers.moonwalk[at]), self.layers.max_error
+        none = np.zeros(0, dtype=np.intp)
+        if not n:
+            return none, old.error[:0], none
+        with np.errstate(over="ignore"):
+            error = np.hypot(old.error[:, None] * x.growth, x.local_error)
+        # An error at the limit is allowed; the last digit is as the rounding of `hypot` has it.
+        fits = error <= max_error
+        best = self._best_parents(old, fits)
+        fits &= best | (x.growth != 0)
+        code = np.flatnonzero(fits)
+        errors = error.ravel()[code] if np.isfinite(max_error) else np.zeros(code.size)
+        return code, errors, np.flatnonzero(best.ravel()[code])
+
+    def _best_parents(self, old: _Labels, fits: Bools) -> Bools:
+        """For each label and option: whether no label before it of its class that `fits` the option as well
+        is as good but for its error; true where that is not plain to see.
+
+        It is where labels of a class are in order of time and agree in held bytes and forward peak.
+        """
+        new = begins(old.node, old.keeps)
+        inside = ~new[1:]
+        ordered = (old.held[1:] == old.held[:-1]) & (old.forward[1:] == old.forward[:-1])
+        ordered &= old.time[1:] >= old.time[:-1]
+        if self.rounding.loss or self.rounding.by_strategy or not ordered[inside].all():
+            return fits.copy()
+        # Those of later classes lie below all earlier ones, so that the running minimum begins anew with
+        # each.
+        high = int(old.back.max(initial=0)) + 1
+        low = old.back - high * np.cumsum(new)
+        if high * (int(new.sum()) + 2) >= INF:
+            return fits.copy()
+        least = np.where(fits, low[:, None], low[:, None] + 2 * high)
+        before = np.minimum.accumulate(least, axis=0)
+        best = fits.copy()
+        best[1:] &= least[1:] < before[:-1]
+        return best

@@ -12,7 +12,7 @@ class Tuning:
 
     Shares are of `Problem.thin`, the loss of time aimed at. `python -m experiments.solver_scaling --vary
     FIELD` solves the cases that a field matters for with other values beside its own, by turns, and prints
-    seconds and losses relative to its own; what it said is in results/solver_scaling/tuning.json. A field
+    seconds and losses relative to its own, one row of results/solver_scaling/tuning.jsonl for each. A field
     that it does not know says here what it was chosen for instead.
 
     ```python

@@ -65,15 +65,19 @@ def assert_same_gradient(got: PyTree, loss: Any, params: PyTree, *args: Any, has
 
 
 def assert_fits(
-    loss: Any, params: PyTree, *args: Any, has_aux: bool = False, between: float = 0.4
+    loss: Any, params: PyTree, *args: Any, has_aux: bool = False, measured: bool = False
 ) -> mw.FittedFunction:
     """Fitted to a budget between the least and the most that a plan would use, the compiled step keeps it,
-    and gives the function's value and JAX's gradient."""
+    and gives the function's value and JAX's gradient. `measured`, or from an estimated profile, which takes
+    less time."""
     found = mw.cut(loss, params, *args, has_aux=has_aux)
     chain, x, _ = found.build(params, *args)
-    profile = mw.profile(chain, x, repeats=1)
+    if measured:
+        profile = mw.profile(chain, x, repeats=1)
+    else:
+        profile = mw.estimate(*jax.eval_shape(lambda *both: both, chain, x), device="laptop")
     points = mw.frontier(profile).points
-    temporary = points[0][0] + int(between * (points[-1][0] - points[0][0])) - profile.fixed_bytes
+    temporary = points[0][0] + (points[-1][0] - points[0][0]) * 3 // 5 - profile.fixed_bytes
     fitted = mw.fit_function(
         loss,
         params,
@@ -108,7 +112,7 @@ def test_mlp_is_cut_between_its_layers_and_fits() -> None:
     assert len(found) == 4
     assert all(len(piece.params) == 4 for piece in found.plan.pieces)
     assert len({piece.program for piece in found.plan.pieces[:-1]}) == 1
-    fitted = assert_fits(functions.mlp_loss, params, x, y)
+    fitted = assert_fits(functions.mlp_loss, params, x, y, measured=True)
     with pytest.raises(mw.ArgumentError, match=r"args\[0\].*compiled for"):
         fitted.step(params, x[:2], y)
     policy = fitted.policy()
@@ -368,6 +372,65 @@ def test_errors_say_what_is_wrong() -> None:
         mw.cut(lambda p, x: jnp.sum(x @ p["w"]), p, x, most=0)
     with pytest.raises(mw.ArgumentError, match="not callable"):
         mw.cut(None, p, x)  # type: ignore[arg-type]
+
+
+def test_checkpoints_of_the_function_are_opened_or_kept() -> None:
+    params, x = [jnp.eye(4) * i for i in range(1, 7)], jnp.ones((3, 4))
+
+    def loss(params: PyTree, x: Any) -> Any:
+        for a, b in zip(params[::2], params[1::2]):
+            x = jax.checkpoint(lambda x, a, b: jnp.tanh(jnp.tanh(x @ a) @ b) + jnp.sin(x))(x, a, b)
+        return jnp.mean(x**2)
+
+    opened, kept = mw.cut(loss, params, x), mw.cut(loss, params, x, keep_checkpoints=True)
+    assert "remat2" not in {step.primitive.name for step in opened.flow.steps}
+    assert [step.primitive.name for step in kept.flow.steps].count("remat2") == 3
+    chain, inputs, back = kept.build(params, x)
+    grads = back(*jax.grad(lambda c, x: c(x)[0], argnums=(0, 1))(chain, inputs))
+    assert_same_gradient(grads, loss, params, x)
+
+
+def test_what_cannot_be_cut_says_where_most_is_alive() -> None:
+    params, x = {"w": jnp.ones((64, 64))}, jnp.ones((64, 64))
+
+    def loss(params: PyTree, x: Any) -> Any:
+        return jnp.sum(x @ params["w"])
+
+    found = mw.cut(loss, params, x)
+    assert len(found) == 1
+    chain, inputs, _ = found.build(params, x)
+    profile = mw.estimate(*jax.eval_shape(lambda *both: both, chain, inputs), device="laptop")
+    with pytest.raises(mw.InfeasibleError, match=r"could not be cut.*alive within it after `dot_general`"):
+        mw.fit_function(loss, params, x, budget=100_000, profile=profile)
+
+
+def test_a_step_within_a_larger_function() -> None:
+    params, x, y = functions.mlp(depth=4)
+    chain, inputs, _ = mw.cut(functions.mlp_loss, params, x, y).build(params, x, y)
+    profile = mw.estimate(*jax.eval_shape(lambda *both: both, chain, inputs), device="laptop")
+    fitted = mw.fit_function(functions.mlp_loss, params, x, y, budget="10MiB", profile=profile)
+
+    @mw.jit
+    def train(params: PyTree, xs: Any, ys: Any) -> tuple[PyTree, Any]:
+        """Gradients accumulated over several batches, one step of descent."""
+
+        def one(total: PyTree, batch: tuple[Any, Any]) -> tuple[PyTree, Any]:
+            (value, _), grads = fitted.value_and_grad(params, *batch)
+            return jax.tree.map(jnp.add, total, grads), value
+
+        total, values = jax.lax.scan(one, jax.tree.map(jnp.zeros_like, params), (xs, ys))
+        return jax.tree.map(lambda p, g: p - 0.1 * g, params, total), values
+
+    got, values = train(params, jnp.stack([x, y]), jnp.stack([y, x]))
+    grads = [jax.grad(functions.mlp_loss)(params, *batch) for batch in ((x, y), (y, x))]
+    want = jax.tree.map(lambda p, a, b: p - 0.1 * (a + b), params, *grads)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(values[0], functions.mlp_loss(params, x, y), rtol=1e-12)
+    # Two models at once.
+    both = jax.tree.map(lambda p: jnp.stack([p, 2 * p]), params)
+    (loss, _), _ = mw.jit(jax.vmap(fitted.value_and_grad, (0, None, None)))(both, x, y)
+    np.testing.assert_allclose(loss[0], functions.mlp_loss(params, x, y), rtol=1e-12)
 
 
 def test_cutting_a_long_program_takes_no_time() -> None:

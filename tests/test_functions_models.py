@@ -9,6 +9,7 @@ import equinox as eqx
 import jax
 import pytest
 
+import mwplan as mw
 from tests import functions, models
 from tests.test_functions import assert_fits, assert_gradient
 
@@ -63,9 +64,9 @@ def test_equinox_vision_transformer() -> None:
 
 def assert_equinox(loss: Any, model: Any, args: tuple[Any, ...]) -> Any:
     """As `assert_fits`, with `eqx.filter_value_and_grad` for the truth."""
-    import mwplan as mw
-
-    fitted = mw.fit_function(loss, model, *args, budget="100MiB")
+    chain, x, _ = mw.cut(loss, model, *args).build(model, *args)
+    profile = mw.estimate(*jax.eval_shape(lambda *both: both, chain, x), device="laptop")
+    fitted = mw.fit_function(loss, model, *args, budget="100MiB", profile=profile)
     (value, _), grads = fitted.step(model, *args)
     want, want_grads = eqx.filter_value_and_grad(loss)(model, *args)
     assert jax.tree.structure(grads) == jax.tree.structure(want_grads)

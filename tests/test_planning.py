@@ -64,18 +64,18 @@ def test_live_arrays_are_the_ledgers_at_every_event(fraction: float) -> None:
 
 def test_residuals_in_the_host_s_memory() -> None:
     """A CPU has no memory beside the host's, so that what is planned shows in the trace alone: device bytes
-    as the ledger has them, the rest away."""
+    as the ledger has them, the rest offloaded."""
     chain, x, profile = measured()
     profile = profile.offloading(2e10, least_bytes=1 << 10)
     frontier = mw.frontier(profile)
     assert frontier.least_bytes is not None
-    away = 0
+    offloaded = 0
     for host in ("64 KiB", "1GiB"):
         plan = mw.plan(profile, frontier.least_bytes, host_budget=host)
         assert plan.time_ns <= frontier.at(frontier.least_bytes).time_ns
         assert plan.host_bytes <= parse_bytes(host)
         assert mw.Schedule.from_json(plan.to_json()) == plan
-        away += plan.strategies.count(mw.Strategy.OFFLOAD)
+        offloaded += plan.strategies.count(mw.Strategy.OFFLOAD)
         assert ("host memory" in str(plan)) == (plan.host_bytes > 0)
         timeline = mw.trace(plan, chain, x, mean_square, profile=profile)
         assert [e.array_bytes for e in timeline.events] == [e.predicted_array_bytes for e in timeline.events]
@@ -83,7 +83,7 @@ def test_residuals_in_the_host_s_memory() -> None:
         step = mw.jit(mw.value_and_grad(mean_square, plan))
         for got in (step(chain, x)[1], timeline.gradients):
             assert relative_error(got, want) < 1e-4
-    assert away
+    assert offloaded
     assert mw.Profile.from_json(profile.to_json()) == profile
     alone = mw.plan(profile, frontier.least_bytes, host_budget="1GiB", pins={1: "offload"})
     assert alone.strategies[0] is mw.Strategy.OFFLOAD
@@ -93,7 +93,7 @@ def test_memory_on_the_host_never_makes_a_plan_slower() -> None:
     """Where memory costs time too, which the integer program does not know."""
     for seed in range(12):
         profile = random_profile(random.Random(seed), 3, moonwalks=0, inverts=0, scale=1000)
-        profile = dataclasses.replace(profile.offloading(1e9, least_bytes=1), fresh_mib_ns=200_000)
+        profile = dataclasses.replace(profile.offloading(1e9, least_bytes=1), first_touch_mib_ns=200_000)
         least = mw.frontier(profile).least_bytes
         assert least is not None
         without, with_ = mw.plan(profile, 3 * least), mw.plan(profile, 3 * least, host_budget="1GiB")
@@ -186,10 +186,10 @@ def test_memory_that_costs_time(seed: int) -> None:
         sorted(costs)[len(costs) // 3],
         2**20 * max(costs.values()) // max(costs) // rng.randint(1, 4),
     )
-    profile = dataclasses.replace(plain, kept_bytes=kept, fresh_mib_ns=rate)
+    profile = dataclasses.replace(plain, kept_bytes=kept, first_touch_mib_ns=rate)
     frontier = mw.frontier(profile)
     for budget in sorted(costs)[:: 1 + len(costs) // 8]:
-        want = min(time + profile.fresh_ns(need) for need, time in costs.items() if need <= budget)
+        want = min(time + profile.first_touch_ns(need) for need, time in costs.items() if need <= budget)
         for plan in (mw.plan(profile, budget or 1, frontier=frontier), frontier.at(budget or 1)):
             assert (plan.time_ns, plan.bound_ns, plan.status) == (want, want, mw.Status.OPTIMAL)
     assert mw.Profile.from_json(profile.to_json()) == profile

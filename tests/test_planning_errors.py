@@ -23,15 +23,15 @@ def test_host_memory_that_cannot_be_used_says_so() -> None:
         profile.offloading(0)
     with pytest.raises(mw.ArgumentError, match="`host_budget='much'` is not a size"):
         mw.plan(profile.offloading(2e10), "1GiB", host_budget="much")
-    away = profile.offloading(2e10, least_bytes=1)
+    offloading = profile.offloading(2e10, least_bytes=1)
     with pytest.raises(mw.InfeasibleError, match="side conditions; without them"):
-        mw.plan(away, "1GiB", host_budget=1, pins={1: "offload"})
+        mw.plan(offloading, "1GiB", host_budget=1, pins={1: "offload"})
     with pytest.raises(mw.ArgumentError, match="sends layer 1 to the host"):
-        mw.plan(away, "1GiB", pins={1: "offload"}, host_budget=0)
+        mw.plan(offloading, "1GiB", pins={1: "offload"}, host_budget=0)
     with pytest.raises(mw.InfeasibleError, match="needs `host_budget`"):
-        mw.plan(away, "1GiB", allowed="offload")
+        mw.plan(offloading, "1GiB", allowed="offload")
     with pytest.raises(mw.InfeasibleError, match="that every schedule takes") as caught:
-        mw.plan(away, 1, host_budget="1GiB")
+        mw.plan(offloading, 1, host_budget="1GiB")
     assert caught.value.least_bytes is None
 
 

@@ -101,15 +101,15 @@ def test_the_host_s_memory_is_a_second_budget() -> None:
 
 def test_offloading_by_hand_and_a_long_chain_with_a_tight_host() -> None:
     profile = random_profile(random.Random(10), 40, moonwalks=0, inverts=0, scale=10**6)
-    away = profile.offloading(1e6, least_bytes=1)
-    for layer, before, after in zip(away.layers, away.activation_bytes, away.activation_bytes[1:]):
+    sent = profile.offloading(1e6, least_bytes=1)
+    for layer, before, after in zip(sent.layers, sent.activation_bytes, sent.activation_bytes[1:]):
         for o, store in zip(
             layer.offload, [o for o in layer.store if o.residual_bytes + o.keeps_input + o.keeps_output]
         ):
             kept = store.residual_bytes + store.keeps_input * before + store.keeps_output * after
             assert (o.name, o.host_bytes) == (store.name, kept)
             assert o.forward_ns - store.forward_ns == o.backward_ns - store.backward_ns == 1000 * kept
-    assert solve_frontier(Problem(profile=away)).points == solve_frontier(Problem(profile=profile)).points
+    assert solve_frontier(Problem(profile=sent)).points == solve_frontier(Problem(profile=profile)).points
     # Copies that cost next to nothing: the frontier's least budget in a fraction of its time.
     profile = profile.offloading(1e15, least_bytes=1)
     frontier = solve_frontier(Problem(profile=profile))

@@ -104,6 +104,8 @@ def from_linen(module: Any, variables: PyTree, *, rngs: PyTree = None, **options
                 "the activation"
             )
     others = {name: tree for name, tree in variables.items() if name != "params"}
+    # A name says where a module stands in another: blocks that differ in nothing else are equal here.
+    module = module.clone(name=None, parent=None)
     return Linen(variables.get("params", {}), _fix(others), rngs, module, tuple(sorted(options.items())))
 
 

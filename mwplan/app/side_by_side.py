@@ -190,7 +190,7 @@ class _Session:
     def _fit(self, net: Chain, profile: Profile) -> Fitted:
         """The step within the budget."""
         task = self.task
-        return fitting.fit(
+        found = fitting.fit(
             task.loss,
             net,
             *self.example,
@@ -201,6 +201,8 @@ class _Session:
             tune=task.tune,
             say=self.say,
         )
+        assert isinstance(found, Fitted)  # no device but the attached one was named
+        return found
 
     def check(self, step: int) -> None:
         """Compares both gradients with float64, where the task asks for it before this step."""

@@ -126,6 +126,11 @@ def weakened(leaf: Any) -> Any:
     return jax.lax.convert_element_type_p.bind(leaf, new_dtype=dtype, weak_type=True, sharding=None)
 
 
+def along(weights: Any, activation: Any) -> Any:
+    """`weights` along the last axes of `activation`, as `jax_numpy_rank_promotion="raise"` wants it said."""
+    return jnp.expand_dims(weights, range(activation.ndim - weights.ndim))
+
+
 def working_dtype(dtype: Any) -> Any:
     """The dtype that cotangents have inside a moonwalk run: `dtype`, or float32 where that is wider."""
     return jnp.float32 if bits(dtype) <= 8 else jnp.promote_types(dtype, jnp.float32)

@@ -25,7 +25,7 @@ from mwplan.execution.interpreter import Interpreter
 from mwplan.execution.view import View
 from mwplan.network import residuals, sharding
 from mwplan.network.carried import Carried
-from mwplan.network.chain import Chain, Stack, boundaries, check_chain, fingerprint
+from mwplan.network.chain import Chain, Stack, boundaries, check_chain, check_closures, fingerprint
 from mwplan.plans.schedule import RunKind, Schedule, allow_nesting, nesting, reporting_runs
 
 PyTree = Any
@@ -260,7 +260,7 @@ def checked_schedule(schedule: Any) -> Schedule:
 def check_match(schedule: Schedule, chain: Chain) -> None:
     """Raises `ScheduleMismatchError` unless `schedule` was made for a chain like this one."""
     checked_schedule(schedule)
-    check_chain(chain)
+    check_closures(check_chain(chain))
     allow_nesting(nesting(schedule.runs))
     if len(schedule) != len(chain):
         raise ScheduleMismatchError(

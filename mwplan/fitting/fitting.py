@@ -15,9 +15,10 @@ from mwplan.common.errors import ArgumentError, InfeasibleError, ScheduleMismatc
 from mwplan.common.sizes import parse_bytes, show_bytes
 from mwplan.execution import execute
 from mwplan.execution.execute import Arrangement
-from mwplan.fitting import tuning
+from mwplan.fitting import remote, tuning
 from mwplan.fitting.fitted import Fitted
 from mwplan.fitting.losses import with_loss
+from mwplan.fitting.remote import RemoteFit
 from mwplan.fitting.search import WORTHWHILE, Compiler, Plans, Search
 from mwplan.network import sharding
 from mwplan.network.chain import Chain, boundaries, check_chain, fingerprint
@@ -26,6 +27,7 @@ from mwplan.plans.schedule import Choice, Schedule, Strategy, check_allowed
 from mwplan.profiling import measure
 from mwplan.solvers import baselines
 from mwplan.solvers.problem import Problem
+from mwplan.targets.devices import Device
 
 PyTree = Any
 QUICKER = 6  # programs of each set of strategies that are compiled in search of such a plan
@@ -48,7 +50,8 @@ def fit(
     regular: float = planning.TUNING.regular_loss,
     tune: int = 0,
     say: Callable[[str], None] = lambda text: None,
-) -> Fitted:
+    device: str | Device | None = None,
+) -> Fitted | RemoteFit:
     """The fastest schedule whose *compiled* step fits the budget.
 
     A schedule's peak is what is alive at once. The compiler's allocator may need more, where buffers of
@@ -66,8 +69,11 @@ def fit(
     memory (a half, a quarter), what one would do by hand (plain backpropagation, inversion or moonwalk runs
     wherever they are possible) and each of these untied and loose (`mw.UNTIED`, `mw.LOOSE`) are timed in turn
     with the predicted fastest, those that fit, and the fastest kept: a profile's times are estimates of
-    operations on their own; 0, the predicted fastest is taken; `say`, told of each.
-    **Returns:** a `Fitted`.
+    operations on their own; 0, the predicted fastest is taken; `say`, told of each; `device`, another than
+    the attached one (`mw.targets`): `chain`, `x` and `args` may be shapes, the profile is `mw.estimate`'s,
+    steps are compiled for it, and of those that fit (plans of all and of fewer strategies, tied, loose and
+    untied) the one of least modelled time is kept.
+    **Returns:** a `Fitted`; for another `device` a `RemoteFit`, whose step runs there alone.
     **Raises:** `InfeasibleError` where nothing that was compiled fits, with a budget that is enough for what
     was; `ScheduleMismatchError`
     for a profile of another chain or input; as `mw.plan` and `mw.value_and_grad`, what concerns the loss
@@ -89,6 +95,16 @@ def fit(
     parse_bytes(budget)
     y = boundaries(check_chain(chain), x)[-1]
     execute.check_losses_shape(loss, y, args, has_aux)
+    if device is not None:
+        if tune:
+            raise ArgumentError(
+                f"`tune={tune}`: steps for `device={device!r}` cannot be timed here; leave it out"
+            )
+        return remote.fit(
+            loss, chain, x, args, device=device, budget=budget, profile=profile, max_error=max_error,
+            allowed=chosen, has_aux=has_aux, wrt_input=wrt_input, max_attempts=max_attempts, thin=thin,
+            regular=regular, say=say,
+        )  # fmt: skip
     profile = measure.profile(chain, x, wrt_input=wrt_input) if profile is None else profile
     _check_profile(profile, chain, x)
     profile = with_loss(profile, loss, y, args, has_aux)

@@ -19,6 +19,7 @@ from mwplan.fitting.fitted import Attempt, Fitted
 from mwplan.fitting.fitting import fit_step
 from mwplan.functions import cut as cutting
 from mwplan.functions.cut import Cut
+from mwplan.functions.policy import Policy
 from mwplan.plans.profiles import Profile
 from mwplan.plans.schedule import Choice, Schedule
 from mwplan.profiling import measure
@@ -70,12 +71,15 @@ class FittedFunction:
         """`((value, report), grads)`: what the function returned, the runs' error report, and gradients like
         `params` (None for what is no array of floating-point numbers). Raises `ArgumentError` for arguments
         of other shapes than those it was compiled for."""
-        return self.fitted.step(*_split(self.cut, params, args))
+        out: tuple[tuple[Any, execute.Report], PyTree] = self.fitted.step(*_split(self.cut, params, args))
+        return out
 
     def value_and_grad(self, params: PyTree, *args: Any) -> tuple[tuple[Any, execute.Report], PyTree]:
         """As `step`, not compiled: to be part of a larger function, which is compiled with `mw.jit`."""
         gradient = _Gradient(self.cut, self.has_aux)
-        return gradient(self.schedule, arrangement=self.fitted.arrangement)(*_split(self.cut, params, args))
+        step = gradient(self.schedule, arrangement=self.fitted.arrangement)
+        out: tuple[tuple[Any, execute.Report], PyTree] = step(*_split(self.cut, params, args))
+        return out
 
     def policy(self) -> Policy:
         """The plan in `jax.checkpoint`'s words: printed, what is recomputed and saved; called, the function
@@ -216,10 +220,21 @@ def _fixed_bytes(cut: Cut, flat: tuple[list[Any], list[Any], list[Any]]) -> int:
 
 def _narrowest(cut: Cut) -> str:
     """Where the pieces need most, in words."""
-    piece = max(cut.plan.pieces, key=lambda one: one.made_bytes)
-    at = cut.plan.pieces.index(piece) + 1
+    pieces = cut.plan.pieces
+    piece = max(pieces, key=lambda one: one.made_bytes)
+    alive = cut.flow.alive_bytes(piece.start, piece.stop)
+    at = int(alive.argmax())
+    step = cut.flow.steps[piece.start + max(at - 1, 0)]
+    within = f"`{step.primitive.name}`" + (f" in {step.scope}" if step.scope else "")
+    most = f"{show_bytes(int(alive[at]))} are alive within it after {within}, the most"
+    if len(pieces) == 1:
+        return (
+            "The function could not be cut: nowhere is less alive than both sides make, or there is but one "
+            "operation; "
+            f"{most}. What can be planned is what is kept of it"
+        )
     return (
-        f"The function was cut into {len(cut)} pieces; piece {at} ({piece.label}) makes most, "
-        f"{show_bytes(piece.made_bytes)}, and is not cut within: `print(mw.cut(loss, params, *args))` shows "
-        "all"
+        f"The function was cut into {len(pieces)} pieces; piece {pieces.index(piece) + 1} ({piece.label}) "
+        "makes most, "
+        f"{show_bytes(piece.made_bytes)}; {most}: `print(mw.cut(loss, params, *args))` shows all"
     )

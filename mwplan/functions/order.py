@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from mwplan.common import trees
 from mwplan.functions.kinds import ELEMENTWISE, SHAPES, SLICES
@@ -35,7 +36,7 @@ def hoisted(traced: Traced, of_params: set[int], of_data: set[int]) -> set[int]:
             continue
         if of_params.isdisjoint(step.outputs):
             small = sum(map(trees.nbytes, avals)) <= SMALL_BYTES
-            keys = any(jax.dtypes.issubdtype(a.dtype, jax.dtypes.extended) for a in avals)
+            keys = any(jnp.issubdtype(a.dtype, jax.dtypes.extended) for a in avals)
             if not small or not (keys or of_data.intersection(step.outputs)):
                 continue
             chosen[i] = True

@@ -144,7 +144,9 @@ class Plan:
             for i in range(group.start, group.start + group.period):
                 params = tuple(next(one) for _ in self.pieces[i].params)
                 others = tuple(next(other) for _ in self.pieces[i].others)
-                block.append(Piece(params, others, *self._structure(i), Label(self.pieces[i].label)))
+                program, reads, held, returns = self._structure(i)
+                label = Label(self.pieces[i].label)
+                block.append(Piece(params, others, program, reads, held, returns, label))
             depth = group.count * group.depth
             parts += (
                 block

@@ -104,7 +104,7 @@ class _Conv:
         if self._is_product(self.geometry(x.shape), x):
             return self._product(x, self.bias)
         y = self.linear(x)
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y + trees.along(self.bias, y)
 
     def _is_product(self, g: Geometry, x: Array) -> bool:
         """Whether the layer is one product of matrices. XLA:CPU (jaxlib 0.10.2) takes four times as long for

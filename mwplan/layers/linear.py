@@ -61,7 +61,7 @@ def times(
     """
     y = x.reshape(-1, x.shape[-1]) @ matrix
     if bias is not None:
-        y = y + bias
+        y = y + trees.along(bias, y)
         # As part of the addition the new shape would keep XLA from adding in place: another activation more.
         y = y if x.ndim == 2 else trees.tie(y)
     return y.reshape(*x.shape[:-1], matrix.shape[1])

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Complex, Float
 
 from mwplan.common.errors import ArgumentError
-from mwplan.common.trees import transpose, widen
+from mwplan.common.trees import along, transpose, widen
 from mwplan.layers.fourier import irfftn, rfftn
 from mwplan.layers.linear import LinearRule, WholeOf, times
 from mwplan.network.layer import layer, static
@@ -223,7 +223,7 @@ class CircularOrthogonal:
     def __call__(self, x: Array) -> Array:
         """Applies the layer."""
         y = self.linear(x)
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y + along(self.bias, y)
 
     def vijp_rules(self, x: Any) -> Sequence[VijpRule | Unavailable]:
         """The jvp."""

@@ -384,7 +384,9 @@ class SpectralInverse(InvertRule):
     def inverse(self, layer: Any, y: Any, kept: Any) -> Any:
         """`x`, in the dtype of `y`."""
         g, dims, groups = self.geometry, layer.dims, layer.groups
-        wide = trees.widen(y) if layer.bias is None else trees.widen(y) - trees.widen(layer.bias)
+        wide = (
+            trees.widen(y) if layer.bias is None else trees.widen(y) - trees.along(trees.widen(layer.bias), y)
+        )
         y_hat = transform_out(flatten_batch(wide, dims), g, groups)
         a = jnp.swapaxes(jnp.conj(symbol(layer.weight, g, groups)), -1, -2)
         x_hat = jnp.einsum("n...o,...io->n...i", y_hat, left_inverse(a))

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from mwplan.common import trees
 from mwplan.common.errors import ChainError
 from mwplan.network.layer import layer, static
-from mwplan.network.purity import traced
-from mwplan.network.wrapping import Wrapper
+from mwplan.network.purity import CLOSED, closes_over, traced
+from mwplan.network.wrapping import Wrapper, hidden
 
 PyTree = Any
 
@@ -81,6 +81,13 @@ def as_layer(candidate: Any, position: int) -> Any:
         raise ChainError(
             f"`layers[{position}]` ({type(candidate).__name__}) is a Flax module: give "
             "`mwplan.adapters.flax.from_linen(module, variables)` or `from_nnx(module)`"
+        )
+    if (module := hidden(candidate)) is not None:
+        raise ChainError(
+            f"`layers[{position}]` is a function of a {type(module).__name__} whose weights are hidden: "
+            "nothing would be trained. Give a pytree: `eqx.filter_vmap(module)` for `jax.vmap(module)`, the "
+            "module itself for `jax.jit(module)`, `jax.tree_util.Partial(...)` for `functools.partial(...)`; "
+            "or, if that is what is meant, a function that calls `mw.frozen(module)`"
         )
     leaves, treedef = jax.tree.flatten(candidate)
     if all(trees.is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
@@ -360,6 +367,13 @@ def check_chain(chain: Any) -> Chain:
     return chain
 
 
+def check_closures(chain: Chain) -> None:
+    """Raises `ChainError` where a function among the layers closes over what is being differentiated."""
+    for i, part in enumerate(chain.parts):
+        if isinstance(part, Function) and closes_over(part.function):
+            raise ChainError(f"`layers[{i}]` ({layer_name(part)}) {CLOSED}")
+
+
 def boundaries(chain: Chain, x: PyTree) -> list[PyTree]:
     """The shapes and dtypes of `x_0 .. x_L`, without computing anything.
 
@@ -394,7 +408,10 @@ def _alike(a: PyTree, b: PyTree) -> bool:
 
 def one_block(part: Stack) -> tuple[Any, ...]:
     """The shapes of one of a stack's blocks."""
-    return jax.eval_shape(lambda block: jax.tree.map(lambda leaf: leaf[0], block), part.block)
+    shapes: tuple[Any, ...] = jax.eval_shape(
+        lambda block: jax.tree.map(lambda leaf: leaf[0], block), part.block
+    )
+    return shapes
 
 
 _BATCH = ". The input is of the whole batch: what takes one example needs `jax.vmap`, `eqx.filter_vmap`"
@@ -411,18 +428,14 @@ def _output(one: Any, x: PyTree, position: int, known: dict[Hashable, PyTree]) -
         key = object()
     where = f"layer {position} ({layer_name(one)})"
     try:
-        y, differs = traced(one, x)
+        y, problem = traced(one, x)
     except Exception as error:
         hint = "" if _raised_itself(error) else _BATCH
         raise ChainError(
             f"{where} does not accept its input {_shapes(x)}: {type(error).__name__}: {error}{hint}"
         ) from error
-    if differs:
-        raise ChainError(
-            f"{where} is not the same each time it is traced: {differs}. A step calls a layer several times, "
-            "forward and backward, and must get the same function: draw masks with `jax.random` from a key "
-            "that is a leaf of the layer or of its input, and keep counters there"
-        )
+    if problem:
+        raise ChainError(f"{where} {problem}")
     # Shapes and dtypes alone: within `jax.shard_map` JAX's structs also say where arrays are.
     y = trees.struct(y)
     if not jax.tree.leaves(y):

@@ -217,7 +217,10 @@ class Explanation:
     def _size(self, size: int | None) -> str:
         if size is None:
             return ""
-        return f"{size:_} B ({100 * size / self.output_bytes:.1f}%)" if self.output_bytes else f"{size:_} B"
+        if not self.output_bytes:
+            return f"{size:_} B"
+        share = size / self.output_bytes
+        return f"{size:_} B ({share:.1%})" if share < 10 else f"{size:_} B ({share:,.0f} times the output)"
 
     def __str__(self) -> str:
         console = rich.console.Console(width=150, color_system=None)

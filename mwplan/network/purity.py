@@ -9,24 +9,59 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from types import CellType
 from typing import Any
 
 import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
+from mwplan.common import trees
+
 PyTree = Any
+
+CLOSED = (
+    "closes over an array that is being differentiated, and a planned step differentiates what it is given: "
+    "make it a leaf of the layer (a pytree with `__call__`, or `jax.tree_util.Partial(function, weights)`), "
+    "or a part of the activation"
+)
+IMPURE = (
+    "is not the same each time it is traced: {}. A step calls a layer several times, forward and backward, "
+    "and must get the same function: draw masks with `jax.random` from a key that is a leaf of the layer or "
+    "of its input, and keep counters there"
+)
 
 
 def traced(layer: PyTree, x: PyTree) -> tuple[PyTree, str | None]:
-    """The shapes that `layer(x)` returns, and in what two traces of it differ, or None.
+    """The shapes that `layer(x)` returns, and what is wrong with it, if anything is: two traces of it differ,
+    or it closes over what is being differentiated.
 
     `x`: arrays or shapes. What JAX remembers (of a function under `jax.jit`) is the same in all sweeps, and
     here. **Cost:** two traces.
     """
     first, out = _trace(layer, x)
     second, _ = _trace(layer, x)
-    return out, difference(first, second)
+    if differentiated(first):
+        return out, CLOSED
+    differs = difference(first, second)
+    return out, differs and IMPURE.format(differs)
+
+
+def differentiated(closed: ClosedJaxpr) -> bool:
+    """Whether a program closes over a value that is being differentiated around it."""
+    return any(map(is_differentiated, closed.consts))
+
+
+def is_differentiated(leaf: Any) -> bool:
+    """Whether `leaf` is a value that is being differentiated."""
+    return type(leaf).__name__ in ("JVPTracer", "LinearizeTracer")
+
+
+def closes_over(function: Any) -> bool:
+    """Whether a plain function has such a value among what it closes over."""
+    cells = getattr(function, "__closure__", None) or ()
+    held = [cell.cell_contents for cell in cells if cell != CellType()]
+    return any(map(is_differentiated, jax.tree.leaves(held)))
 
 
 def _trace(layer: PyTree, x: PyTree) -> tuple[ClosedJaxpr, PyTree]:
@@ -92,7 +127,7 @@ def _same(a: Any, b: Any) -> bool:
         return True
     if isinstance(a, jax.core.Tracer) or isinstance(b, jax.core.Tracer):
         return True  # two values of the program around: what they are, nobody knows yet
-    if any(jax.dtypes.issubdtype(getattr(one, "dtype", None), jax.dtypes.prng_key) for one in (a, b)):
+    if any(hasattr(one, "dtype") and trees.is_key(one) for one in (a, b)):
         a, b = jax.random.key_data(a), jax.random.key_data(b)
     try:
         with jax.ensure_compile_time_eval():

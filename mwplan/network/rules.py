@@ -245,7 +245,7 @@ def parameter_gradient(layer: PyTree, x: PyTree, ct_out: PyTree) -> list[Any]:
     """
     params = trees.parameters(layer)
     y, vjp = jax.vjp(lambda p: trees.with_parameters(layer, p)(x), params)
-    (grads,) = vjp(trees.cast_like(ct_out, y))
+    grads: list[Any] = vjp(trees.cast_like(ct_out, y))[0]
     return grads
 
 
@@ -292,7 +292,19 @@ def vijp_rules(layer: PyTree, x: PyTree) -> tuple[VijpRule | Unavailable, ...]:
 def invert_rules(layer: PyTree, x: PyTree) -> tuple[InvertRule | Unavailable, ...]:
     """All the ways to rebuild `layer`'s input from its output."""
     found = _collect(layer, x, "invert_rules")
-    if found and any(map(trees.is_weak, jax.tree.leaves(x))):
-        why = "the layer's input is weakly typed, what is rebuilt would not be: another dtype may come of it"
-        return tuple(Unavailable(one.name, why) for one in found)
-    return found
+    if not any(map(trees.is_weak, jax.tree.leaves(x))):
+        return found
+    why = "the layer's input is weakly typed, and what is rebuilt would not be: another dtype may come of it"
+    return tuple(one if _keeps_types(one, layer, x) else Unavailable(one.name, why) for one in found)
+
+
+def _keeps_types(rule: InvertRule | Unavailable, layer: PyTree, x: PyTree) -> bool:
+    """Whether what a rule rebuilds is weakly typed where `x` is."""
+    if isinstance(rule, Unavailable):
+        return True
+
+    def back(layer: PyTree, x: PyTree) -> PyTree:
+        return rule.inverse(layer, *rule.forward(layer, x))
+
+    pairs = zip(jax.tree.leaves(jax.eval_shape(back, layer, x)), jax.tree.leaves(x), strict=True)
+    return all(trees.is_weak(got) == trees.is_weak(want) for got, want in pairs)

@@ -37,7 +37,7 @@ def explicit_mesh(tree: PyTree) -> jax.sharding.AbstractMesh | None:
     """The mesh of arrays whose types say how they are spread over it (axes of `AxisType.Explicit`); None
     where there are none."""
     for leaf in jax.tree.leaves(tree):
-        mesh = jax.typeof(leaf).sharding.mesh
+        mesh: jax.sharding.AbstractMesh = jax.typeof(leaf).sharding.mesh
         if mesh.explicit_axes:
             return mesh
     return None

@@ -92,7 +92,8 @@ def _folded(lines: Array, stride: int, salt: int) -> Array:
     total = functools.reduce(jnp.add, (part(n * length, (n + 1) * length) for n in range(stretches)))
     if rest := count % stretches:
         total = jnp.concatenate([total, part(count - rest, count)])
-    return trees.tie(total)
+    tied: Array = trees.tie(total)
+    return tied
 
 
 def _bits(index: Any, salt: int) -> Any:

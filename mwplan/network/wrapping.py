@@ -6,6 +6,7 @@ not trained.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -252,3 +253,18 @@ def trainable(tree: PyTree) -> PyTree:
     2
     """
     return trees.only_parameters(tree, trees.parameters(tree))
+
+
+def hidden(candidate: Any) -> Any:
+    """The callable pytree with parameters around which `candidate` is a mere function, or None: what
+    `jax.vmap`, `jax.jit`, `functools.partial` or a method bound to it make of a module."""
+    while jax.tree_util.treedef_is_leaf(jax.tree.structure(candidate)):
+        inner = getattr(candidate, "__wrapped__", None)
+        inner = getattr(candidate, "__self__", None) if inner is None else inner
+        inner = candidate.func if isinstance(candidate, functools.partial) else inner
+        if inner is None or not callable(inner):
+            return None
+        candidate = inner
+        if trees.parameters(candidate):
+            return candidate if not trees.is_array(candidate) else None
+    return None

@@ -68,7 +68,7 @@ class Place:
 @dataclass(frozen=True)
 class Carrying:
     """The boundaries of a chain, and the bytes of all that is fixed: arrays that are no part of the chain's
-    input, and cotangents that are not idle."""
+    input, and their cotangents. (Those of the input are added up where the step's output will be.)"""
 
     carried: Carried
     boundaries: tuple[Boundary, ...]
@@ -109,16 +109,6 @@ def carrying(chain: Chain, structs: Sequence[PyTree], *, wrt_input: bool) -> Car
         Boundary(frozenset(k for k, root in enumerate(roots) if root in fixed), idle)
         for roots, idle in zip(carried.roots, carried.idle)
     )
-    return Carrying(carried, boundaries, sum(map(_always(carried, structs, sizes), fixed)))
-
-
-def _always(carried: Carried, structs: Sequence[PyTree], sizes: dict[Root, int]) -> Any:
-    """What of a root counts all the time."""
-    idle = {carried.roots[i][k] for i, some in enumerate(carried.idle) for k in some}
-
-    def of(root: Root) -> int:
-        position, k = root
-        has_cotangent = trees.is_inexact(jax.tree.leaves(structs[position])[k]) and root not in idle
-        return sizes[root] * ((position > 0) + has_cotangent)
-
-    return of
+    twice = {root for root in fixed if trees.is_inexact(jax.tree.leaves(structs[root[0]])[root[1]])}
+    always = sum(sizes[root] * (1 + (root in twice)) for root in fixed & made.keys())
+    return Carrying(carried, boundaries, always)

@@ -13,7 +13,12 @@ those rates (small or oddly shaped products: often a half), caches, autotuned al
 fusion of products with what follows, launches that overlap, several devices. Ratios between the options
 of a layer are what a plan depends on, and are better than the times themselves. Checked on a CPU alone
 (results/estimate); the built-in GPUs' figures are data sheets', not yet held against a GPU. Where a layer
-chooses its operations by `jax.default_backend()`, this host's are counted.
+chooses its operations by the platform, those for the device are counted.
+
+**Compiled** by the device's own compiler (`mwplan.targets.pricing`), where it is installed: workspaces and
+savings are its buffers, of each operation alone; times a roofline's of the kernels that it launches after
+fusion, or on TPUs its own estimates. What libraries need beside (cuDNN, cuBLAS) is not known, nor what is
+fused across operations. The two paragraphs above are about what is counted without it.
 
 **Errors** depend on weights and working precision, hardly on the device. Where all weights are arrays
 they are measured as in `mw.profile`, at the first `examples` examples of `x`, or of white noise (zeros
@@ -27,13 +32,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from mwplan.common import trees
+from mwplan.common import platforms, trees
 from mwplan.common.errors import ArgumentError, ChainError
+from mwplan.compilers.compiling import options_given
+from mwplan.network import axes
 from mwplan.network.chain import Chain, Stack, boundaries, check_chain, one_block
 from mwplan.plans.profiles import Profile
 from mwplan.profiling import measure
@@ -52,10 +60,16 @@ from mwplan.profiling.visiting import (
     spread,
     visit,
 )
+from mwplan.targets import plugins
+from mwplan.targets.devices import TpuChip
+from mwplan.targets.pricing import Compiler
+from mwplan.targets.target import target_of
 
 PyTree = Any
+PRICED_AT_ONCE = 4  # layers whose operations are traced and compiled side by side
 
 
+@options_given()
 def estimate(
     chain: Chain,
     x: PyTree,
@@ -65,21 +79,25 @@ def estimate(
     seed: int = 0,
     wrt_input: bool = False,
     progress: Progress | bool | None = None,
+    compiled: bool | None = None,
 ) -> Profile:
     """Estimates what `mw.profile` would measure of `chain` at input `x` on a device that is not at hand.
 
     **Arguments:** `chain`, its weights arrays or `jax.ShapeDtypeStruct`s (`jax.eval_shape(make_chain, key)`
     gives the latter without computing anything); `x`, arrays or `jax.ShapeDtypeStruct`s of the shape that
-    will be trained on; `device`, "h100", "a100", "laptop" or a `mw.Device`; `examples`, of how many the
+    will be trained on; `device`, a name in `mw.targets.DEVICES` or a `mw.Device`; `examples`, of how many the
     errors are measured; `seed`, of random cotangents and inputs; `wrt_input`, `progress`, as of
-    `mw.profile`.
-    **Returns:** a `Profile` whose `source` says "estimated". The same network's plans from it run anywhere;
-    `mw.fit` or a profile on the device itself should have the last word.
+    `mw.profile`; `compiled`: whether the device's own compiler prices operations (True: an error where it is
+    not installed; False: they are counted), by default where it is installed.
+    **Returns:** a `Profile` whose `source` says "estimated", and how. The same network's plans from it run
+    anywhere; `mw.fit` or a profile on the device itself should have the last word.
     **Raises:** `ChainError` where a layer does not accept what it gets; `ArgumentError` for an unknown
-    device, or a layer that needs its weights' values to be traced and has only their shapes.
-    **Cost:** one tracing of each operation of each distinct layer. With weights, and where a rule makes
-    errors, also a forward pass of `examples` examples on this host's default device, and compilations to
-    measure them: most of the time, some seconds a rule. Nothing of the size of `x` is allocated.
+    device, or a layer that needs its weights' values to be traced and has only their shapes;
+    `CompilerMissingError` and `TargetError` of the device's compiler.
+    **Cost:** one tracing of each operation of each distinct layer; where they are compiled, some seconds a
+    layer the first time, then nothing (`mwplan.targets.cache`). With weights, and where a rule makes errors,
+    also a forward pass of `examples` examples on this host's default device, and compilations to measure
+    them: most of the time, some seconds a rule. Nothing of the size of `x` is allocated.
 
     What is modelled and what is not, and how far off it is: `mwplan.profiling.estimating`.
 
@@ -90,15 +108,16 @@ def estimate(
     (16777216, 16777216, 16777216)
     """
     check_chain(chain)
-    pricing = Roofline(device_of(device))
+    pricing = _pricing(device_of(device), compiled)
     if isinstance(examples, bool) or not isinstance(examples, int) or examples < 1:
         raise ArgumentError(f"`examples={examples!r}` must be an integer, at least 1")
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((chain, x))):
         raise ArgumentError("`chain` and `x` must be arrays or shapes: call `mw.estimate` outside `jax.jit`")
+    whole, chain = chain, axes.bound(chain, x)
     structs = boundaries(chain, x)
     abstract = _abstract(chain)
     shared = carrying(chain, structs, wrt_input=wrt_input)
-    names, keys = layer_names(chain), layer_keys(chain, structs, shared)
+    names, keys = layer_names(chain), layer_keys(whole, structs, shared)
     with shown(progress, "estimating") as tell:
         counted = _counted(chain, pricing, structs, keys, names, tell)
         if abstract:
@@ -108,35 +127,71 @@ def estimate(
         else:
             unusable = _errors(chain, x, structs, keys, counted, examples, seed, tell)
         tell(len(chain), len(chain), names[-1])
+    gradients = (trees.parameters(chain), trees.parameters(structs[0]) if wrt_input else ())
     return measure.assemble(
-        chain,
+        whole,
         structs,
         shared,
         [(names[i], counted[key], unusable.get(i)) for i, key in enumerate(keys)],
-        fixed_bytes=sum(map(trees.nbytes, (chain, trees.parameters(chain), structs[0]))),
+        fixed_bytes=sum(map(trees.nbytes, (chain, gradients, structs[0]))),
         touch=FirstTouch(),  # accelerators pool their memory
-        device=pricing.device.name,
-        source=f"estimated by a roofline, jax {jax.__version__}, "
+        device=device_of(device).name,
+        source=_source(pricing)
         + ("errors without weights" if abstract else f"errors of {examples} examples"),
     )
 
 
+def _pricing(device: Device, compiled: bool | None) -> Roofline | Compiler:
+    """By the device's compiler, where that is wanted or installed, else by counting."""
+    if compiled or (compiled is None and device.chip is not None and plugins.missing(device) is None):
+        return Compiler(target_of(device))
+    return Roofline(device)
+
+
+def _source(pricing: Roofline | Compiler) -> str:
+    if isinstance(pricing, Compiler):
+        return f"estimated by the compiler of {pricing.target.name} ({pricing.target.compiler}), "
+    why = plugins.missing(pricing.device) if pricing.device.chip is not None else None
+    return f"estimated by a roofline, jax {jax.__version__}{f' ({why})' if why else ''}, "
+
+
 def _counted(
     chain: Chain,
-    pricing: Roofline,
+    pricing: Roofline | Compiler,
     structs: list[PyTree],
     keys: list[tuple[Any, ...]],
     names: list[str],
     tell: Progress,
 ) -> dict[Hashable, Costs]:
-    """What the layers cost, by their keys."""
-    counted: dict[Hashable, Costs] = {}
-    for i, one in enumerate(_layers(chain)):
-        if keys[i] not in counted:
+    """What the layers cost, by their keys; those of a compiler side by side: while one is compiled another is
+    traced."""
+    platform = pricing.target.platform if isinstance(pricing, Compiler) else _platform(pricing.device)
+
+    def count(i: int, one: Any) -> Costs:
+        with platforms.lowering_for(platform):
             figures = _count(pricing, one, structs[i], keys[i][-1], f"layer {i + 1} ({names[i]})")
-            counted[keys[i]] = Costs(figures, one, structs[i])
-        tell(i + 1, len(chain), names[i])
+        return Costs(figures, one, structs[i])
+
+    counted: dict[Hashable, Costs] = {}
+    threads = PRICED_AT_ONCE if isinstance(pricing, Compiler) else 1
+    with ThreadPoolExecutor(threads, thread_name_prefix="price") as pool:
+        started: dict[Hashable, Future[Costs]] = {}
+        for i, one in enumerate(_layers(chain)):
+            if keys[i] not in started:
+                started[keys[i]] = pool.submit(count, i, one)
+        try:
+            for i, key in enumerate(keys):
+                counted[key] = started[key].result()
+                tell(i + 1, len(chain), names[i])
+        finally:
+            for future in started.values():
+                future.cancel()
     return counted
+
+
+def _platform(device: Device) -> str:
+    """That for which the device's programs are written."""
+    return "tpu" if isinstance(device.chip, TpuChip) else "gpu" if device.chip is not None else "cpu"
 
 
 def _errors(
@@ -182,7 +237,7 @@ def _layers(chain: Chain) -> Iterator[Any]:
             yield from block
 
 
-def _count(pricing: Roofline, one: PyTree, struct: PyTree, place: Place, where: str) -> Figures:
+def _count(pricing: Roofline | Compiler, one: PyTree, struct: PyTree, place: Place, where: str) -> Figures:
     """Prices one layer's operations."""
     try:
         return measure_layer(pricing, one, struct, place)

@@ -31,6 +31,12 @@ from mwplan.network.rules import InvertRule, VijpRule, WholeFragment, layer_vjp,
 PyTree = Any
 
 
+def _finite_part(tree: PyTree) -> PyTree:
+    """`tree` with zeros for what is not finite, the infinities of an attention's mask, say, which tell
+    nothing of an activation's size."""
+    return jax.tree.map(lambda a: jnp.where(jnp.isfinite(a), a, 0) if trees.is_inexact(a) else a, tree)
+
+
 def _norm(tree: PyTree) -> jax.Array:
     """The Euclidean norm of all inexact leaves together."""
     leaves = [leaf for leaf in jax.tree.leaves(tree) if trees.is_inexact(leaf)]
@@ -102,12 +108,12 @@ class InverseErrors(NamedTuple):
 def _invert_errors(rule: InvertRule, layer: PyTree, x: PyTree, y: PyTree, key: jax.Array) -> jax.Array:
     _, kept = rule.forward(layer, x)
     back = rule.inverse(layer, y, kept)
-    scale = _norm(x)
+    scale = _norm(_finite_part(x))
     local = _ratio(_norm(_minus(back, x)), scale)
     noise = random_cotangent(y, key)
     tangent = trees.cast_like(noise, y)
     _, moved = jax.jvp(lambda out: rule.inverse(layer, out, kept), (y,), (tangent,))
-    growth = _ratio(_norm(moved) * _norm(y), _norm(noise) * scale)
+    growth = _ratio(_norm(moved) * _norm(_finite_part(y)), _norm(noise) * scale)
     return jnp.stack([local, growth])
 
 
@@ -139,9 +145,11 @@ def _sensitivities(rule: InvertRule | None, layer: PyTree, x: PyTree, y: PyTree,
         return jnp.zeros(3)
     noise_key, key = jax.random.split(key)
     noise = random_cotangent(y, noise_key)
-    scale = _ratio(_norm(noise), _norm(y))
+    scale, size = _ratio(_norm(noise), _norm(_finite_part(y))), _norm(_finite_part(x))
     ct = jax.tree.map(
-        lambda n, leaf: (n + scale * leaf).astype(leaf.dtype) if trees.is_inexact(leaf) else n, noise, y
+        lambda n, leaf: (n + scale * leaf).astype(leaf.dtype) if trees.is_inexact(leaf) else n,
+        noise,
+        _finite_part(y),
     )
 
     kept = () if rule is None else rule.forward(layer, x)[1]
@@ -155,11 +163,11 @@ def _sensitivities(rule: InvertRule | None, layer: PyTree, x: PyTree, y: PyTree,
             _, grads, ct_in = rule.backward(layer, moved, kept, ct)
         return [g for g in jax.tree.leaves(trees.widen(ct_in)) if trees.is_inexact(g)], trees.widen(grads)
 
-    def size(arrays: list[Any]) -> jax.Array:
+    def total(arrays: list[Any]) -> jax.Array:
         return sum((jnp.sum(jnp.abs(a)) for a in arrays), start=jnp.zeros(()))
 
     def moved(level: jax.Array, noise: PyTree, its_norm: jax.Array) -> jax.Array:
-        step = level * _ratio(_norm(x), its_norm)
+        step = level * _ratio(size, its_norm)
         other = jax.tree.map(
             lambda leaf, n: (
                 trees.typed_like((leaf + step * n).astype(leaf.dtype), leaf)
@@ -169,11 +177,11 @@ def _sensitivities(rule: InvertRule | None, layer: PyTree, x: PyTree, y: PyTree,
             x,
             noise,
         )
-        by = _ratio(_norm(_minus(other, x)), _norm(x))  # what rounding left of it
+        by = _ratio(_norm(_minus(other, x)), size)  # what rounding left of it
         ct_in, grads = pull(other)
         moved_ct, moved_grads = _minus(ct_in, truth[0]), _minus(grads, truth[1])
         changes = (
-            _ratio(size(moved_ct), size(truth[0])),
+            _ratio(total(moved_ct), total(truth[0])),
             _ratio(_norm(moved_grads), _norm(truth[1])),
             _ratio(_norm(moved_ct), _norm(truth[0])),
         )
@@ -182,7 +190,8 @@ def _sensitivities(rule: InvertRule | None, layer: PyTree, x: PyTree, y: PyTree,
     def of_one_draw(key: jax.Array) -> jax.Array:
         noise = random_cotangent(x, key)
         norm = _norm(noise)
-        return jax.lax.map(lambda level: moved(level, noise, norm), jnp.asarray(sizes))
+        draws: jax.Array = jax.lax.map(lambda level: moved(level, noise, norm), jnp.asarray(sizes))
+        return draws
 
     truth = jax.lax.optimization_barrier(pull(x))
     eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in leaves)
@@ -196,7 +205,7 @@ def _sensitivities(rule: InvertRule | None, layer: PyTree, x: PyTree, y: PyTree,
 
 
 def _tangent(at: jax.Array, x: jax.Array) -> Any:
-    return at - x if trees.is_inexact(x) else trees.no_cotangent(x)
+    return jnp.where(at == x, 0, at - x).astype(x.dtype) if trees.is_inexact(x) else trees.no_cotangent(x)
 
 
 def _zeros_like(leaf: Any) -> Any:
@@ -204,9 +213,10 @@ def _zeros_like(leaf: Any) -> Any:
 
 
 def _minus(a: PyTree, b: PyTree) -> list[Any]:
-    """The differences of the inexact leaves, in working precision."""
+    """The differences of the inexact leaves, in working precision; infinities that are the same do not
+    differ."""
     pairs = zip(jax.tree.leaves(trees.widen(a)), jax.tree.leaves(trees.widen(b)), strict=True)
-    return [p - q for p, q in pairs if trees.is_inexact(q)]
+    return [jnp.where(p == q, 0, p - q) for p, q in pairs if trees.is_inexact(q)]
 
 
 @lru_cache(maxsize=512)

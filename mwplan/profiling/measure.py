@@ -16,8 +16,9 @@ import jax
 
 from mwplan.common import trees
 from mwplan.common.errors import ArgumentError
+from mwplan.compilers.compiling import options_given
 from mwplan.execution.repeats import LEAST_REPETITIONS
-from mwplan.network import residuals, sharding
+from mwplan.network import axes, residuals, sharding
 from mwplan.network.chain import Chain, boundaries, check_chain, fingerprint
 from mwplan.plans.packing import Workspace
 from mwplan.plans.profiles import LayerProfile, Profile
@@ -31,6 +32,7 @@ from mwplan.profiling.visiting import depth_of, layer_keys, layer_names
 PyTree = Any
 
 
+@options_given()
 def profile(
     chain: Chain,
     x: PyTree,
@@ -46,7 +48,8 @@ def profile(
     Of arrays on a mesh (`jax.NamedSharding`) the figures are those of one device: `x` counts by its shard,
     which is what a data-parallel step's device works on. Weights are gathered for the measurement, as for
     their use in a step; `fixed_bytes` counts their shards (and gradients sharded like them). What is not
-    modelled: activations sharded other than by `x`, the communication and its buffers.
+    modelled: activations sharded other than by `x`, the communication and its buffers; layers that name an
+    axis themselves (`jax.lax.pmean`) are measured as if it had one device.
 
     **Arguments:** `chain`; `x`, concrete arrays of the shape that will be trained on; `repeats`, timed runs
     of each program (the median counts; long ones run fewer times); `seed`, of the random cotangents;
@@ -77,17 +80,19 @@ def profile(
         )
     if repeats < 1:
         raise ArgumentError(f"`repeats={repeats}` must be at least 1")
-    fixed = sum(map(sharding.local_bytes, (chain, trees.parameters(chain), x)))
+    gradients = (trees.parameters(chain), trees.parameters(x) if wrt_input else ())
+    fixed = sum(map(sharding.local_bytes, (chain, gradients, x)))
     chain, x = sharding.gathered(chain), sharding.local(x)
+    whole, chain = chain, axes.bound(chain, x)
     structs = boundaries(chain, x)
     shared = carrying(chain, structs, wrt_input=wrt_input)
-    keys = layer_keys(chain, structs, shared)
+    keys = layer_keys(whole, structs, shared)
     device = jax.devices()[0]
     with shown(progress, "profiling") as tell, Session(repeats, seed, cache, tell) as session:
         session.prepare(chain, structs, keys, shared)
         unusable = session.measure(chain, x, structs, keys)
         return assemble(
-            chain,
+            whole,
             structs,
             shared,
             [
@@ -138,7 +143,7 @@ def assemble(
         fixed_bytes=fixed_bytes,
         carried_bytes=shared.fixed_bytes,
         kept_bytes=touch.kept_bytes,
-        fresh_mib_ns=touch.first_touch_mib_ns,
+        first_touch_mib_ns=touch.first_touch_mib_ns,
         workspaces=_workspaces([costs for _, costs, _ in layers]),
         fingerprint=fingerprint(chain),
         device=device,

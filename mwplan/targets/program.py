@@ -151,16 +151,23 @@ def compile(
     lowered = lower(function, args, one)
     options = {**one.compiler_options, **(compiler_options or {})}
 
-    def made() -> Compiled:
-        return read(built(lowered, options, one), one)
-
     if not cached:
-        return made()
-    name = cache.key(lowered.as_text(), repr(sorted(options.items())), one.compiler, one.facts)
+        return read(built(lowered, options, one), one)
+    return known_or_built(key(lowered, one, options), lowered, one, options)
+
+
+def key(lowered: Any, target: Target, options: Mapping[str, Any]) -> str:
+    """Under what the result of a program is kept: its text, the options, the compiler's version and what that
+    is told of the target."""
+    return cache.key(lowered.as_text(), repr(sorted(options.items())), target.compiler, target.facts)
+
+
+def known_or_built(name: str, lowered: Any, target: Target, options: Mapping[str, Any]) -> Compiled:
+    """What is kept under `name`, or the program compiled, and kept."""
     found = cache.known(name, _Kept, kind="compiled program", schema=SCHEMA)
     if found is not None:
-        return found.compiled(one)
-    fresh = made()
+        return found.compiled(target)
+    fresh = read(built(lowered, options, target), target)
     cache.keep(name, _Kept.of(fresh), kind="compiled program", schema=SCHEMA)
     return fresh
 
