@@ -116,33 +116,22 @@ def test_policies_are_values() -> None:
 
 
 @GPU
-def test_a_stored_step_compiles_to_backpropagation_on_a_gpu() -> None:
-    """As fast as the compiler makes it: at most 2% more time, no more temporaries."""
-    model = maxmin(depth=3, width=16, resolution=16, batch=32)
-    schedule = Schedule(runs=alike(RunKind.STORE, "vjp", len(model.chain)))
+def test_on_a_gpu_a_step_moves_what_backpropagation_does() -> None:
+    """Where all is stored; and where some is recomputed, less than with all barriers, at their peak."""
+    model = maxmin(depth=3, width=64, resolution=32, batch=256)
     args = (model.chain, model.x, model.labels)
-    plain = targets.compile(
-        jax.value_and_grad(lambda net, x, labels: model.loss(net(x), labels)), *args, target="h200"
-    )
-    stored = targets.compile(mw.value_and_grad(model.loss, schedule), *args, target="h200")
-    assert stored.modelled_ns <= 1.02 * plain.modelled_ns
-    assert stored.temporary_bytes <= 1.02 * plain.temporary_bytes
-
-
-@GPU
-def test_gradients_are_not_postponed_on_a_gpu() -> None:
-    """Recomputation at the planned peak. Without barriers the weights' gradients wait, with what they need;
-    with all of them what is elementwise does not fuse."""
-    model = maxmin(depth=6, width=32, resolution=32, batch=128)
-    frontier = mw.frontier(mw.estimate(model.chain, model.x, device="h200", examples=2))
-    table = frontier.table()["total_bytes"]
-    schedule = frontier.at(int(table.iloc[0] + 0.25 * (table.iloc[-1] - table.iloc[0])))
-    assert any(run.kind is RunKind.RECOMPUTE for run in schedule.runs)
-    args = (model.chain, model.x, model.labels)
+    stored = alike(RunKind.STORE, "vjp", len(model.chain))
+    again = (Run(kind=RunKind.RECOMPUTE, start=0, stop=6, inner=stored[:6]), *stored[6:])
+    plain = jax.value_and_grad(lambda net, x, labels: model.loss(net(x), labels))
+    whole = targets.compile(plain, *args, target="h200")
+    step = targets.compile(mw.value_and_grad(model.loss, Schedule(runs=stored)), *args, target="h200")
+    assert step.moved_bytes <= 1.02 * whole.moved_bytes
+    assert step.temporary_bytes <= 1.02 * whole.temporary_bytes
     planned, apart = (
-        targets.compile(mw.value_and_grad(model.loss, schedule, arrangement=way), *args, target="h200")
+        targets.compile(
+            mw.value_and_grad(model.loss, Schedule(runs=again), arrangement=way), *args, target="h200"
+        )
         for way in (0, POLICIES["apart"])
     )
-    assert planned.temporary_bytes < 1.1 * schedule.peak_bytes
-    assert planned.temporary_bytes <= apart.temporary_bytes
-    assert planned.modelled_ns < 0.9 * apart.modelled_ns
+    assert planned.moved_bytes < 0.95 * apart.moved_bytes
+    assert planned.temporary_bytes <= 1.02 * apart.temporary_bytes
