@@ -53,6 +53,7 @@ POLICIES: dict[str, Barriers] = {
     "done_forward": Barriers(forward=DONE, backward=DONE),
     "begun": Barriers(forward=NONE, backward=Around(arguments=True, results=False)),
     "backward_apart": Barriers(forward=NONE, backward=APART),
+    "inverse_done": Barriers(forward=NONE, backward=DONE, inverse=DONE),
 }
 
 

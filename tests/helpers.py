@@ -180,4 +180,4 @@ def with_round_times(profile: mw.Profile) -> mw.Profile:
         options = {kind: tuple(map(fixed, getattr(layer, kind))) for kind in ("store", "moonwalk", "invert")}
         return dataclasses.replace(fixed(layer), **options)
 
-    return dataclasses.replace(profile, layers=tuple(map(one, profile.layers)), fresh_mib_ns=0)
+    return dataclasses.replace(profile, layers=tuple(map(one, profile.layers)), first_touch_mib_ns=0)

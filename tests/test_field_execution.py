@@ -15,7 +15,7 @@ from mwplan.execution.execute import PLAIN
 from mwplan.network.constants import tied
 from mwplan.network.layer import layer
 from mwplan.plans.schedule import Run, RunKind, Schedule
-from tests.helpers import mean_square, relative_error
+from tests.helpers import alike, mean_square, relative_error
 
 
 @layer
@@ -119,7 +119,8 @@ def test_constants_wait_for_the_inputs_of_their_operation(write: Callable[..., j
 
 @pytest.mark.parametrize("write", [into_zeros, recurrent])
 def test_layers_that_write_into_new_arrays_take_what_is_planned(write: Callable[..., jax.Array]) -> None:
-    """Not an array of zeros for each layer, from the start to the end."""
+    """Not an array of zeros for each of the eight layers, from the start to the end: at most one activation
+    more than planned, for fragmentation."""
 
     @layer
     class Writes:
@@ -130,9 +131,10 @@ def test_layers_that_write_into_new_arrays_take_what_is_planned(write: Callable[
 
     keys, x = jax.random.split(jax.random.key(0), 8), jnp.ones((64, 32, 32))
     chain = mw.Chain([Writes(0.2 * jax.random.normal(key, (32, 32))) for key in keys])
-    frontier = mw.frontier(mw.profile(chain, x, repeats=1), allowed=("store", "recompute"))
-    schedule = frontier.at(frontier.points[-1][0])
-    assert compiled(schedule, chain, x) <= 1.02 * schedule.peak_bytes
+    profile = mw.profile(chain, x, repeats=1)
+    runs = alike(RunKind.STORE, "vjp", 8)
+    planned = mw.replay(profile, runs).peak_bytes + profile.table_bytes
+    assert compiled(Schedule(runs=runs), chain, x) <= planned + x.nbytes
 
 
 def chunked(y: jax.Array, head: jax.Array) -> jax.Array:

@@ -65,15 +65,19 @@ def assert_same_gradient(got: PyTree, loss: Any, params: PyTree, *args: Any, has
 
 
 def assert_fits(
-    loss: Any, params: PyTree, *args: Any, has_aux: bool = False, between: float = 0.4
+    loss: Any, params: PyTree, *args: Any, has_aux: bool = False, measured: bool = False
 ) -> mw.FittedFunction:
     """Fitted to a budget between the least and the most that a plan would use, the compiled step keeps it,
-    and gives the function's value and JAX's gradient."""
+    and gives the function's value and JAX's gradient. `measured`, or from an estimated profile, which takes
+    less time."""
     found = mw.cut(loss, params, *args, has_aux=has_aux)
     chain, x, _ = found.build(params, *args)
-    profile = mw.profile(chain, x, repeats=1)
+    if measured:
+        profile = mw.profile(chain, x, repeats=1)
+    else:
+        profile = mw.estimate(*jax.eval_shape(lambda *both: both, chain, x), device="laptop")
     points = mw.frontier(profile).points
-    temporary = points[0][0] + int(between * (points[-1][0] - points[0][0])) - profile.fixed_bytes
+    temporary = points[0][0] + (points[-1][0] - points[0][0]) * 3 // 5 - profile.fixed_bytes
     fitted = mw.fit_function(
         loss,
         params,

@@ -93,7 +93,7 @@ def test_memory_on_the_host_never_makes_a_plan_slower() -> None:
     """Where memory costs time too, which the integer program does not know."""
     for seed in range(12):
         profile = random_profile(random.Random(seed), 3, moonwalks=0, inverts=0, scale=1000)
-        profile = dataclasses.replace(profile.offloading(1e9, least_bytes=1), fresh_mib_ns=200_000)
+        profile = dataclasses.replace(profile.offloading(1e9, least_bytes=1), first_touch_mib_ns=200_000)
         least = mw.frontier(profile).least_bytes
         assert least is not None
         without, with_ = mw.plan(profile, 3 * least), mw.plan(profile, 3 * least, host_budget="1GiB")
@@ -186,10 +186,10 @@ def test_memory_that_costs_time(seed: int) -> None:
         sorted(costs)[len(costs) // 3],
         2**20 * max(costs.values()) // max(costs) // rng.randint(1, 4),
     )
-    profile = dataclasses.replace(plain, kept_bytes=kept, fresh_mib_ns=rate)
+    profile = dataclasses.replace(plain, kept_bytes=kept, first_touch_mib_ns=rate)
     frontier = mw.frontier(profile)
     for budget in sorted(costs)[:: 1 + len(costs) // 8]:
-        want = min(time + profile.fresh_ns(need) for need, time in costs.items() if need <= budget)
+        want = min(time + profile.first_touch_ns(need) for need, time in costs.items() if need <= budget)
         for plan in (mw.plan(profile, budget or 1, frontier=frontier), frontier.at(budget or 1)):
             assert (plan.time_ns, plan.bound_ns, plan.status) == (want, want, mw.Status.OPTIMAL)
     assert mw.Profile.from_json(profile.to_json()) == profile

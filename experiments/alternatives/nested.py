@@ -52,13 +52,18 @@ def nested_checkpoint(runs: Sequence[Run]) -> Network:
 
 
 def _expressible(profile: Profile) -> Profile:
-    """The profile with the STORE options that `jax.checkpoint` can express."""
-    layers = [
-        dataclasses.replace(
-            layer, store=tuple(o for o in layer.store if o.name in POLICIES), moonwalk=(), invert=()
-        )
-        for layer in profile.layers
-    ]
+    """The profile with the STORE options that `jax.checkpoint` can express.
+
+    A profile leaves out "vjp" where another option keeps the same and needs less beside it: that one's costs
+    stand for it then.
+    """
+    layers = []
+    for layer in profile.layers:
+        store = tuple(option for option in layer.store if option.name in POLICIES)
+        if not store:
+            same = max(layer.store, key=lambda option: option.residual_bytes)
+            store = (dataclasses.replace(same, name="vjp"),)
+        layers.append(dataclasses.replace(layer, store=store, moonwalk=(), invert=()))
     return dataclasses.replace(profile, layers=tuple(layers))
 
 

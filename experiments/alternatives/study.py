@@ -125,7 +125,7 @@ def _spaced(count: int, points: Sequence[tuple[int, int]], bench: Bench) -> list
 
 def _within(limits: Sequence[float], problem: Problem) -> list[int]:
     stored = mw.replay(problem.profile, baselines.store_all(problem.asked).runs or ())
-    base = stored.time_ns + stored.fresh_ns
+    base = stored.time_ns + stored.first_touch_ns
     every = [problem.frontier(allowed).points for allowed in (planning.EVERY_STRATEGY, RECOMPUTATION)]
     least = [
         min((b for b, ns in points if ns <= limit * base), default=None)

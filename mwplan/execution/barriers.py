@@ -16,12 +16,14 @@ needs others:
    operation wait for one another, and so do all its results.
 
 XLA:GPU orders kernels for memory, and needs the first two (measured: `results/barriers`): so all that is
-elementwise fuses across layers, forward and backward, as in backpropagation. XLA:CPU orders for concurrency
-and needs all three.
+elementwise fuses across layers, forward and backward, as in backpropagation. Only where an activation is
+rebuilt from a layer's output it needs the third: that can begin long before the cotangent is there. XLA:CPU
+orders for concurrency and needs all three everywhere.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
@@ -29,6 +31,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 
 from mwplan.common import platforms, trees
+from mwplan.network import operations
 from mwplan.network.canonical import canonical
 from mwplan.network.constants import tied
 from mwplan.network.residuals import Residuals
@@ -72,7 +75,8 @@ APART = Around(arguments=True, results=True)
 class Barriers:
     """Where a step has barriers: the performer of a compiled step.
 
-    `forward`: around the operations of forward sweeps, recomputed ones too; `backward`: around all others;
+    `forward`: around the operations of forward sweeps, recomputed ones too; `inverse`: around those backward
+    that rebuild an activation from what came after it (INVERT runs); `backward`: around all others;
     `canonical`: whether convolutions are brought into one layout, as XLA:CPU needs it in loops. Every
     operation is in a scope, by which `mw.explain_peak` and profilers name it.
 
@@ -82,11 +86,13 @@ class Barriers:
 
     forward: Around
     backward: Around
+    inverse: Around = APART
     canonical: bool = False
 
     def __call__(self, sweep: str, layer: int, depth: int, operation: Callable[..., Any], *args: Any) -> Any:
         """Returns `operation(*args)`; the layers of a loop's body count from its own first."""
         around = self.forward if sweep == "forward" else self.backward
+        around = self.inverse if _function(operation) is operations.invert_backward else around
         with jax.named_scope(f"{sweep} {layer}"):
             return around(canonical(operation) if self.canonical else operation, *args)
 
@@ -98,11 +104,12 @@ class Barriers:
 
 
 #: No barriers around operations: the recomputed is recomputed, all else is XLA's to order.
-UNTIED = Barriers(forward=NONE, backward=NONE)
+UNTIED = Barriers(forward=NONE, backward=NONE, inverse=NONE)
 #: Barriers around activations and cotangents, but not around residuals.
 LOOSE = Barriers(
     forward=replace(APART, residuals=False),
     backward=replace(APART, residuals=False),
+    inverse=replace(APART, residuals=False),
 )  # fmt: skip
 #: By platform, those under which the compiled step's peak is the planned one.
 PLANNED = {
@@ -112,9 +119,23 @@ PLANNED = {
 }
 
 
+def _function(operation: Any) -> Any:
+    """The function of `mwplan.network.operations` that is behind an operation, or behind a row's
+    (`rows.on_row`)."""
+    while isinstance(operation, functools.partial):
+        operation = operation.keywords.get("operation", operation.func)
+    return operation
+
+
 def planned() -> Barriers:
     """Those of the platform that the program is being traced for; on one that is not known, as on CPUs."""
     return PLANNED.get(platforms.platform(), PLANNED["cpu"])
+
+
+def starts_early(perform: Performer) -> bool:
+    """Whether an operation may begin before all its arguments are there, so that a forward pass that is done
+    again must be made to wait for the cotangent that wants it."""
+    return isinstance(perform, Barriers) and not perform.backward.arguments
 
 
 def in_loop(perform: Performer, *, single: bool) -> Performer:

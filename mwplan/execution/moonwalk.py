@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from mwplan.common import trees
-from mwplan.execution import loops, repeats, scans
+from mwplan.execution import barriers, loops, repeats, scans
 from mwplan.execution.repeats import Part, Repeat
 from mwplan.execution.walker import Walker
 from mwplan.network import operations, sketch
@@ -36,6 +36,9 @@ def backward(walker: Walker, run: Run, held: list[Any], box: list[PyTree], depth
     first = trees.cast_like(inside[0], walker.structs[run.start])
     box.append(walker.carried.dropped(first, run.start))
     del first
+    if barriers.starts_early(walker.perform):
+        # As where a stretch is recomputed: M's forward pass needs no cotangent, and might begin before R.
+        walker.x[run.start], inside[0] = walker.gate((walker.x[run.start], inside[0]))
     for piece in pieces:  # M
         if piece.count > 1:
             _scan_advance(walker, run, piece, fragments.pop(), inside, depth)

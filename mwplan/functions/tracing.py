@@ -334,10 +334,10 @@ _TRANSFORMED = re.compile(r"\b(?:vmap|jvp|transpose|checkpoint|rematted_computat
 
 
 def _plain(scope: str) -> str:
-    """A name stack without the transformations that it names."""
+    """A name stack without the transformations, and the formulas of `jnp.einsum`, that it names."""
     while (shorter := _TRANSFORMED.sub(r"\1", scope)) != scope:
         scope = shorter
-    return "/".join(filter(None, scope.split("/")))
+    return "/".join(name for name in scope.split("/") if name and "->" not in name)
 
 
 def _result(value: Any, has_aux: bool) -> tuple[Any, Any]:

@@ -114,7 +114,7 @@ class Frontier:
         one of less memory."""
         steps: list[tuple[int, int]] = []
         for need, time in self.solved.points:
-            whole = time + self.profile.fresh_ns(need)
+            whole = time + self.profile.first_touch_ns(need)
             if not steps or whole < steps[-1][1]:
                 steps.append((need, whole))
         return tuple(steps)
@@ -123,7 +123,7 @@ class Frontier:
         """The temporaries of the fastest schedule within `room`: where memory costs time, it may be well
         below. `room` where nothing fits."""
         k = bisect.bisect_right(self._steps, room, key=lambda step: step[0])
-        return self._steps[k - 1][0] if k and self.profile.fresh_ns(room) else room
+        return self._steps[k - 1][0] if k and self.profile.first_touch_ns(room) else room
 
     @property
     def least_bytes(self) -> int | None:
@@ -186,8 +186,8 @@ class Frontier:
         if runs is solution.runs:
             return solution
         found = replay(self.profile, runs)
-        before = solution.time_ns + self.profile.fresh_ns(solution.peak_bytes)
-        if found.time_ns + found.fresh_ns > (1 + affordable(solution.runs, loss, self.tuning)) * before:
+        before = solution.time_ns + self.profile.first_touch_ns(solution.peak_bytes)
+        if found.time_ns + found.first_touch_ns > (1 + affordable(solution.runs, loss, self.tuning)) * before:
             # It takes more memory, which costs time.
             more = room > solution.peak_bytes
             return self.simplified(solution, solution.peak_bytes, loss) if more else solution
@@ -245,7 +245,7 @@ class Frontier:
                 f"{solution.solver} returned a schedule of {checked.peak_bytes} temporary bytes, above the "
                 "budget"
             )
-        time = checked.time_ns + checked.fresh_ns
+        time = checked.time_ns + checked.first_touch_ns
         bound = self._bound_ns(solution, budget_bytes, free)
         return Schedule(
             runs=solution.runs,
@@ -272,18 +272,18 @@ class Frontier:
 
     def _bound_ns(self, solution: Solution, budget_bytes: int | None, free: bool) -> int:
         """No schedule within the budget is faster, the time of getting the memory included."""
-        fresh_ns = self.profile.fresh_ns
+        first_touch_ns = self.profile.first_touch_ns
         room = solution.peak_bytes if budget_bytes is None else budget_bytes - self.always_bytes
-        if not fresh_ns(room):
+        if not first_touch_ns(room):
             return solution.bound_ns
         offloads = any(layer.offload for layer in self.profile.layers)  # which the frontier does not know
-        least = 0 if offloads else fresh_ns(self.solved.least_bytes or 0)
+        least = 0 if offloads else first_touch_ns(self.solved.least_bytes or 0)
         if not free:
             return solution.bound_ns + least
         if self.solved.problem.thin and solution.solver.startswith("frontier"):
             # The bounds of a thinned frontier cost as much again.
             return fastest_ns(self.profile) + least
-        return min(time + fresh_ns(need) for need, time in self.solved.bound_points if need <= room)
+        return min(time + first_touch_ns(need) for need, time in self.solved.bound_points if need <= room)
 
     def _next_gain(self, peak_bytes: int, time_ns: int) -> str:
         for need, time in self._steps:

@@ -50,12 +50,12 @@ class Replay:
     """What a schedule costs: temporaries' peak and where it stands, the most bytes in the host's memory,
     time, error, and every event. `report_scales`: as in `Schedule`.
 
-    `time_ns`, of all events; `fresh_ns`, of getting the memory (`Profile.fresh_ns`).
+    `time_ns`, of all events; `first_touch_ns`, of getting the memory (`Profile.first_touch_ns`).
     """
 
     peak_bytes: int
     time_ns: int
-    fresh_ns: int
+    first_touch_ns: int
     error: float
     binding: Event
     events: tuple[Event, ...]
@@ -85,7 +85,7 @@ def replay(profile: Profile, runs: Sequence[Run]) -> Replay:
     return Replay(
         peak_bytes=binding.live_bytes,
         time_ns=sum(event.time_ns for event in book.events),
-        fresh_ns=profile.fresh_ns(binding.live_bytes),
+        first_touch_ns=profile.first_touch_ns(binding.live_bytes),
         error=max(book.error, book.inverted),
         report_scales=tuple(
             book.scales.get((run.start, run.stop), (1.0, 0.0)) for run in reporting_runs(runs)

@@ -20,7 +20,7 @@ from mwplan.common.errors import ArgumentError
 from mwplan.common.sizes import show_bytes, show_ns
 from mwplan.plans.packing import Workspace
 
-SCHEMA = 5
+SCHEMA = 6
 _INT64 = 2**63 - 1
 
 
@@ -204,10 +204,10 @@ class Profile:
     `fixed_bytes` are the arguments and outputs of the gradient step: parameters, input, gradients.
     `carried_bytes`: temporaries that are alive all the time, and in no other entry: what layers hand on as it
     is (docs/accounting.md). `fingerprint` identifies the chain's structure and input shapes; a schedule made
-    from this profile carries it on. `fresh_mib_ns`: what a step pays for each MiB of its temporaries because
-    the system hands them out anew, page by page, as CPUs' allocators do with blocks above `kept_bytes`; 0
-    where memory is pooled. `workspaces`: what the options' larger workspaces consist of, by their bytes, as
-    far as it is known; without it holes between buffers are not foreseen.
+    from this profile carries it on. `first_touch_mib_ns`: what a step pays for each MiB of its temporaries
+    because the system hands them out anew, page by page, as CPUs' allocators do with blocks above
+    `kept_bytes`; 0 where memory is pooled. `workspaces`: what the options' larger workspaces consist of, by
+    their bytes, as far as it is known; without it holes between buffers are not predicted.
     """
 
     layers: tuple[LayerProfile, ...]
@@ -217,7 +217,7 @@ class Profile:
     fixed_bytes: int = 0
     carried_bytes: int = 0
     kept_bytes: int = 0
-    fresh_mib_ns: int = 0
+    first_touch_mib_ns: int = 0
     workspaces: tuple[Workspace, ...] = ()
     fingerprint: str = ""
     device: str = ""
@@ -271,9 +271,9 @@ class Profile:
         layers hand on."""
         return self.table_bytes + self.carried_bytes
 
-    def fresh_ns(self, peak_bytes: int) -> int:
+    def first_touch_ns(self, peak_bytes: int) -> int:
         """Time that a step of `peak_bytes` temporaries spends on getting them."""
-        return 0 if peak_bytes <= self.kept_bytes else peak_bytes * self.fresh_mib_ns >> 20
+        return 0 if peak_bytes <= self.kept_bytes else peak_bytes * self.first_touch_mib_ns >> 20
 
     def bytes_bound(self) -> int:
         """An upper bound on the live bytes at any event of any schedule: everything at once."""
@@ -286,7 +286,7 @@ class Profile:
 
     def time_bound(self) -> int:
         """An upper bound on the time of any schedule that nests recomputation no deeper than its length."""
-        total = self.fresh_ns(self.bytes_bound())
+        total = self.first_touch_ns(self.bytes_bound())
         for layer, times in _distinct(self.layers):
             total += times * (len(self.layers) + 1) * layer.forward_ns
             total += times * sum(_sum(o, "_ns") for o in _options(layer))

@@ -143,7 +143,7 @@ def assemble(
         fixed_bytes=fixed_bytes,
         carried_bytes=shared.fixed_bytes,
         kept_bytes=touch.kept_bytes,
-        fresh_mib_ns=touch.first_touch_mib_ns,
+        first_touch_mib_ns=touch.first_touch_mib_ns,
         workspaces=_workspaces([costs for _, costs, _ in layers]),
         fingerprint=fingerprint(chain),
         device=device,

@@ -23,7 +23,7 @@ def shown(progress: Progress | bool | None, title: str) -> Iterator[Progress]:
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bar
 
-    console = Console(stderr=True)
+    console = Console(stderr=True, force_terminal=True if progress else None)
     if progress is None and not console.is_terminal:
         yield lambda done, of, what: None
         return
