@@ -90,8 +90,8 @@ class Compiler:
             return jax.tree.leaves(operation(*jax.tree.unflatten(treedef, leaves)))
 
         def between(leaves: list[Any]) -> list[Any]:
-            tied: list[Any] = trees.tie(_arrays(flat(trees.tie(_whole(inputs, leaves)))))
-            return tied
+            found: list[Any] = trees.tie(_arrays(flat(trees.tie(_whole(inputs, leaves)))))
+            return found
 
         # Objects of its own for every leaf: `saving` tells them apart by identity.
         result = trees.struct(jax.eval_shape(operation, *args))
