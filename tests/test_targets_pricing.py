@@ -61,7 +61,7 @@ def test_equal_operations_are_compiled_once(monkeypatch: pytest.MonkeyPatch) -> 
     original = program.built
     monkeypatch.setattr(program, "built", lambda *args: (built.append(1), original(*args))[1])
     told = []
-    pricing = Compiler(here(), workers=2, told=lambda done, started: told.append((done, started)))
+    pricing = Compiler(here(), workers=2, progress=lambda done, started: told.append((done, started)))
     struct = jax.ShapeDtypeStruct(X.shape, X.dtype)
     first = [pricing.program(operations.plain_forward, layer(), struct) for _ in range(3)]
     assert len({one.time_ns for one in first}) == 1

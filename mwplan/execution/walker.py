@@ -196,8 +196,8 @@ class Walker:
             operation: Callable[..., Any]
             if run.kind is RunKind.OFFLOAD:
                 operation = functools.partial(operations.offload_forward, rule=self.rule(run, layer))
-                y, away = self.on_layer("forward", layer, depth, operation, self.x[layer - 1])
-                kept.append(away)
+                y, offloaded = self.on_layer("forward", layer, depth, operation, self.x[layer - 1])
+                kept.append(offloaded)
             elif run.kind is not RunKind.RECOMPUTE:
                 operation = functools.partial(operations.forward, rule=self.rule(run, layer))
                 y, held = self.on_layer("forward", layer, depth, operation, self.x[layer - 1])

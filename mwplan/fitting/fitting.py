@@ -67,12 +67,12 @@ def fit(
     `allowed`, as `mw.plan`; `thin`, `regular`, as `mw.plan`; `max_attempts`, compilations of each plan;
     `tune`, rounds in which plans of fewer strategies (no vijps; no inverses; recomputation alone), for less
     memory (a half, a quarter), what one would do by hand (plain backpropagation, inversion or moonwalk runs
-    wherever they are possible) and each of these untied and loose (`mw.UNTIED`, `mw.LOOSE`) are timed in turn
-    with the predicted fastest, those that fit, and the fastest kept: a profile's times are estimates of
-    operations on their own; 0, the predicted fastest is taken; `say`, told of each; `device`, another than
-    the attached one (`mw.targets`): `chain`, `x` and `args` may be shapes, the profile is `mw.estimate`'s,
-    steps are compiled for it, and of those that fit (plans of all and of fewer strategies, tied, loose and
-    untied) the one of least modelled time is kept.
+    wherever they are possible) and each of these with fewer barriers (`mw.UNTIED`, `mw.LOOSE`) are timed in
+    turn with the predicted fastest, those that fit, and the fastest kept: a profile's times are estimates of
+    operations on their own; 0, the predicted fastest is taken; `say`, called with a line on each; `device`,
+    another than the attached one (`mw.targets`): `chain`, `x` and `args` may be shapes, the profile is
+    `mw.estimate`'s, steps are compiled for it, and of those that fit (plans of all and of fewer strategies,
+    tied, loose and untied) the one of least modelled time is kept.
     **Returns:** a `Fitted`; for another `device` a `RemoteFit`, whose step runs there alone.
     **Raises:** `InfeasibleError` where nothing that was compiled fits, with a budget that is enough for what
     was; `ScheduleMismatchError`
@@ -183,7 +183,7 @@ class _Fitter:
             found = search.baselines(candidates, self.budget)
         larger = of_all.larger(total, search, found)
         found = search.first(larger, min(self.max_attempts, QUICKER)) or found
-        return search.told(found, fastest)
+        return search.with_attempts(found, fastest)
 
     def baselines(self, sets: Iterable[frozenset[Strategy]]) -> Iterator[tuple[Schedule, Arrangement]]:
         """What stands among the candidates whatever the budget: plain backpropagation, every layer recomputed

@@ -119,7 +119,7 @@ class Search:
             least_bytes=least,
         )
 
-    def told(self, found: Fitted, fastest: Schedule | None) -> Fitted:
+    def with_attempts(self, found: Fitted, fastest: Schedule | None) -> Fitted:
         """`found`, with everything that was compiled, itself last, and with what is known of it among all
         schedules for the budget, of which `fastest` is the fastest (None: none was predicted to fit)."""
         plan, (own,) = found.schedule, found.attempts

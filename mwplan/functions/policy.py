@@ -109,7 +109,7 @@ def _through(run: Run, layers: Sequence[Any], x: PyTree) -> PyTree:
         return jax.checkpoint(whole)(own, x)
     if run.kind in (RunKind.STORE, RunKind.OFFLOAD):
         (one,) = own
-        policies = {rule.name: rule.policy for rule in rules.LEANER}
+        policies = {rule.name: rule.policy for rule in rules.SMALLER}
         apply = (
             jax.checkpoint(_apply, policy=policies[run.options[0]]) if run.options[0] in policies else _apply
         )

@@ -60,13 +60,13 @@ class Sequential:
         """Each part's own first rule; those by their output where there are any; only convolutions and
         products; only the input."""
         offers = [rules.store_rules(one, at) for one, at in self.with_inputs(x)]
-        first = tuple(next(rule for rule in offer if rule not in rules.LEANER) for offer in offers)
+        first = tuple(next(rule for rule in offer if rule not in rules.SMALLER) for offer in offers)
         output = tuple(
             next((rule for rule in offer if rule.name == "output"), rule)
             for offer, rule in zip(offers, first)
         )
         shared = [StoreParts(output, "parts.output")] if output != first else []
-        return [StoreParts(first), *shared, *rules.LEANER]
+        return [StoreParts(first), *shared, *rules.SMALLER]
 
     def invert_rules(self, x: Any) -> Sequence[InvertRule | Unavailable]:
         """The parts' inverses composed, where all have one."""

@@ -38,10 +38,10 @@ def _kept(rule: Any, layer: PyTree, x: PyTree) -> PyTree:
 
 
 def store_rules(layer: PyTree, x: PyTree) -> tuple[rules.StoreRule, ...]:
-    """`rules.store_rules`; of `rules.LEANER` those that save more than an activation: each has two programs
+    """`rules.store_rules`; of `rules.SMALLER` those that save more than an activation: each has two programs
     to compile. **Cost:** a trace of each."""
     offered = rules.store_rules(layer, x)
-    if not set(rules.LEANER) <= {*offered}:
+    if not set(rules.SMALLER) <= {*offered}:
         return offered
     one = as_layer(layer, 0)
 
@@ -51,7 +51,7 @@ def store_rules(layer: PyTree, x: PyTree) -> tuple[rules.StoreRule, ...]:
     step = max(trees.nbytes(x), trees.nbytes(jax.eval_shape(plain_forward, one, x)))
     least, chosen = kept(rules.VjpStore()), []
     by_size = {}  # of equal ones the last
-    for rule in rules.LEANER:
+    for rule in rules.SMALLER:
         try:
             by_size[kept(rule)] = rule
         except TypeError:  # JAX cannot keep complex numbers for `jax.checkpoint`
@@ -60,7 +60,7 @@ def store_rules(layer: PyTree, x: PyTree) -> tuple[rules.StoreRule, ...]:
         if size + step < least:
             chosen.append(rule)
             least = size
-    return tuple(rule for rule in offered if rule not in rules.LEANER or rule in chosen)
+    return tuple(rule for rule in offered if rule not in rules.SMALLER or rule in chosen)
 
 
 def store_backward(
@@ -82,10 +82,10 @@ def offload_forward(
 
 
 def offload_backward(
-    layer: PyTree, away: tuple[res.Residuals, PyTree, PyTree], ct_out: PyTree, *, rule: rules.StoreRule
+    layer: PyTree, offloaded: tuple[res.Residuals, PyTree, PyTree], ct_out: PyTree, *, rule: rules.StoreRule
 ) -> tuple[list[Any], PyTree]:
     """As `store_backward`, from the host's memory."""
-    held, x, y = _moved(away, jax.memory.Space.Device)
+    held, x, y = _moved(offloaded, jax.memory.Space.Device)
     return store_backward(layer, held, x, y, ct_out, rule=rule)
 
 

@@ -1,13 +1,13 @@
 """What a layer can do in the sweeps: rules for storing, for moonwalk runs and for inversion.
 
 A *rule* is a small frozen object, named as an option of the profile and of the schedule. Any callable pytree
-has some without doing anything: `VjpStore`, whatever `jax.vjp` keeps, `LEANER` ones, and `WholeFragment`, the
-input residuals that `jax.vjp` with respect to the input keeps, with the whole cotangent as the fragment. A
-layer with more to offer (see `mwplan.layers`) says so by three optional methods, each of which gets the
+has some without doing anything: `VjpStore`, whatever `jax.vjp` keeps, `SMALLER` ones, and `WholeFragment`,
+the input residuals that `jax.vjp` with respect to the input keeps, with the whole cotangent as the fragment.
+A layer with more to offer (see `mwplan.layers`) says so by three optional methods, each of which gets the
 input's `jax.ShapeDtypeStruct` pytree and returns a sequence of rules:
 
 - `vijp_rules(x)`: `VijpRule`s, and an `Unavailable` with the reason for each that the shapes forbid;
-- `store_rules(x)`: leaner `StoreRule`s than whatever `jax.vjp` keeps, in place of `LEANER`;
+- `store_rules(x)`: `StoreRule`s that keep less than whatever `jax.vjp` keeps, in place of `SMALLER`;
 - `invert_rules(x)`: `InvertRule`s.
 
 Residuals are plain pytrees of arrays. A leaf that *is* a parameter, the layer's input or its output (the same
@@ -272,13 +272,13 @@ def products(primitive: Any, *args: Any, **params: Any) -> bool:
 
 
 #: Ways to keep less than `jax.vjp` does, whatever the layer.
-LEANER = (VjpStore("products", products), VjpStore("nothing", jax.checkpoint_policies.nothing_saveable))
+SMALLER = (VjpStore("products", products), VjpStore("nothing", jax.checkpoint_policies.nothing_saveable))
 
 
 def store_rules(layer: PyTree, x: PyTree) -> tuple[StoreRule, ...]:
-    """All the ways to store `layer`'s residuals at input `x` (arrays or shapes): its own, or `LEANER` where
+    """All the ways to store `layer`'s residuals at input `x` (arrays or shapes): its own, or `SMALLER` where
     it has none, and whatever `jax.vjp` keeps."""
-    return (*(_collect(layer, x, "store_rules") or LEANER), VjpStore())
+    return (*(_collect(layer, x, "store_rules") or SMALLER), VjpStore())
 
 
 def vijp_rules(layer: PyTree, x: PyTree) -> tuple[VijpRule | Unavailable, ...]:

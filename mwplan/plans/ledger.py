@@ -208,8 +208,8 @@ class _Ledger:
             back = self.invert(run, layer)
             return back.residual_bytes, False, False, back.forward_workspace_bytes, back.forward_ns
         if run.kind is RunKind.OFFLOAD:
-            away = self.offload(run)
-            return 0, False, False, away.forward_workspace_bytes, away.forward_ns
+            offloaded = self.offload(run)
+            return 0, False, False, offloaded.forward_workspace_bytes, offloaded.forward_ns
         if run.kind in (RunKind.STORE, RunKind.MOONWALK):
             o = self.store(run) if run.kind is RunKind.STORE else self.moonwalk(run, layer)
             return o.residual_bytes, o.keeps_input, o.keeps_output, o.forward_workspace_bytes, o.forward_ns

@@ -54,7 +54,7 @@ class Options:
         self.stores = {
             rule: _StorePrograms(self, rule)
             for rule in rules.store_rules(one, self.x)
-            if rule not in rules.LEANER
+            if rule not in rules.SMALLER
         }
         self.vijps, inverses = checked_rules(one, self.x)
         self._sketch: Priced | None = None

@@ -68,17 +68,17 @@ class CompilingSaving:
 class Compiler:
     """`mwplan.profiling.bench.Pricing` by a target's compiler.
 
-    **Arguments:** `target`; `workers`, compilations at a time (as many as there are cores); `told(done,
+    **Arguments:** `target`; `workers`, compilations at a time (as many as there are cores); `progress(done,
     started)`, called whenever one is done."""
 
     def __init__(
-        self, target: Target, workers: int | None = None, told: Callable[[int, int], None] | None = None
+        self, target: Target, workers: int | None = None, progress: Callable[[int, int], None] | None = None
     ) -> None:
         target.place()  # or it says what is missing, before anything is traced
         self.target = target
         self.pool = ThreadPoolExecutor(workers or os.cpu_count() or 1, thread_name_prefix="compile")
         self.known: dict[str, Future[Compiled]] = {}
-        self.told = told or (lambda done, started: None)
+        self.progress = progress or (lambda done, started: None)
         self.done = 0
         self._lock = threading.Lock()
 
@@ -152,7 +152,7 @@ class Compiler:
             with self._lock:
                 self.done += 1
                 done, started = self.done, len(self.known)
-            self.told(done, started)
+            self.progress(done, started)
 
 
 def _arrays(leaves: list[Any]) -> list[Any]:
