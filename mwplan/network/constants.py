@@ -62,7 +62,7 @@ class _Traced:
             for i, array in zip(self.where, arrays):
                 given[i] = array
             out, self.treedef = jax.tree.flatten(operation(*jax.tree.unflatten(treedef, given)))
-            self.fixed = [None if _is_value(leaf) else leaf for leaf in out]
+            self.fixed = [None if _is_value(leaf) else _outside(leaf) for leaf in out]
             return [leaf for leaf in out if _is_value(leaf)]
 
         self.closed: ClosedJaxpr = jax.make_jaxpr(flat)(self.arrays(args))
@@ -81,6 +81,11 @@ class _Traced:
 
 def _is_value(leaf: Any) -> bool:
     return trees.is_array(leaf) and leaf.dtype != jax.dtypes.float0
+
+
+def _outside(leaf: Any) -> Any:
+    """What is no value of the program, without the program: of float0 only its shape is known."""
+    return trees.no_cotangent(leaf) if trees.is_array(leaf) else leaf
 
 
 def _nbytes(aval: Any) -> int:
