@@ -11,7 +11,6 @@ it.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,17 +28,25 @@ PyTree = Any
 Root = tuple[int, int]
 
 
-def handed_on(one: PyTree, x: PyTree) -> tuple[int | None, ...]:
-    """For each leaf of `one(x)`, the leaf of `x` that it is, or None. `one`, `x`: arrays or shapes. **Cost:**
-    one trace, once for layers of the same structure and shapes."""
+def handed_on(one: PyTree, x: PyTree, known: dict[Any, Any] | None = None) -> tuple[int | None, ...]:
+    """For each leaf of `one(x)`, the leaf of `x` that it is, or None. `one`, `x`: arrays or shapes.
+
+    **Cost:** one trace; none for layers of the structure and shapes of an earlier one with the same `known`,
+    where what is found is written. It holds the layers' functions, and the arrays in them: its owner is to
+    let go of it.
+    """
     leaves, treedef = jax.tree.flatten((trees.struct(one), trees.struct(x)))
+    args = (treedef, tuple(leaves), len(jax.tree.leaves(x)))
+    if known is None:
+        return _handed_on(*args)
     try:
-        return _handed_on(treedef, tuple(leaves), len(jax.tree.leaves(x)))
+        if args not in known:
+            known[args] = _handed_on(*args)
     except TypeError:  # a structure that cannot be hashed
-        return _handed_on.__wrapped__(treedef, tuple(leaves), len(jax.tree.leaves(x)))
+        return _handed_on(*args)
+    return known[args]
 
 
-@functools.lru_cache(maxsize=512)
 def _handed_on(treedef: Any, leaves: tuple[Any, ...], count: int) -> tuple[int | None, ...]:
     def call(*arrays: Any) -> list[Any]:
         one, x = jax.tree.unflatten(treedef, arrays)
@@ -84,10 +91,11 @@ class Carried:
         its input."""
         leaves = [jax.tree.leaves(struct) for struct in structs]
         roots: list[tuple[Root, ...]] = [tuple((0, k) for k in range(len(leaves[0])))]
+        known: dict[Any, Any] = {}
         for part in chain.parts:
             block = one_block(part) if isinstance(part, Stack) else (part,)
             at = len(roots) - 1
-            kept = [handed_on(one, structs[at + j]) for j, one in enumerate(block)]
+            kept = [handed_on(one, structs[at + j], known) for j, one in enumerate(block)]
             for _ in range(part.depth if isinstance(part, Stack) else 1):
                 for one in kept:
                     position, before = len(roots), roots[-1]
