@@ -38,6 +38,7 @@ def tied(operation: Callable[..., Any], free: type | tuple[type, ...] = ()) -> C
     """
 
     def call(*args: Any) -> Any:
+        args = trees.vary(args, trees.varying_axes(args))  # as the barrier makes them
         made = _Traced(operation, args)
         if not _has_constants(made.closed):
             return made.result(jaxpr_as_fun(made.closed)(*made.arrays(trees.tie(args, free))))
@@ -133,17 +134,29 @@ def _typed(value: Any, aval: Any) -> Any:
 
 
 class _Evaluation:
-    """Evaluates a program; `zero`: a number that is there when the operation's inputs are."""
+    """Evaluates a program; `zero`: a number that is there when the operation's inputs are.
+
+    Within `jax.shard_map` it varies from device to device as the inputs do, and so does what is computed
+    from it. A constant that the program has as the same on all devices is left so: it waits from where the
+    program declares it to vary.
+    """
 
     def __init__(self, zero: Any) -> None:
         self.zero = zero
+        self.axes = trees.varying_axes(zero)
+
+    def may_wait(self, value: Any) -> bool:
+        """Whether `value`, or a type, still varies along the same axes if it is computed from `zero`."""
+        return self.axes <= trees.varying_axes(value)
 
     def waits(self, value: Any) -> Any:
-        """`value`, not there before the operation's inputs: computed from `zero`, to the last bit.
+        """`value`, not there before the operation's inputs: computed from `zero`, to the last bit, if it may.
 
         A barrier around both would not do: of its results what nobody uses is dropped, with what it waits
         for.
         """
+        if not self.may_wait(value):
+            return value
         if trees.is_key(value):
             data = self.waits(jax.random.key_data(value))
             return jax.random.wrap_key_data(data, impl=jax.random.key_impl(value))
@@ -181,16 +194,16 @@ class _Evaluation:
             return self.checkpoint(eqn, values)
         constant = all(isinstance(value, _Constant) for value in values) and not eqn.effects
         large = any(_nbytes(var.aval) > SMALL for var in eqn.outvars)
-        if constant and not large:
+        if constant and not (large and any(self.may_wait(var.aval) for var in eqn.outvars)):
             return [_Constant(one) for one in bind(eqn, [value.value for value in values])]
-        if name == "iota":
-            return [self.waits(bind(eqn, [])[0])]
+        if constant and not any(self.may_wait(value.value) for value in values):
+            return [self.waits(one) for one in bind(eqn, [value.value for value in values])]
         waits = constant or name in WRITERS or name.startswith("scatter")
         given = [
             (self.waits(value.value) if waits else value.value) if isinstance(value, _Constant) else value
             for value in values
         ]
-        if _hides(eqn):
+        if _hides(eqn) and all(self.may_wait(var.aval) for var in eqn.outvars):
             return self.branch(eqn, given)
         return self.scan(eqn, given) if name == "scan" else bind(eqn, given)
 
@@ -211,7 +224,11 @@ class _Evaluation:
         given = [value.value if isinstance(value, _Constant) else value for value in values]
         inner = self
         if eqn.params["differentiated"] and eqn.params["prevent_cse"]:
-            given, zero = trees.tie((given, self.zero))
+            # A barrier's results all vary along the same axes.
+            alike = [i for i, value in enumerate(given) if trees.varying_axes(value) == self.axes]
+            after, zero = trees.tie(([given[i] for i in alike], self.zero))
+            for i, value in zip(alike, after):
+                given[i] = value
             inner = _Evaluation(zero)
         return inner.run(eqn.params["jaxpr"], (), given)
 
@@ -239,10 +256,11 @@ class _Evaluation:
         return [*state, *stacked]
 
     def zeros(self, aval: Any) -> Any:
-        """Zeros (typed keys of zeros) that wait."""
+        """Zeros (typed keys of zeros) that wait, if they may."""
+        zero = self.zero if self.may_wait(aval) else jnp.zeros((), self.zero.dtype)
         if trees.is_key(aval):
-            return jnp.full(aval.shape, self.zero, aval.dtype)
-        return jnp.broadcast_to(self.zero.astype(aval.dtype), aval.shape)
+            return jnp.full(aval.shape, zero, aval.dtype)
+        return jnp.broadcast_to(zero.astype(aval.dtype), aval.shape)
 
 
 def _rows(rows: list[Any], i: Any) -> list[Any]:
