@@ -16,7 +16,7 @@ import pytest
 
 import mwplan as mw
 from mwplan.common.sizes import parse_bytes
-from mwplan.layers import Conv2D, LeakyReLU, MaxMin, layer
+from mwplan.layers import Conv2D, Coupling, LeakyReLU, MaxMin, layer
 from mwplan.solvers.brute_force import every_cost
 from mwplan.solvers.problem import Problem
 from tests.chains import random_profile
@@ -106,10 +106,11 @@ def test_what_layers_close_over_is_let_go() -> None:
     for _ in range(2):
         big = jnp.ones((64, 64))
         gone.append(weakref.ref(big))
-        chain = mw.Chain([lambda x, big=big: x @ big, jnp.tanh])
+        branch = jax.tree_util.Partial(lambda x, big=big: jax.nn.relu(x @ big[:32, :32]))
+        chain = mw.Chain([lambda x, big=big: x @ big, Coupling(branch, branch), jnp.tanh])
         plan = mw.plan(mw.profile(chain, x, repeats=1), "1GiB")
         mw.jit(mw.value_and_grad(mean_square, plan))(chain, x)
-        del big, chain
+        del big, chain, branch
     jax.clear_caches()
     gc.collect()
     assert not any(one() is not None for one in gone)

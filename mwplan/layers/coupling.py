@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from mwplan.common.trees import widen
 from mwplan.layers.linear import WholeOf
 from mwplan.network import rules
 from mwplan.network.layer import layer
+from mwplan.network.residuals import remembered
 from mwplan.network.rules import (
     InvertRule,
     Unavailable,
@@ -203,7 +203,7 @@ class CouplingBits(CouplingInverse):
         return _as(x, y1, x2 + moved), kept
 
 
-@functools.lru_cache(maxsize=512)
+@remembered
 def _keeps_booleans(treedef: Any, shapes: tuple[Any, ...]) -> bool:
     """Whether `CouplingBits` keeps anything of the flattened layer and input. Traced once for all that are
     alike: a step asks for every layer."""

@@ -109,14 +109,26 @@ def restore(held: Residuals, layer: PyTree, x: PyTree, y: PyTree) -> PyTree:
     return jax.tree.unflatten(held.spec.treedef, leaves)
 
 
+_REMEMBERED: list[Any] = []
+
+
+def remembered(function: Callable[..., Any]) -> Any:
+    """`function` with its results remembered until `forget`, which ends each sweep and each profile: a
+    structure among its arguments may hold functions."""
+    cached = functools.lru_cache(maxsize=512)(function)
+    _REMEMBERED.append(cached)
+    return cached
+
+
 def new_bytes(held: Residuals) -> int:
     """Bytes of the new leaves: what holding them costs."""
     return trees.nbytes(held.own)
 
 
 def forget() -> None:
-    """Drops what `origins` remembers: functions among it, and the arrays that they close over."""
-    _origins.cache_clear()
+    """Drops what is `remembered`: functions among it, and the arrays that they close over."""
+    for one in _REMEMBERED:
+        one.cache_clear()
 
 
 @dataclass(frozen=True)
@@ -165,7 +177,7 @@ def origins(function: Callable[..., Any], *args: PyTree) -> tuple[Any, ...]:
     return tuple(Reshaped(leaves[one.leaf]) if isinstance(one, Reshaped) else one for one in found)
 
 
-@functools.lru_cache(maxsize=512)
+@remembered
 def _origins(
     function: Callable[..., Any], treedef: Any, kinds: tuple[Any, ...], more: tuple[Any, ...]
 ) -> tuple[Any, ...]:

@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from mwplan.common import trees
+from mwplan.network.residuals import remembered
 from mwplan.network.rules import InvertRule, VijpRule, WholeFragment, layer_vjp, parameter_gradient
 
 PyTree = Any
@@ -234,13 +235,28 @@ def _compiled(
     return jax.jit(call)
 
 
+#: The same for layers with functions in them, which are let go.
+_compiled_for_now = remembered(_compiled.__wrapped__)
+
+
+def _holds_functions(structure: Any) -> bool:
+    """Whether there are functions among the parts of a structure that are no arrays."""
+    if isinstance(structure, jax.tree_util.PyTreeDef):
+        data = structure.node_data()
+        return any(map(_holds_functions, (data and data[1], *structure.children())))
+    if isinstance(structure, (tuple, list)):
+        return any(map(_holds_functions, structure))
+    return callable(structure) and not isinstance(structure, type)
+
+
 def _call(function: Callable[..., Any], rule: Any, layer: PyTree, *args: Any) -> Any:
     """`function(rule, layer, *args)`, compiled."""
     leaves, treedef = jax.tree.flatten(layer)
     fixed = tuple((True, None) if trees.is_array(leaf) else (False, leaf) for leaf in leaves)
     arrays = [leaf for leaf in leaves if trees.is_array(leaf)]
+    held = _holds_functions((treedef, [leaf for _, leaf in fixed]))
     try:
-        call = _compiled(function, rule, treedef, fixed)
+        call = (_compiled_for_now if held else _compiled)(function, rule, treedef, fixed)
     except TypeError:  # something in the layer cannot be hashed: compiled for this call alone
         call = _compiled.__wrapped__(function, rule, treedef, fixed)
     return call(arrays, *args)
