@@ -26,9 +26,11 @@ from mwplan.network.rules import StoreRule, VjpStore
 
 PyTree = Any
 Root = tuple[int, int]
+#: What `handed_on` found, for structures and shapes.
+Known = dict[tuple[Any, ...], tuple[int | None, ...]]
 
 
-def handed_on(one: PyTree, x: PyTree, known: dict[Any, Any] | None = None) -> tuple[int | None, ...]:
+def handed_on(one: PyTree, x: PyTree, known: Known | None = None) -> tuple[int | None, ...]:
     """For each leaf of `one(x)`, the leaf of `x` that it is, or None. `one`, `x`: arrays or shapes.
 
     **Cost:** one trace; none for layers of the structure and shapes of an earlier one with the same `known`,
@@ -91,7 +93,7 @@ class Carried:
         its input."""
         leaves = [jax.tree.leaves(struct) for struct in structs]
         roots: list[tuple[Root, ...]] = [tuple((0, k) for k in range(len(leaves[0])))]
-        known: dict[Any, Any] = {}
+        known: Known = {}
         for part in chain.parts:
             block = one_block(part) if isinstance(part, Stack) else (part,)
             at = len(roots) - 1
