@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 import mwplan as mw
-from mwplan.app import cli
+from mwplan.app import cli, train_result
 from mwplan.layers import Dense, LeakyReLU
 from tests.chains import random_profile
 

@@ -205,7 +205,10 @@ def test_frozen_weights_cost_nothing(stacked: bool) -> None:
     step = mw.jit(mw.value_and_grad(mean_square, schedule)).lower(net, x).compile()
     (_, _), grads = step(net, x)
     assert relative_error(grads, plain(params, net, x)[1]) < 1e-5
-    assert step.cost_analysis()["flops"] <= plain.cost_analysis()["flops"]
+    # Each array that a loop fills starts as one scalar zero, converted: two arrays. A frozen weight's
+    # gradient would be 2 * 64 * WIDTH**2 flop more.
+    conversions = 2 if stacked else 0
+    assert step.cost_analysis()["flops"] <= plain.cost_analysis()["flops"] + conversions
     outputs = step.memory_analysis().output_size_in_bytes
     assert outputs < trees.nbytes(params) + 4096
     if not stacked:

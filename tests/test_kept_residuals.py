@@ -13,6 +13,7 @@ import mwplan as mw
 from mwplan import layers
 from mwplan.layers import Dense, LeakyReLU, layer
 from mwplan.network import operations, residuals, rules
+from mwplan.plans.profiles import InvertOption
 from mwplan.plans.schedule import Run, RunKind
 from mwplan.profiling import touch
 from tests.helpers import relative_error
@@ -126,7 +127,7 @@ def test_numbers_that_fill_an_array_are_not_kept(activation: Any) -> None:
 
 def test_numbers_told_from_arrays() -> None:
     """Only what is one number whatever the arguments: not an argument that happens to be filled with one, nor
-    a product of constants."""
+    a product of it. Other arrays of constants are programs."""
     zeros = jnp.zeros((4, 4))
 
     def make(scale: float, x: Any) -> Any:
@@ -140,9 +141,11 @@ def test_numbers_told_from_arrays() -> None:
             jnp.arange(3),
         ]
 
-    same, *others = residuals.origins(make, 0.5, zeros)
+    same, *others, counted = residuals.origins(make, 0.5, zeros)
     assert same.leaf is zeros
-    assert others == [2.0, None, 0.5, 1.0, None]
+    assert others == [2.0, None, 0.5, 1.0]
+    assert isinstance(counted, residuals.Made)
+    assert jnp.array_equal(counted(), jnp.arange(3))
     assert residuals.origins(make, 1, zeros)[3] == 1
     assert residuals.origins(make, bytearray(b"0"), zeros) == ()  # neither an array nor hashable
 

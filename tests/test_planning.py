@@ -231,9 +231,9 @@ def test_activations_that_carry_what_has_no_gradient(kind: str, stacked: bool) -
     profile = mw.profile(chain, (x, carried), repeats=1)
     assert mw.estimate(chain, (x, carried), device="h100").activation_bytes == profile.activation_bytes
     for allowed in ({mw.Strategy.STORE}, {mw.Strategy.STORE, mw.Strategy.RECOMPUTE}):
-        least = mw.frontier(profile, allowed=allowed).least_bytes
-        assert least is not None
-        plan = mw.plan(profile, least, allowed=allowed)
+        # Pinned: layers may store so little that a plan which recomputes needs no less.
+        pins = {1: mw.Strategy.RECOMPUTE} if len(allowed) == 2 else {}
+        plan = mw.plan(profile, "1MiB", allowed=allowed, pins=pins)
         assert set(plan.strategies) == allowed
         step = mw.jit(mw.value_and_grad(mean_square, plan))
         (_, _), grads = step(chain, (x, carried))

@@ -82,8 +82,8 @@ def digits_network(key: Array, depth: int = 12) -> Chain:
     return Chain(layers)
 
 
-def cross_entropy(logits: Float[Array, "batch classes"], labels: Int[Array, " batch"]) -> Float[Array, ""]:
-    """Mean softmax cross entropy."""
+def cross_entropy(logits: Float[Array, "*batch classes"], labels: Int[Array, "*batch"]) -> Float[Array, ""]:
+    """Mean softmax cross entropy over all leading axes: of examples, or of the tokens of each."""
     import optax
 
     mean: Array = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from mwplan.common.errors import ArgumentError
-from mwplan.common.trees import widen
+from mwplan.common.trees import along, widen
 from mwplan.layers import bits
 from mwplan.layers.linear import InputShape, WholeOf
 from mwplan.network.layer import layer, static
@@ -306,7 +306,7 @@ class GroupSort:
         x = self.split(x)
         mine, other = x[..., :, None, :], x[..., None, :, :]
         before = jnp.arange(self.size)[None, :, None] < jnp.arange(self.size)[:, None, None]
-        return jnp.sum((other < mine) | ((other == mine) & before), axis=-2, dtype=jnp.int32)
+        return jnp.sum((other < mine) | ((other == mine) & along(before, other)), axis=-2, dtype=jnp.int32)
 
     def split(self, x: Float[Array, "*batch channels"]) -> Float[Array, "*batch size groups"]:
         """The groups along the last axis, their members along the one before."""
@@ -337,7 +337,8 @@ class GroupSort:
 
 def _sort(layer: GroupSort, x: Array, rank: Array) -> Array:
     """Puts each value at its rank."""
-    hot = rank[..., None, :, :] == jnp.arange(layer.size)[:, None, None]
+    rank = rank[..., None, :, :]
+    hot = rank == along(jnp.arange(layer.size)[:, None, None], rank)
     return jnp.sum(jnp.where(hot, layer.split(x)[..., None, :, :], jnp.zeros((), x.dtype)), axis=-2).reshape(
         x.shape
     )
@@ -345,7 +346,8 @@ def _sort(layer: GroupSort, x: Array, rank: Array) -> Array:
 
 def _unsort(layer: GroupSort, ct: Array, rank: Array) -> Array:
     """Puts each sorted cotangent back where its value came from."""
-    hot = rank[..., :, None, :] == jnp.arange(layer.size)[None, :, None]
+    rank = rank[..., :, None, :]
+    hot = rank == along(jnp.arange(layer.size)[None, :, None], rank)
     return jnp.sum(
         jnp.where(hot, layer.split(ct)[..., None, :, :], jnp.zeros((), ct.dtype)), axis=-2
     ).reshape(ct.shape)

@@ -7,6 +7,8 @@ import math
 import jax.numpy as jnp
 from jaxtyping import Array, Integer, UInt8
 
+from mwplan.common import trees
+
 
 def bits_for(count: int) -> int:
     """Bits of an index below `count`, of those that fill a byte evenly: 0, 1, 2, 4, 8; 16 and 32 beyond."""
@@ -24,7 +26,7 @@ def pack(index: Integer[Array, "*shape"], count: int) -> Array:
     flat = index.ravel().astype(jnp.uint8)
     flat = jnp.pad(flat, (0, -flat.size % each)).reshape(-1, each)
     shifts = jnp.arange(each, dtype=jnp.uint8) * jnp.uint8(bits)
-    return jnp.sum(flat << shifts, axis=-1, dtype=jnp.uint8)
+    return jnp.sum(flat << trees.along(shifts, flat), axis=-1, dtype=jnp.uint8)
 
 
 def unpack(packed: UInt8[Array, " bytes"], count: int, shape: tuple[int, ...]) -> Integer[Array, "*shape"]:
@@ -36,6 +38,6 @@ def unpack(packed: UInt8[Array, " bytes"], count: int, shape: tuple[int, ...]) -
         return jnp.zeros(shape, jnp.int32)
     each = 8 // bits
     shifts = jnp.arange(each, dtype=jnp.uint8) * jnp.uint8(bits)
-    flat = (packed[:, None] >> shifts) & jnp.uint8((1 << bits) - 1)
+    flat = (packed[:, None] >> shifts[None]) & jnp.uint8((1 << bits) - 1)
     values: Array = flat.ravel()[: math.prod(shape)].reshape(shape).astype(jnp.int32)
     return values

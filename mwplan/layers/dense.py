@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from mwplan.common.errors import ArgumentError
-from mwplan.common.trees import widen
+from mwplan.common.trees import along, widen
 from mwplan.layers.linear import LinearRule, Refined, left_inverse, percent_of, rank_problem, times
 from mwplan.network.layer import layer
 from mwplan.network.rules import InvertRule, Unavailable, VijpRule, full_precision
@@ -242,7 +242,7 @@ class DenseCokernel(LinearRule):
         assert layer.basis is not None
         count = percent_of(self.percent, layer.weight.shape[1])
         basis = jax.lax.stop_gradient(widen(layer.basis[:, :count]))
-        unit: Array = basis / jnp.linalg.norm(basis, axis=0)
+        unit: Array = basis / jnp.linalg.norm(basis, axis=0, keepdims=True)
         return unit
 
     def stacked(self, layer: Dense) -> tuple[Array, Array]:
@@ -279,5 +279,5 @@ class DenseInverse(InvertRule):
     @full_precision
     def inverse(self, layer: Dense, y: Any, kept: Any) -> Any:
         """`*batch inner`, in the dtype of `y`."""
-        wide = widen(y) if layer.bias is None else widen(y) - widen(layer.bias)
+        wide = widen(y) if layer.bias is None else widen(y) - along(widen(layer.bias), y)
         return (wide @ left_inverse(widen(layer.weight).T).T).astype(y.dtype)

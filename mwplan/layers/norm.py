@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from mwplan.common import trees
-from mwplan.common.trees import widen
+from mwplan.common.trees import along, widen
 from mwplan.layers.linear import WholeOf
 from mwplan.network.layer import layer, lean, static
 from mwplan.network.rules import StoreRule, Unavailable, VijpRule
@@ -54,7 +54,7 @@ class _Norm:
     def pull(self, x: Array, ct_out: Array) -> tuple[Array, Array]:
         """`(ct_in, moments)` in float32 or wider: what is erased of each row of `ct_out * scale`."""
         hat, size = self.normalised(x)
-        g = widen(ct_out) * widen(self.scale)
+        g = widen(ct_out) * along(widen(self.scale), ct_out)
         moments = [self.mean(g)] if self.centred else []
         moments.append(self.mean(g * hat))
         rest = g - moments[-1] * hat
@@ -104,7 +104,8 @@ class LayerNorm(_Norm):
     @lean
     def __call__(self, x: Float[Array, "*batch channels"]) -> Float[Array, "*batch channels"]:
         """Applies the layer."""
-        y: Array = (_centred(self, x) * widen(self.scale) + widen(self.offset)).astype(x.dtype)
+        scale, offset = along(widen(self.scale), x), along(widen(self.offset), x)
+        y: Array = (_centred(self, x) * scale + offset).astype(x.dtype)
         return y
 
 
@@ -124,7 +125,7 @@ class RMSNorm(_Norm):
     @lean
     def __call__(self, x: Float[Array, "*batch channels"]) -> Float[Array, "*batch channels"]:
         """Applies the layer."""
-        y: Array = (self.normalised(x)[0] * widen(self.scale)).astype(x.dtype)
+        y: Array = (self.normalised(x)[0] * along(widen(self.scale), x)).astype(x.dtype)
         return y
 
 
@@ -191,4 +192,4 @@ class Moments(VijpRule):
         g = size * ct_in + fragment[..., -1:] * hat
         if layer.centred:
             g = g + fragment[..., :1]
-        return g / lax.stop_gradient(widen(layer.scale))
+        return g / along(lax.stop_gradient(widen(layer.scale)), g)

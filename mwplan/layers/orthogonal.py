@@ -176,7 +176,7 @@ class OrthogonalInverse(InvertRule):
     @full_precision
     def inverse(self, layer: OrthogonalDense, y: Any, kept: Any) -> Any:
         """`x`, in the dtype of `y`."""
-        wide = widen(y) if layer.bias is None else widen(y) - widen(layer.bias)
+        wide = widen(y) if layer.bias is None else widen(y) - along(widen(layer.bias), y)
         return (wide @ layer.matrix()[: layer.inner, : layer.outer].T).astype(y.dtype)
 
 
@@ -298,7 +298,7 @@ class OrthogonalConv(CircularOrthogonal):
         weight = widen(self.weight)
         a = jnp.fft.rfftn(weight, s=size, axes=range(self.dims))
         skew = a - jnp.conj(jnp.swapaxes(a, -1, -2))
-        eye = jnp.eye(weight.shape[-1], dtype=skew.dtype)
+        eye = along(jnp.eye(weight.shape[-1], dtype=skew.dtype), skew)
         return _solve(eye + skew, eye - skew)[..., : self.outer]
 
     def linear(self, x: Array) -> Array:
@@ -324,6 +324,6 @@ class OrthogonalConvInverse(InvertRule):
     @full_precision
     def inverse(self, layer: CircularOrthogonal, y: Any, kept: Any) -> Any:
         """`x`, in the dtype of `y`."""
-        wide = widen(y) if layer.bias is None else widen(y) - widen(layer.bias)
+        wide = widen(y) if layer.bias is None else widen(y) - along(widen(layer.bias), y)
         x = transpose(widen(layer).linear, jax.ShapeDtypeStruct(wide.shape, wide.dtype), wide)
         return x.astype(y.dtype)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mwplan.common.errors import ArgumentError
-from mwplan.common.trees import widen
+from mwplan.common.trees import along, widen
 from mwplan.layers import bits
 from mwplan.layers.linear import InputShape, LinearRule, WholeOf
 from mwplan.network.layer import layer, static
@@ -129,7 +129,8 @@ class MaxPoolIndex(StoreRule):
         packed, was = residuals
         count = math.prod(layer.window)
         index = bits.unpack(packed, count, ct_out.shape)
-        hot = index[..., None, :] == jnp.arange(count)[:, None]
+        index = index[..., None, :]
+        hot = index == along(jnp.arange(count)[:, None], index)
         members = jnp.where(hot, ct_out[..., None, :], jnp.zeros((), ct_out.dtype))
         return [], _spread(members, layer.window, was.shape)
 

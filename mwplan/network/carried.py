@@ -46,7 +46,8 @@ def handed_on(one: PyTree, x: PyTree, known: Known | None = None) -> tuple[int |
             known[args] = _handed_on(*args)
     except TypeError:  # a structure that cannot be hashed
         return _handed_on(*args)
-    return known[args]
+    remembered: tuple[int | None, ...] = known[args]
+    return remembered
 
 
 def _handed_on(treedef: Any, leaves: tuple[Any, ...], count: int) -> tuple[int | None, ...]:

@@ -14,7 +14,7 @@ from mwplan.common.errors import ArgumentError
 from mwplan.network import operations, rules, sketch
 from mwplan.network.chain import layer_name
 from mwplan.network.residuals import Residuals, new_bytes
-from mwplan.plans.packing import Workspace
+from mwplan.plans.packing import ALIGNMENT, Workspace
 from mwplan.plans.profiles import InvertOption, MoonwalkOption, StoreOption
 from mwplan.profiling.bench import Priced, Pricing, Saved, cotangent
 from mwplan.profiling.carrying import Place
@@ -117,14 +117,15 @@ def checked_rules(one: PyTree, x: PyTree) -> tuple[list[rules.VijpRule], list[ru
 
 def _without_lesser(options: list[StoreOption]) -> tuple[StoreOption, ...]:
     """Without the last, what `jax.vjp` keeps, where another option keeps the same and needs less beside it:
-    which of two such programs is the faster, times do not tell."""
+    which of two such programs is the faster, times do not tell. Less by more than scalars and padding, of
+    which an estimate knows nothing."""
     *others, last = options
 
     def kept(option: StoreOption) -> tuple[int, bool, bool]:
         return option.residual_bytes, option.keeps_input, option.keeps_output
 
     spared = any(
-        kept(one) == kept(last) and one.backward_workspace_bytes < last.backward_workspace_bytes
+        kept(one) == kept(last) and one.backward_workspace_bytes + ALIGNMENT < last.backward_workspace_bytes
         for one in others
     )
     return tuple(others if spared else options)
