@@ -14,8 +14,8 @@ import pytest
 
 import mwplan as mw
 from mwplan import targets
-from mwplan.common import platforms
-from mwplan.targets import cache, hlo, kernels, plugins, program
+from mwplan.common import cache, platforms
+from mwplan.targets import hlo, kernels, plugins, program
 from mwplan.targets.hlo import Array
 from tests.compilers import GPU, TPU
 
@@ -317,7 +317,7 @@ def test_results_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     first = targets.compile(STEP, WEIGHTS, X)
     assert first.executable is not None
-    (file,) = cache.folder().rglob("*.json")
+    (file,) = cache.folder(program.KIND).rglob("*.json")
     monkeypatch.setattr(program, "built", lambda *args: pytest.fail("compiled again"))
     again = targets.compile(STEP, WEIGHTS, X)
     assert again.executable is None
@@ -330,7 +330,7 @@ def test_results_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert targets.compile(STEP, WEIGHTS, X).executable is None
     assert targets.compile(STEP, [*WEIGHTS, *WEIGHTS], X).executable is not None
     assert targets.compile(STEP, WEIGHTS, X, cached=False).executable is not None
-    assert not [path for path in cache.folder().rglob(".*") if path.is_file()]
+    assert not [path for path in cache.folder(program.KIND).rglob(".*") if path.is_file()]
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,7 +95,7 @@ def estimate(
     device, or a layer that needs its weights' values to be traced and has only their shapes;
     `CompilerMissingError` and `TargetError` of the device's compiler.
     **Cost:** one tracing of each operation of each distinct layer; where they are compiled, some seconds a
-    layer the first time, then nothing (`mwplan.targets.cache`). With weights, and where a rule makes errors,
+    layer the first time, then nothing (`mwplan.common.cache`). With weights, and where a rule makes errors,
     also a forward pass of `examples` examples on this host's default device, and compilations to measure
     them: most of the time, some seconds a rule. Nothing of the size of `x` is allocated.
 

@@ -2,7 +2,7 @@
 kernels.
 
 Nothing is run. Operations are compiled side by side, in threads: XLA holds no lock of Python's. What was
-compiled before, in any process, is read from disk (`mwplan.targets.cache`). Several threads may price the
+compiled before, in any process, is read from disk (`mwplan.common.cache`). Several threads may price the
 operations of several layers with one `Compiler`: each waits for what it asks for."""
 
 from __future__ import annotations

@@ -10,17 +10,18 @@ from typing import Any
 
 import jax
 
-from mwplan.common import platforms
+from mwplan.common import cache, platforms
 from mwplan.common.errors import ArgumentError, TargetError, TargetMemoryError
 from mwplan.common.sizes import show_bytes, show_ns
 from mwplan.compilers import compiling
-from mwplan.targets import cache, hlo, kernels
+from mwplan.targets import hlo, kernels
 from mwplan.targets.devices import Device
 from mwplan.targets.kernels import Kernel, Loop
 from mwplan.targets.target import Target, target_of
 
 PyTree = Any
 SCHEMA = 1
+KIND = "targets"  # the folder of what was compiled, in `mwplan.common.cache`
 _NEEDS = re.compile(r"(?:[Uu]sed|required for HLO temporaries) \(?([\d.]+)([KMGT]?)")
 
 
@@ -164,11 +165,11 @@ def key(lowered: Any, target: Target, options: Mapping[str, Any]) -> str:
 
 def known_or_built(name: str, lowered: Any, target: Target, options: Mapping[str, Any]) -> Compiled:
     """What is kept under `name`, or the program compiled, and kept."""
-    found = cache.known(name, _Kept, kind="compiled program", schema=SCHEMA)
+    found = cache.known(name, _Kept, kind=KIND, schema=SCHEMA)
     if found is not None:
         return found.compiled(target)
     fresh = read(built(lowered, options, target), target)
-    cache.keep(name, _Kept.of(fresh), kind="compiled program", schema=SCHEMA)
+    cache.keep(name, _Kept.of(fresh), kind=KIND, schema=SCHEMA)
     return fresh
 
 
