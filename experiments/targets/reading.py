@@ -131,6 +131,20 @@ def beaten(row: Row, rows: list[Row]) -> bool:
     )
 
 
+#: What a figure calls a method where its name in the records says little, and how large its marks are: plans
+#: of several arrangements may lie on one another.
+LABELS = {
+    "backprop": "backpropagation",
+    "checkpoint": "jax.checkpoint, every layer",
+    "dots_saveable": "jax.checkpoint, dots_saveable",
+    "sqrt": "jax.checkpoint, square-root segments",
+    "tied": "plan",
+    "loose": "plan, residuals without barriers",
+    "untied": "plan, no barriers",
+}
+MARKS = {"tied": 9, "loose": 4, "untied": 5}
+
+
 def draw(rows: list[Row]) -> Figure:
     """Modelled time against compiled temporaries, a panel for each network and target."""
     panels = groups([row for row in rows if "temporary_bytes" in row])
@@ -146,7 +160,10 @@ def draw(rows: list[Row]) -> Figure:
                 if row["method"] == method
             )
             plan = any(row["share"] >= 0 for row in some if row["method"] == method)
-            ax.plot(*zip(*mine), marker="o" if plan else "x", ls="-" if plan else "", ms=4, label=method)
+            style = {"marker": "o", "ls": "-", "mfc": "none", "ms": MARKS.get(method, 4)} if plan else {}
+            ax.plot(
+                *zip(*mine), **({"marker": "x", "ls": "", "ms": 5} | style), label=LABELS.get(method, method)
+            )
         ax.set(title=f"{name}, {target}", xlabel="temporaries, compiled (GiB)", ylabel="modelled time (ms)")
         ax.legend(fontsize=6)
     return figure
