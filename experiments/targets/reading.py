@@ -160,10 +160,10 @@ def draw(rows: list[Row]) -> Figure:
                 if row["method"] == method
             )
             plan = any(row["share"] >= 0 for row in some if row["method"] == method)
-            style = {"marker": "o", "ls": "-", "mfc": "none", "ms": MARKS.get(method, 4)} if plan else {}
-            ax.plot(
-                *zip(*mine), **({"marker": "x", "ls": "", "ms": 5} | style), label=LABELS.get(method, method)
-            )
+            style: dict[str, Any] = {"marker": "x", "ls": "", "ms": 5}
+            if plan:
+                style = {"marker": "o", "ls": "-", "mfc": "none", "ms": MARKS.get(method, 4)}
+            ax.plot(*zip(*mine), **style, label=LABELS.get(method, method))
         ax.set(title=f"{name}, {target}", xlabel="temporaries, compiled (GiB)", ylabel="modelled time (ms)")
         ax.legend(fontsize=6)
     return figure
