@@ -22,9 +22,9 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from mwplan.common import trees
+from mwplan.compilers.alone import Alone, LastUser
 from mwplan.compilers.compiling import memory_options, options_of, temporaries, workspace
 from mwplan.network.constants import tied
 from mwplan.plans.packing import Workspace
@@ -35,7 +35,6 @@ from mwplan.solvers.parallel import processors
 
 PyTree = Any
 _PIECE = 1 << 10  # bytes: parts of a workspace below leave no hole to speak of
-SMALL = 1 << 14  # bytes: below, a saving is not worth a compilation
 _ENOUGH_NS = 100_000_000  # of one program's runs, together
 _SHORT_NS = 5_000_000  # what is over so soon may find in caches what it reads
 
@@ -105,30 +104,11 @@ class Memory:
     workspace: Workspace
 
 
-class Handle:
-    """One operation: `inputs` and `outputs`, the leaves of its arguments and of its result, are objects of
-    their own, by which operations find one another; float0 zeros, which have no memory, are not among the
-    arguments of `function`, nor among what it returns."""
+class Handle(Alone):
+    """One operation, and what was found of it."""
 
     def __init__(self, operation: Callable[..., Any], args: Any) -> None:
-        leaves, treedef = jax.tree.flatten(args)
-        real = [i for i, leaf in enumerate(leaves) if leaf.dtype != jax.dtypes.float0]
-        self.operation, self.args = operation, args
-        made: list[Any] = []
-
-        def flat(*arrays: Any) -> list[Any]:
-            given = [np.zeros(leaf.shape, jax.dtypes.float0) for leaf in leaves]
-            for i, array in zip(real, arrays, strict=True):
-                given[i] = array
-            found = operation(*jax.tree.unflatten(treedef, given))
-            made[:] = [trees.struct(found)]
-            return [leaf for leaf in jax.tree.leaves(found) if leaf.dtype != jax.dtypes.float0]
-
-        self.inputs = [leaves[i] for i in real]
-        self.jaxpr: ClosedJaxpr = jax.make_jaxpr(flat)(*self.inputs)
-        self.function = jaxpr_as_fun(self.jaxpr)
-        self.result: Any = made.pop()
-        self.outputs = [leaf for leaf in jax.tree.leaves(self.result) if leaf.dtype != jax.dtypes.float0]
+        super().__init__(operation, args)
         self.memory: Future[Memory] | None = None
         self.on_row: Future[Memory] | None = None  # the same, of a layer that is a row of a stack
         self.time: float | None = None
@@ -174,50 +154,23 @@ class Handle:
 
 
 class Saving:
-    """What an operation needs less than inputs + outputs + workspace where it is the last user of `dead`.
-
-    `dead`: leaves of its arguments (found by identity); `temporary`: those of its result that are no outputs
-    of the step, as gradients are. A program is compiled, and not run, in which both come and go: XLA then
-    places outputs where dead inputs were, as it will within a step, and its temporaries are what the
-    operation really needs.
-    """
+    """What an operation needs less than inputs + outputs + workspace, read off the program of `LastUser`."""
 
     def __init__(self, handle: Handle, dead: PyTree, temporary: PyTree) -> None:
         self.handle = handle
-        gone = {id(leaf) for leaf in jax.tree.leaves(dead)}
-        picked = {id(leaf) for leaf in jax.tree.leaves(temporary)}
-        self.dies = [id(leaf) in gone for leaf in handle.inputs]
-        self.goes = [id(leaf) in picked for leaf in handle.outputs]
-        self.apart = [leaf for leaf, dies in zip(handle.inputs, self.dies) if dies]
-        made = [leaf for leaf, goes in zip(handle.outputs, self.goes) if goes]
-        self.worth = min(trees.nbytes(self.apart), trees.nbytes(made)) >= SMALL
+        self.last = LastUser(handle, dead, temporary)
         self.needs: Future[Memory] | None = None
 
     def lowered(self) -> Any:
         """The program, ready to be compiled."""
-        outputs = self.handle.outputs
-
-        def step(leaves: list[Any], zero: Any) -> Any:
-            fresh = trees.tie([_moved(leaf, zero) if dies else leaf for leaf, dies in zip(leaves, self.dies)])
-            result = self.handle.function(*fresh)
-            given = {id(leaf) for leaf in fresh}
-            new = [goes or id(leaf) not in given for leaf, goes in zip(result, self.goes, strict=True)]
-            made[:] = [leaf for leaf, some in zip(outputs, new) if some]
-            # Gradients too leave as sums: in an output's buffer the compiler would find room for temporaries
-            # until it is written.
-            return [_summed(leaf) for leaf in trees.tie([leaf for leaf, some in zip(result, new) if some])]
-
-        made: list[Any] = []
-        found = jax.jit(step).lower(self.handle.inputs, jax.ShapeDtypeStruct((), jnp.int32))
-        self.apart = [leaf for leaf, dies in zip(self.handle.inputs, self.dies) if dies] + made
-        return found
+        return jax.jit(self.last.step).lower(*self.last.shapes)
 
     @property
     def saving_bytes(self) -> int:
         """As `Saved.saving_bytes`."""
         if self.needs is None:
             return 0
-        apart = trees.nbytes(self.apart) + self.handle.alone_bytes
+        apart = self.last.apart_bytes + self.handle.alone_bytes
         return max(0, apart - self.needs.result().temporaries)
 
 
@@ -396,7 +349,7 @@ class Layer:
             handle.memory = self.bench.memory(jax.jit(handle.alone).lower(*handle.inputs))
             futures.append(handle.memory)
         for saving in self.savings:
-            if saving.worth:
+            if saving.last.worth:
                 saving.needs = self.bench.memory(saving.lowered())
                 futures.append(saving.needs)
         return futures
@@ -443,19 +396,3 @@ def _buffers(structs: list[Any]) -> list[Any]:
         else jnp.array(np.zeros(leaf.shape, leaf.dtype))
         for leaf in structs
     ]
-
-
-def _moved(leaf: Any, zero: Any) -> Any:
-    """A copy that the compiler must make: `zero` is 0, and only known when the program runs."""
-    if trees.is_key(leaf):
-        return jax.random.wrap_key_data(
-            _moved(jax.random.key_data(leaf), zero), impl=jax.random.key_impl(leaf)
-        )
-    if leaf.dtype == jnp.bool_:
-        return leaf ^ (zero != 0)
-    return trees.typed_like(leaf + jnp.asarray(zero).astype(leaf.dtype), leaf)
-
-
-def _summed(leaf: Any) -> Any:
-    """One number that needs all of `leaf`."""
-    return jnp.sum((jax.random.key_data(leaf) if trees.is_key(leaf) else leaf).astype(jnp.float32))

@@ -8,9 +8,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from mwplan.common import trees
+from mwplan.compilers.alone import is_float0, with_float0
 from mwplan.execution import rows
 from mwplan.network import operations
 from mwplan.network.constants import tied
@@ -43,17 +43,15 @@ def _lowered(handle: Handle) -> Any:
     source = jax.tree.map(_stacked, layer)
     grads = [_stacked(leaf) for leaf in trees.parameters(layer)] if makes else None
     leaves, treedef = jax.tree.flatten(args)
-    real = [i for i, leaf in enumerate(leaves) if leaf.dtype != jax.dtypes.float0]
+    real = [leaf for leaf in leaves if not is_float0(leaf)]
 
     def step(grads: list[Any] | None, source: PyTree, row: Any, arrays: list[Any]) -> Any:
-        given = [np.zeros(leaf.shape, jax.dtypes.float0) for leaf in leaves]
-        for i, array in zip(real, arrays, strict=True):
-            given[i] = array
+        given = with_float0(leaves, arrays)
         on_row = functools.partial(rows.on_row, operation=handle.operation)
         return trees.tie(tied(on_row)(source, row, grads, *jax.tree.unflatten(treedef, given)))
 
     jitted = jax.jit(step, donate_argnums=0)
-    return jitted.lower(grads, source, jax.ShapeDtypeStruct((), jnp.int32), [leaves[i] for i in real])
+    return jitted.lower(grads, source, jax.ShapeDtypeStruct((), jnp.int32), real)
 
 
 def _stacked(leaf: Any) -> jax.ShapeDtypeStruct:

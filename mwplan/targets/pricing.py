@@ -14,28 +14,26 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from mwplan.common import trees
+from mwplan.common import platforms, trees
+from mwplan.compilers.alone import Alone, LastUser
 from mwplan.targets import program
 from mwplan.targets.program import Compiled
 from mwplan.targets.target import Target
 
 PyTree = Any
-SMALL = 1 << 14  # bytes: below, a saving is not worth a compilation
 
 
 @dataclass(frozen=True)
 class Compiling:
-    """One operation: the shapes of its result, and what its compiled program costs, waited for where it is
-    asked for; `inputs`, the leaves of its arguments, by which `Compiler.saving` finds them."""
+    """One operation, and what its compiled program costs, waited for where it is asked for."""
 
-    result: Any
-    inputs: list[Any]
-    flat: Callable[[list[Any]], list[Any]]
+    alone: Alone
     future: Future[Compiled]
+
+    @property
+    def result(self) -> Any:
+        """The shapes of what the operation gives."""
+        return self.alone.result
 
     @property
     def time_ns(self) -> int:
@@ -50,19 +48,19 @@ class Compiling:
 
 @dataclass(frozen=True)
 class CompilingSaving:
-    """As `mwplan.profiling.bench.Saved`: of a program in which what dies and what is made are temporaries."""
+    """As `mwplan.profiling.bench.Saved`, read off the program of `LastUser`."""
 
     handle: Compiling
+    last: LastUser
     future: Future[Compiled] | None
-    apart_bytes: int
 
     @property
     def saving_bytes(self) -> int:
         """Bytes that the operation needs less than inputs, outputs and workspace."""
         if self.future is None:
             return 0
-        needs = self.future.result().temporary_bytes
-        return max(0, self.apart_bytes + self.handle.workspace_bytes - needs)
+        apart = self.last.apart_bytes + self.handle.workspace_bytes
+        return max(0, apart - self.future.result().temporary_bytes)
 
 
 class Compiler:
@@ -84,51 +82,21 @@ class Compiler:
 
     def program(self, operation: Callable[..., Any], *args: Any) -> Compiling:
         """Starts to compile the operation for shapes like `args`, between barriers as within a step."""
-        inputs, treedef = jax.tree.flatten(args)
-
-        def flat(leaves: list[Any]) -> list[Any]:
-            return jax.tree.leaves(operation(*jax.tree.unflatten(treedef, leaves)))
+        with platforms.lowering_for(self.target.platform):
+            alone = Alone(operation, args)
 
         def between(leaves: list[Any]) -> list[Any]:
-            found: list[Any] = trees.tie(_arrays(flat(trees.tie(_whole(inputs, leaves)))))
+            found: list[Any] = trees.tie(alone.function(*trees.tie(leaves)))
             return found
 
-        # Objects of its own for every leaf: `saving` tells them apart by identity.
-        result = trees.struct(jax.eval_shape(operation, *args))
-        return Compiling(result, inputs, flat, self._started(between, _arrays(inputs)))
+        return Compiling(alone, self._started(between, alone.inputs))
 
     def saving(self, handle: Compiling, *, dead: PyTree, temporary: PyTree) -> CompilingSaving:
         """What the operation needs less where it is the last user of `dead`, leaves of its arguments, and
         `temporary`, leaves of its result, are no results of the step."""
-        gone, wanted = ({id(leaf) for leaf in jax.tree.leaves(tree)} for tree in (dead, temporary))
-        dies = [id(leaf) in gone for leaf in handle.inputs]
-        outputs = jax.tree.leaves(handle.result)
-        made = trees.nbytes([leaf for leaf in outputs if id(leaf) in wanted])
-        dying = trees.nbytes([leaf for leaf, mine in zip(handle.inputs, dies) if mine])
-        if dying < SMALL or made < SMALL:
-            return CompilingSaving(handle, None, 0)
-
-        mine = [id(leaf) in wanted for leaf in outputs]
-        rest_bytes = 0
-
-        def step(given: tuple[list[Any], Any]) -> Any:
-            nonlocal rest_bytes
-            leaves, zero = given
-            whole = _whole(handle.inputs, leaves)
-            fresh = trees.tie([_moved(leaf, zero) if one else leaf for leaf, one in zip(whole, dies)])
-            there = {id(leaf) for leaf in fresh}
-            # What is passed through as it came takes no memory of its own.
-            kept = [
-                (leaf, one) for leaf, one in zip(handle.flat(fresh), mine) if one or id(leaf) not in there
-            ]
-            rest_bytes = trees.nbytes([leaf for leaf, one in kept if not one])
-            # Gradients too leave as sums: in an output's buffer the compiler would find room for temporaries
-            # until it is written.
-            return [_summed(leaf) for leaf in trees.tie(_arrays([leaf for leaf, _ in kept]))]
-
-        zero = jax.ShapeDtypeStruct((), jnp.int32)
-        future = self._started(step, (_arrays(handle.inputs), zero))
-        return CompilingSaving(handle, future, dying + made + rest_bytes)
+        last = LastUser(handle.alone, dead, temporary)
+        future = self._started(last.step, *last.shapes) if last.worth else None
+        return CompilingSaving(handle, last, future)
 
     def together(self, *handles: Compiling) -> None:
         """Nothing: each operation's time is modelled."""
@@ -136,9 +104,9 @@ class Compiler:
     def derive(self, handle: Compiling, base: Compiling, more: Compiling) -> None:
         """Nothing: each operation's time is modelled."""
 
-    def _started(self, function: Callable[[Any], Any], given: Any) -> Future[Compiled]:
+    def _started(self, function: Callable[..., Any], *given: Any) -> Future[Compiled]:
         """Its compilation, in another thread, unless it is known."""
-        lowered = program.lower(function, (given,), self.target)
+        lowered = program.lower(function, given, self.target)
         name = program.key(lowered, self.target, self.target.compiler_options)
         with self._lock:
             if name not in self.known:
@@ -153,36 +121,3 @@ class Compiler:
                 self.done += 1
                 done, started = self.done, len(self.known)
             self.progress(done, started)
-
-
-def _arrays(leaves: list[Any]) -> list[Any]:
-    """What a compiled program can take and return: no float0 arrays, which have no memory."""
-    return [leaf for leaf in leaves if not _is_float0(leaf)]
-
-
-def _is_float0(leaf: Any) -> bool:
-    return hasattr(leaf, "dtype") and leaf.dtype == jax.dtypes.float0
-
-
-def _whole(like: list[Any], arrays: list[Any]) -> list[Any]:
-    """`arrays` with the float0 zeros that are among `like`."""
-    rest = iter(arrays)
-    return [np.zeros(leaf.shape, leaf.dtype) if _is_float0(leaf) else next(rest) for leaf in like]
-
-
-def _moved(leaf: Any, zero: Any) -> Any:
-    """A copy that the compiler must make: `zero` is 0, and only known when the program runs."""
-    if leaf.dtype == jax.dtypes.float0:
-        return leaf
-    if trees.is_key(leaf):
-        return jax.random.wrap_key_data(
-            _moved(jax.random.key_data(leaf), zero), impl=jax.random.key_impl(leaf)
-        )
-    if leaf.dtype == jnp.bool_:
-        return leaf ^ (zero != 0)
-    return leaf + jnp.asarray(zero).astype(leaf.dtype)
-
-
-def _summed(leaf: Any) -> Any:
-    """One number that needs all of `leaf`."""
-    return jnp.sum((jax.random.key_data(leaf) if trees.is_key(leaf) else leaf).astype(jnp.float32))

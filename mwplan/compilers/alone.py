@@ -1,0 +1,112 @@
+"""An operation as a program of its own, whose compiler says what it needs: by itself, and as the last user of
+what it reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
+
+from mwplan.common import trees
+
+PyTree = Any
+SMALL = 1 << 14  # bytes: below, a saving is not worth a compilation
+
+
+def is_float0(leaf: Any) -> bool:
+    """Whether a leaf has no memory, and is no argument or result of a compiled program."""
+    return bool(leaf.dtype == jax.dtypes.float0)
+
+
+def with_float0(like: Sequence[Any], arrays: Sequence[Any]) -> list[Any]:
+    """`arrays`, and float0 zeros where `like`, the leaves of what a function takes, has such ones."""
+    rest = iter(arrays)
+    return [np.zeros(leaf.shape, leaf.dtype) if is_float0(leaf) else next(rest) for leaf in like]
+
+
+class Alone:
+    """One operation, traced once.
+
+    **Attributes:** `result`, the shapes of what it gives; `inputs` and `outputs`, the leaves of its arguments
+    and of its result without float0 ones, objects of their own, by which operations find one another;
+    `function(*inputs)`, which gives `outputs`; `jaxpr`, its program.
+    """
+
+    def __init__(self, operation: Callable[..., Any], args: Any) -> None:
+        leaves, treedef = jax.tree.flatten(args)
+        self.operation, self.args = operation, args
+        made: list[Any] = []
+
+        def flat(*arrays: Any) -> list[Any]:
+            found = operation(*jax.tree.unflatten(treedef, with_float0(leaves, arrays)))
+            made[:] = [trees.struct(found)]
+            return [leaf for leaf in jax.tree.leaves(found) if not is_float0(leaf)]
+
+        self.inputs = [leaf for leaf in leaves if not is_float0(leaf)]
+        self.jaxpr: ClosedJaxpr = jax.make_jaxpr(flat)(*self.inputs)
+        self.function = jaxpr_as_fun(self.jaxpr)
+        self.result: Any = made.pop()
+        self.outputs = [leaf for leaf in jax.tree.leaves(self.result) if not is_float0(leaf)]
+
+
+class LastUser:
+    """A program that needs less than an operation's inputs + outputs + workspace, since the operation is the
+    last user of `dead`.
+
+    `dead`: leaves of its arguments (found by identity); `temporary`: those of its result that are no outputs
+    of the step, as gradients are. In the program `step(inputs, zero)` both come and go: XLA then places
+    outputs where dead inputs were, as it will within a step, and the program's temporaries are what the
+    operation really needs. `worth`: whether that can be much.
+    """
+
+    def __init__(self, alone: Alone, dead: PyTree, temporary: PyTree) -> None:
+        self.alone = alone
+        gone = {id(leaf) for leaf in jax.tree.leaves(dead)}
+        picked = {id(leaf) for leaf in jax.tree.leaves(temporary)}
+        self._dies = [id(leaf) in gone for leaf in alone.inputs]
+        self._goes = [id(leaf) in picked for leaf in alone.outputs]
+        self._dying = [leaf for leaf, dies in zip(alone.inputs, self._dies) if dies]
+        self._made = [leaf for leaf, goes in zip(alone.outputs, self._goes) if goes]
+        self.worth = min(trees.nbytes(self._dying), trees.nbytes(self._made)) >= SMALL
+
+    @property
+    def shapes(self) -> tuple[list[Any], jax.ShapeDtypeStruct]:
+        """The arguments of `step`."""
+        return self.alone.inputs, jax.ShapeDtypeStruct((), jnp.int32)
+
+    @property
+    def apart_bytes(self) -> int:
+        """Of what `step` reads for the last time and of what it makes, known once it has been traced."""
+        return trees.nbytes(self._dying) + trees.nbytes(self._made)
+
+    def step(self, leaves: list[Any], zero: Any) -> list[Any]:
+        """The program: the operation between copies and sums; `zero` is 0."""
+        fresh = trees.tie([_moved(leaf, zero) if dies else leaf for leaf, dies in zip(leaves, self._dies)])
+        result = self.alone.function(*fresh)
+        given = {id(leaf) for leaf in fresh}
+        # What is passed through as it came takes no memory of its own.
+        new = [goes or id(leaf) not in given for leaf, goes in zip(result, self._goes, strict=True)]
+        self._made = [leaf for leaf, some in zip(self.alone.outputs, new) if some]
+        # Gradients too leave as sums: in an output's buffer the compiler would find room for temporaries
+        # until it is written.
+        return [_summed(leaf) for leaf in trees.tie([leaf for leaf, some in zip(result, new) if some])]
+
+
+def _moved(leaf: Any, zero: Any) -> Any:
+    """A copy that the compiler must make: `zero` is 0, and only known when the program runs."""
+    if trees.is_key(leaf):
+        return jax.random.wrap_key_data(
+            _moved(jax.random.key_data(leaf), zero), impl=jax.random.key_impl(leaf)
+        )
+    if leaf.dtype == jnp.bool_:
+        return leaf ^ (zero != 0)
+    return trees.typed_like(leaf + jnp.asarray(zero).astype(leaf.dtype), leaf)
+
+
+def _summed(leaf: Any) -> Any:
+    """One number that needs all of `leaf`."""
+    return jnp.sum((jax.random.key_data(leaf) if trees.is_key(leaf) else leaf).astype(jnp.float32))
