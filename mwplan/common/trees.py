@@ -30,7 +30,7 @@ def tie(tree: Any, free: type | tuple[type, ...] = ()) -> Any:
     """The same arrays behind one optimization barrier: none exists for XLA before all of them do. Those in
     nodes of the types `free` stay outside."""
     leaves, treedef = jax.tree.flatten(tree, is_leaf=lambda node: isinstance(node, free))
-    index = [i for i, leaf in enumerate(leaves) if is_array(leaf) and leaf.dtype != jax.dtypes.float0]
+    index = [i for i, leaf in enumerate(leaves) if is_array(leaf) and not is_float0(leaf)]
     if index:
         for i, leaf in zip(index, jax.lax.optimization_barrier([leaves[i] for i in index])):
             leaves[i] = leaf
@@ -158,7 +158,7 @@ def no_cotangent(leaf: Any) -> Any:
 def as_cotangent(tree: Any, like: Any) -> Any:
     """`tree`, a cotangent of `like`, with `no_cotangent` where `like` has integers, masks or random keys,
     whatever `tree` has there."""
-    return jax.tree.map(lambda a, b: a if is_inexact(b) or _is_float0(a) else no_cotangent(b), tree, like)
+    return jax.tree.map(lambda a, b: a if is_inexact(b) or is_float0(a) else no_cotangent(b), tree, like)
 
 
 def cast_like(tree: Any, like: Any) -> Any:
@@ -170,7 +170,8 @@ def cast_like(tree: Any, like: Any) -> Any:
     )
 
 
-def _is_float0(leaf: Any) -> bool:
+def is_float0(leaf: Any) -> bool:
+    """Whether a leaf has no memory: it is no argument or result of a compiled program."""
     return getattr(leaf, "dtype", None) == jax.dtypes.float0
 
 

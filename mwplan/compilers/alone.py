@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from mwplan.common import trees
@@ -17,15 +16,10 @@ PyTree = Any
 SMALL = 1 << 14  # bytes: below, a saving is not worth a compilation
 
 
-def is_float0(leaf: Any) -> bool:
-    """Whether a leaf has no memory, and is no argument or result of a compiled program."""
-    return bool(leaf.dtype == jax.dtypes.float0)
-
-
 def with_float0(like: Sequence[Any], arrays: Sequence[Any]) -> list[Any]:
     """`arrays`, and float0 zeros where `like`, the leaves of what a function takes, has such ones."""
     rest = iter(arrays)
-    return [np.zeros(leaf.shape, leaf.dtype) if is_float0(leaf) else next(rest) for leaf in like]
+    return [trees.no_cotangent(leaf) if trees.is_float0(leaf) else next(rest) for leaf in like]
 
 
 class Alone:
@@ -44,13 +38,13 @@ class Alone:
         def flat(*arrays: Any) -> list[Any]:
             found = operation(*jax.tree.unflatten(treedef, with_float0(leaves, arrays)))
             made[:] = [trees.struct(found)]
-            return [leaf for leaf in jax.tree.leaves(found) if not is_float0(leaf)]
+            return [leaf for leaf in jax.tree.leaves(found) if not trees.is_float0(leaf)]
 
-        self.inputs = [leaf for leaf in leaves if not is_float0(leaf)]
+        self.inputs = [leaf for leaf in leaves if not trees.is_float0(leaf)]
         self.jaxpr: ClosedJaxpr = jax.make_jaxpr(flat)(*self.inputs)
         self.function = jaxpr_as_fun(self.jaxpr)
         self.result: Any = made.pop()
-        self.outputs = [leaf for leaf in jax.tree.leaves(self.result) if not is_float0(leaf)]
+        self.outputs = [leaf for leaf in jax.tree.leaves(self.result) if not trees.is_float0(leaf)]
 
 
 class LastUser:

@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from mwplan.common import trees
@@ -245,7 +244,7 @@ def cotangent(layer: PyTree, grads: list[Any]) -> PyTree:
 
 
 def _instantiate(leaf: Any, ct: Any) -> Any:
-    return ct if trees.is_inexact(leaf) else np.zeros(jnp.shape(leaf), jax.dtypes.float0)
+    return ct if trees.is_inexact(leaf) else trees.no_cotangent(leaf)
 
 
 def checked_schedule(schedule: Any) -> Schedule:

@@ -8,7 +8,7 @@ from typing import Any
 from mwplan.common.sizes import show_bytes, show_ns
 from mwplan.execution.execute import Arrangement
 from mwplan.plans.profiles import Profile
-from mwplan.plans.schedule import Schedule, Strategy
+from mwplan.plans.schedule import Schedule
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +51,7 @@ class Fitted:
 
     def __str__(self) -> str:
         total, plan = self.profile.fixed_bytes + self.temporary_bytes, self.schedule
-        used = ", ".join(f"{s.value} {plan.strategies.count(s)}" for s in Strategy if s in plan.strategies)
+        used = ", ".join(f"{s.value} {count}" for s, count in plan.counts.items())
         budget = "" if plan.budget_bytes is None else f", of a budget of {show_bytes(plan.budget_bytes)}"
         return "\n".join(
             (

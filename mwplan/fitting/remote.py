@@ -147,7 +147,7 @@ class RemoteFit:
     def __str__(self) -> str:
         plan = self.schedule
         total = self.fixed_bytes + self.temporary_bytes
-        used = ", ".join(f"{s.value} {plan.strategies.count(s)}" for s in Strategy if s in plan.strategies)
+        used = ", ".join(f"{s.value} {count}" for s, count in plan.counts.items())
         time_ns = sum(value for _, value in self.bounds) or 1
         bounds = ", ".join(
             f"{name} {value / time_ns:.0%}" for name, value in sorted(self.bounds, key=lambda p: -p[1])

@@ -81,7 +81,7 @@ class _Traced:
 
 
 def _is_value(leaf: Any) -> bool:
-    return trees.is_array(leaf) and leaf.dtype != jax.dtypes.float0
+    return trees.is_array(leaf) and not trees.is_float0(leaf)
 
 
 def _outside(leaf: Any) -> Any:

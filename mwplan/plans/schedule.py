@@ -279,6 +279,11 @@ class Schedule:
         return self.fixed_bytes + self.peak_bytes
 
     @property
+    def counts(self) -> dict[Strategy, int]:
+        """How many layers have each strategy that is used."""
+        return {s: self.strategies.count(s) for s in Strategy if s in self.strategies}
+
+    @property
     def gap(self) -> float:
         """(time - bound) / time, 0 when proved optimal."""
         return 0.0 if self.time_ns == 0 else max(0.0, (self.time_ns - self.bound_ns) / self.time_ns)
@@ -328,8 +333,7 @@ def _fragmentation(schedule: Schedule) -> list[str]:
 
 def describe(schedule: Schedule) -> str:
     """The schedule for people: strip, predictions, proof, what binds and what more memory would buy."""
-    used = [s for s in Strategy if s in schedule.strategies]
-    legend = ", ".join(f"{_LETTERS[s]} {s.value} {schedule.strategies.count(s)}" for s in used)
+    legend = ", ".join(f"{_LETTERS[s]} {s.value} {count}" for s, count in schedule.counts.items())
     lines = [
         f"{len(schedule)} layers: {legend or 'strategies not stated'}",
         *textwrap.wrap(strip(schedule), 96, initial_indent="  ", subsequent_indent="  "),

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from mwplan.common import trees
-from mwplan.compilers.alone import is_float0, with_float0
+from mwplan.compilers.alone import with_float0
 from mwplan.execution import rows
 from mwplan.network import operations
 from mwplan.network.constants import tied
@@ -43,7 +43,7 @@ def _lowered(handle: Handle) -> Any:
     source = jax.tree.map(_stacked, layer)
     grads = [_stacked(leaf) for leaf in trees.parameters(layer)] if makes else None
     leaves, treedef = jax.tree.flatten(args)
-    real = [leaf for leaf in leaves if not is_float0(leaf)]
+    real = [leaf for leaf in leaves if not trees.is_float0(leaf)]
 
     def step(grads: list[Any] | None, source: PyTree, row: Any, arrays: list[Any]) -> Any:
         given = with_float0(leaves, arrays)
