@@ -433,6 +433,22 @@ def test_a_step_within_a_larger_function() -> None:
     np.testing.assert_allclose(loss[0], functions.mlp_loss(params, x, y), rtol=1e-12)
 
 
+def test_names_of_programs_do_not_depend_on_where_they_are_asked_for() -> None:
+    """The rule of `jax.nn.relu` calls `jax.nn.relu`: what is said of it must not depend on the stack."""
+
+    def loss(w: Any, x: Any) -> Any:
+        return jnp.mean(jax.nn.relu(x @ w) ** 2)
+
+    def names(depth: int) -> list[str]:
+        if depth:
+            return names(depth - 1)
+        found = mw.cut(loss, jnp.ones((8, 8)), jnp.ones((4, 8)))
+        return [piece.program.name for piece in found.plan.pieces]
+
+    jax.clear_caches()
+    assert names(0) == names(100)
+
+
 def test_cutting_a_long_program_takes_no_time() -> None:
     params, batch = functions.transformer(depth=60)
     mw.cut(functions.transformer_loss, params, batch)  # JAX's own caches

@@ -10,7 +10,7 @@ import functools
 import hashlib
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -22,6 +22,16 @@ from mwplan.functions.tracing import ALIAS, Constant, Operand, Step
 
 #: What stands for an address in a text: never the same from one process to the next.
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+
+
+@dataclass(frozen=True)
+class _Names:
+    """How a program becomes a text: `of` says what a function is called; `rules`, whether custom derivatives
+    are part of it. Those of operations within such a rule are not, since a rule is executed, not
+    differentiated; and that of `jax.nn.relu` calls `jax.nn.relu`, which would never end."""
+
+    of: Callable[[Any], str]
+    rules: bool = True
 
 
 class Program:
@@ -48,16 +58,16 @@ class Program:
         self.inputs = len(inputs)
         self.results = tuple(map(rename, results))
         self.in_avals = tuple(avals[value] for value in inputs)
-        self._key = self._text(_by_identity)
+        self._key = self._text(_BY_IDENTITY)
         self._hash = hash(self._key)
 
-    def _text(self, function: Callable[[Any], str]) -> str:
-        """What it does, hashed; `function` says what a function is called."""
+    def _text(self, names: _Names) -> str:
+        """What it does, hashed."""
         lines = [" ".join(map(_type, self.in_avals))]
         for step in self.steps:
             read = " ".join(map(_operand, step.inputs))
             lines.append(
-                f"{step.outputs} = {step.primitive.name} {_parameters(step, function)} {_where(step)} {read}"
+                f"{step.outputs} = {step.primitive.name} {_parameters(step, names)} {_where(step)} {read}"
             )
         lines.append(" ".join(map(_operand, self.results)))
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
@@ -65,7 +75,7 @@ class Program:
     @functools.cached_property
     def name(self) -> str:
         """A short text that is the same in every process."""
-        return self._text(_by_name)[:16]
+        return self._text(_BY_NAME)[:16]
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Program) and self._key == other._key
@@ -115,7 +125,7 @@ def _operand(one: Operand) -> str:
 
 
 def _number(one: Constant) -> str:
-    return f"{_type(one.aval)}:{_value(one.value, _by_identity)}"
+    return f"{_type(one.aval)}:{_value(one.value, _BY_IDENTITY)}"
 
 
 def _where(step: Step) -> str:
@@ -123,31 +133,32 @@ def _where(step: Step) -> str:
     return f"{context.compute_type or ''}{context.xla_metadata or ''}"
 
 
-def _parameters(step: Step, function: Callable[[Any], str]) -> str:
+def _parameters(step: Step, names: _Names) -> str:
     """An operation's parameters as a text."""
     rules = {"custom_jvp_call": _jvp_rule, "custom_vjp_call": _vjp_rule}.get(step.primitive.name)
     if rules is None:
-        return _value(step.params, function)
+        return _value(step.params, names)
     whole = {name: value for name, value in step.params.items() if not callable(value) or _is_program(value)}
-    return _value(whole, function) + rules(step.params, function)
+    rule = rules(step.params, replace(names, rules=False)) if names.rules else ""
+    return _value(whole, names) + rule
 
 
 def _is_program(value: Any) -> bool:
     return isinstance(value, (Jaxpr, ClosedJaxpr))
 
 
-def _jvp_rule(params: dict[str, Any], function: Callable[[Any], str]) -> str:
+def _jvp_rule(params: dict[str, Any], names: _Names) -> str:
     """What the rule of a `jax.custom_jvp` does when all tangents are there."""
     call = params["call_jaxpr"]
     thunk = params["jvp_jaxpr_fun"]
     try:
         jaxpr, consts, zeros = thunk.call_wrapped(*[False] * (len(call.in_avals) - params["num_consts"]))
-        return f"{_jaxpr(jaxpr, consts, function)}{tuple(zeros)}"
+        return f"{_jaxpr(jaxpr, consts, names)}{tuple(zeros)}"
     except Exception:
-        return function(thunk)
+        return names.of(thunk)
 
 
-def _vjp_rule(params: dict[str, Any], function: Callable[[Any], str]) -> str:
+def _vjp_rule(params: dict[str, Any], names: _Names) -> str:
     """What the rules of a `jax.custom_vjp` do: the forward rule, and the backward rule at what that keeps."""
     call = params["call_jaxpr"]
     thunk, backward = params["fwd_jaxpr_thunk"], params["bwd"]
@@ -158,12 +169,12 @@ def _vjp_rule(params: dict[str, Any], function: Callable[[Any], str]) -> str:
         both = [*kept, *(aval.to_tangent_aval() for aval in call.out_avals)]
         arrays = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in both]
         closed = jax.make_jaxpr(lambda *args: list(backward.call_wrapped(*args)))(*arrays)
-        return _jaxpr(jaxpr, consts, function) + _jaxpr(closed.jaxpr, closed.consts, function)
+        return _jaxpr(jaxpr, consts, names) + _jaxpr(closed.jaxpr, closed.consts, names)
     except Exception:
-        return function(thunk) + function(backward)
+        return names.of(thunk) + names.of(backward)
 
 
-def _jaxpr(jaxpr: Jaxpr, consts: Sequence[Any], function: Callable[[Any], str]) -> str:
+def _jaxpr(jaxpr: Jaxpr, consts: Sequence[Any], names: _Names) -> str:
     """A program as a text in which variables are numbered."""
     number: dict[Any, int] = {}
 
@@ -179,23 +190,21 @@ def _jaxpr(jaxpr: Jaxpr, consts: Sequence[Any], function: Callable[[Any], str]) 
         )
         read = " ".join(map(name, eqn.invars))
         made = " ".join(map(name, eqn.outvars))
-        lines.append(f"{made} = {eqn.primitive.name} {_parameters(step, function)} {_where(step)} {read}")
+        lines.append(f"{made} = {eqn.primitive.name} {_parameters(step, names)} {_where(step)} {read}")
     lines.append(" ".join(map(name, jaxpr.outvars)))
-    return "{" + "\n".join(lines) + _value(tuple(consts), function) + "}"
+    return "{" + "\n".join(lines) + _value(tuple(consts), names) + "}"
 
 
-def _value(value: Any, function: Callable[[Any], str]) -> str:
+def _value(value: Any, names: _Names) -> str:
     """A parameter, or a part of one, as a text."""
     if isinstance(value, ClosedJaxpr):
-        return _jaxpr(value.jaxpr, value.consts, function)
+        return _jaxpr(value.jaxpr, value.consts, names)
     if isinstance(value, Jaxpr):
-        return _jaxpr(value, (), function)
+        return _jaxpr(value, (), names)
     if isinstance(value, dict):
-        return (
-            "{" + ",".join(f"{k}:{_value(v, function)}" for k, v in sorted(value.items(), key=_first)) + "}"
-        )
+        return "{" + ",".join(f"{k}:{_value(v, names)}" for k, v in sorted(value.items(), key=_first)) + "}"
     if type(value) in (tuple, list):
-        return "(" + ",".join(_value(one, function) for one in value) + ")"
+        return "(" + ",".join(_value(one, names) for one in value) + ")"
     if trees.is_array(value):
         if trees.is_key(value):
             value = jax.random.key_data(value)
@@ -203,7 +212,7 @@ def _value(value: Any, function: Callable[[Any], str]) -> str:
         return f"{array.dtype}{array.shape}:{hashlib.sha256(array.tobytes()).hexdigest()}"
     text = repr(value)
     if _ADDRESS.search(text) or callable(value):
-        return function(value)
+        return names.of(value)
     return f"{type(value).__name__}:{text}"
 
 
@@ -219,3 +228,6 @@ def _by_name(value: Any) -> str:
     inner = getattr(value, "f", value)
     name = getattr(inner, "__qualname__", type(inner).__qualname__)
     return f"{getattr(inner, '__module__', '')}.{name}"
+
+
+_BY_IDENTITY, _BY_NAME = _Names(_by_identity), _Names(_by_name)
