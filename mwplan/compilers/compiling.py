@@ -70,7 +70,7 @@ def memory_options(backend: str | None = None) -> dict[str, str | int | bool]:
 
 
 #: The second is gone in JAX 0.12.
-_FAST_ON_CPUS: dict[str, int | bool] = {
+_FAST_ON_CPUS: dict[str, Any] = {
     "xla_backend_optimization_level": 0,
     "xla_cpu_use_fusion_emitters": False,
 }
