@@ -112,7 +112,7 @@ def fit(
         functools.partial(execute.value_and_grad, loss, has_aux=has_aux, wrt_input=wrt_input),
         (chain, x, *args),
         profile, budget=budget, max_error=max_error, allowed=chosen, max_attempts=max_attempts, thin=thin,
-        regular=regular, tune=tune, say=say,
+        regular=regular, tune=tune, say=say, names=remote.NAMES,
     )  # fmt: skip
 
 
@@ -129,17 +129,18 @@ def fit_step(
     regular: float = planning.TUNING.regular_loss,
     tune: int = 0,
     say: Callable[[str], None] = lambda text: None,
+    names: tuple[str, ...] = ("args",),
 ) -> Fitted:
     """As `fit`, of any step: `gradient(schedule, arrangement=...)` makes a function of `args` that executes a
-    schedule for `profile`; the first of `args` holds the parameters. Raises and costs: as `fit`, beside the
-    profile."""
+    schedule for `profile`; the first of `args` holds the parameters; `names`, of `args`, as `Step` has them.
+    Raises and costs: as `fit`, beside the profile."""
     if max_attempts < 1:
         raise ArgumentError(f"`max_attempts={max_attempts}` must be at least 1")
     if tune < 0:
         raise ArgumentError(f"`tune={tune}` must be 0 or a number of rounds")
     budget_bytes, chosen = parse_bytes(budget), check_allowed(allowed)
     fitter = _Fitter(
-        compiler=Compiler(gradient, args, profile),
+        compiler=Compiler(gradient, args, profile, names),
         plans=functools.cache(lambda allowed: Plans.of(profile, max_error, allowed, thin, regular)),
         budget=budget,
         max_error=max_error,

@@ -17,6 +17,7 @@ from mwplan.common import serial, trees
 from mwplan.common.errors import InfeasibleError, ScheduleMismatchError, TargetError, TargetMemoryError
 from mwplan.common.sizes import parse_bytes, show_bytes, show_ns
 from mwplan.compilers import compiling
+from mwplan.compilers.step import Step
 from mwplan.execution import execute
 from mwplan.fitting.search import Plans
 from mwplan.network.chain import Chain, fingerprint
@@ -30,6 +31,7 @@ from mwplan.targets.target import Target, attached, target_of
 
 PyTree = Any
 SCHEMA = 1
+NAMES = ("chain", "x", "args")  # of what a step of `mw.fit` takes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,7 +127,8 @@ class RemoteFit:
         gradient = execute.value_and_grad(
             loss, self.schedule, has_aux=has_aux, wrt_input=wrt_input, arrangement=self.arrangement
         )
-        step = compiling.jit(gradient).lower(chain, x, *args).compile()
+        compiled = compiling.jit(gradient).lower(chain, x, *args).compile()
+        step = Step(compiled, (chain, x, *args), NAMES)
         needs, budget = compiling.temporaries(step) + self.schedule.fixed_bytes, self.schedule.budget_bytes
         if budget is not None and needs > budget:
             raise TargetMemoryError(

@@ -1,0 +1,63 @@
+"""What compiled steps say of arguments that they were not compiled for, and what plans say of
+backpropagation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import mwplan as mw
+from mwplan.common import platforms
+from mwplan.profiling import touch
+
+WIDTH, BATCH = 16, 32
+
+
+def network(depth: int = 4) -> mw.Chain:
+    keys = jax.random.split(jax.random.key(0), depth)
+    return mw.Chain([f for k in keys for f in (mw.layers.Dense.init(k, WIDTH, WIDTH), jnp.tanh)])
+
+
+def mean_square(y: Any, target: Any) -> Any:
+    return jnp.mean((y - target) ** 2)
+
+
+@pytest.fixture(scope="module")
+def fitted() -> Any:
+    net, x = network(), jnp.ones((BATCH, WIDTH))
+    profile = mw.estimate(net, x, device="h100", compiled=False)
+    return mw.fit(mean_square, net, x, x, budget="1MiB", profile=profile)
+
+
+SHORT = jnp.ones((BATCH - 5, WIDTH))
+FULL = jnp.ones((BATCH, WIDTH))
+WRONG = {
+    "last batch": (lambda: (network(), SHORT, SHORT), r"`x` is float32\[27, 16\].*for float32\[32, 16\].*pad"),
+    "labels": (lambda: (network(), FULL, SHORT), r"`args\[0\]` is float32\[27, 16\].*float32\[32, 16\]"),
+    "dtype": (lambda: (network(), FULL.astype(jnp.bfloat16), FULL), r"`x` is bfloat16\[32, 16\]"),
+    "structure": (lambda: (network(), {"x": FULL}, FULL), r"`x` has the structure"),
+    "shorter chain": (lambda: (network(3), FULL, FULL), r"`chain` has the structure"),
+    "missing": (lambda: (network(), FULL), r"takes 3 arguments and got 2"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_step_says_what_does_not_fit(fitted: Any, what: str) -> None:
+    args, message = WRONG[what]
+    with pytest.raises(mw.ArgumentError, match=message):
+        fitted.step(*args())
+
+
+def test_a_step_is_jaxs_compiled_program(fitted: Any) -> None:
+    assert mw.temporaries(fitted.step) == fitted.temporary_bytes
+    with pytest.raises(TypeError, match="transformations"):  # JAX's own words stay
+        jax.grad(lambda x: fitted.step(network(), x, FULL)[0][0])(FULL)
+
+
+def test_memory_elsewhere_is_pooled() -> None:
+    """What a first touch costs is asked of the platform that programs are written for."""
+    with platforms.lowering_for("gpu"):
+        assert touch.measured() == touch.FirstTouch()
