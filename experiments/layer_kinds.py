@@ -232,7 +232,8 @@ def measure(point: dict[str, Any]) -> dict[str, Any]:
         profile = mw.estimate(chain, x, device=target)
     else:
         chain = make(jax.random.key(0))
-        x = jnp.zeros(x.shape, x.dtype) if x.dtype == jnp.int32 else jax.random.normal(jax.random.key(1), x.shape)
+        whole = x.dtype == jnp.int32
+        x = jnp.zeros(x.shape, x.dtype) if whole else jax.random.normal(jax.random.key(1), x.shape)
         profile = mw.profile(chain, x, repeats=1)
     rows = {}
     for name, schedule in scheduled(profile).items():
@@ -269,7 +270,7 @@ def table(found: list[dict[str, Any]]) -> Table:
 
 
 def main(kinds: tuple[str, ...], target: str, path: Path, *, executor: str, workers: int) -> None:
-    """Computes what is missing of `kinds` (none: all) for `target` ("": this device), and prints the table."""
+    """Computes what is missing of `kinds` (none: all) for `target` ("": this device), and prints it."""
     points = [{"kind": kind, "target": target} for kind in kinds or KINDS]
     found = sweep.run(points, measure, path, executor=executor, workers=workers, title="kinds")
     console = record.console()

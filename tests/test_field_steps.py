@@ -35,7 +35,7 @@ def fitted() -> Any:
 SHORT = jnp.ones((BATCH - 5, WIDTH))
 FULL = jnp.ones((BATCH, WIDTH))
 WRONG = {
-    "last batch": (lambda: (network(), SHORT, SHORT), r"`x` is float32\[27, 16\].*for float32\[32, 16\].*pad"),
+    "last batch": (lambda: (network(), SHORT, SHORT), r"`x` is float32\[27, 16\].*float32\[32, 16\].*pad"),
     "labels": (lambda: (network(), FULL, SHORT), r"`args\[0\]` is float32\[27, 16\].*float32\[32, 16\]"),
     "dtype": (lambda: (network(), FULL.astype(jnp.bfloat16), FULL), r"`x` is bfloat16\[32, 16\]"),
     "structure": (lambda: (network(), {"x": FULL}, FULL), r"`x` has the structure"),

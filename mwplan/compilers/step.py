@@ -49,9 +49,8 @@ class Step:
             leaves, treedef = jax.tree_util.tree_flatten_with_path(got)
             wanted, want_treedef = jax.tree.flatten(want)
             if treedef != want_treedef:
-                return (
-                    f"{name} has the structure {treedef}, and the step was compiled for {want_treedef}. {advice}"
-                )
+                was = f"and the step was compiled for {want_treedef}"
+                return f"{name} has the structure {treedef}, {was}. {advice}"
             for (path, leaf), struct in zip(leaves, wanted):
                 shown = [_shown(one) for one in (leaf, struct)]
                 if shown[0] == shown[1]:

@@ -27,9 +27,9 @@ class Fitted:
     """A compiled gradient step within its budget.
 
     `step(chain, x, *args) -> ((value, report), grads)`, as `mw.value_and_grad`, for the shapes it was
-    compiled for; `ArgumentError` says which argument has another. `schedule`, its plan, with the budget that it was made for: that asked for or, tuned, less;
-    `temporary_bytes`, what the compiled program needs beside arguments and results; `attempts`, everything
-    that was compiled, the chosen one last.
+    compiled for; `ArgumentError` says which argument has another. `schedule`, its plan, with the budget that
+    it was made for: that asked for or, tuned, less; `temporary_bytes`, what the compiled program needs beside
+    arguments and results; `attempts`, everything that was compiled, the chosen one last.
 
     >>> net, x = mw.Chain([jnp.tanh] * 8), jnp.ones((256, 64))
     >>> fit = mw.fit(jnp.sum, net, x, budget="450KiB", profile=mw.estimate(net, x, device="h100"))
