@@ -61,3 +61,42 @@ def test_memory_elsewhere_is_pooled() -> None:
     """What a first touch costs is asked of the platform that programs are written for."""
     with platforms.lowering_for("gpu"):
         assert touch.measured() == touch.FirstTouch()
+
+
+def _states(optimizer: Any, params: Any) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(optimizer.init(params)) if hasattr(leaf, "nbytes"))
+
+
+def test_a_budget_holds_the_optimizers_state() -> None:
+    optax = pytest.importorskip("optax")
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3))
+    net = network()
+    profile = mw.estimate(net, FULL, device="h100", compiled=False)
+    plain = mw.fit(mean_square, net, FULL, FULL, budget="1MiB", profile=profile)
+    state = _states(optimizer, [leaf for leaf in jax.tree.leaves(net)])
+    assert state > 8 * WIDTH * WIDTH * 4
+    held = mw.fit(mean_square, net, FULL, FULL, budget="1MiB", profile=profile, optimizer=optimizer)
+    assert held.schedule.fixed_bytes == plain.schedule.fixed_bytes + state
+    assert "optimizer's state" in str(held)
+    tight = plain.schedule.fixed_bytes + plain.temporary_bytes
+    mw.fit(mean_square, net, FULL, FULL, budget=tight, profile=profile)
+    with pytest.raises(mw.InfeasibleError):
+        mw.fit(
+            mean_square, net, FULL, FULL, budget=tight, profile=profile, optimizer=optimizer, max_attempts=1
+        )
+    with pytest.raises(mw.ArgumentError, match="optax.GradientTransformation"):
+        mw.fit(mean_square, net, FULL, FULL, budget="1MiB", optimizer="adam")
+
+
+def test_a_functions_budget_holds_the_optimizers_state() -> None:
+    optax = pytest.importorskip("optax")
+    params = {"a": jnp.eye(WIDTH), "steps": jnp.zeros((), jnp.int32), "name": "own"}
+
+    def loss(params: Any, x: Any) -> Any:
+        return jnp.mean(jnp.tanh(jnp.tanh(x @ params["a"]) @ params["a"]) ** 2)
+
+    held = mw.fit_function(loss, params, FULL, budget="1MiB", optimizer=optax.adam(1e-3))
+    state = _states(optax.adam(1e-3), {"a": params["a"]})
+    assert held.profile.optimizer_bytes == state
+    assert held.profile.fixed_bytes >= 2 * params["a"].nbytes + state
+    assert "optimizer's state" in str(held)

@@ -201,7 +201,8 @@ class Profile:
     """A chain of layers as the planner sees it, on one device, for one shape of input.
 
     `activation_bytes`, `cotangent_bytes`, `sweep_cotangent_bytes` have one entry per position 0..L.
-    `fixed_bytes` are the arguments and outputs of the gradient step: parameters, input, gradients.
+    `fixed_bytes` are the arguments and outputs of the gradient step: parameters, input, gradients; and what
+    is there beside the step, `optimizer_bytes` of it the optimizer's state (`with_optimizer`).
     `carried_bytes`: temporaries that are alive all the time, and in no other entry: what layers hand on as it
     is (docs/accounting.md). `fingerprint` identifies the chain's structure and input shapes; a schedule made
     from this profile carries it on. `first_touch_mib_ns`: what a step pays for each MiB of its temporaries
@@ -221,6 +222,7 @@ class Profile:
     cotangent_bytes: tuple[int, ...]
     sweep_cotangent_bytes: tuple[int, ...]
     fixed_bytes: int = 0
+    optimizer_bytes: int = 0
     carried_bytes: int = 0
     kept_bytes: int = 0
     first_touch_mib_ns: int = 0
@@ -251,13 +253,21 @@ class Profile:
             (
                 f"profile of {len(self)} layers on {self.device or 'an unnamed device'} "
                 f"({self.source or 'made by hand'})",
-                f"  fixed {show_bytes(self.fixed_bytes)}: parameters, input, gradients",
+                f"  fixed {show_bytes(self.fixed_bytes)}: {self.fixed_parts}",
                 f"  layers' outputs {show_bytes(sum(self.activation_bytes[1:]))} in all, the largest "
                 f"{show_bytes(max(self.activation_bytes[1:]))}",
                 f"  forward {show_ns(sum(layer.forward_ns for layer in self.layers))}",
                 "  for `mw.plan(profile, budget)` or `mw.frontier(profile)`; `profile.layers` has the "
                 "figures",
             )
+        )
+
+    @property
+    def fixed_parts(self) -> str:
+        """What `fixed_bytes` are, in words."""
+        state = self.optimizer_bytes
+        return "parameters, input and gradients" + (
+            f", and {show_bytes(state)} of optimizer's state" if state else ""
         )
 
     @property
@@ -298,6 +308,15 @@ class Profile:
             total += times * sum(_sum(o, "_ns") for o in _options(layer))
         return total
 
+    def with_optimizer(self, states_bytes: int) -> Profile:
+        """The same chain where an optimizer's state, `states_bytes`, is in memory beside the gradient step:
+        budgets hold it too."""
+        return dataclasses.replace(
+            self,
+            fixed_bytes=self.fixed_bytes - self.optimizer_bytes + states_bytes,
+            optimizer_bytes=states_bytes,
+        )
+
     def consuming_gradients(self, states_bytes: int) -> Profile:
         """The same chain for a step that updates each layer as its gradient comes: `mw.value_and_update`.
 
@@ -318,7 +337,8 @@ class Profile:
         return dataclasses.replace(
             self,
             layers=tuple(_consuming(layer) for layer in self.layers),
-            fixed_bytes=self.fixed_bytes - gradients + states_bytes,
+            fixed_bytes=self.fixed_bytes - self.optimizer_bytes - gradients + states_bytes,
+            optimizer_bytes=states_bytes,
             workspaces=(),  # those with a gradient among them have not been seen
         )
 
