@@ -3,15 +3,22 @@ backpropagation."""
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
+from typer.testing import CliRunner
 
 import mwplan as mw
+from mwplan.app import cli
 from mwplan.common import platforms
+from mwplan.common.sizes import show_bytes
 from mwplan.profiling import touch
+from mwplan.solvers import baselines
+from mwplan.solvers.problem import Problem
+from tests.chains import random_profile
 
 WIDTH, BATCH = 16, 32
 
@@ -73,7 +80,7 @@ def test_a_budget_holds_the_optimizers_state() -> None:
     net = network()
     profile = mw.estimate(net, FULL, device="h100", compiled=False)
     plain = mw.fit(mean_square, net, FULL, FULL, budget="1MiB", profile=profile)
-    state = _states(optimizer, [leaf for leaf in jax.tree.leaves(net)])
+    state = _states(optimizer, jax.tree.leaves(net))
     assert state > 8 * WIDTH * WIDTH * 4
     held = mw.fit(mean_square, net, FULL, FULL, budget="1MiB", profile=profile, optimizer=optimizer)
     assert held.schedule.fixed_bytes == plain.schedule.fixed_bytes + state
@@ -84,7 +91,7 @@ def test_a_budget_holds_the_optimizers_state() -> None:
         mw.fit(
             mean_square, net, FULL, FULL, budget=tight, profile=profile, optimizer=optimizer, max_attempts=1
         )
-    with pytest.raises(mw.ArgumentError, match="optax.GradientTransformation"):
+    with pytest.raises(mw.ArgumentError, match=r"optax\.GradientTransformation"):
         mw.fit(mean_square, net, FULL, FULL, budget="1MiB", optimizer="adam")
 
 
@@ -100,3 +107,30 @@ def test_a_functions_budget_holds_the_optimizers_state() -> None:
     assert held.profile.optimizer_bytes == state
     assert held.profile.fixed_bytes >= 2 * params["a"].nbytes + state
     assert "optimizer's state" in str(held)
+
+
+def test_what_backpropagation_would_take_is_said() -> None:
+    """As the ledger has it, where every layer is stored; in the profile, the plan, and their prints."""
+    for seed in range(30):
+        profile = random_profile(random.Random(seed), 5)
+        stored = baselines.store_all(Problem(profile=profile))
+        assert profile.stored_bytes == stored.peak_bytes + profile.beside_bytes
+    net = network()
+    profile = mw.estimate(net, FULL, device="h100", compiled=False)
+    plan = mw.plan(profile, "1MiB")
+    assert plan.stored_bytes == profile.stored_bytes
+    said = f"{show_bytes(profile.stored_bytes)} temporaries"
+    assert said in str(profile)
+    assert said in str(plan)
+    assert mw.Schedule.from_json(plan.to_json()) == plan
+
+
+@pytest.mark.parametrize("command", ["plan", "profile", "frontier"])
+def test_the_command_line_says_what_backpropagation_would_take(command: str, tmp_path: Any) -> None:
+    profile = mw.estimate(network(), FULL, device="h100", compiled=False)
+    saved = tmp_path / "profile.json"
+    saved.write_text(profile.to_json())
+    more = {"plan": ["--budget", "1MiB"], "profile": ["--to", str(tmp_path / "again.json")], "frontier": []}
+    result = CliRunner().invoke(cli.app, [command, str(saved), *more[command]])
+    assert result.exit_code == 0, result.output
+    assert f"{show_bytes(profile.stored_bytes)} temporaries" in result.output

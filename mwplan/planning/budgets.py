@@ -257,6 +257,7 @@ class Frontier:
             input_bytes=self.profile.activation_bytes[0],
             peak_bytes=checked.peak_bytes + self.profile.beside_bytes,
             packed_bytes=self._packed_bytes(solution),
+            stored_bytes=self.profile.stored_bytes,
             host_bytes=checked.host_bytes,
             time_ns=time,
             bound_ns=bound,

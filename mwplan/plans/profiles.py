@@ -191,6 +191,11 @@ class LayerProfile:
             if len(set(names)) != len(names):
                 raise ArgumentError(f"`LayerProfile({self.name}).{kind}` repeats an option's name: {names}")
 
+    @property
+    def fastest_store(self) -> StoreOption:
+        """The fastest STORE option; of equally fast ones that of least bytes."""
+        return min(self.store, key=lambda o: (o.forward_ns + o.backward_ns, o.residual_bytes))
+
     def costs(self) -> tuple[Any, ...]:
         """Everything but the name."""
         return tuple(getattr(self, field) for field in self.__slots__ if field != "name")
@@ -256,6 +261,7 @@ class Profile:
                 f"  fixed {show_bytes(self.fixed_bytes)}: {self.fixed_parts}",
                 f"  layers' outputs {show_bytes(sum(self.activation_bytes[1:]))} in all, the largest "
                 f"{show_bytes(max(self.activation_bytes[1:]))}",
+                f"  backpropagation {show_bytes(self.stored_bytes)} temporaries, everything stored",
                 f"  forward {show_ns(sum(layer.forward_ns for layer in self.layers))}",
                 "  for `mw.plan(profile, budget)` or `mw.frontier(profile)`; `profile.layers` has the "
                 "figures",
@@ -286,6 +292,24 @@ class Profile:
         """Temporaries that no event counts, because they are there all the time: tables of pointers, and what
         layers hand on."""
         return self.table_bytes + self.carried_bytes
+
+    @property
+    def stored_bytes(self) -> int:
+        """Predicted temporaries of plain backpropagation, which is what `jax.grad` does: every layer stored
+        by its fastest option."""
+        a, c = self.activation_bytes, self.cotangent_bytes
+        held, there, peak = 0, True, 0  # there: the layer's input is kept by others
+        backward = []
+        for at, layer in enumerate(self.layers):
+            o = layer.fastest_store
+            new = 0 if there else a[at]
+            peak = max(peak, held + new + a[at + 1] + o.residual_bytes + o.forward_workspace_bytes)
+            held += o.residual_bytes + new * o.keeps_input + a[at + 1] * o.keeps_output
+            saving = 0 if there and o.keeps_input else o.backward_saving_bytes
+            backward.append(held + c[at] + c[at + 1] + o.backward_workspace_bytes - saving)
+            there = o.keeps_output
+        turn = held + (0 if there else a[-1]) + c[-1]
+        return max(peak, turn, *backward) + self.beside_bytes
 
     def first_touch_ns(self, peak_bytes: int) -> int:
         """Time that a step of `peak_bytes` temporaries spends on getting them."""
