@@ -141,6 +141,16 @@ def profile(
     found = _profile(network, device)
     serial.write_atomically(to, found.to_json())
     out.print(f"{len(found)} layers on {found.device}, {found.source}; saved to {to}")
+    out.print(_backpropagation(found))
+
+
+def _backpropagation(profile: Profile) -> str:
+    """What `jax.grad` would take, in words."""
+    total = profile.fixed_bytes + profile.stored_bytes
+    return (
+        f"backpropagation, everything stored: {show_bytes(profile.stored_bytes)} temporaries, "
+        f"{show_bytes(total)} in all"
+    )
 
 
 @app.command()
@@ -227,6 +237,7 @@ def frontier(
     for need, time in shown:
         table.add_row(show_bytes(need), show_ns(time), f"{time / fastest:.2f}")
     out.print(table)
+    out.print(_backpropagation(found.profile))
 
 
 @app.command()
