@@ -19,7 +19,11 @@ from mwplan.network.rules import InvertRule, OutputStore, StoreRule, Unavailable
 
 @layer
 class LeakyReLU:
-    """`x` where positive, `slope * x` elsewhere."""
+    """`x` where positive, `slope * x` elsewhere.
+
+    >>> mw.layers.LeakyReLU(0.5)(jnp.array([-2.0, 3.0]))
+    Array([-1.,  3.], dtype=float32)
+    """
 
     slope: float = static(default=0.5)
 
@@ -125,6 +129,9 @@ class ReLU:
 
     The part of the cotangent that it erases depends on the data, so the only fragment of fixed size that
     restores it is the whole cotangent. Any other strategy keeps one bit an element.
+
+    >>> mw.layers.ReLU()(jnp.array([-2.0, 3.0]))
+    Array([0., 3.], dtype=float32)
     """
 
     def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -186,6 +193,9 @@ class MaxMin:
 
     1-Lipschitz and norm-preserving for cotangents, forward invertible given one bit a pair. Needs an even
     number of channels, last.
+
+    >>> mw.layers.MaxMin()(jnp.array([1.0, 5.0, 2.0, 4.0]))
+    Array([2., 5., 1., 4.], dtype=float32)
     """
 
     def __call__(self, x: Float[Array, "*batch channels"]) -> Float[Array, "*batch channels"]:
@@ -293,7 +303,11 @@ class MaxMinUndo(VijpRule):
 @layer
 class GroupSort:
     """Sorts each group of `size` channels, ascending: the channels `c, c + C/size, c + 2C/size, ...` of `C`,
-    last."""
+    last.
+
+    >>> mw.layers.GroupSort(2)(jnp.array([2.0, 5.0, 1.0, 4.0]))
+    Array([1., 4., 2., 5.], dtype=float32)
+    """
 
     size: int = static(default=4)
 

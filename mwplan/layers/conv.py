@@ -213,6 +213,10 @@ class Conv1D(_Conv):
     """A convolution over one spatial axis: `*batch space inner` to `*batch space' outer`.
 
     `basis`: the directions that the `cokernel_*` options keep, see `with_basis`; its gradient is zero.
+
+    >>> layer = mw.layers.Conv1D.init(jax.random.key(0), 3, 8, stride=2)
+    >>> layer(jnp.ones((2, 16, 3))).shape
+    (2, 8, 8)
     """
 
     weight: Float[Array, "kernel inner_per_group outer"]
@@ -271,6 +275,10 @@ class Conv2D(_Conv):
     """A convolution over two spatial axes: `*batch height width inner` to `*batch height' width' outer`.
 
     `basis`: the directions that the `cokernel_*` options keep, see `with_basis`; its gradient is zero.
+
+    >>> layer = mw.layers.Conv2D.init(jax.random.key(0), 3, 8, (3, 5), padding="VALID")
+    >>> layer(jnp.ones((2, 8, 8, 3))).shape
+    (2, 6, 4, 8)
     """
 
     weight: Float[Array, "kernel_h kernel_w inner_per_group outer"]

@@ -58,7 +58,11 @@ def _spread(members: Array, window: tuple[int, ...], shape: tuple[int, ...]) -> 
 
 @layer
 class AveragePool:
-    """The mean of each window of `window` positions, one entry a spatial axis; stride equal to the window."""
+    """The mean of each window of `window` positions, one entry a spatial axis; stride equal to the window.
+
+    >>> mw.layers.AveragePool((2,))(jnp.array([[1.0], [3.0], [5.0], [7.0]])).ravel()
+    Array([2., 6.], dtype=float32)
+    """
 
     window: tuple[int, ...] = static(default=(2, 2))
 
@@ -93,7 +97,11 @@ class AverageSum(LinearRule):
 
 @layer
 class MaxPool:
-    """The largest of each window of `window` positions, the first of equals; stride equal to the window."""
+    """The largest of each window of `window` positions, the first of equals; stride equal to the window.
+
+    >>> mw.layers.MaxPool((2,))(jnp.array([[1.0], [3.0], [5.0], [7.0]])).ravel()
+    Array([3., 7.], dtype=float32)
+    """
 
     window: tuple[int, ...] = static(default=(2, 2))
 
