@@ -3,9 +3,15 @@
 The front door of the solvers. Imports `solvers`, `plans` and below.
 """
 
-from mwplan.planning.budgets import Frontier, default_thin, frontier
+from mwplan.planning.budgets import Frontier, default_thin, frontier, frontier_for
 from mwplan.planning.planner import plan
-from mwplan.planning.schedules import NARROWER, RECOMPUTATION, SolverMismatchError, baseline_schedules, scheduled
+from mwplan.planning.schedules import (
+    NARROWER,
+    RECOMPUTATION,
+    SolverMismatchError,
+    baseline_schedules,
+    scheduled,
+)
 from mwplan.solvers.problem import EVERY_STRATEGY
 from mwplan.solvers.tuning import TUNING
 
@@ -19,6 +25,7 @@ __all__ = [
     "baseline_schedules",
     "default_thin",
     "frontier",
+    "frontier_for",
     "plan",
     "scheduled",
 ]

@@ -18,7 +18,7 @@ from mwplan.plans.packing import pack
 from mwplan.plans.profiles import Profile
 from mwplan.plans.schedule import Choice, Schedule, Solution, Status, Strategy
 from mwplan.report import page
-from mwplan.report.content import Compiled, Subject
+from mwplan.report.content import CompiledPeak, Subject
 from mwplan.solvers import frontier as frontier_solver
 from mwplan.solvers.frontier import solve_frontier
 from mwplan.solvers.predictions import fastest_ns
@@ -62,6 +62,12 @@ def default_thin(profile: Profile) -> float:
     """The loss of time aimed at where nothing is said: 0 up to `Tuning.exact_layers` layers, beyond, where an
     exact frontier takes minutes to hours, `Tuning.deep_thin`."""
     return 0.0 if len(profile) <= TUNING.exact_layers else TUNING.deep_thin
+
+
+def frontier_for(profile: Profile, schedule: Schedule) -> Frontier:
+    """Every budget at once, as it was solved for a schedule: at its tolerance, thinned where chains are
+    long."""
+    return frontier(profile, max_error=schedule.max_error, thin=default_thin(profile))
 
 
 @dataclass(frozen=True)
@@ -318,7 +324,7 @@ class Frontier:
         *,
         plans: int = 24,
         title: str = "",
-        compiled: Compiled | None = None,
+        compiled: CompiledPeak | None = None,
         measured: Sequence[Sequence[str]] = (),
     ) -> Path:
         """Writes a page to look at: time against memory with a budget to drag, and of the plan at each budget
@@ -349,7 +355,9 @@ class Frontier:
         some, chosen = self._shown(plans, schedule)
         problem = self.solved.problem
         both = problem.strategies & RECOMPUTATION
-        alone = frontier(self.profile, max_error=self.max_error, allowed=both, thin=problem.thin) if both else None
+        alone: tuple[tuple[int, int], ...] = ()
+        if both and both != problem.strategies:
+            alone = frontier(self.profile, max_error=self.max_error, allowed=both, thin=problem.thin).points
         plain = baseline_schedules(
             self.profile, max_error=self.max_error, allowed=frozenset({Strategy.STORE})
         )
@@ -360,7 +368,7 @@ class Frontier:
                 points=self.points,
                 schedules=some,
                 chosen=chosen,
-                recomputation=() if alone is None or both == problem.strategies else alone.points,
+                recomputation=alone,
                 backpropagation=(plain[0].total_bytes, plain[0].time_ns),
                 compiled=compiled,
                 title=title,

@@ -1,4 +1,4 @@
-"""The ledger's book of what is alive, with a note at each event of how much of each kind it is, and of what."""
+"""The ledger's book of what is alive, with a note at each event: how much of each kind, and of what."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Holding:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Moment:
-    """What is alive at one event. `sizes`: bytes of each kind, in the order of `Kind`, what is saved deducted,
+    """What is alive at one event. `sizes`: bytes of each kind, in the order of `Kind`, less what is saved,
     so that they add up to the event's `live_bytes`; `holdings`, one by one and the largest first, where no
     earlier event had as much alive, else empty."""
 
@@ -66,7 +66,8 @@ class Holdings(dict[Name, int]):
             taken = min(saving, sizes[kind])
             sizes[kind] -= taken
             saving -= taken
-        total, found = sum(sizes.values()), ()
+        found: tuple[Holding, ...] = ()
+        total = sum(sizes.values())
         if total > self._most:
             self._most, found = total, self._listed(sizes[Kind.WORKSPACE])
         self.moments.append(Moment(sizes=tuple(sizes.values()), holdings=found))

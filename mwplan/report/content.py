@@ -22,7 +22,7 @@ MOST_HOLDINGS = 12
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Compiled:
+class CompiledPeak:
     """A plan's compiled program: `temporary_bytes` that it takes, `by`, whose word that is; `alive`, what is
     alive at its peak, by role."""
 
@@ -49,7 +49,7 @@ class Subject:
     chosen: int
     recomputation: tuple[tuple[int, int], ...] = ()
     backpropagation: tuple[int, int] | None = None
-    compiled: Compiled | None = None
+    compiled: CompiledPeak | None = None
     title: str = ""
     measured: tuple[tuple[str, ...], ...] = ()
 
@@ -178,7 +178,7 @@ def words(schedule: Schedule) -> list[list[str]]:
         [
             "Memory",
             f"{show_bytes(schedule.total_bytes)} predicted, {show_bytes(schedule.fixed_bytes)} of it "
-            f"parameters, gradients and input, and {show_bytes(schedule.peak_bytes)} temporaries at the peak.",
+            f"parameters, gradients and input, and {show_bytes(schedule.peak_bytes)} temporaries, at most.",
         ],
         ["Time", f"{show_ns(schedule.time_ns)} predicted for the gradient, without the loss."],
         ["Proof", _proof(schedule)],

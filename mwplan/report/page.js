@@ -109,12 +109,12 @@ function drawFrontier() {
   }];
   const room = Math.log10(high / low) * 0.04 + 0.01;
   Plotly.react("frontier", traces, {
-    ...plain, height: 380, margin: {l: 70, r: 20, t: 10, b: 50}, annotations, shapes,
+    ...plain, height: 400, margin: {l: 70, r: 20, t: 10, b: 50}, annotations, shapes,
     xaxis: {...axis, type: "log", title: {text: "device memory of the step (MiB)"}, ...ticks(low, high),
       range: [Math.log10(low) - room, Math.log10(high) + room]},
     yaxis: {...axis, title: {text: "predicted time / the fastest's"},
       range: [0.95, Math.max(top, 1.3)]},
-    legend: {x: 1, xanchor: "right", y: 1, bgcolor: "#ffffffd0"},
+    legend: {orientation: "h", y: -0.17},
   }, config);
 }
 
@@ -274,8 +274,8 @@ function show(i) {
 
 at("about").textContent = `${layers.length} layers on ${data.profile.device || "an unnamed device"} ` +
   `(${data.profile.source || "a profile made by hand"}). Times and bytes are predictions but where it says otherwise.`;
-at("source").textContent = "Made by mwplan; nothing on this page comes from a network. Colours are those of Okabe " +
-  "and Ito; letters and patterns tell the same.";
+at("source").textContent = "Made by mwplan; nothing on this page comes from a network. Letters and patterns tell " +
+  "the same as colours.";
 at("budget").max = plans.length - 1;
 at("marks").append(...plans.map((_, i) => made("option", {value: i})));
 at("budget").addEventListener("input", event => show(+event.target.value));
@@ -286,10 +286,14 @@ for (const id of ["frontier", "map"]) at(id).on("plotly_click", event => {
   const i = id === "map" ? point.y : point.customdata;
   if (Number.isInteger(i)) show(i);
 });
-// Charts as wide as the paper while it is printed.
-const charts = ["frontier", "map", "memory"];
-const resized = width => charts.forEach(id => Plotly.relayout(id, {width}));
-addEventListener("beforeprint", () => resized(680));
-addEventListener("afterprint", () => { resized(null); charts.forEach(id => Plotly.Plots.resize(id)); });
+// Charts as wide as the paper while it is printed, and lower, so that two fit on a page.
+const printed = {frontier: 340, map: 80 + Math.min(21, 380 / plans.length) * plans.length, memory: 350};
+addEventListener("beforeprint", () => {
+  for (const [id, height] of Object.entries(printed)) Plotly.relayout(id, {width: 680, height});
+});
+addEventListener("afterprint", () => {
+  for (const id of Object.keys(printed)) { Plotly.relayout(id, {width: null}); Plotly.Plots.resize(id); }
+  show(chosen);
+});
 document.body.dataset.ready = "yes";
 })();

@@ -1,5 +1,5 @@
-"""How strategies and kinds of memory look: colours that the colour-blind tell apart (those of Okabe and Ito,
-which also differ in lightness), a letter and a pattern each, so that nothing is told by colour alone."""
+"""How strategies and kinds of memory look: colours that the colour-blind tell apart (mostly those of Okabe
+and Ito, which also differ in lightness), a letter and a pattern each: nothing is told by colour alone."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ STRATEGIES = {
 
 KINDS = {
     Kind.ACTIVATIONS: Look(
-        color="#009e73", ink="#000", pattern="", letter="A", what="what layers take and return"
+        color="#8fd3b6", ink="#000", pattern="", letter="A", what="what layers take and return"
     ),
     Kind.RESIDUALS: Look(
         color="#d55e00", ink="#000", pattern="/", letter="Q", what="what vjps keep from the forward pass"
