@@ -64,7 +64,7 @@ class Reflections:
 # %%
 @dataclass(frozen=True)
 class Turn(VijpRule):
-    """$\\bar y = \\bar x J$."""
+    """The output's cotangent is the input's times `J`: the layer without its bias."""
 
     name: str = "turn"
 
@@ -75,7 +75,7 @@ class Turn(VijpRule):
 
 @dataclass(frozen=True)
 class TurnBack(InvertRule):
-    """$x = (y - b) J^\\top$."""
+    """The input is the output without the bias, times the transpose of `J`."""
 
     name: str = "turn_back"
 
