@@ -63,14 +63,12 @@ for one in found:
 # ## The figure
 
 # %%
-from matplotlib.figure import Figure
+import matplotlib.pyplot as plt
 
-figure = Figure(figsize=(6, 3.6), layout="constrained")
-ax = figure.subplots()
+figure, ax = plt.subplots(figsize=(6, 3.6), layout="constrained")
 for one in found:
     most, fastest = one["points"][-1]
     sizes = [size / most for size, _ in one["points"]]
     ax.step(sizes, [time / fastest for _, time in one["points"]], where="post", label=f"width {one['width']}")
 ax.set(xlabel="memory over the fastest schedule's", ylabel="time over the fastest", ylim=(0.95, 3))
-ax.legend(frameon=False)
-figure
+_ = ax.legend(frameon=False)
