@@ -16,6 +16,12 @@ BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 #: Pages whose examples are of a size that takes minutes.
 SLOW = {"README.md", "docs/functions.md", "docs/getting-started.md", "docs/networks.md"}
 WORDS = 900
+#: Tutorials that measure layers, or their errors, of many kinds.
+SLOW_TUTORIALS = {"beyond_recomputation", "transformer"}
+TUTORIALS = [
+    pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem in SLOW_TUTORIALS else [])
+    for path in sorted((ROOT / "docs" / "tutorials").glob("*.py"))
+]
 
 
 #: Every page with Python in it.
@@ -48,9 +54,7 @@ def test_the_code_runs_and_prints_what_it_says(page: Path, capsys: pytest.Captur
         assert not new, new
 
 
-@pytest.mark.parametrize(
-    "tutorial", sorted((ROOT / "docs" / "tutorials").glob("*.py")), ids=lambda path: path.stem
-)
+@pytest.mark.parametrize("tutorial", TUTORIALS)
 def test_tutorials_run(tutorial: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As plain Python: the site's notebooks are made of the same files."""
     runpy.run_path(str(tutorial), run_name="tutorial")

@@ -74,10 +74,11 @@ for name in nets:
         print(f"  {way}: {schedule.time_ns / fastest:.2f} of the least time")
 
 # %% [markdown]
-# At eight blocks recomputation still gets nearly as low, nested several levels deep. With depth it does not:
-# at 512 Lipschitz blocks the smallest recomputation within 1.7 of backpropagation's time takes 15.9 MiB,
-# where inversion and vijps go on to 8.8 at 1.47 (`results/README.md`, time against memory). The whole
-# frontiers:
+# Inversion makes the reversible network cheaper. The Lipschitz network gains nothing at eight blocks:
+# recomputation, nested several levels deep, gets as low. With depth it does not: at 512 Lipschitz blocks the
+# smallest recomputation within 1.7 of backpropagation's time takes 15.9 MiB, where inversion takes 14.8 at
+# 1.05 and plans that mix all ways go down to 8.8 at 1.47 (`results/README.md`, time against memory). The
+# whole frontiers:
 
 # %%
 import matplotlib.pyplot as plt
@@ -94,7 +95,8 @@ _ = axes[0].legend(frameon=False)
 # %% [markdown]
 # ## Running it
 #
-# A plan of vijps alone for the Lipschitz network, run on this machine. `report.worst` is the largest relative
+# A plan of vijps alone for the Lipschitz network, run on this machine. (Its peak is an estimate for the H100:
+# a profile of this machine would be the one to compare with.) `report.worst` is the largest relative
 # discrepancy between what was rebuilt and the truth, and the gradient is compared with `jax.grad`'s.
 
 # %%
