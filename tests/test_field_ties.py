@@ -73,3 +73,30 @@ def test_what_is_tied_stays_so_in_a_function() -> None:
         fitted = mw.fit_function(tied_loss, {"table": TABLE}, TOKENS, budget="1MiB")
         _, grads = fitted.step({"table": TABLE}, TOKENS)
         assert relative_error(grads, jax.grad(tied_loss)({"table": TABLE}, TOKENS)) < 1e-5
+
+
+def test_running_averages_that_would_be_lost_are_refused() -> None:
+    """And `mw.fit_function`, which the error names, hands them back."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        nnx = pytest.importorskip("flax.nnx")
+        from mwplan.adapters.flax import from_nnx
+
+        norm = nnx.BatchNorm(WIDTH, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (16, WIDTH)) + 1
+    net = mw.Chain([MIDDLE, from_nnx(norm)])
+    with pytest.raises(mw.MwplanError, match=r"changes its state \(`mean`, `var`\).*fit_function"):
+        mw.estimate(net, x, device="h100", compiled=False)
+    norm.eval()
+    assert len(mw.estimate(mw.Chain([MIDDLE, from_nnx(norm)]), x, device="h100", compiled=False)) == 2
+    norm.train()
+    graph, params, others = nnx.split(norm, nnx.Param, ...)
+
+    def loss(params: Any, others: Any, x: Any) -> Any:
+        module = nnx.merge(graph, params, others)
+        y = module(jnp.tanh(x))
+        return jnp.mean(y**3), nnx.state(module, nnx.BatchStat)
+
+    fitted = mw.fit_function(loss, params, others, x, budget="1MiB", has_aux=True)
+    (_, state), _ = fitted.step(params, others, x)[0]
+    assert relative_error(state["mean"].get_value(), 0.01 * jnp.tanh(x).mean(0)) < 1e-3
