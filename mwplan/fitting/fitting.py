@@ -74,10 +74,9 @@ def fit(
     operations on their own; 0, the predicted fastest is taken; `say`, called with a line on each; `device`,
     another than the attached one (`mw.targets`): `chain`, `x` and `args` may be shapes, the profile is
     `mw.estimate`'s, steps are compiled for it, and of those that fit (plans of all and of fewer strategies,
-    tied, loose and untied) the one of least modelled time is kept; `optimizer`, an
-    `optax.GradientTransformation`: the budget holds its state too, the bytes of `optimizer.init(parameters)`
-    (it is not run: what an update needs beside is not counted; of updates within the step there is
-    `mw.value_and_update`).
+    tied, loose and untied) the one of least modelled time is kept; `optimizer`, of optax: the budget holds
+    its state too, of `optimizer.init(parameters)`, not what an update needs beside (`mw.value_and_update`
+    plans updates within the step).
     **Returns:** a `Fitted`; for another `device` a `RemoteFit`, whose step runs there alone.
     **Raises:** `InfeasibleError` where nothing that was compiled fits, with a budget that is enough for what
     was; `ScheduleMismatchError` for a profile of another chain or input; as `mw.plan` and
