@@ -19,8 +19,8 @@ XLA:GPU orders kernels for memory, and needs the first two (measured: `results/b
 elementwise fuses across layers, forward and backward, as in backpropagation. Two kinds of operations need the
 third there too: one that rebuilds an activation from a layer's output, which can begin long before the
 cotangent is there; and one that writes into constants (the zeros of a scatter, a loop's stacked results), for
-these would be there from the start of the program (measured: `results/prediction`, up to four times the memory
-planned). XLA:CPU orders for concurrency and needs all three everywhere.
+these would be there from the start of the program (measured: `results/prediction`, up to four times the
+memory planned). XLA:CPU orders for concurrency and needs all three everywhere.
 """
 
 from __future__ import annotations
