@@ -9,10 +9,11 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from mwplan.common import platforms
 from mwplan.common.errors import ArgumentError
 from mwplan.common.trees import along, widen
-from mwplan.layers import bits
 from mwplan.layers.linear import InputShape, WholeOf
+from mwplan.network.bits import Packing
 from mwplan.network.layer import layer, static
 from mwplan.network.rules import InvertRule, OutputStore, StoreRule, Unavailable, VijpRule
 
@@ -229,7 +230,17 @@ def _exchange(
 ) -> Float[Array, "*batch channels"]:
     """Exchanges the halves where `swap`: its own inverse and transpose."""
     a, b = _halves(ct)
-    return jnp.concatenate([jnp.where(swap, b, a), jnp.where(swap, a, b)], -1)
+    a, b = jnp.where(swap, b, a), jnp.where(swap, a, b)
+    if platforms.platform() != "tpu":
+        return jnp.concatenate([a, b], -1)
+    # XLA:TPU makes a concatenation of maxima in bfloat16, which cost more than sums where a product reads it.
+    return jnp.pad(a, _after_zeros(a, 0, 1)) + jnp.pad(b, _after_zeros(b, 1, 0))
+
+
+def _after_zeros(half: Array, before: int, after: int) -> list[tuple[int, int]]:
+    """For `jnp.pad`: as many channels more before the first or after the last."""
+    channels = half.shape[-1]
+    return [(0, 0)] * (half.ndim - 1) + [(before * channels, after * channels)]
 
 
 @dataclass(frozen=True)
@@ -375,13 +386,14 @@ class GroupSortBits(StoreRule):
 
     def forward(self, layer: GroupSort, x: Any) -> tuple[Any, Any]:
         """The activation and the packed permutation."""
-        return layer(x), (bits.pack(layer.rank(x), layer.size), InputShape.of(x))
+        rank = layer.rank(x)
+        return layer(x), (Packing.of(rank.shape, layer.size).pack(rank), InputShape.of(x))
 
     def backward(self, layer: GroupSort, residuals: Any, ct_out: Any) -> tuple[list[Any], Any]:
         """No parameters; the cotangent, unsorted."""
         packed, was = residuals
-        rank = bits.unpack(packed, layer.size, (*was.shape[:-1], layer.size, was.shape[-1] // layer.size))
-        return [], _unsort(layer, ct_out, rank)
+        shape = (*was.shape[:-1], layer.size, was.shape[-1] // layer.size)
+        return [], _unsort(layer, ct_out, Packing.of(shape, layer.size).unpack(packed))
 
 
 @dataclass(frozen=True)

@@ -122,9 +122,7 @@ def _axis(shape: tuple[int, ...], each: int) -> int | None:
     tiled = {axis % len(shape) for axis in order}
 
     def left(axis: int) -> int:
-        return tiles.padded_along(
-            [-(-n // each) if k == axis else n for k, n in enumerate(shape)], order, 8
-        )
+        return tiles.padded_along([-(-n // each) if k == axis else n for k, n in enumerate(shape)], order, 8)
 
     best = min(range(len(shape)), key=lambda axis: (left(axis), axis in tiled))
     return best if left(best) < tiles.padded_along(shape, order, 8) else None
