@@ -9,7 +9,6 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from mwplan.common import platforms
 from mwplan.common.errors import ArgumentError
 from mwplan.common.trees import along, widen
 from mwplan.layers.linear import InputShape, WholeOf
@@ -230,17 +229,7 @@ def _exchange(
 ) -> Float[Array, "*batch channels"]:
     """Exchanges the halves where `swap`: its own inverse and transpose."""
     a, b = _halves(ct)
-    a, b = jnp.where(swap, b, a), jnp.where(swap, a, b)
-    if platforms.platform() != "tpu":
-        return jnp.concatenate([a, b], -1)
-    # XLA:TPU makes a concatenation of maxima in bfloat16, which cost more than sums where a product reads it.
-    return jnp.pad(a, _after_zeros(a, 0, 1)) + jnp.pad(b, _after_zeros(b, 1, 0))
-
-
-def _after_zeros(half: Array, before: int, after: int) -> list[tuple[int, int]]:
-    """For `jnp.pad`: as many channels more before the first or after the last."""
-    channels = half.shape[-1]
-    return [(0, 0)] * (half.ndim - 1) + [(before * channels, after * channels)]
+    return jnp.concatenate([jnp.where(swap, b, a), jnp.where(swap, a, b)], -1)
 
 
 @dataclass(frozen=True)
