@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from mwplan.common import platforms, tiles, trees
+from mwplan.layers.activations import _exchange
 from mwplan.network.bits import Packing, bits_for
 
 SHAPES = [(0,), (1,), (13,), (3, 5), (8, 512), (4, 2, 7, 16), (16, 7, 7, 128), (2, 3, 8, 130)]
@@ -74,3 +75,11 @@ def test_what_waits_is_the_same() -> None:
     for name in "abd":
         assert np.array_equal(waits[name], tree[name])
     assert trees.after(tree, first) is tree
+
+
+def test_maxmin_is_undone_on_every_platform() -> None:
+    ct, swap = jax.random.normal(jax.random.key(0), (5, 3, 8)), jnp.arange(60).reshape(5, 3, 4) % 3 == 0
+    want = _exchange(ct, swap)
+    with platforms.lowering_for("tpu"):
+        assert np.array_equal(_exchange(ct, swap), want)
+    assert not np.array_equal(want, ct)
