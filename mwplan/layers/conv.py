@@ -108,7 +108,9 @@ class _Conv:
 
     def _is_product(self, g: Geometry, x: Array) -> bool:
         """Whether the layer is one product of matrices. XLA:CPU (jaxlib 0.10.2) takes four times as long for
-        the weight's gradient of a convolution with one tap."""
+        the weight's gradient of a convolution with one tap; TPUs compute products as convolutions."""
+        if platforms.platform() == "tpu":
+            return False
         single = math.prod((*g.kernel, *self.stride, self.groups)) == 1 and not any(map(any, g.pads))
         return single and not trees.explicitly_sharded((x, self.weight))
 
