@@ -91,7 +91,7 @@ class TurnBack(InvertRule):
 
 # %%
 first, second, third = jax.random.split(jax.random.key(0), 3)
-one = Reflections(jax.random.normal(first, (4, 16)), jnp.ones(16))
+one = Reflections(jax.random.normal(first, (2, 16)), jnp.ones(16))
 x, ct_out = jax.random.normal(second, (256, 16)), jax.random.normal(third, (256, 16))
 
 y, vjp_fn = jax.vjp(one, x)
@@ -120,13 +120,13 @@ print(mw.explain(one, x))
 # %% [markdown]
 # ## In a network
 #
-# Four of them with MaxMin between, by vijps alone, in the least memory that they allow. (Left to itself the
+# Three of them with MaxMin between, by vijps alone, in the least memory that they allow. (Left to itself the
 # planner recomputes a network this small.)
 
 # %%
-keys = jax.random.split(jax.random.key(1), 4)
+keys = jax.random.split(jax.random.key(1), 3)
 net = mw.Chain(
-    [f for k in keys for f in (Reflections(jax.random.normal(k, (4, 16)), jnp.zeros(16)), MaxMin())]
+    [f for k in keys for f in (Reflections(jax.random.normal(k, (2, 16)), jnp.zeros(16)), MaxMin())]
 )
 batch = jax.random.normal(first, (4096, 16))
 profile = mw.estimate(net, batch, device="h100")  # costs from shapes; mw.profile(net, batch) measures here
