@@ -128,7 +128,7 @@ def _makes(jaxpr: Jaxpr) -> bool:
         depends = any(isinstance(var, Var) for var in eqn.invars)
         if not depends and any(_nbytes(var.aval) > SMALL for var in eqn.outvars):
             return True
-        if eqn.primitive.name == "scan" and len(eqn.outvars) > eqn.params["num_carry"]:
+        if eqn.primitive.name == "scan" and len(eqn.outvars) > scan_counts(eqn.params)[1]:
             return True
         if _hides(eqn):
             return True
