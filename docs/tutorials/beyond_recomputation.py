@@ -9,7 +9,7 @@
 # # Where recomputation ends, and vijps go on
 #
 # Recomputation trades time for memory until it has to nest, and then it ends: it always keeps some
-# activations. Layers that can be inverted, and layers whose Jacobians can, go on. Two networks show it:
+# activations. Layers that can be inverted, and layers whose Jacobians can, go on. Two networks that can:
 #
 # - a **reversible** one, of couplings: the input of each block follows from its output;
 # - a **1-Lipschitz** one, of orthogonal layers and MaxMin: the output of a MaxMin does not tell its input,
