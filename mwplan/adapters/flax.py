@@ -16,12 +16,19 @@ from mwplan.common import trees
 from mwplan.common.errors import ArgumentError
 from mwplan.network.layer import layer, static
 
+__all__ = ["NNX", "Fixed", "Linen", "from_linen", "from_nnx"]
+
 PyTree = Any
 
 
 @layer
 class Fixed:
-    """An array of floating-point numbers that is no parameter."""
+    """An array of floating-point numbers that is no parameter.
+
+    >>> fixed = flax.Fixed.of(jnp.ones(2))
+    >>> fixed.bits.dtype, fixed.value.dtype
+    (dtype('uint32'), dtype('float32'))
+    """
 
     bits: Any
     dtype: str = static()
@@ -69,6 +76,12 @@ class Linen:
 
     Variables that `apply` would change (batch statistics) are read, not updated; those of the collection
     "params" alone are parameters.
+
+    >>> from flax import linen
+    >>> module = linen.Dense(4)
+    >>> layer = flax.from_linen(module, module.init(jax.random.key(0), jnp.ones((2, 8))))
+    >>> sorted(layer.variables["params"])
+    ['bias', 'kernel']
     """
 
     params: PyTree
@@ -96,6 +109,12 @@ def from_linen(module: Any, variables: PyTree, *, rngs: PyTree = None, **options
     other keys (`dataclasses.replace(layer, rngs=...)`) need no new plan and no new compilation; `options` go
     to every call and are part of the structure: True, False, numbers, texts. **Raises:** `ArgumentError` for
     an array among them.
+
+    >>> from flax import linen
+    >>> module = linen.Dense(4)
+    >>> layer = flax.from_linen(module, module.init(jax.random.key(0), jnp.ones((2, 8))))
+    >>> layer(jnp.ones((2, 8))).shape
+    (2, 4)
     """
     for name, value in options.items():
         if any(map(trees.is_array, jax.tree.leaves(value))):
@@ -117,6 +136,11 @@ class NNX:
     of random streams; other state only where `drop_state` says so, else the call raises `ArgumentError`.
 
     `params`: its state of `nnx.Param`; `others`: all other state, which is no parameter.
+
+    >>> from flax import nnx
+    >>> layer = flax.from_nnx(nnx.Linear(8, 4, rngs=nnx.Rngs(0)))
+    >>> type(layer.module()).__name__
+    'Linear'
     """
 
     params: PyTree
@@ -157,6 +181,11 @@ def from_nnx(module: Any, *, drop_state: bool = False) -> NNX:
     `rngs`; no new plan is needed.
     **Raises:** `ArgumentError`, where the layer is called (or planned), if a call changes state that is not
     to be dropped.
+
+    >>> from flax import nnx
+    >>> layer = flax.from_nnx(nnx.Linear(8, 4, rngs=nnx.Rngs(0)))
+    >>> layer(jnp.ones((2, 8))).shape
+    (2, 4)
     """
     from flax import nnx
 

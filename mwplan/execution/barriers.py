@@ -20,7 +20,10 @@ elementwise fuses across layers, forward and backward, as in backpropagation. Tw
 third there too: one that rebuilds an activation from a layer's output, which can begin long before the
 cotangent is there; and one that writes into constants (the zeros of a scatter, a loop's stacked results), for
 these would be there from the start of the program (measured: `results/prediction`, up to four times the
-memory planned). XLA:CPU orders for concurrency and needs all three everywhere.
+memory planned). XLA:TPU removes barriers before it orders instructions: they keep what they part from being
+merged and from being fused, and nothing waits. Its steps have none around operations; what must wait depends
+on a number of what it waits for (`trees.after`). XLA:CPU orders for concurrency and needs all three
+everywhere.
 """
 
 from __future__ import annotations
@@ -120,7 +123,7 @@ LOOSE = Barriers(
 )  # fmt: skip
 #: By platform, those under which the compiled step's peak is the planned one.
 _ORDERED = Barriers(forward=replace(NONE, constants=True), backward=replace(DONE, constants=True))
-PLANNED = {"cpu": Barriers(forward=APART, backward=APART), "gpu": _ORDERED, "tpu": _ORDERED}
+PLANNED = {"cpu": Barriers(forward=APART, backward=APART), "gpu": _ORDERED, "tpu": UNTIED}
 
 
 def _function(operation: Any) -> Any:

@@ -8,6 +8,7 @@ import functools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
@@ -25,6 +26,7 @@ from mwplan.network.chain import Chain, fingerprint
 from mwplan.plans.profiles import Profile
 from mwplan.plans.schedule import Schedule, Strategy
 from mwplan.profiling.estimating import estimate
+from mwplan.report.content import CompiledPeak
 from mwplan.targets import program
 from mwplan.targets.devices import Device
 from mwplan.targets.program import Compiled
@@ -140,6 +142,17 @@ class RemoteFit:
                 needed_bytes=needs,
             )
         return step
+
+    def report(self, to: str | Path, profile: Profile, *, plans: int = 24, title: str = "") -> Path:
+        """Writes a page to look at, as `Frontier.report`, with what the step takes by the device's compiler.
+        `profile`: the one that it was planned by, or `mw.estimate(chain, x, device=...)`, which gives it
+        again. Raises `ScheduleMismatchError` for another chain's; else as there."""
+        compiled = CompiledPeak(
+            temporary_bytes=self.temporary_bytes,
+            by=f"by the word of the compiler for {self.target}: {self.compiler}",
+        )
+        known = planning.frontier_for(profile, self.schedule)
+        return known.report(to, self.schedule, plans=plans, title=title, compiled=compiled)
 
     def to_json(self) -> str:
         """This fit as JSON with a schema number."""

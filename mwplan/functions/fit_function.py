@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -81,6 +82,10 @@ class FittedFunction:
         step = gradient(self.schedule, arrangement=self.fitted.arrangement)
         out: tuple[tuple[Any, execute.Report], PyTree] = step(*_split(self.cut, params, args))
         return out
+
+    def report(self, to: str | Path, *, plans: int = 24, title: str = "") -> Path:
+        """Writes a page to look at: `Fitted.report`, of the pieces."""
+        return self.fitted.report(to, plans=plans, title=title or f"Memory plan of {len(self.cut)} pieces")
 
     def policy(self) -> Policy:
         """The plan in `jax.checkpoint`'s words: printed, what is recomputed and saved; called, the function

@@ -305,7 +305,8 @@ class Schedule:
         return serial.load(text, cls, kind="schedule", schema=SCHEMA)
 
 
-_LETTERS = {
+#: one for each strategy, in strips
+LETTERS = {
     Strategy.STORE: "S",
     Strategy.RECOMPUTE: "R",
     Strategy.FRAGMENT: "F",
@@ -318,7 +319,7 @@ _LETTERS = {
 def strip(schedule: Schedule) -> str:
     """One letter a layer, from the input on, runs apart by `|`: "SS|VVFV|RRR"."""
     strategies = schedule.strategies or (None,) * len(schedule)
-    letters = ["?" if s is None else _LETTERS[s] for s in strategies]
+    letters = ["?" if s is None else LETTERS[s] for s in strategies]
     out = ""
     for before, run in zip((None, *schedule.runs), schedule.runs):
         stored = before is not None and before.kind in SINGLE and run.kind in SINGLE
@@ -342,7 +343,7 @@ def _backpropagation(schedule: Schedule) -> list[str]:
 
 def describe(schedule: Schedule) -> str:
     """The schedule for people: strip, predictions, proof, what binds and what more memory would buy."""
-    legend = ", ".join(f"{_LETTERS[s]} {s.value} {count}" for s, count in schedule.counts.items())
+    legend = ", ".join(f"{LETTERS[s]} {s.value} {count}" for s, count in schedule.counts.items())
     lines = [
         f"{len(schedule)} layers: {legend or 'strategies not stated'}",
         *textwrap.wrap(strip(schedule), 96, initial_indent="  ", subsequent_indent="  "),

@@ -116,12 +116,14 @@ def estimate(
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((chain, x))):
         raise ArgumentError("`chain` and `x` must be arrays or shapes: call `mw.estimate` outside `jax.jit`")
     whole, chain = chain, axes.bound(chain, x)
-    structs = boundaries(chain, x)
+    platform = _platform(device_of(device))
+    with platforms.lowering_for(platform):
+        structs = boundaries(chain, x)
+        shared = carrying(chain, structs, wrt_input=wrt_input)
     abstract = _abstract(chain)
-    shared = carrying(chain, structs, wrt_input=wrt_input)
     names, keys = layer_names(chain), layer_keys(whole, structs, shared)
     with shown(progress, "estimating") as tell:
-        counted = _counted(chain, pricing, structs, keys, names, tell)
+        counted = _counted(chain, pricing, platform, structs, keys, names, tell)
         if abstract:
             for i, one in first_layers(chain, keys):
                 _errors_without_weights(counted[keys[i]], one, structs[i], examples, seed)
@@ -130,17 +132,18 @@ def estimate(
             unusable = _errors(chain, x, structs, keys, counted, examples, seed, tell)
         tell(len(chain), len(chain), names[-1])
     gradients = (trees.parameters(chain), trees.parameters(structs[0]) if wrt_input else ())
-    return measure.assemble(
-        whole,
-        structs,
-        shared,
-        [(names[i], counted[key], unusable.get(i)) for i, key in enumerate(keys)],
-        fixed_bytes=sum(map(trees.nbytes, (chain, gradients, structs[0]))),
-        touch=FirstTouch(),  # accelerators pool their memory
-        device=device_of(device).name,
-        source=_source(pricing)
-        + ("errors without weights" if abstract else f"errors of {examples} examples"),
-    )
+    with platforms.lowering_for(platform):
+        return measure.assemble(
+            whole,
+            structs,
+            shared,
+            [(names[i], counted[key], unusable.get(i)) for i, key in enumerate(keys)],
+            fixed_bytes=sum(map(trees.nbytes, (chain, gradients, structs[0]))),
+            touch=FirstTouch(),  # accelerators pool their memory
+            device=device_of(device).name,
+            source=_source(pricing)
+            + ("errors without weights" if abstract else f"errors of {examples} examples"),
+        )
 
 
 def _pricing(device: Device, compiled: bool | None) -> Roofline | Compiler:
@@ -160,6 +163,7 @@ def _source(pricing: Roofline | Compiler) -> str:
 def _counted(
     chain: Chain,
     pricing: Roofline | Compiler,
+    platform: str,
     structs: list[PyTree],
     keys: list[tuple[Any, ...]],
     names: list[str],
@@ -167,8 +171,6 @@ def _counted(
 ) -> dict[Hashable, Costs]:
     """What the layers cost, by their keys; those of a compiler side by side: while one is compiled another is
     traced."""
-    platform = pricing.target.platform if isinstance(pricing, Compiler) else _platform(pricing.device)
-
     wide = jnp.result_type(float) == jnp.float64  # `with jax.enable_x64():` is of one thread
 
     def count(i: int, one: Any) -> Costs:
