@@ -32,15 +32,16 @@ def on_row(
     Where `stacked` are the gradients of all layers so far, the operation's own go among them (`Written`), so
     that they need no memory once they are written. Then the row is read when the operation's turn comes, and
     before anything else of it: else XLA keeps it from a forward pass in the same repetition, or makes the
-    gradient first, and row and gradient are there together. (CPUs' programs have these barriers where they
-    need them: `mwplan.execution.barriers`.)
+    gradient first, and row and gradient are there together. (So on GPUs: CPUs' programs have these barriers
+    where they need them, TPUs' compiler drops them: `mwplan.execution.barriers`.)
     """
     if stacked is None:
         return operation(loops.row(source, row), *args)
-    if platforms.platform() != "cpu":
+    gpu = platforms.platform() == "gpu"
+    if gpu:
         row, args = trees.tie((row, args))
     layer = loops.row(source, row)
-    if platforms.platform() != "cpu":
+    if gpu:
         layer, args = trees.tie((layer, args))
     result = operation(layer, *args)
     at = operations.gradients_of(operation)
