@@ -1,7 +1,8 @@
 """Predicted and compiled temporaries for the layers that people write: `python -m experiments.prediction
 --layers`, for a device that is not here with `--target h200`.
 
-One chain of eight layers a kind, most of them products and that kind in turn, at activations of 4 MiB. Three
+One chain of eight layers a kind, most of them products and that kind in turn, at activations of 4 MiB, and
+stacks of 16 residual layers whose weights are smaller and larger than their activations. Three
 schedules of each: everything stored, half of that, and the least of all, as `mw.plan` makes them, compiled as
 single steps (no `mw.fit`). Nothing is run for a target. Writes results/prediction/layers.jsonl."""
 
@@ -59,6 +60,11 @@ def attention(weights: Any, x: Any) -> Any:
     scores = q @ k.swapaxes(-1, -2) / math.sqrt(width / HEADS)
     mixed = jax.nn.softmax(scores, axis=-1) @ v
     return mixed.transpose(0, 2, 1, 3).reshape(batch, time, width) @ outward
+
+
+def residual(weight: Any, x: Any) -> Any:
+    """A residual layer."""
+    return x + jnp.tanh(x @ weight)
 
 
 def lstm(weights: Any, x: Any) -> Any:
@@ -144,7 +150,7 @@ LAYERS: dict[str, Callable[[Any], Any]] = {
     "mw LayerNorm": lambda key: L.LayerNorm.init(key, WIDTH),
     "rms norm": lambda key: Weighted(jnp.ones(WIDTH), root_normed),
     "glu": lambda key: Weighted(normal(key, WIDTH, 2 * WIDTH), lambda w, x: jax.nn.glu(x @ w)),
-    "residual tanh": lambda key: Weighted(normal(key, WIDTH, WIDTH), lambda w, x: x + jnp.tanh(x @ w)),
+    "residual tanh": lambda key: Weighted(normal(key, WIDTH, WIDTH), residual),
     "mlp block": lambda key: Weighted(
         (normal(key, WIDTH, 4 * WIDTH), normal(key, 4 * WIDTH, WIDTH)),
         lambda w, x: x + jax.nn.gelu(x @ w[0]) @ w[1],
@@ -184,12 +190,17 @@ CHAINS: dict[str, tuple[Callable[[Any], list[Any]], Any]] = {
         NODES,
     ),
 }
-KINDS = (*FUNCTIONS, *LAYERS, *CHAINS)
+#: batches of a stack of residual layers, whose weights are 0.01, 1 and 85 times as large as its activations
+STACKS = {"stack, weights 0.01": 25600, "stack, weights 1": 256, "stack, weights 85": 3}
+KINDS = (*FUNCTIONS, *LAYERS, *CHAINS, *STACKS)
 SHARES = {"everything stored": 1.0, "half": 0.5, "least": 0.0}
 
 
 def network(kind: str, key: Any) -> mw.Chain:
     """The chain of a kind."""
+    if kind in STACKS:
+        ones = [Weighted(normal(one, 256, 256), residual) for one in jax.random.split(key, 16)]
+        return mw.stack(mw.Chain(ones), input_of(kind))
     keys = jax.random.split(key, 8)
     if kind in CHAINS:
         return mw.Chain(CHAINS[kind][0](keys))
@@ -204,6 +215,8 @@ def network(kind: str, key: Any) -> mw.Chain:
 
 def input_of(kind: str) -> jax.ShapeDtypeStruct:
     """The shape that the chain takes."""
+    if kind in STACKS:
+        return jax.ShapeDtypeStruct((STACKS[kind], 256), jnp.float32)
     return CHAINS[kind][1] if kind in CHAINS else X
 
 

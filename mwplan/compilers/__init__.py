@@ -1,4 +1,4 @@
 """What a compiler made of a program.
 
-Options under which plans hold, temporaries, buffers. Imports `common`, `plans`.
+Options under which plans hold, temporaries, buffers. Imports `common`, `plans`, `network`.
 """

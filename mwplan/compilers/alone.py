@@ -8,9 +8,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
+from jax.extend.core import jaxpr_as_fun
 
 from mwplan.common import trees
+from mwplan.network.constants import Traced
 
 PyTree = Any
 SMALL = 1 << 14  # bytes: below, a saving is not worth a compilation
@@ -31,19 +32,15 @@ class Alone:
     """
 
     def __init__(self, operation: Callable[..., Any], args: Any) -> None:
-        leaves, treedef = jax.tree.flatten(args)
+        made = Traced(operation, args)
         self.operation, self.args = operation, args
-        made: list[Any] = []
-
-        def flat(*arrays: Any) -> list[Any]:
-            found = operation(*jax.tree.unflatten(treedef, with_float0(leaves, arrays)))
-            made[:] = [trees.struct(found)]
-            return [leaf for leaf in jax.tree.leaves(found) if not trees.is_float0(leaf)]
-
-        self.inputs = [leaf for leaf in leaves if not trees.is_float0(leaf)]
-        self.jaxpr: ClosedJaxpr = jax.make_jaxpr(flat)(*self.inputs)
+        self.inputs = made.arrays(args)
+        self.jaxpr = made.closed
         self.function = jaxpr_as_fun(self.jaxpr)
-        self.result: Any = made.pop()
+        avals: list[Any] = self.jaxpr.out_avals
+        weak = (bool(getattr(aval, "weak_type", False)) for aval in avals)
+        structs = [jax.ShapeDtypeStruct(a.shape, a.dtype, weak_type=w) for a, w in zip(avals, weak)]
+        self.result: Any = trees.struct(made.result(structs))
         self.outputs = [leaf for leaf in jax.tree.leaves(self.result) if not trees.is_float0(leaf)]
 
 

@@ -42,7 +42,7 @@ def tied(
 
     def call(*args: Any) -> Any:
         args = trees.vary(args, trees.varying_axes(args))  # as the barrier makes them
-        made = _Traced(operation, args)
+        made = Traced(operation, args)
         if not always and not (_has_constants(made.closed) and _writes(made.closed.jaxpr)):
             return operation(*args)
         if not _has_constants(made.closed):
@@ -55,8 +55,9 @@ def tied(
     return call
 
 
-class _Traced:
-    """`operation` at `args` as a program of arrays; float0 zeros, and what is no array, stay outside."""
+class Traced:
+    """`operation` at `args`, arrays or shapes, as a program of arrays, `closed`; float0 zeros, and what is no
+    array, stay outside."""
 
     def __init__(self, operation: Callable[..., Any], args: tuple[Any, ...]) -> None:
         leaves, treedef = jax.tree.flatten(args)
@@ -64,7 +65,7 @@ class _Traced:
         self.fixed: list[Any] = []
 
         def flat(arrays: list[Any]) -> list[Any]:
-            given = list(leaves)
+            given = [trees.no_cotangent(leaf) if trees.is_float0(leaf) else leaf for leaf in leaves]
             for i, array in zip(self.where, arrays):
                 given[i] = array
             out, self.treedef = jax.tree.flatten(operation(*jax.tree.unflatten(treedef, given)))
@@ -86,7 +87,7 @@ class _Traced:
 
 
 def _is_value(leaf: Any) -> bool:
-    return trees.is_array(leaf) and not trees.is_float0(leaf)
+    return (trees.is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)) and not trees.is_float0(leaf)
 
 
 def _outside(leaf: Any) -> Any:

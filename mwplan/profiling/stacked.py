@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from mwplan.common import platforms, trees
 from mwplan.compilers.alone import with_float0
-from mwplan.execution import rows
+from mwplan.execution import loops, rows
 from mwplan.network import operations
 from mwplan.network.constants import tied
 from mwplan.profiling.bench import Layer, Saved
@@ -80,8 +80,10 @@ class StackedCompiler:
         return OnRow(alone, self.compiler.started(step, *given))
 
     def saving(self, handle: Compiling | OnRow, *, dead: PyTree, temporary: PyTree) -> Saved:
-        """As `Pricing.saving`: of the layer that stands alone."""
+        """As `Pricing.saving`, of the layer that stands alone, but for what would be rows."""
         alone = handle.alone if isinstance(handle, OnRow) else handle
+        stay = {id(leaf) for leaf in jax.tree.leaves(_from_rows(alone.alone.operation, alone.alone.args))}
+        dead = [leaf for leaf in jax.tree.leaves(dead) if id(leaf) not in stay]
         return self.compiler.saving(alone, dead=dead, temporary=temporary)
 
     def together(self, *handles: Any) -> None:
@@ -97,6 +99,13 @@ def _reads_layer(operation: Callable[..., Any], args: tuple[Any, ...]) -> bool:
     return function.__module__ == operations.__name__ and trees.nbytes(args[0]) > 0
 
 
+def _from_rows(operation: Callable[..., Any], args: tuple[Any, ...]) -> PyTree:
+    """Of the arguments of an operation backward the layer's input and output, which a loop's forward sweep
+    has put among those of all repetitions: their rows are copies, and what they are copied from stays."""
+    backward = getattr(operation, "func", operation) in (operations.store_backward, operations.reverse)
+    return args[2:4] if backward else ()
+
+
 def _on_row(operation: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
     """The operation as a step performs it, jitted, and its arguments' shapes."""
     layer, *rest = args
@@ -104,11 +113,15 @@ def _on_row(operation: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, 
     source = jax.tree.map(_stacked, layer)
     grads = [_stacked(leaf) for leaf in trees.parameters(layer)] if makes else None
     leaves, treedef = jax.tree.flatten(rest)
-    real = [leaf for leaf in leaves if not trees.is_float0(leaf)]
+    kept = {id(leaf) for leaf in jax.tree.leaves(_from_rows(operation, args))}
+    kept = kept if platforms.platform() != "cpu" else set()
+    real = [_stacked(leaf) if id(leaf) in kept else leaf for leaf in leaves if not trees.is_float0(leaf)]
+    in_rows = [id(leaf) in kept for leaf in leaves if not trees.is_float0(leaf)]
     on_row = functools.partial(rows.on_row, operation=operation)
     performed = tied(on_row) if platforms.platform() == "cpu" else on_row
 
     def step(grads: list[Any] | None, source: PyTree, row: Any, arrays: list[Any]) -> Any:
+        arrays = [loops.row(one, row) if inside else one for one, inside in zip(arrays, in_rows, strict=True)]
         given = with_float0(leaves, arrays)
         return trees.tie(performed(source, row, grads, *jax.tree.unflatten(treedef, given)))
 
