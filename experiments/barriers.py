@@ -124,12 +124,13 @@ def plans(model: zoo.Model, config: Config) -> Iterator[tuple[float, mw.Schedule
 
 
 def network(name: str, config: Config) -> list[dict[str, Any]]:
-    """All programs of one network."""
+    """All programs of one network, written as far as they are known."""
     usual, make = NETWORKS[name]
     depth = config.depth or usual
     model = make(depth)
     args = (model.chain, model.x, model.labels)
     rows: list[dict[str, Any]] = []
+    settings = {**dataclasses.asdict(config), "out": str(config.out.name), "networks": [name]}
 
     def add(program: str, step: Callable[..., Any], **more: Any) -> None:
         made = targets.compile(step, *args, target=config.target)
@@ -141,6 +142,10 @@ def network(name: str, config: Config) -> list[dict[str, Any]]:
             "cycles": made.cycles,
         }
         rows.append({"network": name, "depth": depth, "program": program, **more, **found})
+        record.save(
+            config.out / f"{config.target}_{name}.json",
+            {"config": settings, "rows": [_compared(row, rows) for row in rows]},
+        )
         print(
             f"{name} {program}: {show_bytes(made.temporary_bytes)}, {made.modelled_ns / 1e6:.3f} ms",
             flush=True,
@@ -208,13 +213,10 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 
 def main(config: Config) -> None:
-    """Compiles, prints, and writes what each network gave as soon as it is known."""
+    """Compiles and prints."""
     rows: list[dict[str, Any]] = []
     for name in track(config.networks, description="networks"):
-        found = network(name, config)
-        rows += found
-        settings = {**dataclasses.asdict(config), "out": str(config.out.name), "networks": [name]}
-        record.save(config.out / f"{config.target}_{name}.json", {"config": settings, "rows": found})
+        rows += network(name, config)
     record.console().print(table(rows))
 
 
