@@ -38,6 +38,7 @@ class Config:
     target: str = "h200"
     networks: tuple[str, ...] = ("gpt", "resnet", "mlp", "maxmin", "revnet")
     policies: tuple[str, ...] = ("apart", "untied", "planned")
+    checkpoints: tuple[str, ...] = ("checkpoint", "checkpoint, dots", "checkpoint, dots without batch")
     shares: tuple[float, ...] = (1.0, 0.5, 0.25, 0.1, 0.0)
     depth: int = 0  # of each network its own, by default
     out: Path = record.RESULTS / "barriers"
@@ -90,16 +91,18 @@ CHECKPOINTS = {
 }
 
 
-def alternatives(model: zoo.Model) -> Iterator[tuple[str, Callable[..., Any]]]:
-    """Gradient steps without plans, by name."""
+def alternatives(
+    model: zoo.Model, checkpoints: tuple[str, ...] = tuple(CHECKPOINTS)
+) -> Iterator[tuple[str, Callable[..., Any]]]:
+    """Gradient steps without plans, by name; `checkpoints`, those of `CHECKPOINTS`."""
 
     def step(network: Callable[[Any, Any], Any]) -> Callable[..., Any]:
         return jax.value_and_grad(lambda chain, x, labels: model.loss(network(chain, x), labels))
 
     yield "backpropagation", step(lambda chain, x: chain(x))
-    for name, policy in CHECKPOINTS.items():
+    for name in checkpoints:
 
-        def checkpointed(chain: Any, x: Any, policy: Any = policy) -> Any:
+        def checkpointed(chain: Any, x: Any, policy: Any = CHECKPOINTS[name]) -> Any:
             for layer in chain:
                 x = jax.checkpoint(lambda layer, x: layer(x), policy=policy)(layer, x)
             return x
@@ -151,7 +154,7 @@ def network(name: str, config: Config) -> list[dict[str, Any]]:
             flush=True,
         )
 
-    for program, step in alternatives(model):
+    for program, step in alternatives(model, config.checkpoints):
         add(program, step)
     planned = {"cpu": "apart"}.get(targets.target_of(config.target).platform, "planned")
     for share, schedule in plans(model, config):
@@ -225,6 +228,7 @@ if __name__ == "__main__":
     parser.add_argument("--target", default=Config.target)
     parser.add_argument("--networks", nargs="+", default=Config.networks, choices=NETWORKS)
     parser.add_argument("--policies", nargs="+", default=Config.policies, choices=["planned", *POLICIES])
+    parser.add_argument("--checkpoints", nargs="*", default=Config.checkpoints, choices=CHECKPOINTS)
     parser.add_argument("--shares", nargs="+", type=float, default=Config.shares)
     parser.add_argument("--depth", type=int, default=Config.depth)
     given = parser.parse_args()
@@ -233,6 +237,7 @@ if __name__ == "__main__":
             target=given.target,
             networks=tuple(given.networks),
             policies=tuple(given.policies),
+            checkpoints=tuple(given.checkpoints),
             shares=tuple(given.shares),
             depth=given.depth,
         )
