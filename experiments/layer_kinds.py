@@ -226,14 +226,19 @@ def scheduled(profile: mw.Profile) -> dict[str, Schedule]:
 def measure(point: dict[str, Any]) -> dict[str, Any]:
     """One kind, on this device or for a target."""
     kind, target = point["kind"], point["target"]
-    make, x = functools.partial(network, kind), input_of(kind)
+    make, shape = functools.partial(network, kind), input_of(kind)
+    x: Any = shape
     if target:
         chain: Any = jax.eval_shape(make, jax.random.key(0))
         profile = mw.estimate(chain, x, device=target)
     else:
         chain = make(jax.random.key(0))
-        whole = x.dtype == jnp.int32
-        x = jnp.zeros(x.shape, x.dtype) if whole else jax.random.normal(jax.random.key(1), x.shape)
+        whole = shape.dtype == jnp.int32
+        x = (
+            jnp.zeros(shape.shape, shape.dtype)
+            if whole
+            else jax.random.normal(jax.random.key(1), shape.shape)
+        )
         profile = mw.profile(chain, x, repeats=1)
     rows = {}
     for name, schedule in scheduled(profile).items():

@@ -147,6 +147,20 @@ def test_ruff_has_one_version() -> None:
     assert f"rev: v{pinned}\n" in (ROOT / ".pre-commit-config.yaml").read_text()
 
 
+def test_the_version_is_one() -> None:
+    """That of the package, its metadata, its citation and the last release among the changes."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    releases = re.findall(r"^## (\d\S*)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert project["version"] == citation["version"] == mw.__version__ == releases[0]
+
+
+def test_the_paper_cites_what_it_lists() -> None:
+    cited = set(re.findall(r"@([a-z]+\d{4}\w*)", (ROOT / "paper" / "paper.md").read_text()))
+    listed = set(re.findall(r"^@\w+\{([^,]+),", (ROOT / "paper" / "paper.bib").read_text(), re.MULTILINE))
+    assert cited == listed
+
+
 def test_modules_named_in_contributing_exist() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text()
     for name in re.findall(r"`((?:mwplan|solvers|tests|experiments|docs)/[a-z0-9_./]+\.(?:py|md))[`:]", text):

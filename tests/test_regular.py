@@ -72,7 +72,7 @@ def test_a_larger_loss_of_time_allows_fewer_loops() -> None:
     profile, frontier = planned("recomputation alone")
     middle = len(frontier.points) // 2
     strictly = [
-        (total, frontier.at(total, regular=-1)) for total, _ in frontier.points[middle - 20 : middle + 20]
+        (total, frontier.at(total, regular=-1)) for total, _ in frontier.points[middle - 20 : middle + 20 : 8]
     ]
     budget, strict = max(strictly, key=lambda one: loops(one[1].runs))
     few = frontier.at(budget, regular=0.2)

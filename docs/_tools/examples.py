@@ -1,6 +1,7 @@
-"""An extension of Griffe: the examples of docstrings (`>>>`) as blocks of code.
+"""An extension of Griffe: this project's docstrings as the Markdown that they are.
 
-The docstrings of this project are Markdown with doctests, which Markdown takes for quotations.
+Examples (`>>>`), which Markdown takes for quotations, become blocks of code, and what begins with a word such
+as **Returns:** a paragraph of its own.
 """
 
 from __future__ import annotations
@@ -12,22 +13,24 @@ import griffe
 
 #: Lines from `>>>` up to the next empty line.
 DOCTEST = re.compile(r"^(?P<indent> *)>>> .*?(?=^\s*$|\Z)", re.DOTALL | re.MULTILINE)
+#: A line that begins with **Word:**, behind another one.
+PART = re.compile(r"(?<=[^\n])\n(?= *\*\*[A-Z][\w, ]*:\*\*)")
 
 
-def fenced(text: str) -> str:
-    """`text` with its examples between fences."""
+def as_markdown(text: str) -> str:
+    """`text` with its examples between fences, and its parts apart."""
 
-    def one(found: re.Match[str]) -> str:
+    def fenced(found: re.Match[str]) -> str:
         code = found[0].rstrip("\n")
         return f"{found['indent']}```pycon\n{code}\n{found['indent']}```\n"
 
-    return DOCTEST.sub(one, text)
+    return DOCTEST.sub(fenced, PART.sub("\n\n", text))
 
 
 class Examples(griffe.Extension):
-    """Fences the examples of every docstring."""
+    """Rewrites every docstring."""
 
     def on_object(self, *, obj: Any, **kwargs: Any) -> None:
         """Called by Griffe for each module, class, function and attribute."""
-        if obj.docstring is not None and ">>>" in obj.docstring.value:
-            obj.docstring.value = fenced(obj.docstring.value)
+        if obj.docstring is not None:
+            obj.docstring.value = as_markdown(obj.docstring.value)

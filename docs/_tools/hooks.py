@@ -52,19 +52,34 @@ def rewrite_links(text: str, path: Path, link: Callable[[Path], str]) -> str:
     return "".join(part if at % 2 else LINK.sub(one, part) for at, part in enumerate(parts))
 
 
-def mathml(content: str) -> str:
-    """HTML with the formulas that `pymdownx.arithmatex` has marked as MathML, which browsers draw themselves:
-    no script, and nothing from another site."""
+#: Formulas that `pymdownx.arithmatex` has marked.
+MARKED = re.compile(
+    r'<(?P<tag>span|div) class="arithmatex">(?P<open>\\\(|\\\[)(?P<tex>.*?)(?:\\\)|\\\])</(?P=tag)>',
+    re.DOTALL,
+)
+#: Formulas as notebooks leave them.
+DOLLARS = re.compile(r"(?P<open>\$\$?)(?P<tex>[^$]+)(?P=open)")
+#: HTML in which no formulas are.
+VERBATIM = re.compile(r"(<(?P<tag>pre|code|style|script|svg)\b.*?</(?P=tag)>)", re.DOTALL)
+
+
+def mathml(content: str, *, notebook: bool = False) -> str:
+    """HTML with its formulas as MathML, which browsers draw themselves: no script, and nothing from another
+    site."""
     from latex2mathml.converter import convert
 
     def one(found: re.Match[str]) -> str:
-        tex = html.unescape(found["tex"]).strip()
-        shown = found["open"] == r"\["
-        made: str = convert(tex, display="block" if shown else "inline")
+        shown = found["open"] in ("$$", r"\[")
+        made: str = convert(html.unescape(found["tex"]).strip(), display="block" if shown else "inline")
         return f"<div class='formula'>{made}</div>" if shown else made
 
-    marked = r'<(?P<tag>span|div) class="arithmatex">(?P<open>\\\(|\\\[)(?P<tex>.*?)(?:\\\)|\\\])</(?P=tag)>'
-    return re.sub(marked, one, content, flags=re.DOTALL)
+    if not notebook:
+        return MARKED.sub(one, content)
+    at, out = 0, []
+    for kept in VERBATIM.finditer(content):
+        out += [DOLLARS.sub(one, content[at : kept.start()]), kept[0]]
+        at = kept.end()
+    return "".join([*out, DOLLARS.sub(one, content[at:])])
 
 
 def on_files(files: Any, config: Any) -> Any:
@@ -87,4 +102,4 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
 
 def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
     """Formulas as MathML."""
-    return mathml(html)
+    return mathml(html, notebook=page.file.src_uri.endswith(".py"))

@@ -21,7 +21,15 @@ import jax.numpy as jnp
 from dask.distributed import Client, LocalCluster
 
 import mwplan as mw
-from mwplan.layers import Dense, Smooth
+
+
+@mw.layers.layer
+class Block:
+    weight: jax.Array
+
+    def __call__(self, x):
+        return x + jnp.tanh(x @ self.weight)
+
 
 # %% [markdown]
 # ## One point
@@ -31,9 +39,8 @@ from mwplan.layers import Dense, Smooth
 
 
 # %%
-def point(width, depth=8, batch=32768, device="h100"):
-    keys = jax.random.split(jax.random.key(0), depth)
-    net = mw.Chain([f for key in keys for f in (Dense.init(key, width, width), Smooth("gelu"))])
+def point(width, depth=16, batch=32768, device="h100"):
+    net = mw.Chain([Block(jax.ShapeDtypeStruct((width, width), jnp.float32))] * depth)
     frontier = mw.frontier(mw.estimate(net, jax.ShapeDtypeStruct((batch, width), jnp.float32), device=device))
     return {"width": width, "points": frontier.points}
 
@@ -48,7 +55,7 @@ with (
     LocalCluster(n_workers=2, threads_per_worker=1, processes=False, dashboard_address=None) as cluster,
     Client(cluster) as client,
 ):
-    found = client.gather(client.map(point, (64, 128, 256), pure=False))
+    found = client.gather(client.map(point, (64, 256, 1024), pure=False))
 for one in found:
     print(f"width {one['width']}: {len(one['points'])} schedules")
 
@@ -56,14 +63,12 @@ for one in found:
 # ## The figure
 
 # %%
-from matplotlib.figure import Figure
+import matplotlib.pyplot as plt
 
-figure = Figure(figsize=(6, 3.6), layout="constrained")
-ax = figure.subplots()
+figure, ax = plt.subplots(figsize=(6, 3.6), layout="constrained")
 for one in found:
     most, fastest = one["points"][-1]
     sizes = [size / most for size, _ in one["points"]]
     ax.step(sizes, [time / fastest for _, time in one["points"]], where="post", label=f"width {one['width']}")
 ax.set(xlabel="memory over the fastest schedule's", ylabel="time over the fastest", ylim=(0.95, 3))
-ax.legend(frameon=False)
-figure
+_ = ax.legend(frameon=False)

@@ -19,7 +19,7 @@ import optax
 
 import mwplan as mw
 
-VOCABULARY, WIDTH, BLOCKS, LENGTH, BATCH = 64, 32, 4, 64, 16
+VOCABULARY, WIDTH, BLOCKS, LENGTH, BATCH = 64, 32, 3, 64, 16
 
 
 def block(p, x):
@@ -79,7 +79,8 @@ fitted = mw.fit_function(loss, params, text, budget=fixed + needed // 2)
 print(fitted)
 
 # %% [markdown]
-# Which pieces there are, and what becomes of each: S is stored, R recomputed.
+# Which pieces there are, and what becomes of each: S is stored, R recomputed, and of F the whole cotangent is
+# kept.
 
 # %%
 print(fitted.cut)
@@ -88,7 +89,7 @@ print(fitted.schedule)
 # %% [markdown]
 # ## The same gradient
 #
-# All pieces are stored or recomputed, so the gradient is backpropagation's to the order of additions.
+# No cotangent is rebuilt but from itself, so the gradient is backpropagation's to the order of additions.
 
 # %%
 (value, report), grads = fitted.step(params, text)

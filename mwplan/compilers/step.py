@@ -48,7 +48,8 @@ class Step:
             name = f"`{self._name(at)}`"
             leaves, treedef = jax.tree_util.tree_flatten_with_path(got)
             wanted, want_treedef = jax.tree.flatten(want)
-            if treedef != want_treedef:
+            other: bool = treedef != want_treedef  # type: ignore[operator]
+            if other:
                 was = f"and the step was compiled for {want_treedef}"
                 return f"{name} has the structure {treedef}, {was}. {advice}"
             for (path, leaf), struct in zip(leaves, wanted):

@@ -74,15 +74,13 @@ def fit(
     operations on their own; 0, the predicted fastest is taken; `say`, called with a line on each; `device`,
     another than the attached one (`mw.targets`): `chain`, `x` and `args` may be shapes, the profile is
     `mw.estimate`'s, steps are compiled for it, and of those that fit (plans of all and of fewer strategies,
-    tied, loose and untied) the one of least modelled time is kept; `optimizer`, an
-    `optax.GradientTransformation`: the budget holds its state too, the bytes of `optimizer.init(parameters)`
-    (it is not run: what an update needs beside is not counted; of updates within the step there is
-    `mw.value_and_update`).
+    tied, loose and untied) the one of least modelled time is kept; `optimizer`, of optax: the budget holds
+    its state too, of `optimizer.init(parameters)`, not what an update needs beside (`mw.value_and_update`
+    plans updates within the step).
     **Returns:** a `Fitted`; for another `device` a `RemoteFit`, whose step runs there alone.
     **Raises:** `InfeasibleError` where nothing that was compiled fits, with a budget that is enough for what
-    was; `ScheduleMismatchError`
-    for a profile of another chain or input; as `mw.plan` and `mw.value_and_grad`, what concerns the loss
-    before anything is measured.
+    was; `ScheduleMismatchError` for a profile of another chain or input; as `mw.plan` and
+    `mw.value_and_grad`, what concerns the loss before anything is measured.
     **Cost:** a profile, a plan, and one compilation of the step or a few; with `tune` up to fifteen times
     that, and some steps.
 
@@ -92,10 +90,7 @@ def fit(
     >>> bool(jnp.allclose(value, jnp.sum(net(x))))
     True
     """
-    if max_attempts < 1:
-        raise ArgumentError(f"`max_attempts={max_attempts}` must be at least 1")
-    if tune < 0:
-        raise ArgumentError(f"`tune={tune}` must be 0 or a number of rounds")
+    _check_counts(max_attempts, tune)
     chosen = check_allowed(allowed)
     parse_bytes(budget)
     y = boundaries(check_chain(chain), x)[-1]
@@ -140,10 +135,7 @@ def fit_step(
     """As `fit`, of any step: `gradient(schedule, arrangement=...)` makes a function of `args` that executes a
     schedule for `profile`; the first of `args` holds the parameters; `names`, of `args`, as `Step` has them.
     Raises and costs: as `fit`, beside the profile."""
-    if max_attempts < 1:
-        raise ArgumentError(f"`max_attempts={max_attempts}` must be at least 1")
-    if tune < 0:
-        raise ArgumentError(f"`tune={tune}` must be 0 or a number of rounds")
+    _check_counts(max_attempts, tune)
     budget_bytes, chosen = parse_bytes(budget), check_allowed(allowed)
     fitter = _Fitter(
         compiler=Compiler(gradient, args, profile, names),
@@ -236,6 +228,13 @@ class _Fitter:
         if not found:
             raise failed[0]
         return tuning.fastest(found, compiler.args, rounds, self.say) if len(found) > 1 else found[0]
+
+
+def _check_counts(max_attempts: int, tune: int) -> None:
+    if max_attempts < 1:
+        raise ArgumentError(f"`max_attempts={max_attempts}` must be at least 1")
+    if tune < 0:
+        raise ArgumentError(f"`tune={tune}` must be 0 or a number of rounds")
 
 
 def _check_profile(profile: Profile, chain: Chain, x: PyTree) -> None:

@@ -260,8 +260,8 @@ class OrthogonalConv(CircularOrthogonal):
     **Cost:** transforms of input and output, $8\,inner\,outer$ flop a frequency and example on half the
     frequencies, and a complex solve of `inner` a frequency once a sweep.
 
-    >>> layer = mw.layers.OrthogonalConv.init(jax.random.key(0), 4, 4, bias=False)
-    >>> x = jax.random.normal(jax.random.key(1), (1, 8, 8, 4))
+    >>> layer = mw.layers.OrthogonalConv.init(jax.random.key(0), 4, 4, dims=1, bias=False)
+    >>> x = jax.random.normal(jax.random.key(1), (1, 8, 4))
     >>> bool(jnp.allclose(jnp.linalg.norm(layer(x)), jnp.linalg.norm(x), rtol=1e-4))
     True
     """

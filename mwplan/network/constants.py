@@ -17,7 +17,7 @@ from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var, jaxpr_as_fun
 
 from mwplan.common import platforms, trees
-from mwplan.network.canonical import CALLS, bind
+from mwplan.network.canonical import CALLS, bind, scan_counts
 
 PyTree = Any
 
@@ -128,7 +128,7 @@ def _makes(jaxpr: Jaxpr) -> bool:
         depends = any(isinstance(var, Var) for var in eqn.invars)
         if not depends and any(_nbytes(var.aval) > SMALL for var in eqn.outvars):
             return True
-        if eqn.primitive.name == "scan" and len(eqn.outvars) > eqn.params["num_carry"]:
+        if eqn.primitive.name == "scan" and len(eqn.outvars) > scan_counts(eqn.params)[1]:
             return True
         if _hides(eqn):
             return True
@@ -253,7 +253,7 @@ class _Evaluation:
     def scan(self, eqn: Any, values: list[Any]) -> list[Any]:
         """A scan whose stacked results do not exist before the operation's inputs do."""
         params = eqn.params
-        consts, carried = params["num_consts"], params["num_carry"]
+        consts, carried = scan_counts(params)
         if len(eqn.outvars) == carried:
             return bind(eqn, values)
         fixed, state, rows = values[:consts], values[consts : consts + carried], values[consts + carried :]

@@ -33,6 +33,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from mwplan.network.canonical import scan_counts
 from mwplan.profiling.programs import PRODUCTS, Graph, Node, Value, graph
 
 WHILE_TRIPS = 10
@@ -369,7 +370,10 @@ def _control(node: Node) -> Kernel:
     programs = [(program, tuple(kernels(program))) for program in map(graph, found)]
     program, inner = max(programs, key=lambda one: sum(k.trips * k.moved_bytes for k in one[1]))
     # The next carry, beside the present one.
-    count = {"scan": params.get("num_carry"), "while": len(node.outputs)}.get(node.name, 0)
+    if node.name == "scan":
+        count = scan_counts(params)[1]
+    else:
+        count = len(node.outputs) if node.name == "while" else 0
     carried = sum(v.nbytes for v in node.outputs[:count])
     return Kernel(
         name=node.name,

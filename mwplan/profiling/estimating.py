@@ -45,12 +45,14 @@ from mwplan.network import axes
 from mwplan.network.chain import Chain, Stack, boundaries, check_chain, one_block
 from mwplan.plans.profiles import Profile
 from mwplan.profiling import measure
+from mwplan.profiling.bench import Pricing
 from mwplan.profiling.carrying import Place, carrying
 from mwplan.profiling.growth import random_cotangent
 from mwplan.profiling.layer_costs import Costs, Name, exact, name_of
 from mwplan.profiling.options import Figures, measure_layer
 from mwplan.profiling.progress import Progress, shown
 from mwplan.profiling.roofline import Device, Roofline, device_of
+from mwplan.profiling.stacked import StackedCompiler
 from mwplan.profiling.touch import FirstTouch
 from mwplan.profiling.visiting import (
     GROWTH_SAMPLES,
@@ -173,7 +175,9 @@ def _counted(
 
     def count(i: int, one: Any) -> Costs:
         with jax.enable_x64(wide), platforms.lowering_for(platform):
-            figures = _count(pricing, one, structs[i], keys[i][-1], f"layer {i + 1} ({names[i]})")
+            stacked, place = keys[i][-2:]
+            priced = StackedCompiler(pricing) if stacked and isinstance(pricing, Compiler) else pricing
+            figures = _count(priced, one, structs[i], place, f"layer {i + 1} ({names[i]})")
         return Costs(figures, one, structs[i])
 
     counted: dict[Hashable, Costs] = {}
@@ -241,7 +245,7 @@ def _layers(chain: Chain) -> Iterator[Any]:
             yield from block
 
 
-def _count(pricing: Roofline | Compiler, one: PyTree, struct: PyTree, place: Place, where: str) -> Figures:
+def _count(pricing: Pricing, one: PyTree, struct: PyTree, place: Place, where: str) -> Figures:
     """Prices one layer's operations."""
     try:
         return measure_layer(pricing, one, struct, place)
