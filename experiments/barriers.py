@@ -38,6 +38,7 @@ class Config:
     target: str = "h200"
     networks: tuple[str, ...] = ("gpt", "resnet", "mlp", "maxmin", "revnet")
     policies: tuple[str, ...] = ("apart", "untied", "planned")
+    checkpoints: tuple[str, ...] = ("checkpoint", "checkpoint, dots", "checkpoint, dots without batch")
     shares: tuple[float, ...] = (1.0, 0.5, 0.25, 0.1, 0.0)
     depth: int = 0  # of each network its own, by default
     out: Path = record.RESULTS / "barriers"
@@ -90,16 +91,18 @@ CHECKPOINTS = {
 }
 
 
-def alternatives(model: zoo.Model) -> Iterator[tuple[str, Callable[..., Any]]]:
-    """Gradient steps without plans, by name."""
+def alternatives(
+    model: zoo.Model, checkpoints: tuple[str, ...] = tuple(CHECKPOINTS)
+) -> Iterator[tuple[str, Callable[..., Any]]]:
+    """Gradient steps without plans, by name; `checkpoints`, those of `CHECKPOINTS`."""
 
     def step(network: Callable[[Any, Any], Any]) -> Callable[..., Any]:
         return jax.value_and_grad(lambda chain, x, labels: model.loss(network(chain, x), labels))
 
     yield "backpropagation", step(lambda chain, x: chain(x))
-    for name, policy in CHECKPOINTS.items():
+    for name in checkpoints:
 
-        def checkpointed(chain: Any, x: Any, policy: Any = policy) -> Any:
+        def checkpointed(chain: Any, x: Any, policy: Any = CHECKPOINTS[name]) -> Any:
             for layer in chain:
                 x = jax.checkpoint(lambda layer, x: layer(x), policy=policy)(layer, x)
             return x
@@ -124,12 +127,13 @@ def plans(model: zoo.Model, config: Config) -> Iterator[tuple[float, mw.Schedule
 
 
 def network(name: str, config: Config) -> list[dict[str, Any]]:
-    """All programs of one network."""
+    """All programs of one network, written as far as they are known."""
     usual, make = NETWORKS[name]
     depth = config.depth or usual
     model = make(depth)
     args = (model.chain, model.x, model.labels)
     rows: list[dict[str, Any]] = []
+    settings = {**dataclasses.asdict(config), "out": str(config.out.name), "networks": [name]}
 
     def add(program: str, step: Callable[..., Any], **more: Any) -> None:
         made = targets.compile(step, *args, target=config.target)
@@ -141,12 +145,16 @@ def network(name: str, config: Config) -> list[dict[str, Any]]:
             "cycles": made.cycles,
         }
         rows.append({"network": name, "depth": depth, "program": program, **more, **found})
+        record.save(
+            config.out / f"{config.target}_{name}.json",
+            {"config": settings, "rows": [_compared(row, rows) for row in rows]},
+        )
         print(
             f"{name} {program}: {show_bytes(made.temporary_bytes)}, {made.modelled_ns / 1e6:.3f} ms",
             flush=True,
         )
 
-    for program, step in alternatives(model):
+    for program, step in alternatives(model, config.checkpoints):
         add(program, step)
     planned = {"cpu": "apart"}.get(targets.target_of(config.target).platform, "planned")
     for share, schedule in plans(model, config):
@@ -208,13 +216,10 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 
 def main(config: Config) -> None:
-    """Compiles, prints, and writes what each network gave as soon as it is known."""
+    """Compiles and prints."""
     rows: list[dict[str, Any]] = []
     for name in track(config.networks, description="networks"):
-        found = network(name, config)
-        rows += found
-        settings = {**dataclasses.asdict(config), "out": str(config.out.name), "networks": [name]}
-        record.save(config.out / f"{config.target}_{name}.json", {"config": settings, "rows": found})
+        rows += network(name, config)
     record.console().print(table(rows))
 
 
@@ -223,6 +228,7 @@ if __name__ == "__main__":
     parser.add_argument("--target", default=Config.target)
     parser.add_argument("--networks", nargs="+", default=Config.networks, choices=NETWORKS)
     parser.add_argument("--policies", nargs="+", default=Config.policies, choices=["planned", *POLICIES])
+    parser.add_argument("--checkpoints", nargs="*", default=Config.checkpoints, choices=CHECKPOINTS)
     parser.add_argument("--shares", nargs="+", type=float, default=Config.shares)
     parser.add_argument("--depth", type=int, default=Config.depth)
     given = parser.parse_args()
@@ -231,6 +237,7 @@ if __name__ == "__main__":
             target=given.target,
             networks=tuple(given.networks),
             policies=tuple(given.policies),
+            checkpoints=tuple(given.checkpoints),
             shares=tuple(given.shares),
             depth=given.depth,
         )

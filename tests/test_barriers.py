@@ -110,7 +110,8 @@ def test_on_cpus_all_operations_are_apart() -> None:
 
 
 def test_policies_are_values() -> None:
-    assert Barriers(forward=barriers.NONE, backward=barriers.DONE) == barriers.PLANNED["gpu"]
+    none = barriers.NONE
+    assert Barriers(forward=none, backward=none, inverse=none) == barriers.PLANNED["tpu"]
     with pytest.raises(dataclasses.FrozenInstanceError):
         barriers.UNTIED.canonical = True  # type: ignore[misc]
 

@@ -33,8 +33,8 @@ def test_a_tpus_packing_divides_an_axis_that_costs_no_padding() -> None:
     with platforms.lowering_for("tpu"):
         for shape, want in [
             ((2048, 16, 16, 32), (2048, 2, 16, 32)),  # of a convolution: the batch along the lanes of tiles
-            ((256, 7, 7, 512), (32, 7, 7, 512)),
-            ((8, 512, 512), (1, 512, 512)),
+            ((256, 7, 7, 512), (256, 1, 7, 512)),  # no byte of two devices' examples
+            ((8, 512, 512), (8, 64, 512)),
         ]:
             packing = Packing.of(shape, 2)
             assert packing.worth

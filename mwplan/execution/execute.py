@@ -314,7 +314,8 @@ def value_and_grad(
     **Arguments:** `loss(y, *args)`, a scalar (with `has_aux`, a pair of it and anything); `schedule`;
     `wrt_input`: also the gradient with respect to the input; `arrangement`, how the program is written. By
     default with the barriers under which the peak is the planned one on the platform that it is compiled for:
-    around all operations on CPUs, behind those of the backward sweep on GPUs and TPUs (`docs/barriers.md`).
+    around all operations on CPUs, behind those of the backward sweep on GPUs, none on TPUs, whose compiler
+    removes them before it orders instructions (`docs/barriers.md`).
     `mw.UNTIED`: no barriers around operations, so that XLA fuses across layers; `mw.LOOSE`: none around
     residuals, so that XLA may compute them again from what is there anyway. On CPUs both are often a few per
     cent faster, but the peak is no longer the planned one (loose, it is mostly lower): compile and measure

@@ -78,11 +78,13 @@ class Packing:
             return jnp.zeros(self.shape, jnp.int32)
         mask = jnp.uint8((1 << self.bits) - 1)
         if self.axis is not None:
-            each = [(packed >> jnp.uint8(k * self.bits)) & mask for k in range(self.each)]
-            whole = jnp.concatenate(each, self.axis)
+            # Not as a broadcast: XLA:TPU would write that out.
+            slices = [(packed >> jnp.uint8(k * self.bits)) & mask for k in range(self.each)]
+            whole = jnp.concatenate(slices, self.axis)
             return jax.lax.slice_in_dim(whole, 0, self.shape[self.axis], axis=self.axis).astype(jnp.int32)
         parts = jnp.expand_dims(packed, -1)
-        return self._together((parts >> self._shifts(parts)) & mask).astype(jnp.int32)
+        flat = ((parts >> self._shifts(parts)) & mask).ravel()[: math.prod(self.shape)]
+        return flat.reshape(self.shape).astype(jnp.int32)
 
     def _apart(self, index: Array) -> Array:
         """With those that share a byte along an axis of their own: last, or before the axis that is
@@ -92,15 +94,6 @@ class Packing:
         length = self.shape[self.axis]
         more = [(0, -length % self.each) if axis == self.axis else (0, 0) for axis in range(index.ndim)]
         return jnp.pad(index, more).reshape(self._divided())
-
-    def _together(self, parts: Array) -> Array:
-        """The inverse of `_apart`."""
-        if self.axis is None:
-            return parts.ravel()[: math.prod(self.shape)].reshape(self.shape)
-        before, after = self.shape[: self.axis], self.shape[self.axis + 1 :]
-        return jax.lax.slice_in_dim(
-            parts.reshape(*before, -1, *after), 0, self.shape[self.axis], axis=self.axis
-        )
 
     def _divided(self) -> tuple[int, ...]:
         """`shape` with the axis divided."""
@@ -117,12 +110,13 @@ class Packing:
 
 def _axis(shape: tuple[int, ...], each: int) -> int | None:
     """The axis along which packing leaves the fewest bytes, of equal ones the first that lies along no tile;
-    None where it saves nothing. The order of axes in memory is taken to be that of what is packed."""
+    the first axis, of a batch that devices may share, only where no other saves any; None where none does.
+    The order of axes in memory is taken to be that of what is packed."""
     order = tiles.order(shape)
     tiled = {axis % len(shape) for axis in order}
 
     def left(axis: int) -> int:
         return tiles.padded_along([-(-n // each) if k == axis else n for k, n in enumerate(shape)], order, 8)
 
-    best = min(range(len(shape)), key=lambda axis: (left(axis), axis in tiled))
-    return best if left(best) < tiles.padded_along(shape, order, 8) else None
+    saving = [axis for axis in range(len(shape)) if left(axis) < tiles.padded_along(shape, order, 8)]
+    return min(saving, key=lambda axis: (axis == 0, left(axis), axis in tiled), default=None)
