@@ -281,24 +281,24 @@ def train(
     budget: Annotated[
         str | None,
         typer.Option(
-            help="device bytes of the gradient step; by default room for a fifth of backpropagation's "
-            "temporaries, "
-            "or 1.25 times the least that any schedule needs where that is more"
+            help="device bytes of the gradient step; by default room for 0.15 of backpropagation's "
+            "temporaries, or 1.25 times the least that any schedule needs where that is more"
         ),
     ] = None,
     max_error: MaxError = 1e-4,
     forbid: Forbid = None,
     batch: Annotated[int, typer.Option(help="images a step")] = 512,
-    epochs: Annotated[int, typer.Option(help="passes over the training images")] = 60,
-    depth: Annotated[int, typer.Option(help="convolutions at each of the two resolutions")] = 12,
+    epochs: Annotated[int, typer.Option(help="passes over the training images")] = 40,
+    depth: Annotated[int, typer.Option(help="convolutions at each of the two resolutions")] = 16,
     seed: Annotated[int, typer.Option(help="of weights, batches and split")] = 0,
-    to: Annotated[Path, typer.Option("--out", help="folder for training.json and training.png")] = Path(
-        "results/demo"
-    ),
+    to: Annotated[
+        Path, typer.Option("--out", help="folder for training.json, training.png and plan.html")
+    ] = Path("results/demo"),
     as_json: AsJson = False,
 ) -> None:
     """Train on handwritten digits within a budget that backpropagation exceeds."""
     from mwplan.app import training
+    from mwplan.app.telling import made_of
     from mwplan.app.train_result import TrainConfig
 
     config = TrainConfig(
@@ -311,71 +311,33 @@ def train(
         forbid=tuple(forbid or ()),
     )
     with _bar() as advance:
-        result = training.train(
+        trained = training.train(
             config, advance, lambda text: err.print(text, markup=False, highlight=False, soft_wrap=True)
         )
-    files = training.write(result, to)
+    files, result = training.write(trained, to), trained.result
     if as_json:
         print(result.to_json())
         return
     out.print(_training_table(result))
-    out.print(_budget_note(result), end="")
-    out.print(f"wrote {files[0]} and {files[1]}")
+    out.print(made_of(result))
+    out.print(f"wrote {', '.join(map(str, files))}", soft_wrap=True)
+    if len(files) == 2:
+        out.print('for the page that shows every budget\'s plan: pip install -e ".[report]"', markup=False)
+    else:
+        out.print(f"open {files[2]} in a browser, and drag the budget", soft_wrap=True)
 
 
 def _training_table(result: TrainResult) -> Table:
-    """What was predicted and measured, beside backpropagation's."""
+    """What was predicted and measured, beside recomputation and backpropagation."""
+    from mwplan.app.telling import side_by_side_rows
+
+    head, *rows = side_by_side_rows(result)
     table = Table(title="planned and plain training, side by side", title_justify="left")
-    for name in ("", "plan", "backpropagation", "ratio"):
-        table.add_column(name, justify="left" if not name else "right")
-
-    def row(name: str, planned: float, plain: float, show: Callable[[float], str]) -> None:
-        table.add_row(name, show(planned), show(plain), f"{planned / plain:.2f}")
-
-    def size(value: float) -> str:
-        return show_bytes(int(value))
-
-    room = result.budget_bytes - result.fixed_bytes
-    table.add_row("temporaries, budget", size(room), "", "")
-    table.add_row("temporaries, predicted", size(result.predicted_temporary_bytes), "", "")
-    row("temporaries, measured", result.measured_temporary_bytes, result.backprop_temporary_bytes, size)
-    fixed = result.fixed_bytes
-    row(
-        "all device memory",
-        fixed + result.measured_temporary_bytes,
-        fixed + result.backprop_temporary_bytes,
-        size,
-    )
-    table.add_row("gradient, predicted", f"{result.predicted_step_seconds * 1e3:.1f} ms", "", "")
-    row("step", result.planned_step_seconds, result.backprop_step_seconds, lambda s: f"{s * 1e3:.1f} ms")
-    row(
-        "compilation", result.planned_compile_seconds, result.backprop_compile_seconds, lambda s: f"{s:.1f} s"
-    )
-    for when, planned, plain in (
-        ("first", result.gradient_error_first, result.backprop_error_first),
-        ("last", result.gradient_error_last, result.backprop_error_last),
-    ):
-        table.add_row(f"gradient error to float64, {when} step", f"{planned:.1e}", f"{plain:.1e}", "")
-    table.add_row("largest reported discrepancy", f"{max(result.discrepancies, default=0.0):.1e}", "", "")
-    table.add_row("times planned again", str(len(result.replans)), "", "")
-    table.add_row("final loss", f"{result.losses_planned[-1]:.4f}", f"{result.losses_plain[-1]:.4f}", "")
-    table.add_row("test accuracy", f"{result.accuracy_planned:.2%}", f"{result.accuracy_plain:.2%}", "")
+    for name in head:
+        table.add_column(name, justify="right" if name else "left")
+    for row in rows:
+        table.add_row(*row)
     return table
-
-
-def _budget_note(result: TrainResult) -> str:
-    """A line where the default budget is not the fifth that the help promises; otherwise nothing."""
-    from mwplan.app.training import BUDGET_FRACTION, LEAST_FACTOR
-
-    fifth = int(BUDGET_FRACTION * result.backprop_temporary_bytes)
-    if result.config.budget is not None or result.budget_bytes - result.fixed_bytes <= fifth:
-        return ""
-    return (
-        f"A fifth of backpropagation's temporaries ({show_bytes(fifth)}) is too little here: the budget is "
-        f"{LEAST_FACTOR} times the least that any "
-        f"schedule needs, {show_bytes(result.budget_bytes)} with {show_bytes(result.fixed_bytes)} of "
-        "parameters, gradients and input.\n"
-    )
 
 
 def main() -> None:
