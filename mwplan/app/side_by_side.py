@@ -151,6 +151,9 @@ def train(task: Task, progress: Progress = silent, say: Callable[[str], None] = 
     return session.outcome()
 
 
+_COMPILING = "planning and compiling"
+
+
 class _Session:
     """The two runs, while they train: what is compiled, and what was measured so far."""
 
@@ -161,15 +164,19 @@ class _Session:
         def plain_gradient(net: Chain, x: Any, labels: Any) -> Any:
             return jax.value_and_grad(lambda net: task.loss(net(x), labels))(net)
 
+        profile = self._profile(task.chain)
+        steps = 2 if task.rival is None else 3
+        progress(_COMPILING, 0, steps)
         start = time.perf_counter()
         self.backprop = jit(plain_gradient).lower(task.chain, *self.example).compile()
         self.backprop_compile_seconds = time.perf_counter() - start
-
-        profile = self._profile(task.chain)
+        progress(_COMPILING, 1, steps)
         self.budget = task.budget(profile, temporaries(self.backprop))
         self.fitted = self._fit(task.chain, profile, task.allowed)
         say(str(self.fitted.schedule))
+        progress(_COMPILING, 2, steps)
         self.rival = self._rival(profile)
+        progress(_COMPILING, steps, steps)
 
         @jit
         def update(net: Chain, state: Any, grads: Any) -> tuple[Any, Any]:
@@ -193,7 +200,7 @@ class _Session:
             net,
             self.example[0],
             repeats=self.task.repeats,
-            progress=lambda done, total, _: self.progress("profiling layers", done, total),
+            progress=lambda done, total, what: self.progress(what, done, total),
         )
 
     def _rival(self, profile: Profile) -> Fitted | None:

@@ -37,7 +37,7 @@ from mwplan.report import page
 #: The default budget leaves room for this share of backpropagation's temporaries,
 BUDGET_FRACTION = 0.15
 #: and at least so many times the least bytes that any schedule needs.
-LEAST_FACTOR = 1.25
+LEAST_FACTOR = 1.4
 #: Budgets whose plans are shown.
 ROWS = 14
 #: Timed runs of each operation.
