@@ -146,7 +146,7 @@ def test_a_loss_is_planned_like_a_chain(tmp_path: Path) -> None:
         (["frontier", "PROFILE"], "mwplan plan"),
         (["explain", "tests.test_cli:network"], "mwplan profile tests.test_cli:network"),
         (
-            ["profile", "tests.test_cli:network", "--device", "h100", "--to", "FOLDER/p.json"],
+            ["profile", "tests.test_cli:network", "--device", "h100", "--to", "TO/p.json"],
             "mwplan frontier",
         ),
     ],
@@ -154,7 +154,7 @@ def test_a_loss_is_planned_like_a_chain(tmp_path: Path) -> None:
 def test_every_command_says_what_comes_next(
     args: list[str], next_one: str, saved: Path, tmp_path: Path
 ) -> None:
-    args = [str(saved) if a == "PROFILE" else a.replace("FOLDER", str(tmp_path)) for a in args]
+    args = [str(saved) if a == "PROFILE" else a.replace("TO/", f"{tmp_path}/") for a in args]
     said = run(*args).output
     assert next_one in said[said.index("next\n") :]
     assert json.loads(run(*args, "--json").stdout)

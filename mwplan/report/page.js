@@ -99,7 +99,8 @@ function drawFrontier() {
     const end = data.recomputation[0];
     const y = Math.min(end[1] / fastest, top * 0.97);
     annotations.push({
-      x: Math.log10(end[0] / MiB), y: Math.log10(y), ax: 46, ay: 26, arrowhead: 2, xanchor: "left",
+      x: Math.log10(end[0] / MiB), y: Math.log10(y), ax: 46,
+      ay: end[1] / fastest > y ? 26 : -26, arrowhead: 2, xanchor: "left",
       bgcolor: "#ffffffd0",
       text: end[0] > data.frontier[0][0]
         ? `recomputation alone ends at ${bytes(end[0])}` : `recomputation alone reaches as far`,
@@ -258,7 +259,9 @@ function tables() {
   const order = plans.map((_, i) => i).reverse();
   at("plans").replaceChildren(
     made("thead", {}, made("tr", {},
-      ...["budget", "predicted", "time", "of the fastest's", "error"].map(text => made("th", {className: "number"}, text)), made("th", {}, "layers by strategy"))),
+      ...["budget", "predicted", "time", "of the fastest's", "error"].map(text =>
+        made("th", {className: "number"}, text)),
+      made("th", {}, "layers by strategy"))),
     made("tbody", {}, ...order.map(i => {
       const p = plans[i];
       const part = ([letter, n]) => made(
@@ -290,7 +293,8 @@ function show(i) {
 at("about").textContent = `${layers.length} layers on ${data.profile.device || "an unnamed device"} ` +
   `(${data.profile.source || "a profile made by hand"}). Times and bytes are predictions but where it says ` +
   "otherwise.";
-at("source").textContent = "Made by mwplan; nothing on this page comes from a network. Letters and patterns " +
+at("source").textContent =
+  "Made by mwplan; nothing on this page comes from a network. Letters and patterns " +
   "tell the same as colours.";
 at("budget").max = plans.length - 1;
 at("marks").append(...plans.map((_, i) => made("option", {value: i})));
