@@ -22,6 +22,7 @@ from mwplan.targets.devices import DEVICES
 
 if TYPE_CHECKING:
     from mwplan.app.train_result import TrainResult
+    from mwplan.plans.profiles import Profile
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -90,6 +91,15 @@ def profile(
         f"mwplan frontier {name}                       what every budget costs",
         f"mwplan plan {name} --budget 2GiB             the fastest schedule within one",
         f"mwplan report {name} --to plan.html          all of it, to look at",
+    )
+
+
+def _backpropagation(profile: Profile) -> str:
+    """What `jax.grad` would take, in words."""
+    total = profile.fixed_bytes + profile.stored_bytes
+    return (
+        f"backpropagation, everything stored: {show_bytes(profile.stored_bytes)} temporaries, "
+        f"{show_bytes(total)} in all"
     )
 
 
@@ -197,6 +207,7 @@ def frontier(
     for need, time in shown:
         table.add_row(show_bytes(need), show_ns(time), f"{time / fastest:.2f}")
     out.print(table)
+    out.print(_backpropagation(found.profile))
     middle = shown[len(shown) // 2][0]
     _next(
         shlex.join(["mwplan", "plan", network, "--budget", f"{middle}B"]) + "    one of them, layer by layer",

@@ -16,6 +16,13 @@ from mwplan.report.content import CompiledPeak
 from mwplan.targets.peak import explain_peak
 
 
+def show_fixed(one: Any) -> str:
+    """The fixed part of a `Profile` or a `RemoteFit`, for people."""
+    state = one.optimizer_bytes
+    of_it = f" ({show_bytes(state)} of it the optimizer's state)" if state else ""
+    return f"{show_bytes(one.fixed_bytes)} fixed{of_it}"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attempt:
     """One program that was compiled: predicted and measured temporaries, and seconds of compilation;
@@ -32,9 +39,9 @@ class Fitted:
     """A compiled gradient step within its budget.
 
     `step(chain, x, *args) -> ((value, report), grads)`, as `mw.value_and_grad`, for the shapes it was
-    compiled for. `schedule`, its plan, with the budget that it was made for: that asked for or, tuned, less;
-    `temporary_bytes`, what the compiled program needs beside arguments and results; `attempts`, everything
-    that was compiled, the chosen one last.
+    compiled for; `ArgumentError` says which argument has another. `schedule`, its plan, with the budget that
+    it was made for: that asked for or, tuned, less; `temporary_bytes`, what the compiled program needs beside
+    arguments and results; `attempts`, everything that was compiled, the chosen one last.
 
     >>> net, x = mw.Chain([jnp.tanh] * 8), jnp.ones((256, 64))
     >>> fit = mw.fit(jnp.sum, net, x, budget="450KiB", profile=mw.estimate(net, x, device="h100"))
@@ -95,7 +102,7 @@ class Fitted:
         return "\n".join(
             (
                 f"compiled step of {len(plan)} layers ({used}) on {self.profile.device}",
-                f"  measured {show_bytes(total)} = {show_bytes(self.profile.fixed_bytes)} fixed"
+                f"  measured {show_bytes(total)} = {show_fixed(self.profile)}"
                 f" + {show_bytes(self.temporary_bytes)} temporaries{budget}",
                 f"  predicted {show_ns(plan.time_ns)}, error {plan.error:.1e}; {len(self.attempts)} compiled",
                 "  call `(value, report), grads = fitted.step(chain, x, *args)`; `print(fitted.schedule)` "

@@ -16,6 +16,7 @@ from mwplan.common import trees
 from mwplan.common.errors import ArgumentError, InfeasibleError
 from mwplan.common.sizes import parse_bytes, show_bytes
 from mwplan.execution import execute
+from mwplan.execution.updates import Optimizer, state_bytes
 from mwplan.fitting.fitted import Attempt, Fitted
 from mwplan.fitting.fitting import fit_step
 from mwplan.functions import cut as cutting
@@ -114,6 +115,7 @@ def fit_function(
     max_attempts: int = 18,
     tune: int = 0,
     say: Callable[[str], None] = lambda text: None,
+    optimizer: Optimizer | None = None,
 ) -> FittedFunction:
     """The gradient step of a function as it is, compiled within a budget.
 
@@ -148,7 +150,8 @@ def fit_function(
     if profile is None:
         profile = profile_pieces(found, params, *args)
     gradient = _Gradient(found, has_aux)
-    profile = dataclasses.replace(profile, fixed_bytes=_fixed_bytes(found, flat))
+    profile = dataclasses.replace(profile, fixed_bytes=_fixed_bytes(found, flat), optimizer_bytes=0)
+    profile = profile.with_optimizer(0 if optimizer is None else state_bytes(optimizer, params))
     try:
         fitted = fit_step(
             gradient,

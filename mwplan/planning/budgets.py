@@ -240,7 +240,7 @@ class Frontier:
             f"`budget={budget!r}` is {'infeasible' if proved else 'too small'}: the least-memory schedule "
             f"{'' if proved else 'found (the frontier is thinned, so a smaller one may exist) '}needs "
             f"{least:_} bytes ({show_bytes(least)}, of which "
-            f"{show_bytes(self.profile.fixed_bytes)} are parameters, input and gradients), in {binding}. "
+            f"{show_bytes(self.profile.fixed_bytes)} are {self.profile.fixed_parts}), in {binding}. "
             f"Raise the budget to that, or lower the batch size{self._more_allowed()}",
             budget_bytes=budget_bytes,
             least_bytes=least,
@@ -275,6 +275,7 @@ class Frontier:
             input_bytes=self.profile.activation_bytes[0],
             peak_bytes=checked.peak_bytes + self.profile.beside_bytes,
             packed_bytes=self._packed_bytes(solution),
+            stored_bytes=self.profile.stored_bytes,
             host_bytes=checked.host_bytes,
             time_ns=time,
             bound_ns=bound,

@@ -56,6 +56,7 @@ def scheduled(profile: Profile, solution: Solution, max_error: float) -> Schedul
         fixed_bytes=profile.fixed_bytes,
         input_bytes=profile.activation_bytes[0],
         peak_bytes=found.peak_bytes + profile.beside_bytes,
+        stored_bytes=profile.stored_bytes,
         time_ns=found.time_ns + found.first_touch_ns,
         error=found.error,
         max_error=max_error,

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mwplan.common import trees
+from mwplan.common import platforms, trees
 from mwplan.compilers.alone import Alone, LastUser
 from mwplan.compilers.compiling import memory_options, options_of, temporaries, workspace
 from mwplan.network.constants import tied
@@ -126,7 +126,7 @@ class Handle(Alone):
     def counted_ns(self) -> float:
         """What a roofline says of its time: shares count, not the figure."""
         if self._counted is None:
-            device = DEVICES["laptop" if jax.default_backend() == "cpu" else "h100"]
+            device = DEVICES["laptop" if platforms.platform() == "cpu" else "h100"]
             self._counted = 1.0 + device.time_ns(costs.kernels(programs.graph(self.jaxpr)))
         return self._counted
 
