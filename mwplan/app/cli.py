@@ -265,7 +265,9 @@ def explain(network: Code, as_json: AsJson = False) -> None:
     if isinstance(found, LossSource):
         _explain_loss(network, found, as_json)
         return
-    x, seen, rows = found.x, set(), []
+    x = found.x
+    seen: set[str] = set()
+    rows: list[dict[str, object]] = []
     for position, layer in enumerate(found.chain.layers, start=1):
         explained = explain_layer(layer, x)
         rows.append({"position": position, **dataclasses.asdict(explained)})

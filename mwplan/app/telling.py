@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from mwplan.app.train_result import PlanRow, TrainResult
 from mwplan.common.sizes import show_bytes
@@ -101,7 +101,9 @@ def side_by_side_rows(result: TrainResult) -> list[tuple[str, ...]]:
     def errors(value: float) -> str:
         return f"{value:.1e}"
 
-    show: Callable[[float], str] = "{:.2%}".format
+    def percent(value: float) -> str:
+        return f"{value:.2%}"
+
     return [
         ("", "plan", "recomputation alone", "backpropagation"),
         ("temporaries, budget", size(room), size(room), ""),
@@ -143,5 +145,5 @@ def side_by_side_rows(result: TrainResult) -> list[tuple[str, ...]]:
         ("largest reported discrepancy", errors(max(result.discrepancies, default=0.0)), "", ""),
         ("times planned again", str(len(result.replans)), "", ""),
         ("final loss", f"{result.losses_planned[-1]:.4f}", "", f"{result.losses_plain[-1]:.4f}"),
-        ("test accuracy", show(result.accuracy_planned), "", show(result.accuracy_plain)),
+        ("test accuracy", percent(result.accuracy_planned), "", percent(result.accuracy_plain)),
     ]

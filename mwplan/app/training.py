@@ -121,7 +121,8 @@ def plan_rows(every: Frontier, alone: Frontier, most_bytes: int) -> tuple[PlanRo
     frontiers have them: fragmentation not counted."""
     if every.least_bytes is None:
         return ()
-    ratio, rows = max(1.0, most_bytes / every.least_bytes), []
+    ratio = max(1.0, most_bytes / every.least_bytes)
+    rows: list[PlanRow] = []
     for k in range(ROWS):
         budget = math.ceil(every.least_bytes * ratio ** (1 - k / (ROWS - 1)))
         found = every.bare(budget)
