@@ -1,21 +1,20 @@
-"""The command line: profile, plan, frontier, explain, train."""
+"""The command line: profile, plan, frontier, report, explain, train."""
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import inspect
+import dataclasses
 import json
-import sys
-from collections.abc import Callable, Iterator
+import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from mwplan.app import sources
+from mwplan.app.sources import CODE, LossSource
+from mwplan.app.waiting import err, phases, waiting
 from mwplan.common.errors import ArgumentError, MwplanError
 from mwplan.common.sizes import parse_bytes, show_bytes, show_ns
 from mwplan.plans.schedule import Strategy
@@ -23,7 +22,6 @@ from mwplan.targets.devices import DEVICES
 
 if TYPE_CHECKING:
     from mwplan.app.train_result import TrainResult
-    from mwplan.network.chain import Chain
     from mwplan.plans.profiles import Profile
 
 app = typer.Typer(
@@ -32,11 +30,9 @@ app = typer.Typer(
     help="Plans the gradient of a deep network within a memory budget, and runs the plan in JAX.",
 )
 out = Console()
-err = Console(stderr=True)
 
-_CODE = "MODULE:NAME, a function without arguments that returns (chain, x)"
-Network = Annotated[str, typer.Argument(help=f"a saved profile (a .json file), or {_CODE}")]
-Code = Annotated[str, typer.Argument(metavar="MODULE:NAME", help=f"{_CODE}; a profile does not hold layers")]
+Network = Annotated[str, typer.Argument(help=f"a saved profile (a .json file), or {CODE}")]
+Code = Annotated[str, typer.Argument(metavar="MODULE:NAME", help=f"{CODE}; a profile does not hold layers")]
 Forbid = Annotated[list[Strategy] | None, typer.Option(help="a strategy not to use; may be repeated")]
 MaxError = Annotated[float, typer.Option(help="largest predicted relative error of a rebuilt cotangent")]
 OnDevice = Annotated[
@@ -44,51 +40,6 @@ OnDevice = Annotated[
     typer.Option("--device", help=f"estimate for this device, do not measure here: {', '.join(DEVICES)}"),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of text")]
-
-
-@contextlib.contextmanager
-def _bar() -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar on stderr with one row a phase."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=30),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=err) as bar:
-        rows: dict[str, Any] = {}
-
-        def advance(phase: str, done: int, total: int) -> None:
-            if phase not in rows or bar.tasks[rows[phase]].finished:
-                rows[phase] = bar.add_task(phase, total=total)
-            bar.update(rows[phase], completed=done, total=total)
-
-        yield advance
-
-
-def _network(source: str) -> tuple[Chain, Any]:
-    """The chain and input that MODULE:NAME returns."""
-    module, _, name = source.partition(":")
-    if not name:
-        raise ArgumentError(f"`{source}` is neither a .json file nor {_CODE}")
-    sys.path.insert(0, "")
-    try:
-        made = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ArgumentError(f"`{source}` cannot be imported: {error}") from error
-    if callable(made):
-        try:
-            inspect.signature(made).bind()
-        except TypeError as error:
-            raise ArgumentError(
-                f"`{source}` cannot be called without arguments ({error}): it must be {_CODE}"
-            ) from error
-        made = made()
-    if not isinstance(made, tuple) or len(made) != 2:
-        raise ArgumentError(f"`{source}` returned {type(made).__name__}: it must return a pair (chain, x)")
-    from mwplan.network.chain import check_chain
-
-    return check_chain(made[0]), made[1]
 
 
 def _check_target(option: str, path: Path | None) -> None:
@@ -106,26 +57,15 @@ def _allowed(forbid: list[Strategy] | None) -> frozenset[Strategy]:
     return frozenset(Strategy) - frozenset(forbid or ())
 
 
-def _profile(source: str, device: str | None = None) -> Profile:
-    from mwplan.plans.profiles import Profile
-    from mwplan.profiling import estimating, measure
+def _next(*lines: str) -> None:
+    """What one does next."""
+    out.print("next", style="bold")
+    for line in lines:
+        out.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
 
-    if source.endswith(".json") or Path(source).is_file():
-        if not Path(source).is_file():
-            raise ArgumentError(f"`{source}` does not exist: save a profile there with `mwplan profile`")
-        if device is not None:
-            raise ArgumentError(f"`{source}` is a saved profile already: leave `--device {device}` out")
-        return Profile.from_json(Path(source).read_text())
-    chain, x = _network(source)
-    with _bar() as advance:
-        if device is not None:
-            return estimating.estimate(
-                chain,
-                x,
-                device=device,
-                progress=lambda done, total, name: advance("estimating layers", done, total),
-            )
-        return measure.profile(chain, x, progress=lambda done, total, what: advance(what, done, total))
+
+def _is_saved(network: str) -> bool:
+    return network.endswith(".json") or Path(network).is_file()
 
 
 @app.command()
@@ -133,15 +73,25 @@ def profile(
     network: Network,
     to: Annotated[Path, typer.Option(help="where to save it")],
     device: OnDevice = None,
+    as_json: AsJson = False,
 ) -> None:
     """Measure every layer on this device, or estimate it for another, and save the profile."""
     from mwplan.common import serial
 
     _check_target("--to", to)
-    found = _profile(network, device)
+    found = sources.profile(network, device)
     serial.write_atomically(to, found.to_json())
-    out.print(f"{len(found)} layers on {found.device}, {found.source}; saved to {to}")
-    out.print(_backpropagation(found))
+    if as_json:
+        print(found.to_json())
+        return
+    what, *rest = str(found).splitlines()[:-1]
+    out.print("\n".join([what, *rest, f"saved to {to}"]), markup=False, highlight=False, soft_wrap=True)
+    name = shlex.quote(str(to))
+    _next(
+        f"mwplan frontier {name}                       what every budget costs",
+        f"mwplan plan {name} --budget 2GiB             the fastest schedule within one",
+        f"mwplan report {name} --to plan.html          all of it, to look at",
+    )
 
 
 def _backpropagation(profile: Profile) -> str:
@@ -181,6 +131,8 @@ def plan(
     from mwplan.profiling import roofline
 
     _check_target("--to", to)
+    if budget is not None:
+        parse_bytes(budget, "--budget")
     room: str | int
     if budget is not None:
         room = budget
@@ -188,17 +140,29 @@ def plan(
         room = roofline.device_of(device).memory_bytes
     else:
         raise ArgumentError("`--budget` is missing: give it, or a `--device` whose memory it shall be")
-    found, rate = _profile(network, device), parse_bytes(link_rate, "--link-rate")
-    schedule = planning.plan(
-        found if host_budget is None else found.offloading(rate),
-        room,
-        max_error=max_error,
-        allowed=_allowed(forbid),
-        host_budget=host_budget,
-    )
+    rate, found = parse_bytes(link_rate, "--link-rate"), sources.profile(network, device)
+    with waiting("planning"):
+        schedule = planning.plan(
+            found if host_budget is None else found.offloading(rate),
+            room,
+            max_error=max_error,
+            allowed=_allowed(forbid),
+            host_budget=host_budget,
+        )
     if to is not None:
         serial.write_atomically(to, schedule.to_json())
-    print(schedule.to_json() if as_json else schedule)
+    if as_json:
+        print(schedule.to_json())
+        return
+    print(schedule)
+    quoted = f'budget="{room}"' if isinstance(room, str) else f"budget={room}"
+    compiles = (
+        f"mw.fit_function(loss, params, ..., {quoted}) or mw.fit(loss, chain, x, ..., {quoted})"
+        "    compiles it and measures"
+    )
+    saved = f'mw.value_and_grad(loss, mw.Schedule.from_json(open("{to}").read()))    the step of a chain'
+    again = shlex.join(["mwplan", "report", network, "--to", "plan.html", "--budget", str(room)])
+    _next(compiles, *([] if to is None else [saved]), f"{again}    looks at it")
 
 
 @app.command()
@@ -220,7 +184,13 @@ def frontier(
         raise ArgumentError(
             f"`--rows {rows}` must be at least 2: the schedule of least memory and the fastest"
         )
-    found = planning.frontier(_profile(network, device), max_error=max_error, allowed=_allowed(forbid))
+    measured = sources.profile(network, device)
+    with waiting("solving for every budget"):
+        found = planning.frontier(
+            measured, max_error=max_error, allowed=_allowed(forbid), thin=planning.default_thin(measured)
+        )
+    if not found.points:
+        raise found.infeasible(1, 1)
     if plot is not None:
         serial.write_atomically(plot, plots.png(found.plot().figure))  # type: ignore[arg-type]
     if as_json:
@@ -238,6 +208,11 @@ def frontier(
         table.add_row(show_bytes(need), show_ns(time), f"{time / fastest:.2f}")
     out.print(table)
     out.print(_backpropagation(found.profile))
+    middle = shown[len(shown) // 2][0]
+    _next(
+        shlex.join(["mwplan", "plan", network, "--budget", f"{middle}B"]) + "    one of them, layer by layer",
+        shlex.join(["mwplan", "report", network, "--to", "plan.html"]) + "    all of them, to look at",
+    )
 
 
 @app.command()
@@ -251,40 +226,75 @@ def report(
     max_error: MaxError = 1e-4,
     forbid: Forbid = None,
     plans: Annotated[int, typer.Option(help="budgets to choose from, each planned")] = 24,
+    as_json: AsJson = False,
 ) -> None:
     """A page to look at: every budget's plan by layer, its memory over a step, its peak and proof."""
     from mwplan import planning
     from mwplan.report import page
 
     page.check_target(to)
-    found = _profile(network, device)
-    every = planning.frontier(
-        found, max_error=max_error, allowed=_allowed(forbid), thin=planning.default_thin(found)
-    )
-    schedule = None if budget is None else every.at(budget)
-    name = network.rpartition("/")[2] if network.endswith(".json") else network
-    every.report(to, schedule, plans=plans, title=f"Memory plans of {name}")
-    out.print(f"wrote {to}: open it in a browser, and drag the budget", soft_wrap=True)
+    if plans < 1:
+        raise ArgumentError(f"`--plans {plans}` must be at least 1")
+    if budget is not None:
+        parse_bytes(budget, "--budget")
+    found = sources.profile(network, device)
+    with waiting("solving for every budget"):
+        every = planning.frontier(
+            found, max_error=max_error, allowed=_allowed(forbid), thin=planning.default_thin(found)
+        )
+        schedule = None if budget is None else every.at(budget)
+        name = Path(network).name if _is_saved(network) else network
+        every.report(to, schedule, plans=plans, title=f"Memory plans of {name}")
+    if as_json:
+        print(json.dumps({"to": str(to)}))
+        return
+    out.print(f"wrote {to}", highlight=False, soft_wrap=True)
+    _next(f"open {to} in a browser, and drag the budget")
 
 
 @app.command()
-def explain(network: Code) -> None:
-    """Which strategies each layer has, at what price, and why not the others."""
+def explain(network: Code, as_json: AsJson = False) -> None:
+    """Which strategies each layer has, at what price, and why not the others; of a loss, its pieces."""
     import jax
 
     from mwplan.network.operator import explain as explain_layer
 
-    if network.endswith(".json"):
-        raise ArgumentError(f"`{network}`: `explain` needs the layers, which no profile holds: give {_CODE}")
-    chain, x = _network(network)
-    seen = set()
-    for position, layer in enumerate(chain.layers, start=1):
+    if _is_saved(network):
+        raise ArgumentError(f"`{network}`: `explain` needs the layers, which no profile holds: give {CODE}")
+    found = sources.network(network)
+    if isinstance(found, LossSource):
+        _explain_loss(network, found, as_json)
+        return
+    x = found.x
+    seen: set[str] = set()
+    rows: list[dict[str, object]] = []
+    for position, layer in enumerate(found.chain.layers, start=1):
         explained = explain_layer(layer, x)
-        if str(explained) not in seen:
+        rows.append({"position": position, **dataclasses.asdict(explained)})
+        if not as_json and str(explained) not in seen:
             out.print(f"layer {position}", style="bold")
             out.print(explained)
             seen.add(str(explained))
         x = jax.eval_shape(lambda layer, x: layer(x), layer, x)
+    if as_json:
+        print(json.dumps(rows))
+        return
+    _next(shlex.join(["mwplan", "profile", network, "--to", "profile.json"]) + "    what each takes here")
+
+
+def _explain_loss(network: str, found: LossSource, as_json: bool) -> None:
+    """The pieces of a loss."""
+    if as_json:
+        pieces = found.cut.plan.pieces
+        rows = [{"name": one.label, "times": one.depth, "makes_bytes": one.made_bytes} for one in pieces]
+        print(json.dumps(rows))
+        return
+    print(found.cut)
+    out.print(
+        "Each piece can be stored, recomputed, or passed with its whole cotangent kept; vijps and inversion "
+        "need the layers of mwplan.layers, in a chain.",
+    )
+    _next(shlex.join(["mwplan", "plan", network, "--budget", "2GiB"]) + "    the fastest schedule within it")
 
 
 @app.command()
@@ -292,24 +302,24 @@ def train(
     budget: Annotated[
         str | None,
         typer.Option(
-            help="device bytes of the gradient step; by default room for a fifth of backpropagation's "
-            "temporaries, "
-            "or 1.25 times the least that any schedule needs where that is more"
+            help="device bytes of the gradient step; by default room for 0.15 of backpropagation's "
+            "temporaries, or 1.4 times the least that any schedule needs where that is more"
         ),
     ] = None,
     max_error: MaxError = 1e-4,
     forbid: Forbid = None,
     batch: Annotated[int, typer.Option(help="images a step")] = 512,
-    epochs: Annotated[int, typer.Option(help="passes over the training images")] = 60,
-    depth: Annotated[int, typer.Option(help="convolutions at each of the two resolutions")] = 12,
+    epochs: Annotated[int, typer.Option(help="passes over the training images")] = 40,
+    depth: Annotated[int, typer.Option(help="convolutions at each of the two resolutions")] = 16,
     seed: Annotated[int, typer.Option(help="of weights, batches and split")] = 0,
-    to: Annotated[Path, typer.Option("--out", help="folder for training.json and training.png")] = Path(
-        "results/demo"
-    ),
+    to: Annotated[
+        Path, typer.Option("--out", help="folder for training.json, training.png and plan.html")
+    ] = Path("results/demo"),
     as_json: AsJson = False,
 ) -> None:
     """Train on handwritten digits within a budget that backpropagation exceeds."""
     from mwplan.app import training
+    from mwplan.app.telling import made_of
     from mwplan.app.train_result import TrainConfig
 
     config = TrainConfig(
@@ -321,72 +331,34 @@ def train(
         seed=seed,
         forbid=tuple(forbid or ()),
     )
-    with _bar() as advance:
-        result = training.train(
+    with phases() as advance:
+        trained = training.train(
             config, advance, lambda text: err.print(text, markup=False, highlight=False, soft_wrap=True)
         )
-    files = training.write(result, to)
+    files, result = training.write(trained, to), trained.result
     if as_json:
         print(result.to_json())
         return
     out.print(_training_table(result))
-    out.print(_budget_note(result), end="")
-    out.print(f"wrote {files[0]} and {files[1]}")
+    out.print(made_of(result))
+    out.print(f"wrote {', '.join(map(str, files))}", highlight=False, soft_wrap=True)
+    if len(files) == 2:
+        _next('pip install -e ".[report]", for a page that shows the plan at every budget')
+    else:
+        _next(f"open {files[2]} in a browser, and drag the budget; {files[1]} is the whole at a glance")
 
 
 def _training_table(result: TrainResult) -> Table:
-    """What was predicted and measured, beside backpropagation's."""
+    """What was predicted and measured, beside recomputation and backpropagation."""
+    from mwplan.app.telling import side_by_side_rows
+
+    head, *rows = side_by_side_rows(result)
     table = Table(title="planned and plain training, side by side", title_justify="left")
-    for name in ("", "plan", "backpropagation", "ratio"):
-        table.add_column(name, justify="left" if not name else "right")
-
-    def row(name: str, planned: float, plain: float, show: Callable[[float], str]) -> None:
-        table.add_row(name, show(planned), show(plain), f"{planned / plain:.2f}")
-
-    def size(value: float) -> str:
-        return show_bytes(int(value))
-
-    room = result.budget_bytes - result.fixed_bytes
-    table.add_row("temporaries, budget", size(room), "", "")
-    table.add_row("temporaries, predicted", size(result.predicted_temporary_bytes), "", "")
-    row("temporaries, measured", result.measured_temporary_bytes, result.backprop_temporary_bytes, size)
-    fixed = result.fixed_bytes
-    row(
-        "all device memory",
-        fixed + result.measured_temporary_bytes,
-        fixed + result.backprop_temporary_bytes,
-        size,
-    )
-    table.add_row("gradient, predicted", f"{result.predicted_step_seconds * 1e3:.1f} ms", "", "")
-    row("step", result.planned_step_seconds, result.backprop_step_seconds, lambda s: f"{s * 1e3:.1f} ms")
-    row(
-        "compilation", result.planned_compile_seconds, result.backprop_compile_seconds, lambda s: f"{s:.1f} s"
-    )
-    for when, planned, plain in (
-        ("first", result.gradient_error_first, result.backprop_error_first),
-        ("last", result.gradient_error_last, result.backprop_error_last),
-    ):
-        table.add_row(f"gradient error to float64, {when} step", f"{planned:.1e}", f"{plain:.1e}", "")
-    table.add_row("largest reported discrepancy", f"{max(result.discrepancies, default=0.0):.1e}", "", "")
-    table.add_row("times planned again", str(len(result.replans)), "", "")
-    table.add_row("final loss", f"{result.losses_planned[-1]:.4f}", f"{result.losses_plain[-1]:.4f}", "")
-    table.add_row("test accuracy", f"{result.accuracy_planned:.2%}", f"{result.accuracy_plain:.2%}", "")
+    for name in head:
+        table.add_column(name, justify="right" if name else "left")
+    for row in rows:
+        table.add_row(*row)
     return table
-
-
-def _budget_note(result: TrainResult) -> str:
-    """A line where the default budget is not the fifth that the help promises; otherwise nothing."""
-    from mwplan.app.training import BUDGET_FRACTION, LEAST_FACTOR
-
-    fifth = int(BUDGET_FRACTION * result.backprop_temporary_bytes)
-    if result.config.budget is not None or result.budget_bytes - result.fixed_bytes <= fifth:
-        return ""
-    return (
-        f"A fifth of backpropagation's temporaries ({show_bytes(fifth)}) is too little here: the budget is "
-        f"{LEAST_FACTOR} times the least that any "
-        f"schedule needs, {show_bytes(result.budget_bytes)} with {show_bytes(result.fixed_bytes)} of "
-        "parameters, gradients and input.\n"
-    )
 
 
 def main() -> None:

@@ -59,6 +59,8 @@ class Task:
     - `checks`: steps before which both gradients are compared with float64, at the planned run's weights, on
       batch 0; `steps` stands for the end.
     - `patience`: the least number of steps between two plans.
+    - `rival`: strategies of which another step within the budget is made, and timed in turn with the two
+      after the training, for `rounds`.
     """
 
     chain: Chain
@@ -73,6 +75,8 @@ class Task:
     patience: int = 1
     repeats: int = 5
     tune: int = 0
+    rival: frozenset[Strategy] | None = None
+    rounds: int = 9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,10 +110,14 @@ class Curve:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What was measured. `fitted`: the last plan, with its compiled gradient step; `replans`: the steps after
-    which it was planned again."""
+    """What was measured. `fitted`: the last plan, with its compiled gradient step; `rival`, that of the
+    `rival` strategies, None where none fits or none was asked for; `timed`, median seconds of gradients
+    computed in turn: plain, planned and, where there is one, the rival's; `replans`: the steps after which it
+    was planned again."""
 
     fitted: Fitted
+    rival: Fitted | None
+    timed: tuple[float, ...]
     budget_bytes: int
     backprop_temporary_bytes: int
     backprop_compile_seconds: float
@@ -143,6 +151,9 @@ def train(task: Task, progress: Progress = silent, say: Callable[[str], None] = 
     return session.outcome()
 
 
+_COMPILING = "planning and compiling"
+
+
 class _Session:
     """The two runs, while they train: what is compiled, and what was measured so far."""
 
@@ -153,14 +164,19 @@ class _Session:
         def plain_gradient(net: Chain, x: Any, labels: Any) -> Any:
             return jax.value_and_grad(lambda net: task.loss(net(x), labels))(net)
 
+        profile = self._profile(task.chain)
+        steps = 2 if task.rival is None else 3
+        progress(_COMPILING, 0, steps)
         start = time.perf_counter()
         self.backprop = jit(plain_gradient).lower(task.chain, *self.example).compile()
         self.backprop_compile_seconds = time.perf_counter() - start
-
-        profile = self._profile(task.chain)
+        progress(_COMPILING, 1, steps)
         self.budget = task.budget(profile, temporaries(self.backprop))
-        self.fitted = self._fit(task.chain, profile)
+        self.fitted = self._fit(task.chain, profile, task.allowed)
         say(str(self.fitted.schedule))
+        progress(_COMPILING, 2, steps)
+        self.rival = self._rival(profile)
+        progress(_COMPILING, steps, steps)
 
         @jit
         def update(net: Chain, state: Any, grads: Any) -> tuple[Any, Any]:
@@ -184,10 +200,21 @@ class _Session:
             net,
             self.example[0],
             repeats=self.task.repeats,
-            progress=lambda done, total, _: self.progress("profiling layers", done, total),
+            progress=lambda done, total, what: self.progress(what, done, total),
         )
 
-    def _fit(self, net: Chain, profile: Profile) -> Fitted:
+    def _rival(self, profile: Profile) -> Fitted | None:
+        """The step of the rival strategies within the budget, if there is one."""
+        if self.task.rival is None:
+            return None
+        if self.task.rival.issuperset(self.fitted.schedule.strategies):
+            return self.fitted
+        try:
+            return self._fit(self.task.chain, profile, self.task.rival)
+        except InfeasibleError:
+            return None
+
+    def _fit(self, net: Chain, profile: Profile, allowed: frozenset[Strategy]) -> Fitted:
         """The step within the budget."""
         task = self.task
         found = fitting.fit(
@@ -197,7 +224,7 @@ class _Session:
             budget=self.budget,
             profile=profile,
             max_error=task.max_error,
-            allowed=task.allowed,
+            allowed=allowed,
             tune=task.tune,
             say=self.say,
         )
@@ -242,7 +269,8 @@ class _Session:
         )
         self.replans.append(step)
         try:
-            self.fitted = self._fit(self.planned.chain, self._profile(self.planned.chain))
+            profile = self._profile(self.planned.chain)
+            self.fitted = self._fit(self.planned.chain, profile, self.task.allowed)
         except InfeasibleError as error:
             raise InfeasibleError(
                 f"after step {step} no schedule keeps `max_error={limit}` within the budget any more: "
@@ -252,10 +280,24 @@ class _Session:
             ) from error
         self.planned.gradient = self.fitted.step
 
+    def timed(self) -> tuple[float, ...]:
+        """`Outcome.timed`, at the weights that the planned run ends with."""
+        steps = [self.backprop, self.fitted.step]
+        steps += [] if self.rival is None else [self.rival.step]
+        seconds: list[list[float]] = [[] for _ in steps]
+        for _ in range(self.task.rounds + 1):
+            for step, samples in zip(steps, seconds):
+                start = time.perf_counter()
+                jax.block_until_ready(step(self.planned.chain, *self.example))
+                samples.append(time.perf_counter() - start)
+        return tuple(statistics.median(samples[1:]) for samples in seconds)
+
     def outcome(self) -> Outcome:
         """All of it, as plain values."""
         return Outcome(
             fitted=self.fitted,
+            rival=self.rival,
+            timed=self.timed(),
             budget_bytes=self.budget,
             backprop_temporary_bytes=temporaries(self.backprop),
             backprop_compile_seconds=self.backprop_compile_seconds,

@@ -9,23 +9,23 @@ from mwplan.common.errors import ArgumentError
 from mwplan.common.sizes import parse_bytes
 from mwplan.plans.schedule import Schedule, Strategy
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
     """What to train and how.
 
-    `budget`: device bytes of the gradient step. With None, temporaries get a fifth of what backpropagation's
+    `budget`: device bytes of the gradient step. With None, temporaries get 0.15 of what backpropagation's
     take, or a little more than the least feasible. The learning rate decays to 0 along a cosine.
     """
 
     budget: str | None = None
     max_error: float = 1e-4
     batch: int = 512
-    epochs: int = 60
+    epochs: int = 40
     learning_rate: float = 2e-3
-    depth: int = 12
+    depth: int = 16
     seed: int = 0
     forbid: tuple[Strategy, ...] = ()
 
@@ -38,9 +38,26 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PlanRow:
+    """The plan at one budget, as predicted: its time, that of the best recomputation there (None where none
+    fits), and the strategy of each layer."""
+
+    budget_bytes: int
+    time_ns: int
+    recomputation_ns: int | None
+    strategies: tuple[Strategy, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainResult:
     """What one training run measured: bytes, seconds, errors, losses, accuracies. One entry a step in the
-    lists."""
+    lists.
+
+    As predicted: `frontier` and `recomputation`, `(total bytes, ns)` of all strategies and of storing and
+    recomputing alone; `plans`, from the largest budget to the least; `backprop_predicted_ns`, of everything
+    stored. `recomputation_...`: the best recomputation within the same budget, measured; None where none
+    fits.
+    """
 
     config: TrainConfig
     device: str
@@ -67,6 +84,12 @@ class TrainResult:
     losses_plain: tuple[float, ...]
     discrepancies: tuple[float, ...]
     replans: tuple[int, ...]
+    frontier: tuple[tuple[int, int], ...]
+    recomputation: tuple[tuple[int, int], ...]
+    plans: tuple[PlanRow, ...]
+    backprop_predicted_ns: int
+    recomputation_temporary_bytes: int | None
+    recomputation_step_seconds: float | None
 
     def to_json(self) -> str:
         """This result as JSON with a schema number."""

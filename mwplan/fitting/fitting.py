@@ -161,9 +161,16 @@ class _Fitter:
     max_attempts: int
     say: Callable[[str], None]
 
-    def fitted(self, allowed: frozenset[Strategy], total: int, *others: frozenset[Strategy]) -> Fitted:
+    def fitted(
+        self,
+        allowed: frozenset[Strategy],
+        total: int,
+        *others: frozenset[Strategy],
+        last_resort: bool = True,
+    ) -> Fitted:
         """The fastest of `allowed` that fits `total` bytes. Where fragmentation makes it slow, or nothing
-        fits, also what else would be faster: of `allowed`, and of the `others` among them."""
+        fits, also what else would be faster: of `allowed`, and of the `others` among them. With
+        `last_resort`, also what is compiled whatever was predicted."""
         search, of_all = Search(self.compiler, total, self.say), self.plans(allowed)
         sets = tuple(filter(None, dict.fromkeys((allowed, *(allowed & other for other in others)))))
         found = fastest = None
@@ -175,6 +182,11 @@ class _Fitter:
                 if limit_ns > fastest.time_ns:
                     quicker = self.plans(some).quicker(total, search, limit_ns)
                     found = search.first(quicker, min(self.max_attempts, QUICKER)) or found
+        if found is None and not last_resort:
+            raise InfeasibleError(
+                f"of the {len(search.attempts)} programs that were compiled none fits {show_bytes(total)}",
+                budget_bytes=total,
+            )
         if found is None:
             candidates = tuple(self.baselines(sets))
             if not candidates:  # of these strategies there is no schedule at all
@@ -214,7 +226,8 @@ class _Fitter:
         found, failed = [], []
         for some, room in dict.fromkeys(asked):
             try:
-                found.append(self.fitted(some, room))
+                whole = (some, room) == (chosen, budget_bytes)
+                found.append(self.fitted(some, room, last_resort=whole))
             except InfeasibleError as error:
                 failed.append(error)
         found = list({one.schedule.runs: one for one in reversed(found)}.values())[::-1]

@@ -98,7 +98,7 @@ class Search:
             return made
         self.say(
             f"a schedule of {show_bytes(schedule.peak_bytes)} needs {show_bytes(needs)} compiled, "
-            f"{show_bytes(needs - self.room)} above the budget: trying a smaller one"
+            f"{show_bytes(needs - self.room)} above the budget"
         )
         return None
 

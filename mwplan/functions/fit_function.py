@@ -25,6 +25,8 @@ from mwplan.functions.policy import Policy
 from mwplan.plans.profiles import Profile
 from mwplan.plans.schedule import Choice, Schedule
 from mwplan.profiling import measure
+from mwplan.profiling.estimating import estimate
+from mwplan.profiling.progress import Progress
 
 PyTree = Any
 #: The share of the budget that copies of stacked parameters may take, if not asked for.
@@ -146,8 +148,7 @@ def fit_function(
         found = looped
     flat = _split(found, params, args)
     if profile is None:
-        chain, x, _ = found.build_flat(*flat)
-        profile = measure.profile(chain, x, wrt_input=found.plan.shares)
+        profile = profile_pieces(found, params, *args)
     gradient = _Gradient(found, has_aux)
     profile = dataclasses.replace(profile, fixed_bytes=_fixed_bytes(found, flat), optimizer_bytes=0)
     profile = profile.with_optimizer(0 if optimizer is None else state_bytes(optimizer, params))
@@ -171,6 +172,26 @@ def fit_function(
             binding=error.binding,
         ) from error
     return FittedFunction(cut=found, fitted=fitted, has_aux=has_aux)
+
+
+def profile_pieces(
+    found: Cut,
+    params: PyTree,
+    *args: Any,
+    device: str | None = None,
+    progress: Progress | bool | None = None,
+) -> Profile:
+    """What the pieces of a function cost, at the arguments that it was cut for: measured here, or estimated
+    for a `device`. Raises and costs: as `mw.profile` and `mw.estimate`; `ArgumentError` for shapes."""
+    _check_concrete(params, args)
+    flat = _split(found, params, args)
+    chain, x, _ = found.build_flat(*flat)
+    shares = found.plan.shares
+    if device is None:
+        profile = measure.profile(chain, x, wrt_input=shares, progress=progress)
+    else:
+        profile = estimate(chain, x, device=device, wrt_input=shares, progress=progress)
+    return dataclasses.replace(profile, fixed_bytes=_fixed_bytes(found, flat))
 
 
 @dataclass(frozen=True)
@@ -214,8 +235,7 @@ def _check_concrete(params: PyTree, args: tuple[Any, ...]) -> None:
         isinstance(leaf, (jax.core.Tracer, jax.ShapeDtypeStruct)) for leaf in jax.tree.leaves((params, args))
     ):
         raise ArgumentError(
-            "`params` and `args` must be concrete arrays, to be measured: call `mw.fit_function` outside "
-            "`jax.jit`"
+            "`params` and `args` must be concrete arrays, to be measured: not shapes, nor traced by `jax.jit`"
         )
 
 

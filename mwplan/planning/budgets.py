@@ -156,6 +156,14 @@ class Frontier:
             raise self.infeasible(budget_bytes, budget)
         return self.packed(self.schedule(self.simplified(solution, room, regular), budget_bytes), regular)
 
+    def bare(self, budget_bytes: int) -> Schedule:
+        """As `at`, whatever fragmentation is predicted (`Schedule.packed_bytes`): the frontier's point."""
+        room = budget_bytes - self.always_bytes
+        solution = self.solved.at(self.enough(room))
+        if solution.runs is None:
+            raise self.infeasible(budget_bytes, budget_bytes)
+        return self.schedule(self.simplified(solution, room, TUNING.regular_loss), budget_bytes)
+
     def packed(self, schedule: Schedule, regular: float) -> Schedule:
         """`schedule`, or the fastest one of less memory that keeps its budget with the predicted
         fragmentation; itself if none of `Tuning.smaller_points` does."""
@@ -388,11 +396,7 @@ class Frontier:
         ratio = totals[-1] / totals[0]
         aims = [totals[0] * ratio ** (k / max(1, plans - 1)) for k in range(plans)]
         picked = {totals[max(0, bisect.bisect_right(totals, aim * (1 + 1e-9)) - 1)] for aim in aims}
-        found = {}
-        for total in sorted(picked, reverse=True):  # as the frontier has them: fragmentation is said in words
-            room = total - self.always_bytes
-            solution = self.simplified(self.solved.at(self.enough(room)), room, TUNING.regular_loss)
-            found[solution.runs or ()] = self.schedule(solution, total)
+        found = {one.runs: one for one in (self.bare(total) for total in sorted(picked, reverse=True))}
         if schedule is not None:
             found[schedule.runs] = schedule
         some = sorted(found.values(), key=lambda one: one.budget_bytes or one.total_bytes)

@@ -78,7 +78,7 @@ def content(subject: Subject) -> dict[str, Any]:
             for strategy, look in palette.STRATEGIES.items()
         },
         "kinds": [{**dataclasses.asdict(look), "name": kind.value} for kind, look in palette.KINDS.items()],
-        "always": {**dataclasses.asdict(palette.ALWAYS), "name": "always there"},
+        "always": {**dataclasses.asdict(palette.ALWAYS), "what": _always(profile), "name": "always there"},
         "lines": {
             "frontier": palette.FRONTIER,
             "recomputation": palette.RECOMPUTATION,
@@ -115,7 +115,7 @@ def _plan(profile: Profile, schedule: Schedule) -> dict[str, Any]:
         "lanes": lanes(profile, schedule.runs),
         "starts": [run.start for run in schedule.runs],
         "counts": {LETTERS[s]: n for s, n in schedule.counts.items()},
-        "words": words(schedule),
+        "words": words(schedule, _always(profile)),
         "events": {
             "of": len(alive),
             "shown": columns,
@@ -172,13 +172,19 @@ def described(profile: Profile, one: Holding) -> str:
             return f"cotangent of {of}{level}"
 
 
-def words(schedule: Schedule) -> list[list[str]]:
-    """What was predicted and proved: pairs of a heading and a sentence."""
+def _always(profile: Profile) -> str:
+    """What the fixed part is."""
+    state = ", the optimizer's state" if profile.optimizer_bytes else ""
+    return f"parameters, gradients, input{state}"
+
+
+def words(schedule: Schedule, always: str) -> list[list[str]]:
+    """What was predicted and proved: pairs of a heading and a sentence; `always`, what the fixed part is."""
     found = [
         [
             "Memory",
             f"{show_bytes(schedule.total_bytes)} predicted, {show_bytes(schedule.fixed_bytes)} of it "
-            f"parameters, gradients and input, and {show_bytes(schedule.peak_bytes)} temporaries, at most.",
+            f"always there ({always}), and {show_bytes(schedule.peak_bytes)} temporaries, at most.",
         ],
         ["Time", f"{show_ns(schedule.time_ns)} predicted for the gradient, without the loss."],
         ["Proof", _proof(schedule)],

@@ -56,16 +56,18 @@ const axis = {showline: true, linecolor: "#888", ticks: "outside", gridcolor: "#
 // Ticks of a logarithmic axis where people expect numbers.
 function ticks(low, high) {
   const found = [];
+  const fine = [1, 1.1, 1.2, 1.3, 1.4, 1.6, 1.8, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 9];
+  const steps = high / low < 2.2 ? fine : [1, 1.5, 2, 3, 5, 7];
   for (let e = Math.floor(Math.log10(low)); e <= Math.ceil(Math.log10(high)); e++)
-    for (const m of [1, 1.5, 2, 3, 5, 7]) if (m * 10 ** e >= low * 0.97 && m * 10 ** e <= high * 1.03)
+    for (const m of steps) if (m * 10 ** e >= low * 0.97 && m * 10 ** e <= high * 1.03)
       found.push(+(m * 10 ** e).toPrecision(3));
   return {tickmode: "array", tickvals: found, ticktext: found.map(v => `${v}`)};
 }
 
 function drawFrontier() {
   const line = (points, name, color, dash) => ({
-    x: points.map(p => p[0] / MiB), y: points.map(p => p[1] / fastest), name, mode: "lines", hoverinfo: "skip",
-    line: {color, dash, shape: "hv", width: 2.5},
+    x: points.map(p => p[0] / MiB), y: points.map(p => p[1] / fastest), name, mode: "lines",
+    hoverinfo: "skip", line: {color, dash, shape: "hv", width: 2.5},
   });
   const traces = [];
   if (data.recomputation.length)
@@ -90,14 +92,15 @@ function drawFrontier() {
   const xs = [...data.frontier, ...data.recomputation].map(p => p[0] / MiB);
   if (data.backpropagation) xs.push(data.backpropagation[0] / MiB);
   const low = Math.min(...xs), high = Math.max(...xs);
-  // Recomputation's last stretch may be many times slower: what lies above is cut off, with a word.
-  const top = Math.max(...data.frontier.map(p => p[1] / fastest)) * 1.25;
+  // Recomputation's last stretch may be many times slower: what lies far above all plans is cut off.
+  const top = Math.max(...data.frontier.map(p => p[1] / fastest), 1.2) * 1.3;
   const annotations = [];
   if (data.recomputation.length) {
     const end = data.recomputation[0];
-    const y = Math.min(end[1] / fastest, top * 0.93);
+    const y = Math.min(end[1] / fastest, top * 0.97);
     annotations.push({
-      x: Math.log10(end[0] / MiB), y, ax: 46, ay: end[1] / fastest > y ? 34 : 24, arrowhead: 2, xanchor: "left",
+      x: Math.log10(end[0] / MiB), y: Math.log10(y), ax: 46,
+      ay: end[1] / fastest > y ? 26 : -26, arrowhead: 2, xanchor: "left",
       bgcolor: "#ffffffd0",
       text: end[0] > data.frontier[0][0]
         ? `recomputation alone ends at ${bytes(end[0])}` : `recomputation alone reaches as far`,
@@ -112,9 +115,9 @@ function drawFrontier() {
     ...plain, height: 400, margin: {l: 70, r: 20, t: 10, b: 50}, annotations, shapes,
     xaxis: {...axis, type: "log", title: {text: "device memory of the step (MiB)"}, ...ticks(low, high),
       range: [Math.log10(low) - room, Math.log10(high) + room]},
-    yaxis: {...axis, title: {text: "predicted time / the fastest's"},
-      range: [0.95, Math.max(top, 1.3)]},
-    legend: {orientation: "h", y: -0.17},
+    yaxis: {...axis, type: "log", title: {text: "predicted time / the fastest's"}, ...ticks(0.97, top),
+      range: [Math.log10(0.96), Math.log10(top)]},
+    legend: {orientation: "h", y: -0.2},
   }, config);
 }
 
@@ -123,8 +126,10 @@ function drawStrip() {
   at("strip").replaceChildren(...plan.lanes.map((lane, i) => {
     const title = lane.map(([letter, option]) =>
       data.strategies[letter].name + (option ? ` (${option})` : "")).join(", then ");
-    const joined = !i || (starts.has(i) && !("SO".includes(lane[0][0]) && "SO".includes(plan.lanes[i - 1][0][0])));
-    return made("div", {className: joined && i ? "cell start" : "cell", title: `layer ${i + 1}, ${layers[i]}: ${title}`},
+    // Layers that are stored one by one stand together.
+    const alone = i > 0 && [lane, plan.lanes[i - 1]].every(some => "SO".includes(some[0][0]));
+    const className = i > 0 && starts.has(i) && !alone ? "cell start" : "cell";
+    return made("div", {className, title: `layer ${i + 1}, ${layers[i]}: ${title}`},
       made("i", {}, i === 0 || (i + 1) % 5 === 0 ? `${i + 1}` : ""),
       ...lane.map(([letter]) => made("b", {style: fill(data.strategies[letter])}, letter)));
   }));
@@ -145,13 +150,15 @@ function drawMap() {
     font: {size: layers.length > 60 ? 8 : 10, color: data.strategies[letter].ink},
   })));
   Plotly.react("map", [{
-    type: "heatmap", z, x: layers.map((_, i) => i + 1), y: plans.map((_, i) => i), zmin: -0.5, zmax: count - 0.5,
-    colorscale: scale, showscale: false, xgap: fits ? 1 : 0, ygap: 1, hoverinfo: "text",
+    type: "heatmap", z, x: layers.map((_, i) => i + 1), y: plans.map((_, i) => i),
+    zmin: -0.5, zmax: count - 0.5, colorscale: scale, showscale: false, xgap: fits ? 1 : 0, ygap: 1,
+    hoverinfo: "text",
     text: plans.map(p => [...p.letters].map((l, i) =>
       `layer ${i + 1}, ${layers[i]}: ${data.strategies[l].name}<br>${bytes(p.budget)}`)),
   }], {
     ...plain, height: 90 + 21 * plans.length, margin: {l: 90, r: 20, t: 10, b: 45}, annotations,
-    xaxis: {...axis, title: {text: "layer, from the input"}, showgrid: false, range: [0.4, layers.length + 0.6]},
+    xaxis: {...axis, title: {text: "layer, from the input"}, showgrid: false,
+      range: [0.4, layers.length + 0.6]},
     yaxis: {...axis, title: {text: "budget"}, showgrid: false, tickvals: plans.map((_, i) => i),
       ticktext: plans.map(p => bytes(p.budget)), tickfont: {size: 11}, range: [-0.6, plans.length - 0.4]},
     shapes: [{type: "rect", x0: 0.45, x1: layers.length + 0.55, y0: chosen - 0.5, y1: chosen + 0.5,
@@ -162,7 +169,8 @@ function drawMap() {
 function drawMemory() {
   const plan = plans[chosen], events = plan.events, x = events.shown.map(i => i + 1);
   const area = (look, y, name) => ({
-    x, y: y.map(v => v / MiB), name, stackgroup: "memory", mode: "lines", line: {width: 0.6, color: "#222", shape: "hvh"},
+    x, y: y.map(v => v / MiB), name, stackgroup: "memory", mode: "lines",
+    line: {width: 0.6, color: "#222", shape: "hvh"},
     fillcolor: look.color,
     fillpattern: {shape: look.pattern, bgcolor: look.color, fgcolor: look.ink === "#fff" ? "#cfe3f0" : "#444",
       size: 7, solidity: 0.18},
@@ -173,12 +181,12 @@ function drawMemory() {
     const y = events.sizes.map(sizes => sizes[k]);
     if (Math.max(...y)) traces.push(area(kind, y, kind.name));
   });
-  traces.push({x, y: x.map(() => plan.total / MiB), mode: "lines", line: {width: 0, color: "#0000"}, showlegend: false,
-    text: events.where, hovertemplate: "<b>%{text}</b><extra></extra>"});
+  traces.push({x, y: x.map(() => plan.total / MiB), mode: "lines", line: {width: 0, color: "#0000"},
+    showlegend: false, text: events.where, hovertemplate: "<b>%{text}</b><extra></extra>"});
   const level = (bytesAt, text, dash, anchor) => ({
     shape: {type: "line", xref: "paper", x0: 0, x1: 1, y0: bytesAt / MiB, y1: bytesAt / MiB,
       line: {color: "#111", width: 1.6, dash}},
-    note: {xref: "paper", x: anchor === "right" ? 1 : anchor === "left" ? 0.005 : 0.5, xanchor: anchor, y: bytesAt / MiB,
+    note: {xref: "paper", x: {right: 1, left: 0.005, center: 0.5}[anchor], xanchor: anchor, y: bytesAt / MiB,
       yanchor: "bottom", showarrow: false, text, bgcolor: "#ffffffc0", borderpad: 1},
   });
   const levels = [level(plan.budget, `budget ${bytes(plan.budget)}`, "dash", "right")];
@@ -192,8 +200,10 @@ function drawMemory() {
     ...plain, height: 420, margin: {l: 70, r: 20, t: 10, b: 50}, hovermode: "x unified",
     shapes: levels.map(one => one.shape),
     annotations: [...levels.map(one => one.note), {
-      x: peak, y: plan.total / MiB, yshift: -4, ax: 0, ay: 34, arrowhead: 2, text: "peak", bgcolor: "#ffffffd0"}],
-    xaxis: {...axis, title: {text: "operation of the step: forward, then back"}, range: [0.5, events.of + 0.5]},
+      x: peak, y: plan.total / MiB, yshift: -4, ax: 0, ay: 34, arrowhead: 2, text: "peak",
+      bgcolor: "#ffffffd0"}],
+    xaxis: {...axis, title: {text: "operation of the step: forward, then back"},
+      range: [0.5, events.of + 0.5]},
     yaxis: {...axis, title: {text: "device memory (MiB)"}, range: [0, most * 1.12]},
     legend: {orientation: "h", y: -0.2, traceorder: "normal"},
   }, config);
@@ -217,24 +227,29 @@ function drawPeak() {
     made("tbody", {}, ...rows.map(([look, kind, words, size]) => made("tr", {},
       made("td", {}, swatch(look), ` ${kind}`), made("td", {}, words),
       made("td", {className: "number"}, bytes(size)),
-      made("td", {className: "bar"}, made("div", {style: {...fill(look), width: `${100 * size / most}%`}}))))));
+      made("td", {className: "bar"},
+        made("div", {style: {...fill(look), width: `${100 * size / most}%`}}))))));
   const compiled = compiledTotal();
   at("compiled").replaceChildren();
   if (!compiled) return;
   const roles = data.compiled.alive.map(([role, size]) => `${role} ${bytes(size)}`).join(", ");
+  const off = Math.abs(100 * (compiled / plan.total - 1)).toFixed(2);
   at("compiled").append(made("p", {}, `Compiled, the step takes ${bytes(compiled)}: ` +
-    `${(100 * (compiled / plan.total - 1)).toFixed(2)}% beside the prediction (${data.compiled.by}).` +
+    `${off}% ${compiled < plan.total ? "less" : "more"} than ` +
+    `predicted (${data.compiled.by}).` +
     (roles ? ` Alive at that peak: ${roles}.` : "")));
 }
 
 function drawWords() {
   const plan = plans[chosen];
-  at("words").replaceChildren(...plan.words.flatMap(([term, text]) => [made("dt", {}, term), made("dd", {}, text)]));
+  at("words").replaceChildren(...plan.words.flatMap(([term, text]) =>
+    [made("dt", {}, term), made("dd", {}, text)]));
   at("size").textContent = bytes(plan.budget);
   at("budget").value = chosen;
   at("budget").setAttribute("aria-valuetext", bytes(plan.budget));
   const flag = data.compiled && chosen === data.chosen ? " This plan was compiled." : "";
-  at("said").textContent = `${nanoseconds(plan.ns)} a step, ${(plan.ns / fastest).toFixed(2)} of the fastest's; ` +
+  at("said").textContent = `${nanoseconds(plan.ns)} a step, ` +
+    `${(plan.ns / fastest).toFixed(2)} of the fastest's; ` +
     `${layers.length} layers: ${counts(plan)}.${flag}`;
   at("plans").querySelectorAll("tbody tr").forEach((row, i) =>
     row.classList.toggle("shown", +row.dataset.plan === chosen));
@@ -243,13 +258,16 @@ function drawWords() {
 function tables() {
   const order = plans.map((_, i) => i).reverse();
   at("plans").replaceChildren(
-    made("thead", {}, made("tr", {}, ...["budget", "predicted", "time", "of the fastest's", "error"].map(text =>
-      made("th", {className: "number"}, text)), made("th", {}, "layers by strategy"))),
+    made("thead", {}, made("tr", {},
+      ...["budget", "predicted", "time", "of the fastest's", "error"].map(text =>
+        made("th", {className: "number"}, text)),
+      made("th", {}, "layers by strategy"))),
     made("tbody", {}, ...order.map(i => {
       const p = plans[i];
-      const mini = made("div", {className: "mini", title: counts(p)}, ...Object.entries(p.counts).map(([letter, n]) =>
-        made("span", {style: {...fill(data.strategies[letter]), width: `${100 * n / layers.length}%`}},
-          n / layers.length > 0.09 ? `${letter} ${n}` : "")));
+      const part = ([letter, n]) => made(
+        "span", {style: {...fill(data.strategies[letter]), width: `${100 * n / layers.length}%`}},
+        n / layers.length > 0.09 ? `${letter} ${n}` : "");
+      const mini = made("div", {className: "mini", title: counts(p)}, ...Object.entries(p.counts).map(part));
       const row = made("tr", {onclick: () => show(i)},
         ...[bytes(p.budget), bytes(p.total), nanoseconds(p.ns), (p.ns / fastest).toFixed(2),
           p.error ? p.error.toExponential(1) : "none"].map(text => made("td", {className: "number"}, text)),
@@ -273,9 +291,11 @@ function show(i) {
 }
 
 at("about").textContent = `${layers.length} layers on ${data.profile.device || "an unnamed device"} ` +
-  `(${data.profile.source || "a profile made by hand"}). Times and bytes are predictions but where it says otherwise.`;
-at("source").textContent = "Made by mwplan; nothing on this page comes from a network. Letters and patterns tell " +
-  "the same as colours.";
+  `(${data.profile.source || "a profile made by hand"}). Times and bytes are predictions but where it says ` +
+  "otherwise.";
+at("source").textContent =
+  "Made by mwplan; nothing on this page comes from a network. Letters and patterns " +
+  "tell the same as colours.";
 at("budget").max = plans.length - 1;
 at("marks").append(...plans.map((_, i) => made("option", {value: i})));
 at("budget").addEventListener("input", event => show(+event.target.value));
