@@ -6,7 +6,7 @@ cotangent can be done forward. `KeepStore` does them there, keeps the values tha
 in the backward pass what else that needs; what it computes is what `jax.vjp` does, by the same equations.
 
 **Names.** `keep:TRACE:VALUES`. `VALUES` are numbers of values in the order in which the program gives them;
-`TRACE` is a digest of its equations, without which the numbers mean nothing. Both come of the layer's code, the
+`TRACE` is a digest of its forward part, without which the numbers mean nothing. Both come of the layer's code, the
 shapes of its arrays, and JAX's version, and of nothing else: a schedule with such a name can be written to a
 file, and another process, on another machine, finds the same.
 """
@@ -41,7 +41,13 @@ _CALLS = {
     "custom_vjp_call": "call_jaxpr",
 }
 #: Primitives that cost nothing: what they read need not be kept from merging.
-_FREE = {"reshape", "squeeze", "expand_dims", "broadcast_in_dim", "stop_gradient", "copy", "iota", "transpose"}
+_FREE = {
+    *("reshape", "squeeze", "expand_dims", "broadcast_in_dim", "stop_gradient", "copy", "iota", "transpose"),
+    *("pvary", "pcast"),
+}
+#: Primitives that there are within `jax.shard_map` alone, and that change nothing: their results have no
+#: numbers.
+_CASTS = {"pvary", "pcast"}
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,8 @@ class Joint:
     **Attributes:** `program`: from the leaves of the layer, of its input and of the output's cotangent that
     are arrays, to the leaves of the output, of the parameters' gradients and of the input's cotangent that
     have memory; `counts`, of each of these six; `values`, the variables of the forward part, in order, by
-    whose numbers sets of kept values are named; `before`, how many equations make them."""
+    whose numbers sets of kept values are named; `before`, the equations that make them, `after`, the
+    others."""
 
     def __init__(self, layer: PyTree, x: PyTree) -> None:
         leaves, treedef = jax.tree.flatten((layer, x))
@@ -117,15 +124,18 @@ class Joint:
         late = {*jaxpr.invars[sum(self.counts[:2]) :]}
         self.early: list[bool] = []
         self.values: list[Any] = []
+        self.before: list[Any] = []
+        self.after: list[Any] = []
         for eqn in jaxpr.eqns:
             after = any(not isinstance(var, Literal) and var in late for var in eqn.invars)
             self.early.append(not after)
+            (self.after if after else self.before).append(eqn)
             if after:
                 late.update(eqn.outvars)
-            else:
+            elif eqn.primitive.name not in _CASTS:
                 self.values += eqn.outvars
         self.number = {var: i for i, var in enumerate(self.values)}
-        self.digest = _digest(jaxpr)
+        self.digest = _digest([*jaxpr.constvars, *jaxpr.invars], self.before)
         self.divide = functools.cache(self._divide)
 
     @property
@@ -142,6 +152,19 @@ class Joint:
     def inputs(self) -> Sequence[Any]:
         """The input's."""
         return self.program.jaxpr.invars[self.counts[0] : sum(self.counts[:2])]
+
+    @property
+    def needed(self) -> list[Any]:
+        """The variables of input and forward part that the backward part reads, or gives as they are."""
+        read = [var for eqn in self._part([], self.late, self.values, late=True).eqns for var in eqn.invars]
+        known = {*self.inputs, *self.values}
+        return [var for var in dict.fromkeys(_solid([*read, *self.late])) if var in known]
+
+    def wanted(self, kept: Sequence[int]) -> tuple[int, ...]:
+        """Of these values those that the backward pass reads where they are kept."""
+        part = self._part([], self.late, [self.values[i] for i in kept], late=True)
+        read = {*_solid([var for eqn in part.eqns for var in eqn.invars]), *_solid(self.late)}
+        return tuple(sorted(i for i in {*kept} if self.values[i] in read))
 
     @property
     def foreign(self) -> list[Any]:
@@ -166,15 +189,15 @@ class Joint:
         forward = self._part(jaxpr.invars[:first], [*self.y, *variables], (), late=False)
         free = (jaxpr.invars[: self.counts[0]], jaxpr.invars[first:])
         whole = self._part([*free[0], *self.inputs, *variables, *free[1]], self.late, variables, late=True)
-        again = [eqn for eqn in whole.eqns if self.number.get(eqn.outvars[0]) is not None]
-        read = {var for eqn in whole.eqns for var in eqn.invars if not isinstance(var, Literal)}
-        read.update(var for var in whole.outvars if not isinstance(var, Literal))
+        before = {id(eqn) for eqn in self.before}
+        again = [eqn for eqn in whole.eqns if id(eqn) in before]
+        read = {*_solid([*(var for eqn in whole.eqns for var in eqn.invars), *whole.outvars])}
         reads = tuple(i for i, var in enumerate(self.inputs) if var in read)
         whole = whole.replace(
             invars=[*free[0], *(self.inputs[i] for i in reads), *variables, *free[1]]
         )
         work = [eqn for eqn in again if eqn.primitive.name not in _FREE]
-        behind = {var for eqn in again for var in eqn.invars if not isinstance(var, Literal)}
+        behind = {*_solid([var for eqn in again for var in eqn.invars])}
         tied = tuple(i for i, var in enumerate(whole.invars) if var in behind)
         consts = self.program.consts
         return Divided(
@@ -184,15 +207,20 @@ class Joint:
     def _part(self, given: Sequence[Any], wanted: Sequence[Any], stop: Sequence[Any], *, late: bool) -> Jaxpr:
         """The part of the program that `wanted` comes from, back to `given` and `stop`."""
         jaxpr = self.program.jaxpr
-        need = {var for var in wanted if not isinstance(var, Literal)} - {*stop}
+        need = {*_solid(wanted)} - {*stop}
         found = []
         for eqn, early in reversed(list(zip(jaxpr.eqns, self.early, strict=True))):
             if need.isdisjoint(eqn.outvars) or not (early or late):
                 continue
             found.append(eqn)
-            need.update(var for var in eqn.invars if not isinstance(var, Literal))
+            need.update(_solid(eqn.invars))
             need -= {*stop}
         return jaxpr.replace(invars=list(given), outvars=list(wanted), eqns=found[::-1])
+
+
+def _solid(variables: Sequence[Any]) -> list[Any]:
+    """Those that are variables, not numbers."""
+    return [var for var in variables if not isinstance(var, Literal)]
 
 
 def _is_array(leaf: Any) -> bool:
@@ -233,16 +261,22 @@ def _flat(closed: ClosedJaxpr) -> ClosedJaxpr:
     return flat
 
 
-def _digest(jaxpr: Jaxpr) -> str:
-    """Of its equations: which primitive reads what, and the types of what it gives."""
-    numbers: dict[Any, int] = {var: i for i, var in enumerate([*jaxpr.constvars, *jaxpr.invars])}
-    lines = [",".join(f"{var.aval.str_short()}" for var in numbers)]
-    for eqn in jaxpr.eqns:
-        read = (str(var.val) if isinstance(var, Literal) else str(numbers[var]) for var in eqn.invars)
+def _digest(given: Sequence[Any], eqns: Sequence[Any]) -> str:
+    """Of a program's equations: which primitive reads what, and the shapes and types of what it gives."""
+    numbers: dict[Any, int] = {var: i for i, var in enumerate(given)}
+
+    def kind(var: Any) -> str:
+        return f"{getattr(var.aval, 'dtype', '')}{list(getattr(var.aval, 'shape', ()))}"
+
+    lines = [",".join(map(kind, given))]
+    for eqn in eqns:
+        read = [str(var.val) if isinstance(var, Literal) else str(numbers[var]) for var in eqn.invars]
+        if eqn.primitive.name in _CASTS:
+            numbers.update(zip(eqn.outvars, (numbers[var] for var in _solid(eqn.invars))))
+            continue
         for var in eqn.outvars:
             numbers[var] = len(numbers)
-        made = ",".join(var.aval.str_short() for var in eqn.outvars)
-        lines.append(f"{eqn.primitive.name} {','.join(read)} {made}")
+        lines.append(f"{eqn.primitive.name} {','.join(read)} {','.join(map(kind, eqn.outvars))}")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:8]
 
 
@@ -337,12 +371,15 @@ class KeepStore(rules.StoreRule):
         return grads, ct_in
 
 
-def store_rule(layer: PyTree, x: PyTree, name: str) -> rules.StoreRule | None:
-    """The rule of that name, if it is a set of values of this layer's program at `x`."""
+def store_rules(layer: PyTree, x: PyTree, name: str) -> tuple[rules.StoreRule, ...]:
+    """`rules.store_rules`, and the rule of that `name` where it is a set of values of this layer's program at
+    `x`."""
+    offered = rules.store_rules(layer, x)
     if not name.startswith(_PREFIX):
-        return None
+        return offered
     rule, whole = KeepStore(name), joint(layer, x)
-    return rule if name == whole.name(rule.kept) and max(rule.kept, default=-1) < len(whole.values) else None
+    fits = name == whole.name(rule.kept) and max(rule.kept, default=-1) < len(whole.values)
+    return (*offered, rule) if fits else offered
 
 
 def _arrays(tree: PyTree) -> list[Any]:

@@ -16,6 +16,7 @@ from mwplan.network.chain import layer_name
 from mwplan.network.residuals import Residuals, new_bytes
 from mwplan.plans.packing import ALIGNMENT, Workspace
 from mwplan.plans.profiles import InvertOption, MoonwalkOption, StoreOption
+from mwplan.profiling import trades
 from mwplan.profiling.bench import Priced, Pricing, Saved, cotangent
 from mwplan.profiling.carrying import Place
 
@@ -71,11 +72,11 @@ class Options:
 
     def derive(self) -> None:
         """The options that any layer has: keeping less than `jax.vjp` does, and the whole cotangent."""
-        whole = next(reversed(self.stores.values()))
-        self.stores = {
-            rule: self.stores.get(rule) or _StorePrograms(self, rule, whole)
-            for rule in operations.store_rules(self.one, self.x)
-        }
+        *own, (last, whole) = self.stores.items()
+        below = min(programs.kept_bytes for programs in self.stores.values())
+        offered = trades.store_rules(self.layer, self.x, self.pricing.device, below=below)
+        derived = {rule: _StorePrograms(self, rule, whole) for rule in offered}
+        self.stores = {**dict(own), **derived, last: whole}
         for i, rule in enumerate(self.vijps):
             self.walks[i] = self.walks[i] or _MoonwalkPrograms(self, rule)
 
@@ -142,7 +143,7 @@ class _StorePrograms:
     given."""
 
     def __init__(self, options: Options, rule: rules.StoreRule, whole: _StorePrograms | None = None) -> None:
-        self.name, place = rule.name, options.place
+        self.name, self.x, place = rule.name, options.x, options.place
         rule = place.store(rule, options.x, options.y)
         self.forward, self.held = _forward(options, rule)
         y = self.forward.result[0]
@@ -164,6 +165,11 @@ class _StorePrograms:
         self.table_bytes = _table_bytes(
             (options.layer, options.x), self.forward.result, args, self.backward.result
         )
+
+    @property
+    def kept_bytes(self) -> int:
+        """What is kept, the layer's input counted and its output not: the next layer's is there anyway."""
+        return new_bytes(self.held) + self.held.keeps_input * trees.nbytes(self.x)
 
     def option(self) -> StoreOption:
         """What it costs."""

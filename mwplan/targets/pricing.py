@@ -17,6 +17,7 @@ from typing import Any
 from mwplan.common import platforms, trees
 from mwplan.compilers.alone import Alone, LastUser
 from mwplan.targets import program
+from mwplan.targets.devices import Device
 from mwplan.targets.program import Compiled
 from mwplan.targets.target import Target
 
@@ -79,6 +80,12 @@ class Compiler:
         self.progress = progress or (lambda done, started: None)
         self.done = 0
         self._lock = threading.Lock()
+
+    @property
+    def device(self) -> Device:
+        """The target's figures."""
+        assert self.target.device is not None
+        return self.target.device
 
     def program(self, operation: Callable[..., Any], *args: Any) -> Compiling:
         """Starts to compile the operation for shapes like `args`, between barriers as within a step."""
