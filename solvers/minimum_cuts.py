@@ -18,9 +18,9 @@ is a minimum cut of this network. Below the cut is what the backward pass has to
 The bytes and times of the cuts for all $\lambda$ are the lower convex hull of all choices'. Its corners are
 found by cutting at the slope of each pair of neighbours that are known, until none lies below.
 
-**Source:** keeping against making again as one minimum cut, for one $\lambda$, is the min-cut partitioner's of
-PyTorch (He and Yu, 2022); cutting at slopes is Eisner and Severance's (JACM 23(4), 1976). Times of keeping,
-operations of several results and the hull of both together are ours.
+**Source:** keeping against making again as one minimum cut, for one $\lambda$, is that of PyTorch's min-cut
+partitioner; cutting at slopes is Eisner and Severance's (JACM 23(4), 1976). Times of keeping, operations of
+several results and the hull of both together are ours.
 """
 
 from __future__ import annotations
@@ -161,9 +161,7 @@ class _Network:
             ),
         )
 
-    def _wanted(
-        self, kept: frozenset[int], again: frozenset[int]
-    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def _wanted(self, kept: frozenset[int], again: frozenset[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Of what is kept and made again, that which something needed comes from."""
         stack = [v for v, value in enumerate(self.values) if value.needed]
         seen: set[int] = set()

@@ -14,7 +14,9 @@ from mwplan.solvers.minimum_cuts import Operation, Value, hull
 def problem(seed: int) -> tuple[list[Value], list[Operation]]:
     """A random computation: operations of one or two results, in an order in which they can run."""
     rng = random.Random(seed)
-    values = [Value(nbytes=rng.randint(1, 20), keep_ns=rng.choice([0, 1, 2])) for _ in range(rng.randint(1, 2))]
+    values = [
+        Value(nbytes=rng.randint(1, 20), keep_ns=rng.choice([0, 1, 2])) for _ in range(rng.randint(1, 2))
+    ]
     operations = []
     for at in range(rng.randint(1, 5)):
         reads = tuple(rng.sample(range(len(values)), min(len(values), rng.randint(1, 2))))

@@ -2,19 +2,21 @@
 the values in between.
 
 The program is that of the layer's `jax.vjp`, as a list of equations (calls are inlined). Those that read no
-cotangent can be done forward. `KeepStore` does them there, keeps the values that its name says, and does again
-in the backward pass what else that needs; what it computes is what `jax.vjp` does, by the same equations.
+cotangent can be done forward. `KeepStore` does them there, keeps the values that its name says, and does
+again in the backward pass what else that needs; what it computes is what `jax.vjp` does, by the same
+equations.
 
 **Names.** `keep:TRACE:VALUES`. `VALUES` are numbers of values in the order in which the program gives them;
-`TRACE` is a digest of its forward part, without which the numbers mean nothing. Both come of the layer's code, the
-shapes of its arrays, and JAX's version, and of nothing else: a schedule with such a name can be written to a
-file, and another process, on another machine, finds the same.
+`TRACE` is a digest of its forward part, without which the numbers mean nothing. Both come of the layer's
+code, the shapes of its arrays, and JAX's version, and of nothing else: a schedule with such a name can be
+written to a file, and another process, on another machine, finds the same.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -110,9 +112,7 @@ class Joint:
             and (self.digest, self.counts, self.output, len(self.program.consts))
             == (other.digest, other.counts, other.output, len(other.program.consts))
             and all(a is b for a, b in zip(self.program.consts, other.program.consts))
-            and all(
-                a.params == b.params for a, b in zip(self.program.jaxpr.eqns, other.program.jaxpr.eqns)
-            )
+            and all(a.params == b.params for a, b in zip(self.program.jaxpr.eqns, other.program.jaxpr.eqns))
         )
 
     def __hash__(self) -> int:
@@ -193,9 +193,7 @@ class Joint:
         again = [eqn for eqn in whole.eqns if id(eqn) in before]
         read = {*_solid([*(var for eqn in whole.eqns for var in eqn.invars), *whole.outvars])}
         reads = tuple(i for i, var in enumerate(self.inputs) if var in read)
-        whole = whole.replace(
-            invars=[*free[0], *(self.inputs[i] for i in reads), *variables, *free[1]]
-        )
+        whole = whole.replace(invars=[*free[0], *(self.inputs[i] for i in reads), *variables, *free[1]])
         work = [eqn for eqn in again if eqn.primitive.name not in _FREE]
         behind = {*_solid([var for eqn in again for var in eqn.invars])}
         tied = tuple(i for i, var in enumerate(whole.invars) if var in behind)
@@ -263,19 +261,19 @@ def _flat(closed: ClosedJaxpr) -> ClosedJaxpr:
 
 def _digest(given: Sequence[Any], eqns: Sequence[Any]) -> str:
     """Of a program's equations: which primitive reads what, and the shapes and types of what it gives."""
-    numbers: dict[Any, int] = {var: i for i, var in enumerate(given)}
+    count = itertools.count()
+    names: dict[Any, str] = {var: str(next(count)) for var in given}
 
     def kind(var: Any) -> str:
         return f"{getattr(var.aval, 'dtype', '')}{list(getattr(var.aval, 'shape', ()))}"
 
     lines = [",".join(map(kind, given))]
     for eqn in eqns:
-        read = [str(var.val) if isinstance(var, Literal) else str(numbers[var]) for var in eqn.invars]
+        read = [f"={var.val}" if isinstance(var, Literal) else names[var] for var in eqn.invars]
         if eqn.primitive.name in _CASTS:
-            numbers.update(zip(eqn.outvars, (numbers[var] for var in _solid(eqn.invars))))
+            names.update(zip(eqn.outvars, read))
             continue
-        for var in eqn.outvars:
-            numbers[var] = len(numbers)
+        names.update((var, str(next(count))) for var in eqn.outvars)
         lines.append(f"{eqn.primitive.name} {','.join(read)} {','.join(map(kind, eqn.outvars))}")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:8]
 
@@ -306,7 +304,8 @@ def joint(layer: PyTree, x: PyTree) -> Joint:
 
 
 def _kinds(leaves: Sequence[Any]) -> tuple[Any, ...]:
-    """The shapes and types of those that are arrays, and along which axes they vary within `jax.shard_map`."""
+    """The shapes and types of those that are arrays, and the axes along which they vary within
+    `jax.shard_map`."""
     arrays = [leaf for leaf in leaves if _is_array(leaf)]
     concrete = [leaf for leaf in arrays if not isinstance(leaf, jax.ShapeDtypeStruct)]
     shapes = iter(jax.eval_shape(lambda: concrete))

@@ -7,15 +7,16 @@ From the layer's joint program (`mwplan.network.kept`) and the figures of a devi
    (`mwplan.solvers.minimum_cuts`), and the sets that users and `jax.checkpoint`'s policies name: each name
    that `jax.ad_checkpoint.checkpoint_name` gives in the layer, all of them, products, products without batch
    axes.
-2. **In the cuts** a value costs the time to write it, unless the forward pass writes it anyway, and to read
-   it. An operation that is done again costs its kernel, if it is one of its own (products, convolutions,
-   loops, what is not known), or what it reads, if it is a reduction. What is elementwise is computed in
-   registers by whatever reads it, and costs next to nothing, unless a kernel reads it that computes nothing
-   on the way, such as a product: then it is written first.
-3. **Prices** of candidates are those of their two programs, kernel by kernel (`mwplan.profiling.costs`).
-   What no budget would use is dropped, and so is what saves less than a quarter of an activation; of what
-   remains those that matter most to the staircase, `MOST` at most, and the one that takes least in all while
-   its layer is differentiated.
+2. **Times.** A value that is kept costs the time to write it, unless the forward pass writes it anyway, and
+   to read it. An operation that is done again costs its kernel, if it is one of its own (products,
+   convolutions, loops, what is not known). What is elementwise is computed in registers by whatever reads it,
+   and costs its arithmetic, unless a kernel reads it that computes nothing on the way, such as a product:
+   then it is written first. A reduction costs what it reads; on a GPU, whose compiler does a row's reductions
+   and what is made of them in one kernel (softmax, norms), only its arithmetic and a launch, but keeping a value from the
+   midst of such a kernel makes it two.
+3. **Few.** What no budget would use is dropped, and so is what saves less than a quarter of an activation; of
+   what remains those that matter most to the staircase, `MOST` at most, and the one that takes least in all
+   while its layer is differentiated.
 
 Bits count an eighth of a byte: masks are packed.
 """
@@ -35,7 +36,7 @@ from mwplan.network import operations, rules
 from mwplan.network.axes import WithAxes
 from mwplan.network.kept import Joint, KeepStore, joint
 from mwplan.profiling import costs, programs
-from mwplan.targets.devices import Device
+from mwplan.targets.devices import Device, GpuChip
 
 PyTree = Any
 #: Sets of kept values that a layer offers at most: each has two programs to be compiled.
@@ -46,8 +47,8 @@ LEAST_SAVED = 0.25
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trade:
-    """A set of kept values: `nbytes`, of them and of the input where it is kept; `time_ns`, of the forward
-    and the backward pass; `workspace_bytes`, of the backward pass."""
+    """A set of kept values: `nbytes`, of them and of the input where it is kept; `time_ns`, to keep them and
+    to make the rest again; `workspace_bytes`, of the backward pass."""
 
     kept: tuple[int, ...]
     nbytes: int
@@ -67,7 +68,8 @@ def store_rules(layer: PyTree, x: PyTree, device: Device, *, below: int) -> tupl
     if whole.program.jaxpr.effects:
         return ()
     step = LEAST_SAVED * max(_nbytes(whole.inputs), _nbytes(whole.y))
-    found = [_priced(whole, kept, device) for kept in candidates(whole, device)]
+    problem = Problem(whole, device)
+    found = [problem.trade(kept) for kept in candidates(problem)]
     products = whole.wanted(_named(whole)[-1])
     # `jax.checkpoint` cannot keep complex numbers.
     plain = not any(jnp.issubdtype(v.aval.dtype, jnp.complexfloating) for v in whole.values)
@@ -89,7 +91,8 @@ def thinned(found: Sequence[Trade], *, below: int, step: float) -> list[Trade]:
             stairs.append(one)
     while len(stairs) > MOST:
         lost = [
-            (stairs[i + 1].time_ns - stairs[i].time_ns) * ((stairs[i - 1].nbytes if i else below) - one.nbytes)
+            (stairs[i + 1].time_ns - stairs[i].time_ns)
+            * ((stairs[i - 1].nbytes if i else below) - one.nbytes)
             for i, one in enumerate(stairs[:-1])
         ]
         del stairs[min(range(len(lost)), key=lost.__getitem__)]
@@ -105,21 +108,6 @@ def _nbytes(variables: Iterable[Any]) -> int:
     return trees.nbytes([variable.aval for variable in variables])
 
 
-def _priced(joint: Joint, kept: tuple[int, ...], device: Device) -> Trade:
-    """A set by its two programs."""
-    divided = joint.divide(kept)
-    time, workspace = 0.0, 0
-    for closed in (divided.forward, divided.backward):
-        program = programs.graph(closed)
-        steps = costs.kernels(program)
-        time += device.time_ns(steps)
-        workspace = costs.workspace(program, steps)
-    outputs = {*joint.y}
-    nbytes = _nbytes(joint.inputs) if divided.reads else 0
-    nbytes += sum(_kept_bytes(v) for v in (joint.values[i] for i in kept) if v not in outputs)
-    return Trade(kept=kept, nbytes=nbytes, time_ns=time, workspace_bytes=workspace)
-
-
 def _kept_bytes(variable: Any) -> int:
     """What a value takes while it is kept."""
     size = trees.nbytes(variable.aval)
@@ -129,21 +117,20 @@ def _kept_bytes(variable: Any) -> int:
 # -- candidates
 
 
-def candidates(joint: Joint, device: Device) -> list[tuple[int, ...]]:
+def candidates(problem: Problem) -> list[tuple[int, ...]]:
     """Minimum cuts, and what names and `jax.checkpoint`'s policies would keep: sets of the numbers of
     values."""
     from mwplan.solvers import minimum_cuts  # loads OR-tools
 
-    problem = _Problem(joint, device)
+    joint, given = problem.joint, len(problem.joint.inputs)
     cuts = minimum_cuts.hull(problem.values, problem.operations)
-    given = len(joint.inputs)
     found = [tuple(v - given for v in cut.kept if v >= given) for cut in cuts]
     found += [joint.wanted(kept) for kept in _named(joint)]
     return list(dict.fromkeys(found))
 
 
 def _named(joint: Joint) -> list[list[int]]:
-    """The values of each name, those of all names, of products, and of those without batch axes; and none."""
+    """None; the values of each name, those of all names, of products, and of those without batch axes."""
     names: dict[str, list[int]] = {}
     products: list[int] = []
     unbatched: list[int] = []
@@ -158,9 +145,9 @@ def _named(joint: Joint) -> list[list[int]]:
     return [[], *names.values(), [i for some in names.values() for i in some], products, unbatched]
 
 
-class _Problem:
-    """A joint program as one of `mwplan.solvers.minimum_cuts`: values are the input's leaves, and then those
-    of the program in its order; operations, the forward part's equations."""
+class Problem:
+    """A joint program as a problem of `mwplan.solvers.minimum_cuts`: `values` are the input's leaves, and
+    then those of the program in its order; `operations`, the equations of the forward part."""
 
     def __init__(self, joint: Joint, device: Device) -> None:
         from mwplan.solvers.minimum_cuts import Operation, Value
@@ -168,14 +155,13 @@ class _Problem:
         self.joint, self.device = joint, device
         self.place = {var: i for i, var in enumerate([*joint.inputs, *joint.values])}
         self.alone = {var for eqn in joint.before if _apart(eqn) for var in eqn.outvars}
-        self.outputs = {*joint.y}
-        needed = {*joint.needed}
-        inner, outer = self._read_apart(joint.before), self._read_apart(joint.after)
-        self.written = {*self.alone, *inner, *self.outputs}
+        self.written = {*self.alone, *_read_apart(joint.before), *joint.y}
+        self.broken = _broken(joint.before) if isinstance(device.chip, GpuChip) else {}
+        outer, needed = _read_apart(joint.after), {*joint.needed}
         makers = {var: e for e, eqn in enumerate(joint.before) for var in eqn.outvars}
         self.values = [
             Value(
-                nbytes=0 if var in self.outputs else _kept_bytes(var),
+                nbytes=0 if var in {*joint.y} else _kept_bytes(var),
                 keep_ns=self._keep_ns(var) if var in makers else 0.0,
                 maker=makers.get(var),
                 needed=var in needed,
@@ -191,41 +177,95 @@ class _Problem:
             for eqn in joint.before
         ]
 
-    def _read_apart(self, eqns: Sequence[Any]) -> set[Any]:
-        """What kernels of their own read, through views."""
-        found: set[Any] = set()
-        for eqn in reversed(eqns):
-            if _apart(eqn) or (eqn.primitive.name in programs.VIEWS and eqn.outvars[0] in found):
-                found.update(_variables(eqn))
-        return found
+    def trade(self, kept: tuple[int, ...]) -> Trade:
+        """What a set of the program's values costs."""
+        there = {i + len(self.joint.inputs) for i in kept}
+        again: set[int] = set()
+        held = {*there}
+        stack = [v for v, value in enumerate(self.values) if value.needed]
+        while stack:
+            v = stack.pop()
+            maker = self.values[v].maker
+            if maker is None:
+                held.add(v)
+            elif v not in there and maker not in again:
+                again.add(maker)
+                stack += self.operations[maker].reads
+        program = programs.graph(self.joint.divide(kept).backward)
+        return Trade(
+            kept=kept,
+            nbytes=sum(self.values[v].nbytes for v in held),
+            time_ns=sum(self.values[v].keep_ns for v in there)
+            + sum(self.operations[e].time_ns for e in again),
+            workspace_bytes=costs.workspace(program, costs.kernels(program)),
+        )
 
     def _write_ns(self, variable: Any) -> float:
         return 0.0 if variable in self.alone else self.device.traffic_ns(trees.nbytes(variable.aval))
 
     def _keep_ns(self, variable: Any) -> float:
         """To write it, unless that is done anyway, and to read it."""
-        once = self.device.traffic_ns(_kept_bytes(variable))
-        return once if variable in self.written else 2 * once
+        moved = _kept_bytes(variable)
+        if variable not in self.written:
+            moved += moved + self.broken.get(variable, 0)
+        return self.device.traffic_ns(moved)
 
     def _again_ns(self, eqn: Any) -> float:
         """To do an equation again where what it reads is there, in registers at least."""
         if _apart(eqn):
             inputs = list(dict.fromkeys(_variables(eqn)))
-            alone = _alone(eqn, inputs)
-            kernel = self.device.time_ns(costs.kernels(programs.graph(alone)))
-            return kernel + sum(self._write_ns(v) for v in inputs if v in self.place and self._made(v))
-        if eqn.primitive.name in costs.REDUCTIONS:
-            read = sum(trees.nbytes(v.aval) for v in _variables(eqn))
-            return self.device.launch_ns + self.device.traffic_ns(read)
-        if eqn.primitive.name in programs.VIEWS or not any(v in self.place for v in _variables(eqn)):
+            kernel = self.device.time_ns(costs.kernels(programs.graph(_alone(eqn, inputs))))
+            made = (v for v in inputs if v in self.place and v not in {*self.joint.inputs})
+            return kernel + sum(map(self._write_ns, made))
+        name = eqn.primitive.name
+        if name in programs.VIEWS or not any(v in self.place for v in _variables(eqn)):
             return 0.0
-        factor = costs.TRANSCENDENTAL if eqn.primitive.name in costs.TRANSCENDENTALS else 1
-        size = sum(math.prod(v.aval.shape) for v in eqn.outvars)
-        return self.device.arithmetic_ns({"float32": float(factor * size)})
+        reduces = name in costs.REDUCTIONS
+        size = sum(math.prod(v.aval.shape) for v in (_variables(eqn) if reduces else eqn.outvars))
+        factor = costs.TRANSCENDENTAL if name in costs.TRANSCENDENTALS else 1
+        time: float = self.device.arithmetic_ns({"float32": float(factor * size)})
+        if reduces:
+            time += self.device.launch_ns
+        if reduces and not isinstance(self.device.chip, GpuChip):
+            time += self.device.traffic_ns(sum(trees.nbytes(v.aval) for v in _variables(eqn)))
+        return time
 
-    def _made(self, variable: Any) -> bool:
-        """Whether a value is computed in registers."""
-        return variable not in self.alone and variable not in {*self.joint.inputs}
+
+def _read_apart(eqns: Sequence[Any]) -> set[Any]:
+    """What kernels of their own read, through views."""
+    found: set[Any] = set()
+    for eqn in reversed(eqns):
+        if _apart(eqn) or (eqn.primitive.name in programs.VIEWS and eqn.outvars[0] in found):
+            found.update(_variables(eqn))
+    return found
+
+
+def _broken(eqns: Sequence[Any]) -> dict[Any, int]:
+    """For each value within a fused stretch that reduces something: the bytes that are moved once more where
+    the stretch becomes two kernels."""
+    home: dict[Any, int] = {}
+    parent: list[int] = []
+
+    def find(i: int) -> int:
+        while parent[i] != i:
+            i = parent[i]
+        return i
+
+    for eqn in eqns:
+        if _apart(eqn):
+            continue
+        mine = len(parent)
+        parent.append(mine)
+        for var in _variables(eqn):
+            if var in home:
+                parent[find(home[var])] = mine
+        home.update(dict.fromkeys(eqn.outvars, mine))
+    largest: dict[int, int] = {}
+    for eqn in eqns:
+        if eqn.primitive.name in costs.REDUCTIONS:
+            at = find(home[eqn.outvars[0]])
+            largest[at] = max(largest.get(at, 0), *(trees.nbytes(v.aval) for v in _variables(eqn)))
+    return {var: 2 * largest[find(at)] for var, at in home.items() if find(at) in largest}
 
 
 def _alone(eqn: Any, inputs: Sequence[Any]) -> Jaxpr:
