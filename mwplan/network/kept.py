@@ -31,7 +31,8 @@ from mwplan.network.canonical import bind
 from mwplan.network.residuals import remembered
 
 PyTree = Any
-_PREFIX = "keep:"
+#: How names of sets of values begin.
+PREFIX = "keep:"
 #: Primitives that only call what they hold, and that are seen through. Not `jax.checkpoint`, by which a layer
 #: says itself what it makes again, and not `layers.bilinear`, a product.
 _CALLS = {
@@ -141,17 +142,20 @@ class Joint:
     @property
     def y(self) -> Sequence[Any]:
         """The output's variables."""
-        return self.program.jaxpr.outvars[: self.counts[3]]
+        found: Sequence[Any] = self.program.jaxpr.outvars[: self.counts[3]]
+        return found
 
     @property
     def late(self) -> Sequence[Any]:
         """Those of the gradients and the input's cotangent."""
-        return self.program.jaxpr.outvars[self.counts[3] :]
+        found: Sequence[Any] = self.program.jaxpr.outvars[self.counts[3] :]
+        return found
 
     @property
     def inputs(self) -> Sequence[Any]:
         """The input's."""
-        return self.program.jaxpr.invars[self.counts[0] : sum(self.counts[:2])]
+        found: Sequence[Any] = self.program.jaxpr.invars[self.counts[0] : sum(self.counts[:2])]
+        return found
 
     @property
     def needed(self) -> list[Any]:
@@ -179,7 +183,7 @@ class Joint:
 
     def name(self, kept: Sequence[int]) -> str:
         """That of a set of kept values."""
-        return f"{_PREFIX}{self.digest}:{'.'.join(map(str, sorted(kept)))}"
+        return f"{PREFIX}{self.digest}:{'.'.join(map(str, sorted(kept)))}"
 
     def _divide(self, kept: tuple[int, ...]) -> Divided:
         """The two programs where the values `kept` are kept."""
@@ -213,7 +217,8 @@ class Joint:
             found.append(eqn)
             need.update(_solid(eqn.invars))
             need -= {*stop}
-        return jaxpr.replace(invars=list(given), outvars=list(wanted), eqns=found[::-1])
+        part: Jaxpr = jaxpr.replace(invars=list(given), outvars=list(wanted), eqns=found[::-1])
+        return part
 
 
 def _solid(variables: Sequence[Any]) -> list[Any]:
@@ -296,7 +301,8 @@ def joint(layer: PyTree, x: PyTree) -> Joint:
     except TypeError:  # a part that cannot be hashed
         cell = []
     if cell:
-        return cell[0]
+        known: Joint = cell[0]
+        return known
     found = Joint(*jax.tree.unflatten(treedef, _filled(leaves, kinds)))
     if not found.foreign:  # what is traced now will not be there later
         cell.append(found)
@@ -374,11 +380,31 @@ def store_rules(layer: PyTree, x: PyTree, name: str) -> tuple[rules.StoreRule, .
     """`rules.store_rules`, and the rule of that `name` where it is a set of values of this layer's program at
     `x`."""
     offered = rules.store_rules(layer, x)
-    if not name.startswith(_PREFIX):
+    if not name.startswith(PREFIX):
         return offered
     rule, whole = KeepStore(name), joint(layer, x)
     fits = name == whole.name(rule.kept) and max(rule.kept, default=-1) < len(whole.values)
     return (*offered, rule) if fits else offered
+
+
+def applied(layer: PyTree, x: PyTree, name: str) -> PyTree:
+    """`layer(x)`, of which the derivative keeps what the rule of that `name` keeps."""
+    rule = KeepStore(name)
+
+    @jax.custom_vjp
+    def call(params: list[Any], x: PyTree) -> PyTree:
+        return trees.with_parameters(layer, params)(x)
+
+    def forward(params: list[Any], x: PyTree) -> tuple[PyTree, Any]:
+        y, held = rule.forward(trees.with_parameters(layer, params), x)
+        return y, (params, held)
+
+    def backward(kept: Any, ct_out: PyTree) -> tuple[list[Any], PyTree]:
+        params, held = kept
+        return rule.backward(trees.with_parameters(layer, params), held, ct_out)
+
+    call.defvjp(forward, backward)
+    return call(trees.parameters(layer), x)
 
 
 def _arrays(tree: PyTree) -> list[Any]:

@@ -47,7 +47,7 @@ def store_rules(layer: PyTree, x: PyTree) -> tuple[rules.StoreRule, ...]:
 
     def kept(rule: rules.StoreRule) -> int:
         held = jax.eval_shape(functools.partial(forward, rule=rule), one, x)[1]
-        return res.new_bytes(held) + held.keeps_input * trees.nbytes(x)
+        return res.new_bytes(held) + trees.nbytes(x if held.keeps_input else ())
 
     step = max(trees.nbytes(x), trees.nbytes(jax.eval_shape(plain_forward, one, x))) // 16
     least, chosen = kept(rules.VjpStore()), []

@@ -80,8 +80,9 @@ class Pricing(Protocol):
     def saving(self, handle: Any, *, dead: PyTree, temporary: PyTree) -> Saved:
         """What the operation needs less where it is the last user of `dead`, as `Saving`."""
 
-    def together(self, *handles: Any) -> None:
-        """These operations follow one another: their times are measured in one program, if at all."""
+    def together(self, *handles: Any, free: bool = False) -> None:
+        """These operations follow one another: their times are measured in one program, if at all. `free`:
+        nothing stands between them in a step, where forward operations have no barriers."""
 
     def derive(self, handle: Any, base: Any, more: Any) -> None:
         """The operation `handle` does what `base` does, and beside it some of what `more` does: its time need
@@ -343,7 +344,7 @@ class Layer:
         self.savings.append(saving)
         return saving
 
-    def together(self, *handles: Handle) -> None:
+    def together(self, *handles: Handle, free: bool = False) -> None:
         """As `Pricing.together`."""
         self.joints.append(Joint(handles))
 

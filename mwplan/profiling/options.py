@@ -58,6 +58,7 @@ class Options:
             if rule not in rules.SMALLER
         }
         self.vijps, inverses = checked_rules(one, self.x)
+        self.derived: set[str] = set()
         self._sketch: Priced | None = None
         self.walks = [
             None if isinstance(rule, rules.WholeFragment) else _MoonwalkPrograms(self, rule)
@@ -76,6 +77,7 @@ class Options:
         below = min(programs.kept_bytes for programs in self.stores.values())
         offered = trades.store_rules(self.layer, self.x, self.pricing.device, below=below)
         derived = {rule: _StorePrograms(self, rule, whole) for rule in offered}
+        self.derived = {rule.name for rule in derived}
         self.stores = {**dict(own), **derived, last: whole}
         for i, rule in enumerate(self.vijps):
             self.walks[i] = self.walks[i] or _MoonwalkPrograms(self, rule)
@@ -96,7 +98,7 @@ class Options:
             forward_workspace_bytes=self.plain.workspace_bytes,
             parameter_bytes=trees.nbytes(trees.parameters(self.layer)),
             table_bytes=tied + 2 * _table_bytes((self.layer, self.x), self.y, (self.x, self.ct)),
-            store=_without_lesser([programs.option() for programs in self.stores.values()]),
+            store=_without_lesser([programs.option() for programs in self.stores.values()], self.derived),
             moonwalk=tuple(programs.option() for programs in walks),
             invert=tuple(programs.option() for programs in self.inverses),
             workspaces=workspaces,
@@ -116,20 +118,34 @@ def checked_rules(one: PyTree, x: PyTree) -> tuple[list[rules.VijpRule], list[ru
     return walks, [rule for rule in rules.invert_rules(one, x) if isinstance(rule, rules.InvertRule)]
 
 
-def _without_lesser(options: list[StoreOption]) -> tuple[StoreOption, ...]:
-    """Without the last, what `jax.vjp` keeps, where another option keeps the same and needs less beside it:
-    which of two such programs is the faster, times do not tell. Less by more than scalars and padding, of
-    which an estimate knows nothing."""
-    *others, last = options
+def _without_lesser(options: list[StoreOption], derived: set[str]) -> tuple[StoreOption, ...]:
+    """Without the `derived` ones that no budget would use: another is as fast, keeps as little, and needs as
+    little at every moment. And without the last, what `jax.vjp` keeps, where another option keeps the same
+    and needs less beside it: which of two such programs is the faster, times do not tell. Less by more than
+    scalars and padding, of which an estimate knows nothing."""
 
     def kept(option: StoreOption) -> tuple[int, bool, bool]:
         return option.residual_bytes, option.keeps_input, option.keeps_output
 
+    def needs(option: StoreOption) -> tuple[int, ...]:
+        backward = option.residual_bytes + option.backward_workspace_bytes
+        saved = backward - option.backward_saving_bytes
+        forward = option.residual_bytes + option.forward_workspace_bytes
+        return *kept(option), forward, backward, saved, option.forward_ns + option.backward_ns
+
+    some: list[StoreOption] = []
+    for at, one in enumerate(options):
+        others = [*some, *options[at + 1 :]]
+        used = one.name not in derived or not any(
+            all(a <= b for a, b in zip(needs(other), needs(one), strict=True)) for other in others
+        )
+        some += [one] * used
+    *others, last = some
     spared = any(
         kept(one) == kept(last) and one.backward_workspace_bytes + ALIGNMENT < last.backward_workspace_bytes
         for one in others
     )
-    return tuple(others if spared else options)
+    return tuple(others if spared else some)
 
 
 def _table_bytes(*tied: PyTree) -> int:
@@ -158,7 +174,7 @@ class _StorePrograms:
         apart = place.cotangents_apart(options.x, options.y, idle=False)
         self.apart = _Apart(options.pricing, self.backward, (self.held.own, ct), temporary, apart)
         if whole is None:
-            options.pricing.together(self.forward, self.backward)
+            options.pricing.together(self.forward, self.backward, free=True)
         else:
             options.pricing.derive(self.forward, whole.forward, options.plain)
             options.pricing.derive(self.backward, whole.backward, options.plain)

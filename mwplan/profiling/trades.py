@@ -11,9 +11,9 @@ From the layer's joint program (`mwplan.network.kept`) and the figures of a devi
    to read it. An operation that is done again costs its kernel, if it is one of its own (products,
    convolutions, loops, what is not known). What is elementwise is computed in registers by whatever reads it,
    and costs its arithmetic, unless a kernel reads it that computes nothing on the way, such as a product:
-   then it is written first. A reduction costs what it reads; on a GPU, whose compiler does a row's reductions
-   and what is made of them in one kernel (softmax, norms), only its arithmetic and a launch, but keeping a value from the
-   midst of such a kernel makes it two.
+   then it is written first. A reduction costs what it reads; on a GPU, whose compiler does a row's
+   reductions and what is made of them in one kernel (softmax, norms), only its arithmetic and a launch, but
+   keeping a value from the midst of such a kernel makes it two.
 3. **Few.** What no budget would use is dropped, and so is what saves less than a quarter of an activation; of
    what remains those that matter most to the staircase, `MOST` at most, and the one that takes least in all
    while its layer is differentiated.
@@ -98,8 +98,8 @@ def thinned(found: Sequence[Trade], *, below: int, step: float) -> list[Trade]:
         del stairs[min(range(len(lost)), key=lost.__getitem__)]
     if stairs:
         leanest = min(found, key=lambda one: (one.nbytes + one.workspace_bytes, one.time_ns))
-        last = stairs[-1]
-        if leanest.nbytes + leanest.workspace_bytes + step <= last.nbytes + last.workspace_bytes:
+        least = stairs[-1].nbytes + stairs[-1].workspace_bytes
+        if leanest.nbytes + leanest.workspace_bytes + step <= least:
             stairs.append(leanest)
     return list(dict.fromkeys(stairs))[::-1]
 
