@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import random
 from typing import Any
 
@@ -165,7 +166,7 @@ def test_schedules_with_sets_run(recwarn: Any) -> None:
     )  # fmt: skip
     want = jax.grad(lambda net: mean_square(net(x)))(net)
     assert relative_error(mw.jit(local)(net, x), want) < 1e-5
-    with pytest.raises(mw.ScheduleMismatchError, match="keep:.*profile and plan again"):
+    with pytest.raises(mw.ScheduleMismatchError, match="profile and plan again"):
         mw.value_and_grad(mean_square, schedule)(net, x[:2])
 
 
@@ -186,7 +187,7 @@ def test_a_block_has_few_sets_that_all_differ(device: str) -> None:
     sizes = list(found.values())
     assert 3 <= len(sizes) <= trades.MOST + 1
     step = trades.LEAST_SAVED * trees.nbytes(x)
-    assert all(b - a >= step for a, b in zip(sizes, sizes[1:]))
+    assert all(b - a >= step for a, b in itertools.pairwise(sizes))
     # Its scores are as large as all else together: some set is without them.
     scores = 8 * 512 * 512 * 4
     assert any(0 < size < scores for size in sizes)

@@ -173,8 +173,9 @@ class _StorePrograms:
         self.saving = options.pricing.saving(self.backward, dead=dead, temporary=temporary)
         apart = place.cotangents_apart(options.x, options.y, idle=False)
         self.apart = _Apart(options.pricing, self.backward, (self.held.own, ct), temporary, apart)
+        self.ct_bytes, self.pair = trees.nbytes(ct), None
         if whole is None:
-            options.pricing.together(self.forward, self.backward, free=True)
+            self.pair = options.pricing.together(self.forward, self.backward, free=True)
         else:
             options.pricing.derive(self.forward, whole.forward, options.plain)
             options.pricing.derive(self.backward, whole.backward, options.plain)
@@ -189,16 +190,22 @@ class _StorePrograms:
 
     def option(self) -> StoreOption:
         """What it costs."""
+        residual = new_bytes(self.held)
+        workspace, saving = self.apart.workspace_bytes, self.apart.saving_bytes(self.saving)
+        if self.pair is not None:
+            # The compiler may keep other arrays than `jax.vjp`, which it does not write over.
+            most = residual + workspace + self.ct_bytes - self.pair.temporary_bytes
+            workspace, saving = workspace - min(0, most), min(saving, max(0, most))
         return StoreOption(
             name=self.name,
-            residual_bytes=new_bytes(self.held),
+            residual_bytes=residual,
             keeps_input=self.held.keeps_input,
             keeps_output=self.held.keeps_output,
             forward_ns=self.forward.time_ns,
             backward_ns=self.backward.time_ns,
             forward_workspace_bytes=self.forward.workspace_bytes,
-            backward_workspace_bytes=self.apart.workspace_bytes,
-            backward_saving_bytes=self.apart.saving_bytes(self.saving),
+            backward_workspace_bytes=workspace,
+            backward_saving_bytes=saving,
         )
 
 

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
-from jax.extend.core import Jaxpr, Literal
+from jax.extend.core import Literal
 
 from mwplan.common import trees
 from mwplan.network import operations, rules
@@ -214,7 +214,8 @@ class Problem:
         """To do an equation again where what it reads is there, in registers at least."""
         if _apart(eqn):
             inputs = list(dict.fromkeys(_variables(eqn)))
-            kernel = self.device.time_ns(costs.kernels(programs.graph(_alone(eqn, inputs))))
+            alone = self.joint.program.jaxpr.replace(invars=inputs, outvars=list(eqn.outvars), eqns=[eqn])
+            kernel = self.device.time_ns(costs.kernels(programs.graph(alone)))
             made = (v for v in inputs if v in self.place and v not in {*self.joint.inputs})
             return kernel + sum(map(self._write_ns, made))
         name = eqn.primitive.name
@@ -266,11 +267,6 @@ def _broken(eqns: Sequence[Any]) -> dict[Any, int]:
             at = find(home[eqn.outvars[0]])
             largest[at] = max(largest.get(at, 0), *(trees.nbytes(v.aval) for v in _variables(eqn)))
     return {var: 2 * largest[find(at)] for var, at in home.items() if find(at) in largest}
-
-
-def _alone(eqn: Any, inputs: Sequence[Any]) -> Jaxpr:
-    """A program of one equation."""
-    return Jaxpr(constvars=[], invars=list(inputs), outvars=list(eqn.outvars), eqns=[eqn])
 
 
 def _variables(eqn: Any) -> list[Any]:
