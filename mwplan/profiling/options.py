@@ -74,7 +74,9 @@ class Options:
     def derive(self) -> None:
         """The options that any layer has: keeping less than `jax.vjp` does, and the whole cotangent."""
         *own, (last, whole) = self.stores.items()
-        below = min(programs.kept_bytes for programs in self.stores.values())
+        # What packs masks needs least, but a kernel more each way.
+        unpacked = [programs for programs in self.stores.values() if not programs.held.packs]
+        below = min(programs.kept_bytes for programs in self.stores.values()) if unpacked else None
         offered = trades.store_rules(self.layer, self.x, self.pricing.device, below=below)
         derived = {rule: _StorePrograms(self, rule, whole) for rule in offered}
         self.derived = {rule.name for rule in derived}

@@ -56,9 +56,12 @@ class Trade:
     workspace_bytes: int
 
 
-def store_rules(layer: PyTree, x: PyTree, device: Device, *, below: int) -> tuple[rules.StoreRule, ...]:
+def store_rules(
+    layer: PyTree, x: PyTree, device: Device, *, below: int | None
+) -> tuple[rules.StoreRule, ...]:
     """The sets of values that `layer` at `x` (arrays or shapes) may keep, as rules, from the fewest bytes to
-    the least time; `below`: the bytes of the least that it keeps by rules of its own.
+    the least time; `below`: the bytes of the least that it keeps by rules of its own; None: all of these pack
+    masks, and sets without masks are wanted however large they are.
 
     `rules.SMALLER` where they keep the same. **Cost:** some traces of the layer and tens of milliseconds for
     a block of a hundred equations, once for each structure."""
@@ -70,6 +73,9 @@ def store_rules(layer: PyTree, x: PyTree, device: Device, *, below: int) -> tupl
     step = LEAST_SAVED * max(_nbytes(whole.inputs), _nbytes(whole.y))
     problem = Problem(whole, device)
     found = [problem.trade(kept) for kept in candidates(problem)]
+    if below is None:
+        found = [one for one in found if not any(whole.values[i].aval.dtype == bool for i in one.kept)]
+        below = 1 << 62
     products = whole.wanted(_named(whole)[-1])
     # `jax.checkpoint` cannot keep complex numbers.
     plain = not any(jnp.issubdtype(v.aval.dtype, jnp.complexfloating) for v in whole.values)
