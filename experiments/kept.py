@@ -73,7 +73,10 @@ def network(name: str, config: Config) -> tuple[list[Row], list[Row]]:
             "kernels": made.launches,
         }
         rows.append({"network": name, "depth": depth, "program": program, **more, **found})
-        print(f"{name} {program}: {show_bytes(made.temporary_bytes)}, {made.modelled_ns / 1e6:.3f} ms")
+        print(
+            f"{name} {program}: {show_bytes(made.temporary_bytes)}, {made.modelled_ns / 1e6:.3f} ms",
+            flush=True,
+        )
 
     for program, step in alternatives(model):
         add(program, step)
