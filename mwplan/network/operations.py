@@ -49,7 +49,7 @@ def store_rules(layer: PyTree, x: PyTree) -> tuple[rules.StoreRule, ...]:
         held = jax.eval_shape(functools.partial(forward, rule=rule), one, x)[1]
         return res.new_bytes(held) + trees.nbytes(x if held.keeps_input else ())
 
-    step = max(trees.nbytes(x), trees.nbytes(jax.eval_shape(plain_forward, one, x))) // 16
+    step = max(trees.nbytes(x), trees.nbytes(jax.eval_shape(plain_forward, one, x))) // 64
     least, chosen = kept(rules.VjpStore()), []
     for rule in rules.SMALLER:
         try:

@@ -15,8 +15,8 @@ From the layer's joint program (`mwplan.network.kept`) and the figures of a devi
    reductions and what is made of them in one kernel (softmax, norms), only its arithmetic and a launch, but
    keeping a value from the midst of such a kernel makes it two.
 3. **Few.** What no budget would use is dropped, and so is what saves less than a quarter of an activation; of
-   what remains those that matter most to the staircase, `MOST` at most, and the one that takes least in all
-   while its layer is differentiated.
+   what remains those that matter most to the staircase, `MOST` at most, the one that keeps least, and the one that takes least in
+   all while its layer is differentiated.
 
 Bits count an eighth of a byte: masks are packed.
 """
@@ -43,6 +43,9 @@ PyTree = Any
 MOST = 5
 #: Of an activation: what a set must save more than the next.
 LEAST_SAVED = 0.25
+#: Of that: what the set of the fewest bytes must save, so that a plan fits wherever `jax.checkpoint` on every
+#: layer does.
+LAST_SAVED = 1 / 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,9 +90,9 @@ def store_rules(
 
 
 def thinned(found: Sequence[Trade], *, below: int, step: float) -> list[Trade]:
-    """Of the Pareto set those that save `step` bytes or more, against `below` and one another, `MOST` of
-    them: that which needs least while it is made again, and of the others those that leave the staircase of
-    time against bytes least changed."""
+    """Of the Pareto set those that save `step` bytes or more, against `below` and one another: `MOST` that
+    change the staircase of time against bytes most, with the last of it; that which keeps least, and that
+    which needs least while it is made again."""
     stairs: list[Trade] = []
     for one in sorted(found, key=lambda one: (one.time_ns, one.nbytes, one.workspace_bytes)):
         last = stairs[-1].nbytes if stairs else below
@@ -102,10 +105,13 @@ def thinned(found: Sequence[Trade], *, below: int, step: float) -> list[Trade]:
             for i, one in enumerate(stairs[:-1])
         ]
         del stairs[min(range(len(lost)), key=lost.__getitem__)]
+    least = min(found, key=lambda one: (one.nbytes, one.time_ns))
+    if least.nbytes + LAST_SAVED * step < (stairs[-1].nbytes if stairs else below):
+        stairs.append(least)
     if stairs:
         leanest = min(found, key=lambda one: (one.nbytes + one.workspace_bytes, one.time_ns))
-        least = stairs[-1].nbytes + stairs[-1].workspace_bytes
-        if leanest.nbytes + leanest.workspace_bytes + step <= least:
+        needed = stairs[-1].nbytes + stairs[-1].workspace_bytes
+        if leanest.nbytes + leanest.workspace_bytes + step <= needed:
             stairs.append(leanest)
     return list(dict.fromkeys(stairs))[::-1]
 
