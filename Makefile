@@ -5,12 +5,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 NEWEST := .venv-newest
 TARGETS := .venv-targets
+DOCS := .venv-docs
 WORKERS ?= 2
 # Further arguments of pytest: `make test ARGS="tests/test_cli.py -x"`.
 ARGS ?=
 PYTEST := -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test test-slow test-newest test-targets lint format types check clean
+.PHONY: demo test test-slow test-newest test-targets docs lint format types check clean
 
 # A failed or interrupted install must not leave a stamp, or the next make would trust a broken environment.
 $(VENV)/.installed: pyproject.toml
@@ -62,6 +63,16 @@ $(TARGETS)/.installed: pyproject.toml
 	  'import jaxlib; v = jaxlib.__version__; print(f"jax-cuda12-plugin=={v} jax-cuda12-pjrt=={v} nvidia-cuda-nvcc-cu12")')
 	touch $@
 
+# The site, in build/site; fails at a broken link or any other warning. The tutorials are run for it.
+docs: $(DOCS)/.installed
+	JAX_PLATFORMS=cpu NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
+
+$(DOCS)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --upgrade "pip>=24"
+	$(DOCS)/bin/python -m pip install --quiet -e ".[docs]"
+	touch $@
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -76,4 +87,4 @@ types: $(VENV)/.installed
 check: lint types test
 
 clean:
-	rm -rf $(VENV) $(NEWEST) $(TARGETS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(NEWEST) $(TARGETS) $(DOCS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -76,6 +76,7 @@ def _zoo(depth: int, **sizes: Any) -> zoo.Model:
 #: Networks by name: their usual depth, and what makes one of a depth.
 NETWORKS: dict[str, tuple[int, Callable[[int], zoo.Model]]] = {
     "gpt": (6, functools.partial(_zoo, model="gpt", width=512, resolution=512, batch=8)),
+    "maxmin_large": (3, functools.partial(maxmin, batch=2048)),
     "resnet": (16, functools.partial(_zoo, model="resnet", width=64, resolution=32, batch=256)),
     "mlp": (16, functools.partial(_zoo, model="mlp", width=1024, resolution=32, batch=8192)),
     "maxmin": (16, maxmin),
@@ -108,7 +109,10 @@ def alternatives(model: zoo.Model) -> Iterator[tuple[str, Callable[..., Any]]]:
 
 def plans(model: zoo.Model, config: Config) -> Iterator[tuple[float, mw.Schedule]]:
     """The fastest schedules by the estimates for the target, from the largest budget on, each once."""
-    frontier = mw.frontier(mw.estimate(model.chain, model.x, device=_estimated(config.target)))
+    gpu = targets.target_of(config.target).platform == "gpu"
+    # For a TPU each operation by itself would be compiled for minutes: they are counted.
+    priced = None if gpu else False
+    frontier = mw.frontier(mw.estimate(model.chain, model.x, device=config.target, compiled=priced))
     budgets = frontier.table()["total_bytes"]
     least, most = int(budgets.iloc[0]), int(budgets.iloc[-1])
     seen = set()
@@ -117,11 +121,6 @@ def plans(model: zoo.Model, config: Config) -> Iterator[tuple[float, mw.Schedule
         if schedule.runs not in seen:
             seen.add(schedule.runs)
             yield share, schedule
-
-
-def _estimated(target: str) -> str:
-    """The device that schedules are estimated for: of TPUs nothing is known but for the compiler."""
-    return target if targets.target_of(target).platform == "gpu" else "h100"
 
 
 def network(name: str, config: Config) -> list[dict[str, Any]]:

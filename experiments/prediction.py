@@ -12,6 +12,9 @@ kinds of runs occur. Compared are:
 Beside them, on the same chains, the overhead where there is nothing to save: the schedule that stores every
 layer against plain `jax.value_and_grad`, and the run-time report against the same step without it, in
 interleaved rounds. Writes results/prediction/.
+
+With `--layers` instead a table of the layers that people write (`experiments.layer_kinds`), with `--target`
+for a device that is not here.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ from matplotlib.ticker import LogFormatter, LogLocator, NullFormatter
 from rich.table import Table
 
 import mwplan as mw
-from experiments import record, sweep
+from experiments import layer_kinds, record, sweep
 from mwplan import layers as L
 from mwplan.app.side_by_side import relative_error
 from mwplan.common.plots import png
@@ -44,7 +47,7 @@ from mwplan.plans.schedule import Run, RunKind, Schedule, Strategy, walk
 @dataclass(frozen=True)
 class Config:
     """Sizes. `budgets`: fractions of the way from the least feasible temporaries to the fastest schedule's;
-    `rounds`: of timing."""
+    `rounds`: of timing. `layers`: kinds of layers instead, `kinds` or all, for `target` or this device."""
 
     chains: int = 40
     budgets: tuple[float, ...] = (0.03, 0.25, 0.7)
@@ -59,6 +62,9 @@ class Config:
     seed: int = 0
     executor: str = "processes"
     workers: int = 1
+    layers: bool = False
+    target: str = ""
+    kinds: tuple[str, ...] = ("",)
     out: Path = record.RESULTS / "prediction"
 
 
@@ -334,9 +340,15 @@ def draw(found: list[dict[str, Any]]) -> Figure:
 
 def main(config: Config) -> None:
     """Runs what is missing, prints, draws and saves."""
+    if config.layers:
+        kinds = tuple(filter(None, config.kinds))
+        path = config.out / "layers.jsonl"
+        layer_kinds.main(kinds, config.target, path, executor=config.executor, workers=config.workers)
+        return
     console = record.console()
+    other = ("chains", "layers", "target", "kinds")
     points = [
-        {k: v for k, v in sweep.plain(config).items() if k != "chains"} | {"chain": config.seed + i}
+        {k: v for k, v in sweep.plain(config).items() if k not in other} | {"chain": config.seed + i}
         for i in range(config.chains)
     ]
     found = sweep.run(

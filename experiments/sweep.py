@@ -193,12 +193,15 @@ def _dask(address: str) -> Iterator[cf.Executor]:
 
 
 def parse(cls: type[T], doc: str | None, argv: Sequence[str] | None = None) -> T:
-    """A `Config` from the command line: one option a field, lists for tuples, defaults from the class."""
+    """A `Config` from the command line: one option a field, flags for booleans, lists for tuples,
+    defaults from the class."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         default = field.default
         name = f"--{field.name.replace('_', '-')}"
-        if isinstance(default, tuple):
+        if isinstance(default, bool):
+            parser.add_argument(name, action="store_true", default=default)
+        elif isinstance(default, tuple):
             parser.add_argument(name, nargs="+", type=type(default[0]), default=default)
         else:
             parser.add_argument(name, type=type(default), default=default)

@@ -25,6 +25,7 @@ from mwplan.functions.cut import Cut, cut
 from mwplan.functions.fit_function import FittedFunction, fit_function
 from mwplan.network.chain import Chain, Stack, stack, unstack
 from mwplan.network.operator import explain, fragment_of, vijp
+from mwplan.network.tying import TiedWeightsWarning
 from mwplan.network.wrapping import frozen, trainable
 from mwplan.planning import Frontier, frontier, plan
 from mwplan.plans.ledger import replay
@@ -68,6 +69,7 @@ __all__ = [  # noqa: RUF022 (plainly sorted, as the test compares it)
     "Strategy",
     "TargetError",
     "TargetMemoryError",
+    "TiedWeightsWarning",
     "Timeline",
     "TpuChip",
     "UNTIED",

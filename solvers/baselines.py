@@ -44,8 +44,7 @@ def costed(profile: Profile, runs: Sequence[Run], solver: str, budget_bytes: int
 
 def fastest_store(profile: Profile, at: int) -> Run:
     """The fastest STORE option of layer `at + 1`; of equally fast ones the one of least bytes."""
-    best = min(profile.layers[at].store, key=lambda o: (o.forward_ns + o.backward_ns, o.residual_bytes))
-    return Run(kind=RunKind.STORE, start=at, stop=at + 1, options=(best.name,))
+    return Run(kind=RunKind.STORE, start=at, stop=at + 1, options=(profile.layers[at].fastest_store.name,))
 
 
 def recomputed(start: int, stop: int, inner: Sequence[Run]) -> Run:

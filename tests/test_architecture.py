@@ -11,8 +11,8 @@ ROOT = Path(__file__).parent.parent
 
 #: From the ground up: a wing imports none that comes after it.
 WINGS = (
-    "common", "plans", "network", "layers", "adapters", "compilers", "solvers", "targets", "execution",
-    "profiling", "planning", "fitting", "functions", "app",
+    "common", "plans", "report", "network", "layers", "adapters", "compilers", "solvers", "targets",
+    "execution", "profiling", "planning", "fitting", "functions", "app",
 )  # fmt: skip
 LEVELS, LINES, FUNCTION_LINES = 8, 500, 80
 

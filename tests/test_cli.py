@@ -73,6 +73,14 @@ def test_frontier_prints_draws_and_speaks_json(saved: Path, tmp_path: Path) -> N
     assert [p["time_ns"] for p in points] == sorted((p["time_ns"] for p in points), reverse=True)
 
 
+def test_report_writes_a_page(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mwplan.report.page.plotly", lambda: "")
+    to = tmp_path / "plan.html"
+    budget = "1MB"
+    assert "drag the budget" in run("report", str(saved), "--to", str(to), "--budget", budget).output
+    assert '"budget":1000000' in to.read_text()
+
+
 def test_explain_and_profile_take_a_module(tmp_path: Path) -> None:
     text = run("explain", "tests.test_cli:network").output
     assert "exact" in text
@@ -119,6 +127,7 @@ def test_plans_for_a_device_that_is_not_here(tmp_path: Path) -> None:
         ),
         (["frontier", "PROFILE", "--plot", "tests"], "is a folder"),
         (["frontier", "PROFILE", "--rows", "0"], "at least 2"),
+        (["report", "PROFILE", "--to", "plan.png"], "HTML file"),
         (["train", "--batch", "100000"], "training images"),
         (["train", "--epochs", "0"], "at least 1"),
     ],

@@ -44,8 +44,8 @@ def test_alternatives_have_the_same_gradient(method: str) -> None:
     shapes = networks.network("mlp-small").shapes()
     config = networks.zoo.Config(model="mlp", depth=4, width=32, batch=64, resolution=8)
     made = networks.zoo.build(config)
-    want = jax.grad(lambda net: shapes.loss(net(made.x), made.labels))(made.chain)
-    got = jax.grad(study.alternative(method, shapes))(made.chain, made.x, made.labels)
+    want = jax.jit(jax.grad(lambda net: shapes.loss(net(made.x), made.labels)))(made.chain)
+    got = jax.jit(jax.grad(study.alternative(method, shapes)))(made.chain, made.x, made.labels)
     for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert jax.numpy.allclose(one, other, atol=1e-6)
 

@@ -16,12 +16,19 @@ from mwplan.common import trees
 from mwplan.common.errors import ArgumentError
 from mwplan.network.layer import layer, static
 
+__all__ = ["NNX", "Fixed", "Linen", "from_linen", "from_nnx"]
+
 PyTree = Any
 
 
 @layer
 class Fixed:
-    """An array of floating-point numbers that is no parameter."""
+    """An array of floating-point numbers that is no parameter.
+
+    >>> fixed = flax.Fixed.of(jnp.ones(2))
+    >>> fixed.bits.dtype, fixed.value.dtype
+    (dtype('uint32'), dtype('float32'))
+    """
 
     bits: Any
     dtype: str = static()
@@ -69,6 +76,12 @@ class Linen:
 
     Variables that `apply` would change (batch statistics) are read, not updated; those of the collection
     "params" alone are parameters.
+
+    >>> from flax import linen
+    >>> module = linen.Dense(4)
+    >>> layer = flax.from_linen(module, module.init(jax.random.key(0), jnp.ones((2, 8))))
+    >>> sorted(layer.variables["params"])
+    ['bias', 'kernel']
     """
 
     params: PyTree
@@ -96,6 +109,12 @@ def from_linen(module: Any, variables: PyTree, *, rngs: PyTree = None, **options
     other keys (`dataclasses.replace(layer, rngs=...)`) need no new plan and no new compilation; `options` go
     to every call and are part of the structure: True, False, numbers, texts. **Raises:** `ArgumentError` for
     an array among them.
+
+    >>> from flax import linen
+    >>> module = linen.Dense(4)
+    >>> layer = flax.from_linen(module, module.init(jax.random.key(0), jnp.ones((2, 8))))
+    >>> layer(jnp.ones((2, 8))).shape
+    (2, 4)
     """
     for name, value in options.items():
         if any(map(trees.is_array, jax.tree.leaves(value))):
@@ -113,14 +132,21 @@ def from_linen(module: Any, variables: PyTree, *, rngs: PyTree = None, **options
 class NNX:
     """A Flax NNX module, split into its graph and its state.
 
-    A call merges them into a copy of the module; state that the call changes is dropped with the copy.
+    A call merges them into a copy of the module, and what it changes is dropped with the copy: the counters
+    of random streams; other state only where `drop_state` says so, else the call raises `ArgumentError`.
 
     `params`: its state of `nnx.Param`; `others`: all other state, which is no parameter.
+
+    >>> from flax import nnx
+    >>> layer = flax.from_nnx(nnx.Linear(8, 4, rngs=nnx.Rngs(0)))
+    >>> type(layer.module()).__name__
+    'Linear'
     """
 
     params: PyTree
     others: PyTree
     graph: Any = static()
+    drop_state: bool = static(default=False)
 
     def module(self) -> Any:
         """A copy of the module, with the parameters as they are."""
@@ -130,20 +156,49 @@ class NNX:
 
     def __call__(self, x: PyTree) -> PyTree:
         """Applies the module."""
-        return self.module()(x)
+        module = self.module()
+        before = _state(module)
+        y = module(x)
+        changed = [path for path, value in _state(module).items() if value is not before.get(path, value)]
+        if changed and not self.drop_state:
+            names = ", ".join(f"`{'.'.join(map(str, path))}`" for path in changed[:4])
+            raise ArgumentError(
+                f"a call of {type(module).__name__} changes its state ({names}), which a layer of a chain "
+                "cannot hand back: running averages would stay as they are. Use `mw.fit_function(loss, "
+                "params, ...)` with `has_aux=True` and a loss that returns the new state, which plans the "
+                "module as it is; or fix the state (`module.eval()`, `use_running_average=True`); or, if "
+                "what changes is not wanted, `from_nnx(module, drop_state=True)`"
+            )
+        return y
 
 
-def from_nnx(module: Any) -> NNX:
+def from_nnx(module: Any, *, drop_state: bool = False) -> NNX:
     """`module` as a layer: its state are the leaves, and `module` stays as it is.
 
-    Changes that a call makes to the state (batch statistics, the counters of random streams) are dropped. Two
-    calls agree, and Dropout draws the same mask in each. For a new mask in each step, make the layer again
-    from a module with other `rngs`; no new plan is needed.
+    **Arguments:** `drop_state`: whether changes that a call makes to the state (the batch statistics of a
+    BatchNorm) are dropped. Those of the counters of random streams always are: two calls agree, and Dropout
+    draws the same mask in each. For a new mask in each step, make the layer again from a module with other
+    `rngs`; no new plan is needed.
+    **Raises:** `ArgumentError`, where the layer is called (or planned), if a call changes state that is not
+    to be dropped.
+
+    >>> from flax import nnx
+    >>> layer = flax.from_nnx(nnx.Linear(8, 4, rngs=nnx.Rngs(0)))
+    >>> layer(jnp.ones((2, 8))).shape
+    (2, 4)
     """
     from flax import nnx
 
     graph, params, others = nnx.split(module, nnx.Param, ...)  # type: ignore[misc]
-    return NNX(_copied(params), _fix(_copied(others)), graph)
+    return NNX(_copied(params), _fix(_copied(others)), graph, drop_state)
+
+
+def _state(module: Any) -> dict[Any, Any]:
+    """The arrays of a module's state by their paths, but for those of random streams."""
+    from flax import nnx
+
+    flat = nnx.to_flat_state(nnx.state(module))
+    return {path: one.get_value() for path, one in flat if not isinstance(one, nnx.RngState)}
 
 
 def _copied(state: PyTree) -> PyTree:

@@ -141,6 +141,16 @@ def profile(
     found = _profile(network, device)
     serial.write_atomically(to, found.to_json())
     out.print(f"{len(found)} layers on {found.device}, {found.source}; saved to {to}")
+    out.print(_backpropagation(found))
+
+
+def _backpropagation(profile: Profile) -> str:
+    """What `jax.grad` would take, in words."""
+    total = profile.fixed_bytes + profile.stored_bytes
+    return (
+        f"backpropagation, everything stored: {show_bytes(profile.stored_bytes)} temporaries, "
+        f"{show_bytes(total)} in all"
+    )
 
 
 @app.command()
@@ -227,6 +237,34 @@ def frontier(
     for need, time in shown:
         table.add_row(show_bytes(need), show_ns(time), f"{time / fastest:.2f}")
     out.print(table)
+    out.print(_backpropagation(found.profile))
+
+
+@app.command()
+def report(
+    network: Network,
+    to: Annotated[Path, typer.Option(help="the HTML file to write: one that needs nothing else")],
+    budget: Annotated[
+        str | None, typer.Option(help="the budget of the plan that is shown first; any can be chosen there")
+    ] = None,
+    device: OnDevice = None,
+    max_error: MaxError = 1e-4,
+    forbid: Forbid = None,
+    plans: Annotated[int, typer.Option(help="budgets to choose from, each planned")] = 24,
+) -> None:
+    """A page to look at: every budget's plan by layer, its memory over a step, its peak and proof."""
+    from mwplan import planning
+    from mwplan.report import page
+
+    page.check_target(to)
+    found = _profile(network, device)
+    every = planning.frontier(
+        found, max_error=max_error, allowed=_allowed(forbid), thin=planning.default_thin(found)
+    )
+    schedule = None if budget is None else every.at(budget)
+    name = network.rpartition("/")[2] if network.endswith(".json") else network
+    every.report(to, schedule, plans=plans, title=f"Memory plans of {name}")
+    out.print(f"wrote {to}: open it in a browser, and drag the budget", soft_wrap=True)
 
 
 @app.command()

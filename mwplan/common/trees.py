@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mwplan.common import platforms, tiles
+
 
 def is_inexact(leaf: Any) -> bool:
     """Whether `leaf` is a floating or complex array, a tracer of one, or a `jax.ShapeDtypeStruct` of one."""
@@ -35,6 +37,30 @@ def tie(tree: Any, free: type | tuple[type, ...] = ()) -> Any:
         for i, leaf in zip(index, jax.lax.optimization_barrier([leaves[i] for i in index])):
             leaves[i] = leaf
     return jax.tree.unflatten(treedef, leaves)
+
+
+def after(tree: Any, first: Any) -> Any:
+    """The same arrays; on TPUs none of them is there before the arrays of `first` are. Random keys are left.
+
+    A barrier would not do: XLA:TPU removes barriers before it orders instructions. Here the arrays depend on
+    a number of `first` that is both NaN and finite, as none is. What makes `first` fuses with what reads it
+    as it would anyway.
+    """
+    if platforms.platform() != "tpu":
+        return tree
+    for leaf in jax.tree.leaves(first):
+        if is_inexact(leaf) and leaf.size:
+            number = jax.lax.slice(leaf, (0,) * leaf.ndim, (1,) * leaf.ndim).reshape(())
+            never = (number != number) & jnp.isfinite(number)
+            tree = jax.tree.map(lambda one, never=never: _unless(never, one), tree)
+    return tree
+
+
+def _unless(never: Any, leaf: Any) -> Any:
+    """An array, or zeros."""
+    if not is_array(leaf) or is_float0(leaf) or is_key(leaf):
+        return leaf
+    return typed_like(jnp.where(never, jnp.zeros_like(leaf), leaf), leaf)
 
 
 class PartlyTrained:
@@ -81,12 +107,12 @@ def map_parameters(tree: Any, params: list[Any], other: Callable[[Any], Any]) ->
 
 def nbytes(tree: Any) -> int:
     """Bytes of all array leaves of `tree` (arrays, tracers or `jax.ShapeDtypeStruct`s) as devices hold them:
-    numbers of 4 and of 2 bits share bytes."""
-    total = 0
+    numbers of 4 and of 2 bits share bytes; on TPUs with the padding of tiles (`mwplan.common.tiles`)."""
+    total, padded = 0, platforms.platform() == "tpu"
     for leaf in jax.tree.leaves(tree):
         if hasattr(leaf, "dtype") and hasattr(leaf, "shape"):
-            count = math.prod(leaf.shape)
-            total += count * leaf.dtype.itemsize if is_key(leaf) else -(-count * bits(leaf.dtype) // 8)
+            each = 8 * leaf.dtype.itemsize if is_key(leaf) else bits(leaf.dtype)
+            total += tiles.padded_bytes(leaf.shape, each) if padded else -(-math.prod(leaf.shape) * each // 8)
     return total
 
 

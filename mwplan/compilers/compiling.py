@@ -65,8 +65,28 @@ def memory_options(backend: str | None = None) -> dict[str, str | int | bool]:
     """
     options: dict[str, str | int | bool] = dict(options_of(backend))
     if (backend or platforms.platform()) == "cpu":
-        options |= {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+        options |= {name: value for name, value in _FAST_ON_CPUS.items() if _is_known(name)}
     return options
+
+
+#: The second is gone in JAX 0.12.
+_FAST_ON_CPUS: dict[str, Any] = {
+    "xla_backend_optimization_level": 0,
+    "xla_cpu_use_fusion_emitters": False,
+}
+
+
+@functools.cache
+def _is_known(name: str) -> bool:
+    """Whether XLA:CPU has this one of the options above."""
+    try:
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+            jax.jit(lambda: 0.0).lower().compile({name: _FAST_ON_CPUS[name]})
+    except jax.errors.JaxRuntimeError as error:
+        if "No such compile option" not in str(error):
+            raise
+        return False
+    return True
 
 
 @contextlib.contextmanager

@@ -16,9 +16,14 @@ needs others:
    operation wait for one another, and so do all its results.
 
 XLA:GPU orders kernels for memory, and needs the first two (measured: `results/barriers`): so all that is
-elementwise fuses across layers, forward and backward, as in backpropagation. Only where an activation is
-rebuilt from a layer's output it needs the third: that can begin long before the cotangent is there. XLA:CPU
-orders for concurrency and needs all three everywhere.
+elementwise fuses across layers, forward and backward, as in backpropagation. Two kinds of operations need the
+third there too: one that rebuilds an activation from a layer's output, which can begin long before the
+cotangent is there; and one that writes into constants (the zeros of a scatter, a loop's stacked results), for
+these would be there from the start of the program (measured: `results/prediction`, up to four times the
+memory planned). XLA:TPU removes barriers before it orders instructions: they keep what they part from being
+merged and from being fused, and nothing waits. Its steps have none around operations; what must wait depends
+on a number of what it waits for (`trees.after`). XLA:CPU orders for concurrency and needs all three
+everywhere.
 """
 
 from __future__ import annotations
@@ -50,16 +55,21 @@ class Around:
     """The barriers around one operation: whether its `arguments` wait for one another (and what it makes of
     constants, an array of zeros that it writes to, say, for all of them), and its `results`;
     `residuals`, whether those among them do (else XLA may compute them again where they are used, from what
-    is there anyway, instead of keeping them)."""
+    is there anyway, instead of keeping them); `constants`, whether the arguments wait at least where the
+    operation writes into arrays that it makes of constants alone: those would be there from the start of the
+    program, for all layers."""
 
     arguments: bool
     results: bool
     residuals: bool = True
+    constants: bool = False
 
     def __call__(self, operation: Callable[..., Any], *args: Any) -> Any:
         """`operation(*args)`, between them."""
         free = () if self.residuals else Residuals
-        result = (tied(operation, free) if self.arguments else operation)(*args)
+        if self.arguments or self.constants:
+            operation = tied(operation, free, always=self.arguments)
+        result = operation(*args)
         return trees.tie(result, free) if self.results else result
 
 
@@ -112,11 +122,8 @@ LOOSE = Barriers(
     inverse=replace(APART, residuals=False),
 )  # fmt: skip
 #: By platform, those under which the compiled step's peak is the planned one.
-PLANNED = {
-    "cpu": Barriers(forward=APART, backward=APART),
-    "gpu": Barriers(forward=NONE, backward=DONE),
-    "tpu": Barriers(forward=NONE, backward=DONE),
-}
+_ORDERED = Barriers(forward=replace(NONE, constants=True), backward=replace(DONE, constants=True))
+PLANNED = {"cpu": Barriers(forward=APART, backward=APART), "gpu": _ORDERED, "tpu": UNTIED}
 
 
 def _function(operation: Any) -> Any:

@@ -138,10 +138,8 @@ class Interpreter(Walker):
                 self.offload(run, held, box, depth)
 
     def _recompute(self, run: Run, box: list[PyTree], depth: int) -> None:
-        # Nothing but this barrier keeps XLA from recomputing at once, or from not recomputing at all.
-        self.x[run.start], ct = self.gate((self.x[run.start], box.pop()))
-        box.append(ct)
-        del ct
+        # Nothing else keeps XLA from recomputing at once, or from not recomputing at all.
+        self.wait(run.start, box)
         kept = self.forward(run.inner, depth + 1)
         self.release(run.stop)
         self.backward(run.inner, kept, box, depth + 1)

@@ -38,7 +38,7 @@ def backward(walker: Walker, run: Run, held: list[Any], box: list[PyTree], depth
     del first
     if barriers.starts_early(walker.perform):
         # As where a stretch is recomputed: M's forward pass needs no cotangent, and might begin before R.
-        walker.x[run.start], inside[0] = walker.gate((walker.x[run.start], inside[0]))
+        walker.wait(run.start, inside)
     for piece in pieces:  # M
         if piece.count > 1:
             _scan_advance(walker, run, piece, fragments.pop(), inside, depth)

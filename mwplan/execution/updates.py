@@ -82,6 +82,15 @@ def init_states(optimizer: Optimizer, chain: Chain) -> tuple[PyTree, ...]:
     return copies
 
 
+def state_bytes(optimizer: Optimizer, tree: PyTree) -> int:
+    """Bytes of `optimizer.init(parameters of tree)` on one device; `tree` may be shapes. Of parameters on a
+    mesh the state is taken to lie as they do. Nothing is computed. Raises `ArgumentError` for what is no
+    optimizer."""
+    _check_optimizer(optimizer)
+    shards = [trees.struct_of(leaf, sharding.shard_shape(leaf)) for leaf in trees.parameters(tree)]
+    return trees.nbytes(jax.eval_shape(optimizer.init, trees.only_parameters(tree, shards)))
+
+
 def _apart(state: PyTree, places: jax.Array) -> PyTree:
     """A layer's state, or those of a stack's repetitions, with random keys of its own: all begin with the
     same."""

@@ -74,6 +74,11 @@ class Walker:
             carried=self.carried.window(many.start, many.start + many.span),
         )
 
+    def wait(self, position: int, box: list[PyTree]) -> None:
+        """Makes `x_position`, from which a forward pass is done again, wait for the cotangent in `box`."""
+        self.x[position], box[0] = self.gate((self.x[position], box[0]))
+        self.x[position] = trees.after(self.x[position], box[0])
+
     # -- layers and their gradients
     # -----------------------------------------------------------------------------------------------
 

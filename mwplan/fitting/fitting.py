@@ -15,6 +15,7 @@ from mwplan.common.errors import ArgumentError, InfeasibleError, ScheduleMismatc
 from mwplan.common.sizes import parse_bytes, show_bytes
 from mwplan.execution import execute
 from mwplan.execution.execute import Arrangement
+from mwplan.execution.updates import Optimizer, state_bytes
 from mwplan.fitting import remote, tuning
 from mwplan.fitting.fitted import Fitted
 from mwplan.fitting.losses import with_loss
@@ -51,6 +52,7 @@ def fit(
     tune: int = 0,
     say: Callable[[str], None] = lambda text: None,
     device: str | Device | None = None,
+    optimizer: Optimizer | None = None,
 ) -> Fitted | RemoteFit:
     """The fastest schedule whose *compiled* step fits the budget.
 
@@ -72,12 +74,13 @@ def fit(
     operations on their own; 0, the predicted fastest is taken; `say`, called with a line on each; `device`,
     another than the attached one (`mw.targets`): `chain`, `x` and `args` may be shapes, the profile is
     `mw.estimate`'s, steps are compiled for it, and of those that fit (plans of all and of fewer strategies,
-    tied, loose and untied) the one of least modelled time is kept.
+    tied, loose and untied) the one of least modelled time is kept; `optimizer`, of optax: the budget holds
+    its state too, of `optimizer.init(parameters)`, not what an update needs beside (`mw.value_and_update`
+    plans updates within the step).
     **Returns:** a `Fitted`; for another `device` a `RemoteFit`, whose step runs there alone.
     **Raises:** `InfeasibleError` where nothing that was compiled fits, with a budget that is enough for what
-    was; `ScheduleMismatchError`
-    for a profile of another chain or input; as `mw.plan` and `mw.value_and_grad`, what concerns the loss
-    before anything is measured.
+    was; `ScheduleMismatchError` for a profile of another chain or input; as `mw.plan` and
+    `mw.value_and_grad`, what concerns the loss before anything is measured.
     **Cost:** a profile, a plan, and one compilation of the step or a few; with `tune` up to fifteen times
     that, and some steps.
 
@@ -87,14 +90,12 @@ def fit(
     >>> bool(jnp.allclose(value, jnp.sum(net(x))))
     True
     """
-    if max_attempts < 1:
-        raise ArgumentError(f"`max_attempts={max_attempts}` must be at least 1")
-    if tune < 0:
-        raise ArgumentError(f"`tune={tune}` must be 0 or a number of rounds")
+    _check_counts(max_attempts, tune)
     chosen = check_allowed(allowed)
     parse_bytes(budget)
     y = boundaries(check_chain(chain), x)[-1]
     execute.check_losses_shape(loss, y, args, has_aux)
+    states_bytes = 0 if optimizer is None else state_bytes(optimizer, chain)
     if device is not None:
         if tune:
             raise ArgumentError(
@@ -103,16 +104,16 @@ def fit(
         return remote.fit(
             loss, chain, x, args, device=device, budget=budget, profile=profile, max_error=max_error,
             allowed=chosen, has_aux=has_aux, wrt_input=wrt_input, max_attempts=max_attempts, thin=thin,
-            regular=regular, say=say,
+            regular=regular, say=say, states_bytes=states_bytes,
         )  # fmt: skip
     profile = measure.profile(chain, x, wrt_input=wrt_input) if profile is None else profile
     _check_profile(profile, chain, x)
-    profile = with_loss(profile, loss, y, args, has_aux)
+    profile = with_loss(profile, loss, y, args, has_aux).with_optimizer(states_bytes)
     return fit_step(
         functools.partial(execute.value_and_grad, loss, has_aux=has_aux, wrt_input=wrt_input),
         (chain, x, *args),
         profile, budget=budget, max_error=max_error, allowed=chosen, max_attempts=max_attempts, thin=thin,
-        regular=regular, tune=tune, say=say,
+        regular=regular, tune=tune, say=say, names=remote.NAMES,
     )  # fmt: skip
 
 
@@ -129,17 +130,15 @@ def fit_step(
     regular: float = planning.TUNING.regular_loss,
     tune: int = 0,
     say: Callable[[str], None] = lambda text: None,
+    names: tuple[str, ...] = ("args",),
 ) -> Fitted:
     """As `fit`, of any step: `gradient(schedule, arrangement=...)` makes a function of `args` that executes a
-    schedule for `profile`; the first of `args` holds the parameters. Raises and costs: as `fit`, beside the
-    profile."""
-    if max_attempts < 1:
-        raise ArgumentError(f"`max_attempts={max_attempts}` must be at least 1")
-    if tune < 0:
-        raise ArgumentError(f"`tune={tune}` must be 0 or a number of rounds")
+    schedule for `profile`; the first of `args` holds the parameters; `names`, of `args`, as `Step` has them.
+    Raises and costs: as `fit`, beside the profile."""
+    _check_counts(max_attempts, tune)
     budget_bytes, chosen = parse_bytes(budget), check_allowed(allowed)
     fitter = _Fitter(
-        compiler=Compiler(gradient, args, profile),
+        compiler=Compiler(gradient, args, profile, names),
         plans=functools.cache(lambda allowed: Plans.of(profile, max_error, allowed, thin, regular)),
         budget=budget,
         max_error=max_error,
@@ -229,6 +228,13 @@ class _Fitter:
         if not found:
             raise failed[0]
         return tuning.fastest(found, compiler.args, rounds, self.say) if len(found) > 1 else found[0]
+
+
+def _check_counts(max_attempts: int, tune: int) -> None:
+    if max_attempts < 1:
+        raise ArgumentError(f"`max_attempts={max_attempts}` must be at least 1")
+    if tune < 0:
+        raise ArgumentError(f"`tune={tune}` must be 0 or a number of rounds")
 
 
 def _check_profile(profile: Profile, chain: Chain, x: PyTree) -> None:

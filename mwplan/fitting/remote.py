@@ -8,6 +8,7 @@ import functools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
@@ -17,12 +18,15 @@ from mwplan.common import serial, trees
 from mwplan.common.errors import InfeasibleError, ScheduleMismatchError, TargetError, TargetMemoryError
 from mwplan.common.sizes import parse_bytes, show_bytes, show_ns
 from mwplan.compilers import compiling
+from mwplan.compilers.step import Step
 from mwplan.execution import execute
+from mwplan.fitting.fitted import show_fixed
 from mwplan.fitting.search import Plans
 from mwplan.network.chain import Chain, fingerprint
 from mwplan.plans.profiles import Profile
 from mwplan.plans.schedule import Schedule, Strategy
 from mwplan.profiling.estimating import estimate
+from mwplan.report.content import CompiledPeak
 from mwplan.targets import program
 from mwplan.targets.devices import Device
 from mwplan.targets.program import Compiled
@@ -30,6 +34,7 @@ from mwplan.targets.target import Target, attached, target_of
 
 PyTree = Any
 SCHEMA = 1
+NAMES = ("chain", "x", "args")  # of what a step of `mw.fit` takes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +57,8 @@ class RemoteFit:
     """A plan that keeps its budget on a device that is not here, by the word of that device's compiler.
 
     **Attributes:** `target`; `compiler`, the versions that said so; `schedule` and `arrangement`, for
-    `mw.value_and_grad`; `fixed_bytes`, its arguments and results, and `temporary_bytes`, compiled;
+    `mw.value_and_grad`; `fixed_bytes`, its arguments and results, and the optimizer's state,
+    `optimizer_bytes`, where one was given; `temporary_bytes`, compiled;
     `modelled_ns`, of the compiled step's kernels; `bounds`, what bounds it: pairs of "arithmetic", "traffic",
     "cycles", "launches" and nanoseconds; `plain_bytes`, `plain_ns`, the same of plain backpropagation (None
     where it does not fit the device); `attempts`, everything that was compiled.
@@ -79,6 +85,7 @@ class RemoteFit:
     plain_bytes: int | None
     plain_ns: int | None
     attempts: tuple[RemoteAttempt, ...]
+    optimizer_bytes: int = 0
 
     def step(self, *args: Any) -> NoReturn:
         """Raises `TargetError`: the step was compiled for another device."""
@@ -125,7 +132,8 @@ class RemoteFit:
         gradient = execute.value_and_grad(
             loss, self.schedule, has_aux=has_aux, wrt_input=wrt_input, arrangement=self.arrangement
         )
-        step = compiling.jit(gradient).lower(chain, x, *args).compile()
+        compiled = compiling.jit(gradient).lower(chain, x, *args).compile()
+        step = Step(compiled, (chain, x, *args), NAMES)
         needs, budget = compiling.temporaries(step) + self.schedule.fixed_bytes, self.schedule.budget_bytes
         if budget is not None and needs > budget:
             raise TargetMemoryError(
@@ -134,6 +142,17 @@ class RemoteFit:
                 needed_bytes=needs,
             )
         return step
+
+    def report(self, to: str | Path, profile: Profile, *, plans: int = 24, title: str = "") -> Path:
+        """Writes a page to look at, as `Frontier.report`, with what the step takes by the device's compiler.
+        `profile`: the one that it was planned by, or `mw.estimate(chain, x, device=...)`, which gives it
+        again. Raises `ScheduleMismatchError` for another chain's; else as there."""
+        compiled = CompiledPeak(
+            temporary_bytes=self.temporary_bytes,
+            by=f"by the word of the compiler for {self.target}: {self.compiler}",
+        )
+        known = planning.frontier_for(profile, self.schedule)
+        return known.report(to, self.schedule, plans=plans, title=title, compiled=compiled)
 
     def to_json(self) -> str:
         """This fit as JSON with a schema number."""
@@ -161,7 +180,7 @@ class RemoteFit:
         return "\n".join(
             (
                 f"step of {len(plan)} layers ({used}) compiled for {self.target}, which is not attached",
-                f"  {show_bytes(total)} = {show_bytes(self.fixed_bytes)} fixed"
+                f"  {show_bytes(total)} = {show_fixed(self)}"
                 f" + {show_bytes(self.temporary_bytes)} temporaries{budget}",
                 f"  modelled {show_ns(self.modelled_ns)} ({bounds}); {plain}",
                 f"  predicted {show_bytes(plan.peak_bytes)}, {show_ns(plan.time_ns)}; "
@@ -187,12 +206,14 @@ def fit(
     thin: float | None,
     regular: float,
     say: Callable[[str], None],
+    states_bytes: int,
 ) -> RemoteFit:
     """The plan of least modelled time whose step, compiled for `device`, keeps the budget; arguments as those
     of `mw.fit`."""
     target = target_of(device)
     target.place()
     profile = estimate(chain, x, device=device) if profile is None else profile
+    profile = profile.with_optimizer(states_bytes)
     if profile.fingerprint and profile.fingerprint != fingerprint(chain):
         raise ScheduleMismatchError("`profile` is of another chain: leave it out, or estimate this one")
     gradient = functools.partial(execute.value_and_grad, loss, has_aux=has_aux, wrt_input=wrt_input)
@@ -276,7 +297,8 @@ class _Search:
             most = 0 if self.target.device is None else self.target.device.memory_bytes
             needs, time_ns = max(error.needed_bytes or 0, most, self.budget_bytes + 1), 0
         else:
-            made, needs, time_ns = one, one.total_bytes, one.modelled_ns
+            made, time_ns = one, one.modelled_ns
+            needs = one.total_bytes + self.profile.optimizer_bytes
         self.attempts.append(
             RemoteAttempt(
                 arrangement=arrangement,
@@ -310,7 +332,8 @@ class _Search:
             compiler=made.compiler,
             schedule=dataclasses.replace(schedule, budget_bytes=self.budget_bytes),
             arrangement=arrangement,
-            fixed_bytes=made.total_bytes - made.temporary_bytes,
+            fixed_bytes=made.total_bytes - made.temporary_bytes + self.profile.optimizer_bytes,
+            optimizer_bytes=self.profile.optimizer_bytes,
             temporary_bytes=made.temporary_bytes,
             modelled_ns=made.modelled_ns,
             bounds=tuple(made.shares_ns.items()),

@@ -13,6 +13,7 @@ from mwplan import planning
 from mwplan.common.errors import InfeasibleError
 from mwplan.common.sizes import show_bytes, show_ns
 from mwplan.compilers.compiling import jit, temporaries
+from mwplan.compilers.step import Step
 from mwplan.execution.execute import Arrangement
 from mwplan.fitting.fitted import Attempt, Fitted
 from mwplan.plans.profiles import Profile
@@ -23,11 +24,13 @@ WORTHWHILE = 0.02  # a share: of time by which another plan must be faster, of m
 
 @dataclass(frozen=True)
 class Compiler:
-    """Makes a compiled step of `gradient(schedule, arrangement=...)` for `args`; each is made once."""
+    """Makes a compiled step of `gradient(schedule, arrangement=...)` for `args`; each is made once. `names`,
+    of the arguments, as `Step` has them."""
 
     gradient: Callable[..., Callable[..., Any]]
     args: tuple[Any, ...]
     profile: Profile
+    names: tuple[str, ...] = ("args",)
     made: dict[tuple[tuple[Run, ...], Arrangement], Fitted] = field(default_factory=dict)
 
     def __call__(self, schedule: Schedule, arrangement: Arrangement, budget_bytes: int) -> Fitted:
@@ -48,7 +51,7 @@ class Compiler:
             compile_seconds=time.perf_counter() - start,
         )
         return Fitted(
-            step=step,
+            step=Step(step, self.args, self.names),
             schedule=schedule,
             profile=self.profile,
             temporary_bytes=attempt.measured_bytes,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from mwplan.common import trees
 from mwplan.common.errors import ArgumentError, InfeasibleError
 from mwplan.common.sizes import parse_bytes, show_bytes
 from mwplan.execution import execute
+from mwplan.execution.updates import Optimizer, state_bytes
 from mwplan.fitting.fitted import Attempt, Fitted
 from mwplan.fitting.fitting import fit_step
 from mwplan.functions import cut as cutting
@@ -81,6 +83,10 @@ class FittedFunction:
         out: tuple[tuple[Any, execute.Report], PyTree] = step(*_split(self.cut, params, args))
         return out
 
+    def report(self, to: str | Path, *, plans: int = 24, title: str = "") -> Path:
+        """Writes a page to look at: `Fitted.report`, of the pieces."""
+        return self.fitted.report(to, plans=plans, title=title or f"Memory plan of {len(self.cut)} pieces")
+
     def policy(self) -> Policy:
         """The plan in `jax.checkpoint`'s words: printed, what is recomputed and saved; called, the function
         with these checkpoints, to be differentiated, scanned over and sharded like any other."""
@@ -107,6 +113,7 @@ def fit_function(
     max_attempts: int = 18,
     tune: int = 0,
     say: Callable[[str], None] = lambda text: None,
+    optimizer: Optimizer | None = None,
 ) -> FittedFunction:
     """The gradient step of a function as it is, compiled within a budget.
 
@@ -142,7 +149,8 @@ def fit_function(
         chain, x, _ = found.build_flat(*flat)
         profile = measure.profile(chain, x, wrt_input=found.plan.shares)
     gradient = _Gradient(found, has_aux)
-    profile = dataclasses.replace(profile, fixed_bytes=_fixed_bytes(found, flat))
+    profile = dataclasses.replace(profile, fixed_bytes=_fixed_bytes(found, flat), optimizer_bytes=0)
+    profile = profile.with_optimizer(0 if optimizer is None else state_bytes(optimizer, params))
     try:
         fitted = fit_step(
             gradient,

@@ -153,7 +153,9 @@ class Plan:
                 if depth == 1 and not self.pieces[group.start].region >= 0
                 else [Stack(tuple(block), depth)]
             )
-        return Chain(parts), tuple(next(one if v in self.carrying else other) for v in self.inputs)
+        # Not checked: what pieces share is one parameter, whose gradients are added up.
+        chain = Chain.tree_unflatten(None, parts)
+        return chain, tuple(next(one if v in self.carrying else other) for v in self.inputs)
 
     def _structure(self, i: int) -> tuple[Any, ...]:
         """What a piece is beside its arrays: `Piece`'s `program`, `reads`, `held`, `returns`."""

@@ -16,6 +16,10 @@ def refresh(tree: Any) -> Any:
 
     It takes an SVD a layer on the host (for convolutions, one a frequency). Call it now and then, not in
     every step.
+
+    >>> net = mw.Chain([mw.layers.Dense.he(jax.random.key(0), 8, 8)])
+    >>> mw.layers.refresh(net)[0].basis.shape
+    (8, 4)
     """
 
     def has_basis(node: Any) -> bool:
@@ -25,7 +29,12 @@ def refresh(tree: Any) -> Any:
 
 
 def with_bases(chain: Sequence[Any], x: Any, fraction: float = 0.5) -> list[Any]:
-    """The layers of `chain` with a basis in each that can have one, at inputs like `x` (array or struct)."""
+    """The layers of `chain` with a basis in each that can have one, at inputs like `x` (array or struct).
+
+    >>> net = mw.Chain([mw.layers.Dense.init(jax.random.key(0), 8, 8), jnp.tanh])
+    >>> mw.layers.with_bases(net, jnp.ones((2, 8)))[0].basis.shape
+    (8, 4)
+    """
     made = []
     at = trees.struct(x) if not isinstance(x, jax.ShapeDtypeStruct) else x
     for one in chain:

@@ -108,7 +108,9 @@ class _Conv:
 
     def _is_product(self, g: Geometry, x: Array) -> bool:
         """Whether the layer is one product of matrices. XLA:CPU (jaxlib 0.10.2) takes four times as long for
-        the weight's gradient of a convolution with one tap."""
+        the weight's gradient of a convolution with one tap; TPUs compute products as convolutions."""
+        if platforms.platform() == "tpu":
+            return False
         single = math.prod((*g.kernel, *self.stride, self.groups)) == 1 and not any(map(any, g.pads))
         return single and not trees.explicitly_sharded((x, self.weight))
 
@@ -213,6 +215,10 @@ class Conv1D(_Conv):
     """A convolution over one spatial axis: `*batch space inner` to `*batch space' outer`.
 
     `basis`: the directions that the `cokernel_*` options keep, see `with_basis`; its gradient is zero.
+
+    >>> layer = mw.layers.Conv1D.init(jax.random.key(0), 3, 8, stride=2)
+    >>> layer(jnp.ones((2, 16, 3))).shape
+    (2, 8, 8)
     """
 
     weight: Float[Array, "kernel inner_per_group outer"]
@@ -271,6 +277,10 @@ class Conv2D(_Conv):
     """A convolution over two spatial axes: `*batch height width inner` to `*batch height' width' outer`.
 
     `basis`: the directions that the `cokernel_*` options keep, see `with_basis`; its gradient is zero.
+
+    >>> layer = mw.layers.Conv2D.init(jax.random.key(0), 3, 8, (3, 5), padding="VALID")
+    >>> layer(jnp.ones((2, 8, 8, 3))).shape
+    (2, 6, 4, 8)
     """
 
     weight: Float[Array, "kernel_h kernel_w inner_per_group outer"]

@@ -65,6 +65,11 @@ class Coupling:
     or an array with them as the halves of its last axis; the output is the same. Pairs are cheaper, because
     nothing is copied between one coupling and the next: `mwplan.layers.Split` makes them, `Concatenate`
     joins them again.
+
+    >>> layer = mw.layers.Coupling(jnp.tanh, jnp.sin)
+    >>> a, b = layer((jnp.zeros(2), jnp.ones(2)))
+    >>> bool(jnp.allclose(a, jnp.tanh(1.0)) and jnp.allclose(b, 1 + jnp.sin(a)))
+    True
     """
 
     f: Any

@@ -36,6 +36,10 @@ class Dense:
     values, smallest first, as columns: what the `cokernel_*` options keep of the cotangent. The forward pass
     never reads it, so its gradient is zero; its columns are normalised on use, so weight decay does not harm
     it; it may be stale at the price of growth alone (`refresh` renews it).
+
+    >>> layer = mw.layers.Dense.init(jax.random.key(0), 8, 4)
+    >>> layer(jnp.ones((2, 8))).shape
+    (2, 4)
     """
 
     weight: Float[Array, "inner outer"]

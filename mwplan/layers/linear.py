@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Inexact
 
-from mwplan.common import trees
+from mwplan.common import platforms, trees
 from mwplan.network.rules import VijpRule, WholeFragment, full_precision
 
 
@@ -54,11 +54,15 @@ def times(
     matrix: Inexact[Array, "inner outer"],
     bias: Inexact[Array, " outer"] | None = None,
 ) -> Inexact[Array, "*batch outer"]:
-    """`x @ matrix + bias`, as a product of two matrices.
+    """`x @ matrix + bias`, but on TPUs as a product of two matrices.
 
     With more axes than two XLA:CPU computes the gradient of `matrix` from a transposed copy of the cotangent:
-    one activation more at the step's peak.
+    one activation more at the step's peak. XLA:TPU chooses which axes lie along the tiles of memory, and
+    would copy the activation to and fro for a shape of two axes.
     """
+    if platforms.platform() == "tpu":
+        y = x @ matrix
+        return y if bias is None else y + trees.along(bias, y)
     y = x.reshape(-1, x.shape[-1]) @ matrix
     if bias is not None:
         y = y + trees.along(bias, y)

@@ -89,7 +89,12 @@ def _(primals: tuple[LayerNorm, Array], tangents: tuple[LayerNorm, Array]) -> tu
 @layer
 class LayerNorm(_Norm):
     r"""$y = \gamma \hat x + \beta$, $\hat x = (x - \mu)/\sigma$, $\sigma^2 = \mathrm{var}(x) + \epsilon$ over
-    the last axis. Statistics in float32 or wider."""
+    the last axis. Statistics in float32 or wider.
+
+    >>> layer = mw.layers.LayerNorm.init(None, 4)
+    >>> bool(jnp.allclose(layer(jnp.arange(4.0)).mean(), 0, atol=1e-6))
+    True
+    """
 
     scale: Float[Array, " channels"]
     offset: Float[Array, " channels"]
@@ -112,7 +117,12 @@ class LayerNorm(_Norm):
 @layer
 class RMSNorm(_Norm):
     r"""$y = \gamma x/\rho$, $\rho^2 = \mathrm{mean}(x^2) + \epsilon$ over the last axis. Statistics in
-    float32 or wider."""
+    float32 or wider.
+
+    >>> layer = mw.layers.RMSNorm.init(None, 4)
+    >>> bool(jnp.allclose((layer(jnp.arange(4.0)) ** 2).mean(), 1, atol=1e-5))
+    True
+    """
 
     scale: Float[Array, " channels"]
     eps: float = static(default=1e-6)

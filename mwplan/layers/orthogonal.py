@@ -45,6 +45,10 @@ class OrthogonalDense:
       $T^{-1} = \mathrm{striu}(V^\top V) + \mathrm{diag}(|v_i|^2)/2$.
 
     $Q$ is computed in every sweep, about $2 n^3$ flop for $n = \max(inner, outer)$, and is never kept.
+
+    >>> layer = mw.layers.OrthogonalDense.init(jax.random.key(0), 8, 8)
+    >>> bool(jnp.allclose(layer.matrix() @ layer.matrix().T, jnp.eye(8), atol=1e-5))
+    True
     """
 
     raw: Float[Array, "size columns"]
@@ -255,6 +259,11 @@ class OrthogonalConv(CircularOrthogonal):
 
     **Cost:** transforms of input and output, $8\,inner\,outer$ flop a frequency and example on half the
     frequencies, and a complex solve of `inner` a frequency once a sweep.
+
+    >>> layer = mw.layers.OrthogonalConv.init(jax.random.key(0), 4, 4, dims=1, bias=False)
+    >>> x = jax.random.normal(jax.random.key(1), (1, 8, 4))
+    >>> bool(jnp.allclose(jnp.linalg.norm(layer(x)), jnp.linalg.norm(x), rtol=1e-4))
+    True
     """
 
     weight: Float[Array, "*kernel inner inner"]

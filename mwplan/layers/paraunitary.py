@@ -32,6 +32,11 @@ class ParaunitaryConv(CircularOrthogonal):
     **Source:** lossless systems are products of such factors (Vaidyanathan, 1993); as layers of networks: Li
     et al., arXiv:1911.00937; Su et al., arXiv:2106.09121. Shifts of half the channels between products of
     reflections are our choice among the parametrisations.
+
+    >>> layer = mw.layers.ParaunitaryConv.init(jax.random.key(0), 4, 4, dims=1, bias=False)
+    >>> x = jax.random.normal(jax.random.key(1), (1, 8, 4))
+    >>> bool(jnp.allclose(jnp.linalg.norm(layer(x)), jnp.linalg.norm(x), rtol=1e-4))
+    True
     """
 
     raw: Float[Array, "factors reflections inner"]

@@ -12,8 +12,8 @@ from jaxtyping import Array, Float, Int
 
 from mwplan.common.errors import ArgumentError
 from mwplan.common.trees import along, widen
-from mwplan.layers import bits
 from mwplan.layers.linear import InputShape, LinearRule, WholeOf
+from mwplan.network.bits import Packing
 from mwplan.network.layer import layer, static
 from mwplan.network.rules import StoreRule, Unavailable, VijpRule
 
@@ -58,7 +58,11 @@ def _spread(members: Array, window: tuple[int, ...], shape: tuple[int, ...]) -> 
 
 @layer
 class AveragePool:
-    """The mean of each window of `window` positions, one entry a spatial axis; stride equal to the window."""
+    """The mean of each window of `window` positions, one entry a spatial axis; stride equal to the window.
+
+    >>> mw.layers.AveragePool((2,))(jnp.array([[1.0], [3.0], [5.0], [7.0]])).ravel()
+    Array([2., 6.], dtype=float32)
+    """
 
     window: tuple[int, ...] = static(default=(2, 2))
 
@@ -93,7 +97,11 @@ class AverageSum(LinearRule):
 
 @layer
 class MaxPool:
-    """The largest of each window of `window` positions, the first of equals; stride equal to the window."""
+    """The largest of each window of `window` positions, the first of equals; stride equal to the window.
+
+    >>> mw.layers.MaxPool((2,))(jnp.array([[1.0], [3.0], [5.0], [7.0]])).ravel()
+    Array([3., 7.], dtype=float32)
+    """
 
     window: tuple[int, ...] = static(default=(2, 2))
 
@@ -122,13 +130,15 @@ class MaxPoolIndex(StoreRule):
 
     def forward(self, layer: MaxPool, x: Any) -> tuple[Any, Any]:
         """The pooling and the packed indices."""
-        return layer(x), (bits.pack(layer.argmax(x), math.prod(layer.window)), InputShape.of(x))
+        index = layer.argmax(x)
+        packing = Packing.of(index.shape, math.prod(layer.window))
+        return layer(x), (packing.pack(index), InputShape.of(x))
 
     def backward(self, layer: MaxPool, residuals: Any, ct_out: Any) -> tuple[list[Any], Any]:
         """No parameters; each cotangent at its window's largest member."""
         packed, was = residuals
         count = math.prod(layer.window)
-        index = bits.unpack(packed, count, ct_out.shape)
+        index = Packing.of(ct_out.shape, count).unpack(packed)
         index = index[..., None, :]
         hot = index == along(jnp.arange(count)[:, None], index)
         members = jnp.where(hot, ct_out[..., None, :], jnp.zeros((), ct_out.dtype))

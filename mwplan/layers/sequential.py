@@ -22,7 +22,11 @@ from mwplan.network.rules import (
 
 @layer
 class Sequential:
-    """Several layers as one, applied in order."""
+    """Several layers as one, applied in order.
+
+    >>> mw.layers.Sequential((jnp.square, jnp.negative))(jnp.array([2.0, 3.0]))
+    Array([-4., -9.], dtype=float32)
+    """
 
     layers: tuple[Any, ...]
 

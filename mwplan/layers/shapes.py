@@ -70,7 +70,11 @@ class MoveBack(InvertRule):
 
 @layer
 class Flatten(_Moves):
-    """Joins the last `axes` axes into one."""
+    """Joins the last `axes` axes into one.
+
+    >>> mw.layers.Flatten(2)(jnp.ones((5, 2, 3))).shape
+    (5, 6)
+    """
 
     axes: int = static(default=3)
 
@@ -88,7 +92,11 @@ class Flatten(_Moves):
 
 @layer
 class Reshape(_Moves):
-    """Trailing axes of shape `before` become `after`."""
+    """Trailing axes of shape `before` become `after`.
+
+    >>> mw.layers.Reshape((6,), (2, 3))(jnp.ones((5, 6))).shape
+    (5, 2, 3)
+    """
 
     before: tuple[int, ...] = static()
     after: tuple[int, ...] = static()
@@ -110,7 +118,11 @@ class Reshape(_Moves):
 @layer
 class Permute(_Moves):
     """Permutes the trailing axes: axis `a` of the output's trailing axes is axis `order[a]` of the
-    input's."""
+    input's.
+
+    >>> mw.layers.Permute((1, 0))(jnp.ones((5, 2, 3))).shape
+    (5, 3, 2)
+    """
 
     order: tuple[int, ...] = static()
 
@@ -132,7 +144,11 @@ def _permute(x: Array, order: tuple[int, ...]) -> Array:
 
 @layer
 class Split(_Moves):
-    """The last axis in `parts` equal parts: a tuple of arrays, as `Coupling` takes them."""
+    """The last axis in `parts` equal parts: a tuple of arrays, as `Coupling` takes them.
+
+    >>> [part.shape for part in mw.layers.Split()(jnp.ones((5, 6)))]
+    [(5, 3), (5, 3)]
+    """
 
     parts: int = static(default=2)
 
@@ -152,7 +168,11 @@ class Split(_Moves):
 
 @layer
 class Concatenate(_Moves):
-    """The arrays of a tuple, one after the other along the last axis."""
+    """The arrays of a tuple, one after the other along the last axis.
+
+    >>> mw.layers.Concatenate()((jnp.ones((5, 3)), jnp.ones((5, 3)))).shape
+    (5, 6)
+    """
 
     def linear(self, x: tuple[Array, ...]) -> Array:
         """The layer itself."""
@@ -172,7 +192,11 @@ class Concatenate(_Moves):
 @layer
 class SpaceToDepth(_Moves):
     """Moves each block of `block` positions, one entry a spatial axis, into the channels: positions first,
-    channels last."""
+    channels last.
+
+    >>> mw.layers.SpaceToDepth()(jnp.ones((5, 4, 4, 3))).shape
+    (5, 2, 2, 12)
+    """
 
     block: tuple[int, ...] = static(default=(2, 2))
 
@@ -205,7 +229,11 @@ class SpaceToDepth(_Moves):
 
 @layer
 class PadChannels:
-    """Appends `extra` channels of zeros."""
+    """Appends `extra` channels of zeros.
+
+    >>> mw.layers.PadChannels(2)(jnp.ones((5, 3))).shape
+    (5, 5)
+    """
 
     extra: int = static(default=1)
 

@@ -50,6 +50,9 @@ class Smooth:
 
     `slope=0` is `f` itself. A derivative of at least `c > 0` everywhere, which a slope of 0.2 gives each of
     them, makes it submersive and invertible.
+
+    >>> mw.layers.Smooth("tanh", slope=0.2)(jnp.zeros(2))
+    Array([0., 0.], dtype=float32)
     """
 
     kind: str = static(default="gelu")

@@ -18,6 +18,7 @@ from mwplan.common import trees
 from mwplan.common.errors import ChainError
 from mwplan.network.layer import layer, static
 from mwplan.network.purity import CLOSED, closes_over, traced
+from mwplan.network.tying import warn_if_tied
 from mwplan.network.wrapping import Wrapper, hidden
 
 PyTree = Any
@@ -197,7 +198,8 @@ class Chain:
     **Attributes:** `parts`, what it was made of. `len`, indices and iteration see layers, those of stacks one
     by one.
 
-    **Raises:** `ChainError` for an empty chain or a layer that is not callable.
+    **Raises:** `ChainError` for an empty chain or a layer that is not callable. **Warns:**
+    `TiedWeightsWarning` where one array is two parameters.
 
     >>> net = mw.Chain([mw.layers.Dense.init(jax.random.key(0), 8, 4), jnp.tanh])
     >>> len(net), net(jnp.ones((2, 8))).shape
@@ -218,6 +220,7 @@ class Chain:
         self.parts = tuple(
             one if isinstance(one, Stack) else as_layer(one, i) for i, one in enumerate(layers)
         )
+        warn_if_tied(self.parts)
 
     @property
     def layers(self) -> tuple[Any, ...]:
@@ -308,7 +311,7 @@ def stack(chain: Chain, x: PyTree, *, longest_block: int = 8) -> Chain:
             parts.append(Stack(jax.tree.map(_stacked, *rows), count))
         else:
             parts += block
-    return Chain(parts)
+    return Chain.tree_unflatten(None, parts)
 
 
 def _stacked(*leaves: Any) -> Any:
@@ -325,7 +328,7 @@ def unstack(chain: Chain) -> Chain:
     >>> len(mw.unstack(net).parts)
     3
     """
-    return Chain(chain.layers)
+    return Chain.tree_unflatten(None, chain.layers)
 
 
 def repeats(keys: Sequence[Hashable], longest: int = 8) -> Iterator[tuple[int, int, int]]:

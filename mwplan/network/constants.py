@@ -29,9 +29,12 @@ WRITERS = ("scatter", "dynamic_update_slice", "while", "scan", "sort", "cond")
 HIDDEN = ("top_k",)
 
 
-def tied(operation: Callable[..., Any], free: type | tuple[type, ...] = ()) -> Callable[..., Any]:
+def tied(
+    operation: Callable[..., Any], free: type | tuple[type, ...] = (), *, always: bool = True
+) -> Callable[..., Any]:
     """`operation`, no part of which XLA starts before all arguments are there, but for those in nodes of the
-    types `free`; constants of more than a few bytes are parts too.
+    types `free`; constants of more than a few bytes are parts too. Not `always`: only where it writes into
+    such constants; else it is as it was.
 
     Same values. Where there are such constants it is not to be differentiated any more: rules of
     `jax.custom_vjp` are gone.
@@ -40,6 +43,8 @@ def tied(operation: Callable[..., Any], free: type | tuple[type, ...] = ()) -> C
     def call(*args: Any) -> Any:
         args = trees.vary(args, trees.varying_axes(args))  # as the barrier makes them
         made = _Traced(operation, args)
+        if not always and not (_has_constants(made.closed) and _writes(made.closed.jaxpr)):
+            return operation(*args)
         if not _has_constants(made.closed):
             return made.result(jaxpr_as_fun(made.closed)(*made.arrays(trees.tie(args, free))))
         # Of all arguments, and one number more, which is there when they are.
@@ -102,6 +107,22 @@ def _hides(eqn: Any) -> bool:
     return eqn.primitive.name in HIDDEN and platforms.platform() == "cpu"
 
 
+def _inside(eqn: Any) -> list[Jaxpr]:
+    """What an equation calls."""
+    inner = [eqn.params.get(CALLS.get(eqn.primitive.name, "")), eqn.params.get("jaxpr")]
+    found = [one.jaxpr if isinstance(one, ClosedJaxpr) else one for one in inner]
+    return [one for one in found if isinstance(one, Jaxpr)]
+
+
+def _writer(eqn: Any) -> bool:
+    return eqn.primitive.name in WRITERS or eqn.primitive.name.startswith("scatter")
+
+
+def _writes(jaxpr: Jaxpr) -> bool:
+    """Whether some part of the program writes into an operand."""
+    return any(_writer(eqn) or any(map(_writes, _inside(eqn))) for eqn in jaxpr.eqns)
+
+
 def _makes(jaxpr: Jaxpr) -> bool:
     for eqn in jaxpr.eqns:
         depends = any(isinstance(var, Var) for var in eqn.invars)
@@ -111,11 +132,8 @@ def _makes(jaxpr: Jaxpr) -> bool:
             return True
         if _hides(eqn):
             return True
-        inner = [eqn.params.get(CALLS.get(eqn.primitive.name, "")), eqn.params.get("jaxpr")]
-        for one in inner:
-            one = one.jaxpr if isinstance(one, ClosedJaxpr) else one
-            if isinstance(one, Jaxpr) and eqn.primitive.name != "scan" and _makes(one):
-                return True
+        if eqn.primitive.name != "scan" and any(map(_makes, _inside(eqn))):
+            return True
     return False
 
 
@@ -198,7 +216,7 @@ class _Evaluation:
             return [_Constant(one) for one in bind(eqn, [value.value for value in values])]
         if constant and not any(self.may_wait(value.value) for value in values):
             return [self.waits(one) for one in bind(eqn, [value.value for value in values])]
-        waits = constant or name in WRITERS or name.startswith("scatter")
+        waits = constant or _writer(eqn)
         given = [
             (self.waits(value.value) if waits else value.value) if isinstance(value, _Constant) else value
             for value in values

@@ -13,14 +13,32 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def static(**kwargs: Any) -> Any:
-    """A dataclass field that is structure (sizes, names, functions), not an array."""
+    """A dataclass field that is structure (sizes, names, functions), not an array.
+
+    >>> @mw.layers.layer
+    ... class Power:
+    ...     exponent: int = mw.layers.static(default=2)
+    ...     def __call__(self, x):
+    ...         return x**self.exponent
+    >>> jax.tree.leaves(Power(3))
+    []
+    """
     return dataclasses.field(metadata={"static": True}, **kwargs)
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(static, dataclasses.field))
 def layer(cls: type[T]) -> type[T]:
     """Makes `cls` a frozen dataclass and registers it as a pytree: `static()` fields are structure, all
-    others leaves."""
+    others leaves.
+
+    >>> @mw.layers.layer
+    ... class Scale:
+    ...     factor: jax.Array
+    ...     def __call__(self, x):
+    ...         return self.factor * x
+    >>> jax.tree.leaves(Scale(jnp.ones(())))
+    [Array(1., dtype=float32)]
+    """
     return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
 
 

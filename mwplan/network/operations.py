@@ -66,7 +66,7 @@ def store_backward(
     layer: PyTree, held: res.Residuals, x: PyTree, y: PyTree, ct_out: PyTree, *, rule: rules.StoreRule
 ) -> tuple[list[Any], PyTree]:
     """`(parameter gradients, ct_in)`. `x`, `y`: None unless the residuals share them."""
-    return rule.backward(layer, res.restore(held, layer, x, y), ct_out)
+    return rule.backward(layer, res.restore(held, layer, x, y, ct_out), ct_out)
 
 
 def offload_forward(
@@ -98,7 +98,7 @@ def reverse(
     layer: PyTree, held: res.Residuals, x: PyTree, y: PyTree, ct_out: PyTree, *, rule: rules.VijpRule
 ) -> tuple[PyTree, PyTree]:
     """R sweep: `(ct_in, fragment)`."""
-    return rule.reverse(layer, res.restore(held, layer, x, y), ct_out)
+    return rule.reverse(layer, res.restore(held, layer, x, y, ct_out), ct_out)
 
 
 def _is_plain(tree: PyTree) -> bool:
@@ -135,7 +135,7 @@ def invert_backward(
     """`(x, parameter gradients, ct_in)`, with `x` rebuilt from `y` unless it is given."""
     if x is not None:
         return x, *rules.layer_vjp(layer, x, ct_out)
-    x, grads, ct_in = rule.backward(layer, y, res.restore(held, layer, None, None), ct_out)
+    x, grads, ct_in = rule.backward(layer, y, res.restore(held, layer, None, None, ct_out), ct_out)
     return x, grads, trees.as_cotangent(ct_in, x)
 
 

@@ -3,14 +3,13 @@
 A rule's residuals are a pytree. Each array leaf is one of: a parameter of the layer, its input or its output
 (the same object: found by identity at trace time, so nothing is guessed; or a parameter or the input in
 another shape), one number throughout whatever the arguments (`jax.vjp` of `jax.nn.relu` keeps zeros as large
-as the activation), or new. Only new leaves are held; booleans among them are packed, eight to a byte (XLA
-stores a bool as a byte). The rest is looked up or made again when the residuals are restored.
+as the activation), or new. Only new leaves are held; booleans among them are packed (`mwplan.network.bits`;
+XLA stores a bool as a byte). The rest is looked up or made again when the residuals are restored.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,13 +22,14 @@ from jax.interpreters.partial_eval import dce_jaxpr
 from jaxtyping import Array
 
 from mwplan.common import trees
+from mwplan.network.bits import Packing
 
 PyTree = Any
 
 
 @dataclass(frozen=True)
 class _Spec:
-    """Where each leaf comes from: `("own", i)`, `("bits", i, shape)`, `("all", number, shape, dtype)`,
+    """Where each leaf comes from: `("own", i)`, `("bits", i, packing)`, `("all", number, shape, dtype)`,
     `("made", program)`, `("layer" | "input" | "output", i)`, or `("layer" | "input", i, shape)` where the
     leaf there has another shape; and the treedef."""
 
@@ -82,9 +82,9 @@ def split(residuals: PyTree, layer: PyTree, x: PyTree, y: PyTree, origins: Seque
                 source = ("made", origin)
             elif origin is not None and not isinstance(origin, Reshaped):
                 source = ("all", origin, jnp.shape(leaf), jnp.result_type(leaf))
-            elif jnp.result_type(leaf) == jnp.bool_ and math.prod(jnp.shape(leaf)) > 1:
-                source = ("bits", len(own), jnp.shape(leaf))
-                own.append(jnp.packbits(leaf))
+            elif jnp.result_type(leaf) == jnp.bool_ and (packing := Packing.of(jnp.shape(leaf), 2)).worth:
+                source = ("bits", len(own), packing)
+                own.append(packing.pack(leaf))
             else:
                 source = ("own", len(own))
                 own.append(leaf)
@@ -93,8 +93,9 @@ def split(residuals: PyTree, layer: PyTree, x: PyTree, y: PyTree, origins: Seque
     return Residuals(own, _Spec(tuple(sources), treedef))
 
 
-def restore(held: Residuals, layer: PyTree, x: PyTree, y: PyTree) -> PyTree:
-    """What `split` took apart. `x` and `y` may be None where no leaf came from them."""
+def restore(held: Residuals, layer: PyTree, x: PyTree, y: PyTree, ct: PyTree = ()) -> PyTree:
+    """What `split` took apart. `x` and `y` may be None where no leaf came from them; `ct`, for which what is
+    unpacked waits: a TPU's compiler would unpack as soon as it has packed."""
     pools = {"layer": jax.tree.leaves(layer), "input": jax.tree.leaves(x), "output": jax.tree.leaves(y)}
     leaves = []
     for kind, index, *shape in held.spec.sources:
@@ -105,9 +106,9 @@ def restore(held: Residuals, layer: PyTree, x: PyTree, y: PyTree) -> PyTree:
         elif kind == "made":
             leaves.append(index())
         elif kind == "bits":
-            count = math.prod(shape[0])
-            bits = jnp.unpackbits(held.own[index], count=count)
-            leaves.append(bits.reshape(shape[0]).astype(jnp.bool_))
+            (packing,) = shape
+            packed = held.own[index] if packing.axis is None else trees.after(held.own[index], ct)
+            leaves.append(packing.unpack(packed).astype(jnp.bool_))
         else:
             leaf = pools[kind][index]
             leaves.append(leaf.reshape(shape[0]) if shape else leaf)

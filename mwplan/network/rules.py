@@ -275,6 +275,11 @@ def products(primitive: Any, *args: Any, **params: Any) -> bool:
 SMALLER = (VjpStore("products", products), VjpStore("nothing", jax.checkpoint_policies.nothing_saveable))
 
 
+def has_own(layer: PyTree, x: PyTree) -> bool:
+    """Whether `layer` has rules of its own at input `x` (arrays or shapes), of any kind."""
+    return any(_collect(layer, x, method) for method in ("store_rules", "vijp_rules", "invert_rules"))
+
+
 def store_rules(layer: PyTree, x: PyTree) -> tuple[StoreRule, ...]:
     """All the ways to store `layer`'s residuals at input `x` (arrays or shapes): its own, or `SMALLER` where
     it has none, and whatever `jax.vjp` keeps."""

@@ -59,13 +59,14 @@ def _on_one_device(a: Any) -> Any:
 def local_bytes(tree: PyTree) -> int:
     """Bytes of the arrays of `tree` on each device."""
     return sum(
-        trees.nbytes(jax.ShapeDtypeStruct(_shard_shape(leaf), leaf.dtype))
+        trees.nbytes(jax.ShapeDtypeStruct(shard_shape(leaf), leaf.dtype))
         for leaf in jax.tree.leaves(tree)
         if trees.is_array(leaf) and math.prod(leaf.shape)
     )
 
 
-def _shard_shape(leaf: Any) -> tuple[int, ...]:
+def shard_shape(leaf: Any) -> tuple[int, ...]:
+    """The shape of what one device has of an array."""
     return tuple(leaf.sharding.shard_shape(leaf.shape)) if spread(leaf) else tuple(leaf.shape)
 
 

@@ -5,16 +5,20 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mwplan.common.errors import ArgumentError, InfeasibleError
+from mwplan.common.errors import ArgumentError, InfeasibleError, ScheduleMismatchError
 from mwplan.common.sizes import parse_bytes, show_bytes, show_ns
-from mwplan.planning.schedules import SolverMismatchError, confirmed
+from mwplan.planning.schedules import RECOMPUTATION, SolverMismatchError, baseline_schedules, confirmed
 from mwplan.plans.ledger import buffers, replay, strategies
 from mwplan.plans.packing import pack
 from mwplan.plans.profiles import Profile
 from mwplan.plans.schedule import Choice, Schedule, Solution, Status, Strategy
+from mwplan.report import page
+from mwplan.report.content import CompiledPeak, Subject
 from mwplan.solvers import frontier as frontier_solver
 from mwplan.solvers.frontier import solve_frontier
 from mwplan.solvers.predictions import fastest_ns
@@ -58,6 +62,12 @@ def default_thin(profile: Profile) -> float:
     """The loss of time aimed at where nothing is said: 0 up to `Tuning.exact_layers` layers, beyond, where an
     exact frontier takes minutes to hours, `Tuning.deep_thin`."""
     return 0.0 if len(profile) <= TUNING.exact_layers else TUNING.deep_thin
+
+
+def frontier_for(profile: Profile, schedule: Schedule) -> Frontier:
+    """Every budget at once, as it was solved for a schedule: at its tolerance, thinned where chains are
+    long."""
+    return frontier(profile, max_error=schedule.max_error, thin=default_thin(profile))
 
 
 @dataclass(frozen=True)
@@ -222,7 +232,7 @@ class Frontier:
             f"`budget={budget!r}` is {'infeasible' if proved else 'too small'}: the least-memory schedule "
             f"{'' if proved else 'found (the frontier is thinned, so a smaller one may exist) '}needs "
             f"{least:_} bytes ({show_bytes(least)}, of which "
-            f"{show_bytes(self.profile.fixed_bytes)} are parameters, input and gradients), in {binding}. "
+            f"{show_bytes(self.profile.fixed_bytes)} are {self.profile.fixed_parts}), in {binding}. "
             f"Raise the budget to that, or lower the batch size{self._more_allowed()}",
             budget_bytes=budget_bytes,
             least_bytes=least,
@@ -257,6 +267,7 @@ class Frontier:
             input_bytes=self.profile.activation_bytes[0],
             peak_bytes=checked.peak_bytes + self.profile.beside_bytes,
             packed_bytes=self._packed_bytes(solution),
+            stored_bytes=self.profile.stored_bytes,
             host_bytes=checked.host_bytes,
             time_ns=time,
             bound_ns=bound,
@@ -306,3 +317,83 @@ class Frontier:
         from mwplan.common.plots import plot_frontier
 
         return plot_frontier(self.points, ax, **line)
+
+    def report(
+        self,
+        to: str | Path,
+        schedule: Schedule | None = None,
+        *,
+        plans: int = 24,
+        title: str = "",
+        compiled: CompiledPeak | None = None,
+        measured: Sequence[Sequence[str]] = (),
+    ) -> Path:
+        """Writes a page to look at: time against memory with a budget to drag, and of the plan at each budget
+        its strategies by layer, its memory over the step, its peak and what is proved.
+
+        **Arguments:** `to`, the file, one that needs nothing else and no network; `schedule`, one for this
+        frontier's profile, to be among the plans and shown first; `plans`, how many others there are, spread
+        evenly by ratio over the budgets, each solved here; `title`; `compiled`, what its program takes;
+        `measured`, rows of a table of what was measured, the header first.
+        **Returns:** the path. **Raises:** `ArgumentError`; `ScheduleMismatchError`; `MwplanError` where
+        plotly is not installed (`pip install "mwplan[report]"`); `InfeasibleError` where there is no plan.
+        **Cost:** a second frontier, of recomputation alone, and a replay of each plan; a file of 5 MB.
+
+        >>> import tempfile
+        >>> frontier = mw.frontier(mw.estimate(mw.Chain([jnp.tanh] * 8), jnp.ones((256, 64)), device="h100"))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     try:
+        ...         page = frontier.report(f"{folder}/plan.html", frontier.at("400KiB"))
+        ...     except mw.MwplanError as missing:
+        ...         assert "mwplan[report]" in str(missing)
+        """
+        page.check_target(to)
+        if isinstance(plans, bool) or not isinstance(plans, int) or plans < 1:
+            raise ArgumentError(f"`plans={plans!r}` must be a number of plans, at least 1")
+        ours = self.profile.fingerprint
+        if schedule is not None and schedule.fingerprint not in ("", ours) and ours:
+            raise ScheduleMismatchError("`schedule` is of another profile than this frontier: plan again")
+        some, chosen = self._shown(plans, schedule)
+        problem = self.solved.problem
+        both = problem.strategies & RECOMPUTATION
+        alone: tuple[tuple[int, int], ...] = ()
+        if both and both != problem.strategies:
+            alone = frontier(self.profile, max_error=self.max_error, allowed=both, thin=problem.thin).points
+        plain = baseline_schedules(
+            self.profile, max_error=self.max_error, allowed=frozenset({Strategy.STORE})
+        )
+        return page.write(
+            to,
+            Subject(
+                profile=self.profile,
+                points=self.points,
+                schedules=some,
+                chosen=chosen,
+                recomputation=alone,
+                backpropagation=(plain[0].total_bytes, plain[0].time_ns),
+                compiled=compiled,
+                title=title,
+                measured=tuple(tuple(row) for row in measured),
+            ),
+        )
+
+    def _shown(self, plans: int, schedule: Schedule | None) -> tuple[tuple[Schedule, ...], int]:
+        """The schedules of a report, least budget first, and which is shown at first: `schedule`, or the
+        middle one."""
+        totals = [total for total, _ in self.points]
+        if not totals:
+            if schedule is None:
+                raise self.infeasible(1, 1)
+            return (schedule,), 0
+        ratio = totals[-1] / totals[0]
+        aims = [totals[0] * ratio ** (k / max(1, plans - 1)) for k in range(plans)]
+        picked = {totals[max(0, bisect.bisect_right(totals, aim * (1 + 1e-9)) - 1)] for aim in aims}
+        found = {}
+        for total in sorted(picked, reverse=True):  # as the frontier has them: fragmentation is said in words
+            room = total - self.always_bytes
+            solution = self.simplified(self.solved.at(self.enough(room)), room, TUNING.regular_loss)
+            found[solution.runs or ()] = self.schedule(solution, total)
+        if schedule is not None:
+            found[schedule.runs] = schedule
+        some = sorted(found.values(), key=lambda one: one.budget_bytes or one.total_bytes)
+        return tuple(some), len(some) // 2 if schedule is None else some.index(schedule)

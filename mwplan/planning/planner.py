@@ -76,7 +76,7 @@ def plan(
     if room < 0:
         raise InfeasibleError(
             f"`budget={budget!r}` is less than the {show_bytes(solved.always_bytes)} that every schedule "
-            "takes for parameters, input and gradients",
+            f"takes for {profile.fixed_parts}",
             budget_bytes=budget_bytes,
         )
     free = not pins and not host_bytes and max_distinct_runs is None

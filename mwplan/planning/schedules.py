@@ -11,12 +11,14 @@ from mwplan.plans.schedule import Schedule, Solution, Strategy
 from mwplan.solvers import baselines
 from mwplan.solvers.problem import EVERY_STRATEGY, Problem
 
+#: What all checkpointing does.
+RECOMPUTATION = frozenset({Strategy.STORE, Strategy.RECOMPUTE})
 #: Sets of strategies whose plans are worth a look beside that of all: a profile's times are estimates,
 #: recomputation alone may turn out faster, and other buffers lie closer or less so.
 NARROWER = (
     EVERY_STRATEGY - {Strategy.VIJP, Strategy.FRAGMENT},
     EVERY_STRATEGY - {Strategy.INVERT},
-    frozenset({Strategy.STORE, Strategy.RECOMPUTE}),
+    RECOMPUTATION,
 )
 
 
@@ -54,6 +56,7 @@ def scheduled(profile: Profile, solution: Solution, max_error: float) -> Schedul
         fixed_bytes=profile.fixed_bytes,
         input_bytes=profile.activation_bytes[0],
         peak_bytes=found.peak_bytes + profile.beside_bytes,
+        stored_bytes=profile.stored_bytes,
         time_ns=found.time_ns + found.first_touch_ns,
         error=found.error,
         max_error=max_error,

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from mwplan.common.errors import ScheduleMismatchError
+from mwplan.plans.holdings import Holdings, Moment
 from mwplan.plans.lifetimes import Lives, Name
 from mwplan.plans.packing import Buffer
 from mwplan.plans.profiles import InvertOption, MoonwalkOption, OffloadOption, Profile, StoreOption
@@ -104,10 +105,19 @@ def buffers(profile: Profile, runs: Sequence[Run]) -> tuple[Buffer, ...]:
     return live.close()
 
 
+def moments(profile: Profile, runs: Sequence[Run]) -> tuple[Moment, ...]:
+    """What is alive at each event of `replay`, by kind, and at the peak one by one. Raises as `replay`."""
+    live = Holdings()
+    book = _Ledger(profile, live)
+    book.stretch(runs, depth=0, outer=None)
+    assert len(live.moments) == len(book.events)
+    return tuple(live.moments)
+
+
 class _Ledger:
     """Live buffers by name. An activation is a buffer with a count of who still wants it."""
 
-    def __init__(self, profile: Profile, diary: Lives | None = None) -> None:
+    def __init__(self, profile: Profile, diary: Lives | Holdings | None = None) -> None:
         self.profile = profile
         self.live: dict[Name, int] = {} if diary is None else diary
         self.diary = diary

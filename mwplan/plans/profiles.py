@@ -191,6 +191,11 @@ class LayerProfile:
             if len(set(names)) != len(names):
                 raise ArgumentError(f"`LayerProfile({self.name}).{kind}` repeats an option's name: {names}")
 
+    @property
+    def fastest_store(self) -> StoreOption:
+        """The fastest STORE option; of equally fast ones that of least bytes."""
+        return min(self.store, key=lambda o: (o.forward_ns + o.backward_ns, o.residual_bytes))
+
     def costs(self) -> tuple[Any, ...]:
         """Everything but the name."""
         return tuple(getattr(self, field) for field in self.__slots__ if field != "name")
@@ -201,7 +206,8 @@ class Profile:
     """A chain of layers as the planner sees it, on one device, for one shape of input.
 
     `activation_bytes`, `cotangent_bytes`, `sweep_cotangent_bytes` have one entry per position 0..L.
-    `fixed_bytes` are the arguments and outputs of the gradient step: parameters, input, gradients.
+    `fixed_bytes` are the arguments and outputs of the gradient step: parameters, input, gradients; and what
+    is there beside the step, `optimizer_bytes` of it the optimizer's state (`with_optimizer`).
     `carried_bytes`: temporaries that are alive all the time, and in no other entry: what layers hand on as it
     is (docs/accounting.md). `fingerprint` identifies the chain's structure and input shapes; a schedule made
     from this profile carries it on. `first_touch_mib_ns`: what a step pays for each MiB of its temporaries
@@ -221,6 +227,7 @@ class Profile:
     cotangent_bytes: tuple[int, ...]
     sweep_cotangent_bytes: tuple[int, ...]
     fixed_bytes: int = 0
+    optimizer_bytes: int = 0
     carried_bytes: int = 0
     kept_bytes: int = 0
     first_touch_mib_ns: int = 0
@@ -251,13 +258,22 @@ class Profile:
             (
                 f"profile of {len(self)} layers on {self.device or 'an unnamed device'} "
                 f"({self.source or 'made by hand'})",
-                f"  fixed {show_bytes(self.fixed_bytes)}: parameters, input, gradients",
+                f"  fixed {show_bytes(self.fixed_bytes)}: {self.fixed_parts}",
                 f"  layers' outputs {show_bytes(sum(self.activation_bytes[1:]))} in all, the largest "
                 f"{show_bytes(max(self.activation_bytes[1:]))}",
+                f"  backpropagation {show_bytes(self.stored_bytes)} temporaries, everything stored",
                 f"  forward {show_ns(sum(layer.forward_ns for layer in self.layers))}",
                 "  for `mw.plan(profile, budget)` or `mw.frontier(profile)`; `profile.layers` has the "
                 "figures",
             )
+        )
+
+    @property
+    def fixed_parts(self) -> str:
+        """What `fixed_bytes` are, in words."""
+        state = self.optimizer_bytes
+        return "parameters, input and gradients" + (
+            f", and {show_bytes(state)} of optimizer's state" if state else ""
         )
 
     @property
@@ -276,6 +292,24 @@ class Profile:
         """Temporaries that no event counts, because they are there all the time: tables of pointers, and what
         layers hand on."""
         return self.table_bytes + self.carried_bytes
+
+    @property
+    def stored_bytes(self) -> int:
+        """Predicted temporaries of plain backpropagation, which is what `jax.grad` does: every layer stored
+        by its fastest option."""
+        a, c = self.activation_bytes, self.cotangent_bytes
+        held, there, peak = 0, True, 0  # there: the layer's input is kept by others
+        backward = []
+        for at, layer in enumerate(self.layers):
+            o = layer.fastest_store
+            new = 0 if there else a[at]
+            peak = max(peak, held + new + a[at + 1] + o.residual_bytes + o.forward_workspace_bytes)
+            held += o.residual_bytes + new * o.keeps_input + a[at + 1] * o.keeps_output
+            saving = 0 if there and o.keeps_input else o.backward_saving_bytes
+            backward.append(held + c[at] + c[at + 1] + o.backward_workspace_bytes - saving)
+            there = o.keeps_output
+        turn = held + (0 if there else a[-1]) + c[-1]
+        return max(peak, turn, *backward) + self.beside_bytes
 
     def first_touch_ns(self, peak_bytes: int) -> int:
         """Time that a step of `peak_bytes` temporaries spends on getting them."""
@@ -298,6 +332,15 @@ class Profile:
             total += times * sum(_sum(o, "_ns") for o in _options(layer))
         return total
 
+    def with_optimizer(self, states_bytes: int) -> Profile:
+        """The same chain where an optimizer's state, `states_bytes`, is in memory beside the gradient step:
+        budgets hold it too."""
+        return dataclasses.replace(
+            self,
+            fixed_bytes=self.fixed_bytes - self.optimizer_bytes + states_bytes,
+            optimizer_bytes=states_bytes,
+        )
+
     def consuming_gradients(self, states_bytes: int) -> Profile:
         """The same chain for a step that updates each layer as its gradient comes: `mw.value_and_update`.
 
@@ -318,7 +361,8 @@ class Profile:
         return dataclasses.replace(
             self,
             layers=tuple(_consuming(layer) for layer in self.layers),
-            fixed_bytes=self.fixed_bytes - gradients + states_bytes,
+            fixed_bytes=self.fixed_bytes - self.optimizer_bytes - gradients + states_bytes,
+            optimizer_bytes=states_bytes,
             workspaces=(),  # those with a gradient among them have not been seen
         )
 

@@ -222,6 +222,7 @@ class Schedule:
     - `packed_bytes`: the same with the predicted fragmentation (`mwplan.plans.packing`), at least
       `peak_bytes`; 0 where the profile knows too little of workspaces, or the chain is long;
     - `fixed_bytes`: parameters, input and gradients; `input_bytes`: the input alone, 0 if unknown;
+    - `stored_bytes`: predicted temporaries of plain backpropagation, everything stored; 0 if unknown;
     - `budget_bytes`: the total asked for; `least_bytes`: the least feasible total;
     - `host_bytes`: predicted bytes in the host's memory, at most.
 
@@ -248,6 +249,7 @@ class Schedule:
     input_bytes: int = 0
     peak_bytes: int = 0
     packed_bytes: int = 0
+    stored_bytes: int = 0
     host_bytes: int = 0
     time_ns: int = 0
     bound_ns: int = 0
@@ -303,7 +305,8 @@ class Schedule:
         return serial.load(text, cls, kind="schedule", schema=SCHEMA)
 
 
-_LETTERS = {
+#: one for each strategy, in strips
+LETTERS = {
     Strategy.STORE: "S",
     Strategy.RECOMPUTE: "R",
     Strategy.FRAGMENT: "F",
@@ -316,7 +319,7 @@ _LETTERS = {
 def strip(schedule: Schedule) -> str:
     """One letter a layer, from the input on, runs apart by `|`: "SS|VVFV|RRR"."""
     strategies = schedule.strategies or (None,) * len(schedule)
-    letters = ["?" if s is None else _LETTERS[s] for s in strategies]
+    letters = ["?" if s is None else LETTERS[s] for s in strategies]
     out = ""
     for before, run in zip((None, *schedule.runs), schedule.runs):
         stored = before is not None and before.kind in SINGLE and run.kind in SINGLE
@@ -331,9 +334,16 @@ def _fragmentation(schedule: Schedule) -> list[str]:
     return [f"fragmentation    {show_bytes(gaps)} expected between buffers"] if share > 0.001 else []
 
 
+def _backpropagation(schedule: Schedule) -> list[str]:
+    """A line on what `jax.grad` would take, where that is known."""
+    size = schedule.stored_bytes
+    share = f"; the plan takes {schedule.peak_bytes / size:.2f} of it" if size else ""
+    return [f"backpropagation  {show_bytes(size)} temporaries, everything stored{share}"] if size else []
+
+
 def describe(schedule: Schedule) -> str:
     """The schedule for people: strip, predictions, proof, what binds and what more memory would buy."""
-    legend = ", ".join(f"{_LETTERS[s]} {s.value} {count}" for s, count in schedule.counts.items())
+    legend = ", ".join(f"{LETTERS[s]} {s.value} {count}" for s, count in schedule.counts.items())
     lines = [
         f"{len(schedule)} layers: {legend or 'strategies not stated'}",
         *textwrap.wrap(strip(schedule), 96, initial_indent="  ", subsequent_indent="  "),
@@ -341,6 +351,7 @@ def describe(schedule: Schedule) -> str:
         f" = {show_bytes(schedule.fixed_bytes)} fixed + {show_bytes(schedule.peak_bytes)} temporaries"
         + ("" if schedule.budget_bytes is None else f"; budget {show_bytes(schedule.budget_bytes)}"),
         *_fragmentation(schedule),
+        *_backpropagation(schedule),
         *([f"host memory      {show_bytes(schedule.host_bytes)}"] if schedule.host_bytes else []),
         f"predicted time   {show_ns(schedule.time_ns)}",
         f"predicted error  {schedule.error:.1e} relative (tolerance {schedule.max_error:.0e})",

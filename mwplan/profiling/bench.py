@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mwplan.common import trees
+from mwplan.common import platforms, trees
 from mwplan.compilers.alone import Alone, LastUser
 from mwplan.compilers.compiling import memory_options, options_of, temporaries, workspace
 from mwplan.network.constants import tied
@@ -112,7 +112,7 @@ class Memory:
 
 def like_this_one() -> Device:
     """Figures of a device of this one's kind: shares of times count, not the times."""
-    return DEVICES["laptop" if jax.default_backend() == "cpu" else "h100"]
+    return DEVICES["laptop" if platforms.platform() == "cpu" else "h100"]
 
 
 class Handle(Alone):

@@ -45,12 +45,14 @@ from mwplan.network import axes
 from mwplan.network.chain import Chain, Stack, boundaries, check_chain, one_block
 from mwplan.plans.profiles import Profile
 from mwplan.profiling import measure
+from mwplan.profiling.bench import Pricing
 from mwplan.profiling.carrying import Place, carrying
 from mwplan.profiling.growth import random_cotangent
 from mwplan.profiling.layer_costs import Costs, Name, exact, name_of
 from mwplan.profiling.options import Figures, measure_layer
 from mwplan.profiling.progress import Progress, shown
 from mwplan.profiling.roofline import Device, Roofline, device_of
+from mwplan.profiling.stacked import StackedCompiler
 from mwplan.profiling.touch import FirstTouch
 from mwplan.profiling.visiting import (
     GROWTH_SAMPLES,
@@ -114,12 +116,14 @@ def estimate(
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((chain, x))):
         raise ArgumentError("`chain` and `x` must be arrays or shapes: call `mw.estimate` outside `jax.jit`")
     whole, chain = chain, axes.bound(chain, x)
-    structs = boundaries(chain, x)
+    platform = _platform(device_of(device))
+    with platforms.lowering_for(platform):
+        structs = boundaries(chain, x)
+        shared = carrying(chain, structs, wrt_input=wrt_input)
     abstract = _abstract(chain)
-    shared = carrying(chain, structs, wrt_input=wrt_input)
     names, keys = layer_names(chain), layer_keys(whole, structs, shared)
     with shown(progress, "estimating") as tell:
-        counted = _counted(chain, pricing, structs, keys, names, tell)
+        counted = _counted(chain, pricing, platform, structs, keys, names, tell)
         if abstract:
             for i, one in first_layers(chain, keys):
                 _errors_without_weights(counted[keys[i]], one, structs[i], examples, seed)
@@ -128,17 +132,18 @@ def estimate(
             unusable = _errors(chain, x, structs, keys, counted, examples, seed, tell)
         tell(len(chain), len(chain), names[-1])
     gradients = (trees.parameters(chain), trees.parameters(structs[0]) if wrt_input else ())
-    return measure.assemble(
-        whole,
-        structs,
-        shared,
-        [(names[i], counted[key], unusable.get(i)) for i, key in enumerate(keys)],
-        fixed_bytes=sum(map(trees.nbytes, (chain, gradients, structs[0]))),
-        touch=FirstTouch(),  # accelerators pool their memory
-        device=device_of(device).name,
-        source=_source(pricing)
-        + ("errors without weights" if abstract else f"errors of {examples} examples"),
-    )
+    with platforms.lowering_for(platform):
+        return measure.assemble(
+            whole,
+            structs,
+            shared,
+            [(names[i], counted[key], unusable.get(i)) for i, key in enumerate(keys)],
+            fixed_bytes=sum(map(trees.nbytes, (chain, gradients, structs[0]))),
+            touch=FirstTouch(),  # accelerators pool their memory
+            device=device_of(device).name,
+            source=_source(pricing)
+            + ("errors without weights" if abstract else f"errors of {examples} examples"),
+        )
 
 
 def _pricing(device: Device, compiled: bool | None) -> Roofline | Compiler:
@@ -158,6 +163,7 @@ def _source(pricing: Roofline | Compiler) -> str:
 def _counted(
     chain: Chain,
     pricing: Roofline | Compiler,
+    platform: str,
     structs: list[PyTree],
     keys: list[tuple[Any, ...]],
     names: list[str],
@@ -165,13 +171,13 @@ def _counted(
 ) -> dict[Hashable, Costs]:
     """What the layers cost, by their keys; those of a compiler side by side: while one is compiled another is
     traced."""
-    platform = pricing.target.platform if isinstance(pricing, Compiler) else _platform(pricing.device)
-
     wide = jnp.result_type(float) == jnp.float64  # `with jax.enable_x64():` is of one thread
 
     def count(i: int, one: Any) -> Costs:
         with jax.enable_x64(wide), platforms.lowering_for(platform):
-            figures = _count(pricing, one, structs[i], keys[i][-1], f"layer {i + 1} ({names[i]})")
+            stacked, place = keys[i][-2:]
+            priced = StackedCompiler(pricing) if stacked and isinstance(pricing, Compiler) else pricing
+            figures = _count(priced, one, structs[i], place, f"layer {i + 1} ({names[i]})")
         return Costs(figures, one, structs[i])
 
     counted: dict[Hashable, Costs] = {}
@@ -239,7 +245,7 @@ def _layers(chain: Chain) -> Iterator[Any]:
             yield from block
 
 
-def _count(pricing: Roofline | Compiler, one: PyTree, struct: PyTree, place: Place, where: str) -> Figures:
+def _count(pricing: Pricing, one: PyTree, struct: PyTree, place: Place, where: str) -> Figures:
     """Prices one layer's operations."""
     try:
         return measure_layer(pricing, one, struct, place)

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from mwplan.common import trees
+from mwplan.common import platforms, trees
 from mwplan.common.errors import ArgumentError
 from mwplan.compilers.compiling import options_given
 from mwplan.execution.repeats import LEAST_REPETITIONS
@@ -155,4 +155,4 @@ def _workspaces(layers: list[Costs]) -> tuple[Workspace, ...]:
     """Of all layers, one of each size. On CPUs alone: elsewhere they have not been held against compiled
     steps."""
     found = {one.total_bytes: one for costs in layers for one in costs.figures.workspaces}
-    return tuple(found[total] for total in sorted(found)) if jax.default_backend() == "cpu" else ()
+    return tuple(found[total] for total in sorted(found)) if platforms.platform() == "cpu" else ()

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mwplan.common import platforms
 from mwplan.compilers.compiling import options_of
 
 _KEPT = 32 << 20  # bytes: glibc's largest threshold, up to which it keeps freed blocks
@@ -35,7 +36,7 @@ def measured() -> FirstTouch:
     glibc maps blocks above 32 MiB anew each time, and keeps smaller ones; whether that is so here, a smaller
     array tells. Other platforms pool memory.
     """
-    if jax.default_backend() != "cpu":
+    if platforms.platform() != "cpu":
         return FirstTouch()
     small, large = (_mib_ns(size) for size in (_KEPT * 3 // 4, 2 * _KEPT))
     return FirstTouch(kept_bytes=_KEPT if small < large / 2 else 0, first_touch_mib_ns=large)

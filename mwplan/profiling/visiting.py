@@ -8,7 +8,8 @@ from typing import Any
 
 import jax
 
-from mwplan.network.chain import Chain, Stack, layer_name, one_block, signatures
+from mwplan.network.chain import Chain, Stack, layer_name, one_block
+from mwplan.profiling import alike
 from mwplan.profiling.carrying import Carrying
 
 PyTree = Any
@@ -34,13 +35,17 @@ def layer_names(chain: Chain) -> list[str]:
 
 
 def layer_keys(chain: Chain, structs: list[PyTree], shared: Carrying) -> list[tuple[Any, ...]]:
-    """What layers that share one measurement share: structure, parameter shapes, input, whether stacked, and
-    what their boundaries share."""
-    trees_ = [jax.tree.structure(one) for part in chain.parts for one in block_of(part) * depth_of(part)]
+    """What layers that share one measurement share: structure and parameter shapes, or their program
+    (`alike`), input, whether stacked, and what their boundaries share."""
+    ones = [
+        one
+        for part in chain.parts
+        for one in (one_block(part) if isinstance(part, Stack) else (part,)) * depth_of(part)
+    ]
     texts = [str(struct) for struct in structs]
     stacked = [isinstance(chain.parts[place.part], Stack) for place in chain.places()]
-    places = [shared.place(i) for i in range(len(trees_))]
-    return list(zip(trees_, signatures(chain), texts, stacked, places))
+    places = [shared.place(i) for i in range(len(ones))]
+    return list(zip(alike.structures(ones, structs), texts, stacked, places))
 
 
 def visit(

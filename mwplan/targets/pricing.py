@@ -125,13 +125,13 @@ class Compiler:
             found: list[Any] = trees.tie(alone.function(*trees.tie(leaves)))
             return found
 
-        return Compiling(alone, self._started(between, alone.inputs))
+        return Compiling(alone, self.started(between, alone.inputs))
 
     def saving(self, handle: Compiling, *, dead: PyTree, temporary: PyTree) -> CompilingSaving:
         """What the operation needs less where it is the last user of `dead`, leaves of its arguments, and
         `temporary`, leaves of its result, are no results of the step."""
         last = LastUser(handle.alone, dead, temporary)
-        future = self._started(last.step, *last.shapes) if last.worth else None
+        future = self.started(last.step, *last.shapes) if last.worth else None
         return CompilingSaving(handle, last, future)
 
     def together(self, *handles: Compiling, free: bool = False) -> _Pair | None:
@@ -154,7 +154,7 @@ class Compiler:
             tied: list[Any] = trees.tie([known[key] for key in wanted])
             return tied
 
-        pair = _Pair(handles, self._started(run, list(inputs.values())))
+        pair = _Pair(handles, self.started(run, list(inputs.values())))
         for one in handles:
             one.pairs.append(pair)
         return pair
@@ -162,8 +162,9 @@ class Compiler:
     def derive(self, handle: Compiling, base: Compiling, more: Compiling) -> None:
         """Nothing: each operation's time is modelled."""
 
-    def _started(self, function: Callable[..., Any], *given: Any) -> Future[Compiled]:
-        """Its compilation, in another thread, unless it is known."""
+    def started(self, function: Callable[..., Any], *given: Any) -> Future[Compiled]:
+        """The compilation of `function(*given)`, in another thread, unless it is known; `function`, or what
+        `jax.jit` made of one."""
         lowered = program.lower(function, given, self.target)
         name = program.key(lowered, self.target, self.target.compiler_options)
         with self._lock:

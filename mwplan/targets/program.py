@@ -32,7 +32,12 @@ class Compiled:
     **Attributes:** `target`, its name; `compiler`, versions; bytes of arguments, results, and of what the
     program needs beside them (`temporary_bytes`); `alias_bytes`, of arguments that results are written over;
     `kernels`, after fusion; `loops`; `executable`, JAX's compiled program, None where all this was known from
-    before. It runs where the target is attached, nowhere else."""
+    before. It runs where the target is attached, nowhere else.
+
+    >>> compiled = mw.targets.compile(jnp.sort, jnp.ones(1024), cached=False)  # for the attached device
+    >>> compiled.argument_bytes, compiled.output_bytes
+    (4096, 4096)
+    """
 
     target: str
     compiler: str

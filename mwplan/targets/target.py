@@ -19,7 +19,11 @@ class Target:
 
     **Attributes:** `name`; `platform`, "cpu", "gpu" or "tpu"; `device`, its figures, None where they are not
     known (an attached device without a name in `mw.targets.DEVICES`); `attached`, whether programs compiled
-    for it run here."""
+    for it run here.
+
+    >>> mw.targets.target_of("h200").pooled_memory
+    True
+    """
 
     name: str
     platform: str
@@ -94,7 +98,11 @@ class Target:
 
 
 def attached() -> Target:
-    """JAX's default device here."""
+    """JAX's default device here.
+
+    >>> mw.targets.attached().attached
+    True
+    """
     one = jax.devices()[0]
     known = {"gpu": "gpu", "cuda": "gpu", "rocm": "gpu", "tpu": "tpu"}
     return Target(
@@ -109,6 +117,9 @@ def target_of(target: str | Device | Target | None) -> Target:
     """The target that is meant: None, the attached device; a name in `DEVICES`; a `mw.Device` with a `chip`.
 
     **Raises:** `ArgumentError` for an unknown name, or for a device of whose chip nothing is known.
+
+    >>> mw.targets.target_of("v5e").platform
+    'tpu'
     """
     if target is None:
         return attached()
@@ -127,7 +138,11 @@ def target_of(target: str | Device | Target | None) -> Target:
 
 
 def installed(target: str | Device | Target) -> bool:
-    """Whether programs can be compiled for `target` here."""
+    """Whether programs can be compiled for `target` here.
+
+    >>> mw.targets.installed(mw.targets.attached())
+    True
+    """
     one = target_of(target)
     return one.attached or (one.device is not None and plugins.missing(one.device) is None)
 
