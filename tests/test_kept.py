@@ -187,7 +187,9 @@ def test_a_block_has_few_sets_that_all_differ(device: str) -> None:
     sizes = list(found.values())
     assert 3 <= len(sizes) <= trades.MOST + 2
     step = trades.LEAST_SAVED * trees.nbytes(x)
-    assert all(b - a >= step for a, b in itertools.pairwise(sizes))
+    # The last may be a little less than the one before, so that nothing fits that is not offered.
+    assert sizes[0] < sizes[1]
+    assert all(b - a >= step for a, b in itertools.pairwise(sizes[1:]))
     # Its scores are as large as all else together: some set is without them.
     scores = 8 * 512 * 512 * 4
     assert any(0 < size < scores for size in sizes)
@@ -213,7 +215,7 @@ def test_thinning() -> None:
     assert [one.nbytes for one in trades.thinned(found, below=100, step=5)] == [10, 60]
     many = [trade(10 * i, 100 - i, workspace_bytes=1000 * (i != 3)) for i in range(10)]
     chosen = trades.thinned(many, below=1000, step=5)
-    assert len(chosen) == trades.MOST + 1
+    assert len(chosen) <= trades.MOST + 1
     assert {0, 30, 90} <= {one.nbytes for one in chosen}
     assert trades.thinned(many, below=0, step=5) == []
 

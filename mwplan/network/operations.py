@@ -51,11 +51,13 @@ def store_rules(layer: PyTree, x: PyTree) -> tuple[rules.StoreRule, ...]:
 
     step = max(trees.nbytes(x), trees.nbytes(jax.eval_shape(plain_forward, one, x))) // 64
     least, chosen = kept(rules.VjpStore()), []
+    by_size = {}  # of equal ones the last
     for rule in rules.SMALLER:
         try:
-            size = kept(rule)
+            by_size[kept(rule)] = rule
         except TypeError:  # JAX cannot keep complex numbers for `jax.checkpoint`
             continue
+    for size, rule in by_size.items():
         if size + step < least:
             chosen.append(rule)
             least = size
