@@ -131,6 +131,27 @@ def test_what_is_kept_is_the_set() -> None:
         assert residuals.new_bytes(held) == len(some) * 2 * 6 * 32 * 4
 
 
+@pytest.mark.parametrize("name", ["block", "pytrees"])
+def test_sets_without_a_schedule(name: str) -> None:
+    """What `fitted.policy()` does with them."""
+    one, x = LAYERS[name]()
+    whole = kept.joint(one, x)
+    some = whole.name(keepable(whole)[::3])
+
+    def loss(apply: Any, one: Any, x: Any) -> Any:
+        return sum(
+            jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(apply(one, x)) if trees.is_inexact(leaf)
+        )
+
+    def gradients(apply: Any) -> Any:
+        return jax.grad(functools.partial(loss, apply), argnums=(0, 1), allow_int=True)(one, x)
+
+    got = gradients(lambda one, x: kept.applied(one, x, some))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(gradients(lambda one, x: one(x))), strict=True):
+        if not trees.is_float0(a):
+            np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5)
+
+
 def test_names_come_of_the_program() -> None:
     """Of arrays, of shapes, and of another trace alike; not of another layer."""
     one, x = LAYERS["block"]()
