@@ -16,6 +16,7 @@ from mwplan.common import trees
 from mwplan.functions.gradients import dependents
 from mwplan.functions.kinds import ELEMENTWISE
 from mwplan.functions.tracing import ALIAS, CHECKPOINTS, Constant, Flat, Operand, Region, Step, Traced, needed
+from mwplan.network.canonical import scan_counts
 
 #: Operations on each element that change its type at most.
 UNARY = ELEMENTWISE | {"convert_element_type", "copy", "reduce_precision", "stop_gradient"}
@@ -65,7 +66,7 @@ class _Opener:
         """The steps of a scan's body, with the names of its carry before and after them; None where it must
         stay."""
         params = step.params
-        consts, carries = params["num_consts"], params["num_carry"]
+        consts, carries = scan_counts(params)
         closed = params["jaxpr"]
         stacked = step.inputs[consts + carries :]
         if params["reverse"] or closed.consts or not carries or not params["length"]:

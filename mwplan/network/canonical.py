@@ -72,6 +72,14 @@ def bind(eqn: Any, values: Sequence[Any], params: dict[str, Any] | None = None) 
     return list(got) if eqn.primitive.multiple_results else [got]
 
 
+def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
+    """How many of a `scan`'s inputs are read whole in each turn, and how many are carried on."""
+    if "ft_in" in params:  # since JAX 0.12
+        consts, carried, _ = params["ft_in"].unpack()
+        return len(list(consts)), len(list(carried))
+    return params["num_consts"], params["num_carry"]
+
+
 def _jaxprs(value: Any) -> list[Jaxpr]:
     """The programs in an equation's parameter: one, the branches of a choice, or none."""
     several = value if isinstance(value, (tuple, list)) else (value,)

@@ -17,7 +17,7 @@ from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var, jaxpr_as_fun
 
 from mwplan.common import platforms, trees
-from mwplan.network.canonical import CALLS, bind
+from mwplan.network.canonical import CALLS, bind, scan_counts
 
 PyTree = Any
 
@@ -253,7 +253,7 @@ class _Evaluation:
     def scan(self, eqn: Any, values: list[Any]) -> list[Any]:
         """A scan whose stacked results do not exist before the operation's inputs do."""
         params = eqn.params
-        consts, carried = params["num_consts"], params["num_carry"]
+        consts, carried = scan_counts(params)
         if len(eqn.outvars) == carried:
             return bind(eqn, values)
         fixed, state, rows = values[:consts], values[consts : consts + carried], values[consts + carried :]
