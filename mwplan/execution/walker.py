@@ -16,7 +16,7 @@ from mwplan.execution.barriers import Performer
 from mwplan.execution.gradients import Gradients
 from mwplan.execution.repeats import Part, Repeat
 from mwplan.execution.view import View
-from mwplan.network import operations, rules, sketch
+from mwplan.network import kept, operations, rules, sketch
 from mwplan.network.carried import Carried
 from mwplan.network.chain import layer_name
 from mwplan.network.residuals import Residuals
@@ -106,13 +106,14 @@ class Walker:
     def rule(self, run: Run | Part, layer: int) -> Any:
         """The rule that a run names for one of its layers."""
         one, x = self.layer(layer), self.structs[layer - 1]
+        name = run.options[layer - run.start - 1]
+        offered_stores = functools.partial(kept.store_rules, name=name)
         find: dict[RunKind, Callable[..., Sequence[Any]]] = {
-            RunKind.STORE: rules.store_rules,
-            RunKind.OFFLOAD: rules.store_rules,
+            RunKind.STORE: offered_stores,
+            RunKind.OFFLOAD: offered_stores,
             RunKind.MOONWALK: rules.vijp_rules,
             RunKind.INVERT: rules.invert_rules,
         }
-        name = run.options[layer - run.start - 1]
         offered = [r for r in find[run.kind](one, x) if not isinstance(r, rules.Unavailable)]
         for candidate in offered:
             if candidate.name == name:

@@ -11,7 +11,7 @@ import jax
 
 from mwplan.compilers.compiling import jit, temporaries
 from mwplan.functions.cut import Cut
-from mwplan.network import rules
+from mwplan.network import kept, rules
 from mwplan.plans.schedule import Run, RunKind, Schedule
 
 PyTree = Any
@@ -23,7 +23,8 @@ class Policy:
 
     Called as the function itself, it returns the same; `jax.value_and_grad` of it keeps what the plan keeps,
     as far as `jax.checkpoint` can say that: stretches that are recomputed, nested ones too, and pieces of
-    which only products are kept. What it cannot say (`unsaid`, the runs): cotangents or activations that are
+    which only products are kept; pieces of which other values are kept are a `jax.custom_vjp`. What neither
+    can say (`unsaid`, the runs): cotangents or activations that are
     rebuilt, and what is kept in the host's memory; the first are recomputed instead, the last kept on the
     device. Nor are there the planned step's barriers, so the compiler may reorder and keep more:
     `temporary_bytes` compiles it and says how much.
@@ -80,6 +81,9 @@ def _words(run: Run) -> str:
         return "jax.checkpoint: their input is saved, they are recomputed"
     if run.kind is RunKind.STORE:
         names = {"vjp": "as it is", "products": "jax.checkpoint, products saved", "nothing": "jax.checkpoint"}
+        if run.options[0].startswith(kept.PREFIX):
+            count = len(kept.KeepStore(run.options[0]).kept)
+            return f"jax.custom_vjp, {count} values of its program saved"
         return names.get(run.options[0], run.options[0])
     if run.kind is RunKind.OFFLOAD:
         return "as it is (planned: kept in the host's memory, which is not said here)"
@@ -109,6 +113,8 @@ def _through(run: Run, layers: Sequence[Any], x: PyTree) -> PyTree:
         return jax.checkpoint(whole)(own, x)
     if run.kind in (RunKind.STORE, RunKind.OFFLOAD):
         (one,) = own
+        if run.options[0].startswith(kept.PREFIX):
+            return kept.applied(one, x, run.options[0])
         policies = {rule.name: rule.policy for rule in rules.SMALLER}
         apply = (
             jax.checkpoint(_apply, policy=policies[run.options[0]]) if run.options[0] in policies else _apply

@@ -38,17 +38,18 @@ def _kept(rule: Any, layer: PyTree, x: PyTree) -> PyTree:
 
 
 def store_rules(layer: PyTree, x: PyTree) -> tuple[rules.StoreRule, ...]:
-    """`rules.store_rules`; of `rules.SMALLER` those that save more than an activation: each has two programs
-    to compile. **Cost:** a trace of each."""
+    """`rules.store_rules`; of `rules.SMALLER` those that keep less than all before them, the layer's input
+    counted where it is kept: each has two programs to compile. **Cost:** a trace of each."""
     offered = rules.store_rules(layer, x)
     if not set(rules.SMALLER) <= {*offered}:
         return offered
     one = as_layer(layer, 0)
 
     def kept(rule: rules.StoreRule) -> int:
-        return res.new_bytes(jax.eval_shape(functools.partial(forward, rule=rule), one, x)[1])
+        held = jax.eval_shape(functools.partial(forward, rule=rule), one, x)[1]
+        return res.new_bytes(held) + trees.nbytes(x if held.keeps_input else ())
 
-    step = max(trees.nbytes(x), trees.nbytes(jax.eval_shape(plain_forward, one, x)))
+    step = max(trees.nbytes(x), trees.nbytes(jax.eval_shape(plain_forward, one, x))) // 64
     least, chosen = kept(rules.VjpStore()), []
     by_size = {}  # of equal ones the last
     for rule in rules.SMALLER:

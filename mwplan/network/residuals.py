@@ -51,6 +51,11 @@ class Residuals:
         return any(s[0] == "input" for s in self.spec.sources)
 
     @property
+    def packs(self) -> bool:
+        """Whether some leaf is a mask, packed."""
+        return any(s[0] == "bits" for s in self.spec.sources)
+
+    @property
     def keeps_output(self) -> bool:
         """Whether some leaf is the layer's output."""
         return any(s[0] == "output" for s in self.spec.sources)

@@ -29,7 +29,7 @@ from mwplan.compilers.compiling import memory_options, options_of, temporaries, 
 from mwplan.network.constants import tied
 from mwplan.plans.packing import Workspace
 from mwplan.profiling import costs, programs
-from mwplan.profiling.roofline import DEVICES
+from mwplan.profiling.roofline import DEVICES, Device
 from mwplan.profiling.touch import FirstTouch
 from mwplan.solvers.parallel import processors
 
@@ -70,14 +70,20 @@ class Pricing(Protocol):
     """Tells what operations cost: by compiling and running them (`Bench`), or by counting
     (`mwplan.profiling.roofline.Roofline`). Arguments are pytrees of shapes."""
 
+    @property
+    def device(self) -> Device:
+        """Figures of the device, or of one like it."""
+
     def program(self, operation: Callable[..., Any], *args: Any) -> Any:
         """What `operation(*args)` gives and costs, as `Priced`."""
 
     def saving(self, handle: Any, *, dead: PyTree, temporary: PyTree) -> Saved:
         """What the operation needs less where it is the last user of `dead`, as `Saving`."""
 
-    def together(self, *handles: Any) -> None:
-        """These operations follow one another: their times are measured in one program, if at all."""
+    def together(self, *handles: Any, free: bool = False) -> Any:
+        """These operations follow one another: their times are measured in one program, if at all. `free`:
+        nothing stands between them in a step, where forward operations have no barriers; where a compiler
+        was asked what it makes of both, what they need (`temporary_bytes`), else None."""
 
     def derive(self, handle: Any, base: Any, more: Any) -> None:
         """The operation `handle` does what `base` does, and beside it some of what `more` does: its time need
@@ -104,6 +110,11 @@ class Memory:
     workspace: Workspace
 
 
+def like_this_one() -> Device:
+    """Figures of a device of this one's kind: shares of times count, not the times."""
+    return DEVICES["laptop" if platforms.platform() == "cpu" else "h100"]
+
+
 class Handle(Alone):
     """One operation, and what was found of it."""
 
@@ -126,8 +137,7 @@ class Handle(Alone):
     def counted_ns(self) -> float:
         """What a roofline says of its time: shares count, not the figure."""
         if self._counted is None:
-            device = DEVICES["laptop" if platforms.platform() == "cpu" else "h100"]
-            self._counted = 1.0 + device.time_ns(costs.kernels(programs.graph(self.jaxpr)))
+            self._counted = 1.0 + like_this_one().time_ns(costs.kernels(programs.graph(self.jaxpr)))
         return self._counted
 
     @property
@@ -321,6 +331,7 @@ class Layer:
         self.savings: list[Saving] = []
         self.joints: list[Joint] = []
         self.derived: list[tuple[Handle, Handle, Handle]] = []
+        self.device = like_this_one()
 
     def program(self, operation: Callable[..., Any], *args: Any) -> Handle:
         """As `Pricing.program`."""
@@ -334,7 +345,7 @@ class Layer:
         self.savings.append(saving)
         return saving
 
-    def together(self, *handles: Handle) -> None:
+    def together(self, *handles: Handle, free: bool = False) -> None:
         """As `Pricing.together`."""
         self.joints.append(Joint(handles))
 

@@ -39,7 +39,7 @@ from mwplan.profiling.programs import PRODUCTS, Graph, Node, Value, graph
 WHILE_TRIPS = 10
 TRANSCENDENTAL = 15  # flop of one element of `exp` and the like
 
-_REDUCTIONS = {
+REDUCTIONS = {
     *("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "reduce_xor"),
     *("argmax", "argmin", "reduce"),
 }
@@ -58,7 +58,7 @@ _MOVES = {
     *("split", "select_and_gather_add"),
 }
 _TAKES = {"slice", "dynamic_slice", "gather", "split"}  # read no more than they write
-_TRANSCENDENTAL = {
+TRANSCENDENTALS = {
     *("exp", "exp2", "expm1", "log", "log1p", "sin", "cos", "tan", "asin", "acos", "atan", "atan2"),
     *("sinh", "cosh", "tanh", "asinh", "acosh", "atanh", "logistic", "pow", "cbrt", "erf", "erfc", "erf_inv"),
     *("lgamma", "digamma", "igamma", "igammac", "bessel_i0e", "bessel_i1e", "random_bits", "threefry2x32"),
@@ -98,7 +98,7 @@ _ELEMENTWISE = {
     *("shift_right_logical", "shift_right_arithmetic", "population_count", "clz"),
     *("random_wrap", "random_unwrap", "random_seed", "random_fold_in", "random_split", "random_clone"),
 }
-_FUSED = _ELEMENTWISE | _TRANSCENDENTAL | _MOVES | _REDUCTIONS
+FUSED = _ELEMENTWISE | TRANSCENDENTALS | _MOVES | REDUCTIONS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,13 +188,13 @@ def _groups(program: Graph) -> list[list[Node]]:
             mine = len(nodes)
             nodes.append(node)
             parent.append(mine)
-            if node.name in _FUSED:
+            if node.name in FUSED:
                 for v in node.inputs:
                     other, at = makers.get(id(v.root), (-1, -1))
                     if at == start:
                         parent[find(other)] = find(mine)
-                makers.update({id(v): (mine, start) for v in node.outputs if node.name not in _REDUCTIONS})
-            end = start + (node.name not in _FUSED or node.name in _REDUCTIONS)
+                makers.update({id(v): (mine, start) for v in node.outputs if node.name not in REDUCTIONS})
+            end = start + (node.name not in FUSED or node.name in REDUCTIONS)
         level.update({id(v): end for v in node.outputs})
     found: dict[int, list[Node]] = {}
     for i, node in enumerate(nodes):
@@ -234,7 +234,7 @@ def _recompute(groups: list[list[Node]], outside: set[int]) -> None:
                 if id(v.root) in outside or not others or v.root is not v:
                     continue
                 again = _cheap(node, makers)
-                if again is None or any(other[0].name not in _FUSED for other in others):
+                if again is None or any(other[0].name not in FUSED for other in others):
                     continue
                 wanted = _outer(again)
                 if any(
@@ -266,15 +266,15 @@ def _cheap(node: Node, makers: dict[int, Node]) -> list[Node] | None:
 
 
 def _kernel(group: list[Node], moved: int) -> Kernel:
-    if group[0].name not in _FUSED:
+    if group[0].name not in FUSED:
         return _heavy(group[0], moved)
     flop: dict[str, float] = {}
     for node in group:
-        count = sum(v.size for v in (node.inputs if node.name in _REDUCTIONS else node.outputs))
-        factor = TRANSCENDENTAL if node.name in _TRANSCENDENTAL else node.name not in _MOVES
+        count = sum(v.size for v in (node.inputs if node.name in REDUCTIONS else node.outputs))
+        factor = TRANSCENDENTAL if node.name in TRANSCENDENTALS else node.name not in _MOVES
         kind = _vector_kind(node.outputs[0])
         flop[kind] = flop.get(kind, 0.0) + factor * count
-    in_place = not any(node.name in _MOVES | _REDUCTIONS for node in group)
+    in_place = not any(node.name in _MOVES | REDUCTIONS for node in group)
     return Kernel(name=group[-1].name, flop=flop, moved_bytes=moved, in_place=in_place)
 
 

@@ -16,6 +16,7 @@ from mwplan.network.chain import layer_name
 from mwplan.network.residuals import Residuals, new_bytes
 from mwplan.plans.packing import ALIGNMENT, Workspace
 from mwplan.plans.profiles import InvertOption, MoonwalkOption, StoreOption
+from mwplan.profiling import trades
 from mwplan.profiling.bench import Priced, Pricing, Saved, cotangent
 from mwplan.profiling.carrying import Place
 
@@ -57,6 +58,7 @@ class Options:
             if rule not in rules.SMALLER
         }
         self.vijps, inverses = checked_rules(one, self.x)
+        self.derived: set[str] = set()
         self._sketch: Priced | None = None
         self.walks = [
             None if isinstance(rule, rules.WholeFragment) else _MoonwalkPrograms(self, rule)
@@ -71,11 +73,14 @@ class Options:
 
     def derive(self) -> None:
         """The options that any layer has: keeping less than `jax.vjp` does, and the whole cotangent."""
-        whole = next(reversed(self.stores.values()))
-        self.stores = {
-            rule: self.stores.get(rule) or _StorePrograms(self, rule, whole)
-            for rule in operations.store_rules(self.one, self.x)
-        }
+        *own, (last, whole) = self.stores.items()
+        # What packs masks needs least, but a kernel more each way.
+        unpacked = [programs for programs in self.stores.values() if not programs.held.packs]
+        below = min(programs.kept_bytes for programs in self.stores.values()) if unpacked else None
+        offered = trades.store_rules(self.layer, self.x, self.pricing.device, below=below)
+        derived = {rule: _StorePrograms(self, rule, whole) for rule in offered}
+        self.derived = {rule.name for rule in derived}
+        self.stores = {**dict(own), **derived, last: whole}
         for i, rule in enumerate(self.vijps):
             self.walks[i] = self.walks[i] or _MoonwalkPrograms(self, rule)
 
@@ -95,7 +100,7 @@ class Options:
             forward_workspace_bytes=self.plain.workspace_bytes,
             parameter_bytes=trees.nbytes(trees.parameters(self.layer)),
             table_bytes=tied + 2 * _table_bytes((self.layer, self.x), self.y, (self.x, self.ct)),
-            store=_without_lesser([programs.option() for programs in self.stores.values()]),
+            store=_without_lesser([programs.option() for programs in self.stores.values()], self.derived),
             moonwalk=tuple(programs.option() for programs in walks),
             invert=tuple(programs.option() for programs in self.inverses),
             workspaces=workspaces,
@@ -115,20 +120,34 @@ def checked_rules(one: PyTree, x: PyTree) -> tuple[list[rules.VijpRule], list[ru
     return walks, [rule for rule in rules.invert_rules(one, x) if isinstance(rule, rules.InvertRule)]
 
 
-def _without_lesser(options: list[StoreOption]) -> tuple[StoreOption, ...]:
-    """Without the last, what `jax.vjp` keeps, where another option keeps the same and needs less beside it:
-    which of two such programs is the faster, times do not tell. Less by more than scalars and padding, of
-    which an estimate knows nothing."""
-    *others, last = options
+def _without_lesser(options: list[StoreOption], derived: set[str]) -> tuple[StoreOption, ...]:
+    """Without the `derived` ones that no budget would use: another is as fast, keeps as little, and needs as
+    little at every moment. And without the last, what `jax.vjp` keeps, where another option keeps the same
+    and needs less beside it: which of two such programs is the faster, times do not tell. Less by more than
+    scalars and padding, of which an estimate knows nothing."""
 
     def kept(option: StoreOption) -> tuple[int, bool, bool]:
         return option.residual_bytes, option.keeps_input, option.keeps_output
 
+    def needs(option: StoreOption) -> tuple[int, ...]:
+        backward = option.residual_bytes + option.backward_workspace_bytes
+        saved = backward - option.backward_saving_bytes
+        forward = option.residual_bytes + option.forward_workspace_bytes
+        return *kept(option), forward, backward, saved, option.forward_ns + option.backward_ns
+
+    some: list[StoreOption] = []
+    for at, one in enumerate(options):
+        others = [*some, *options[at + 1 :]]
+        used = one.name not in derived or not any(
+            all(a <= b for a, b in zip(needs(other), needs(one), strict=True)) for other in others
+        )
+        some += [one] * used
+    *others, last = some
     spared = any(
         kept(one) == kept(last) and one.backward_workspace_bytes + ALIGNMENT < last.backward_workspace_bytes
         for one in others
     )
-    return tuple(others if spared else options)
+    return tuple(others if spared else some)
 
 
 def _table_bytes(*tied: PyTree) -> int:
@@ -142,7 +161,7 @@ class _StorePrograms:
     given."""
 
     def __init__(self, options: Options, rule: rules.StoreRule, whole: _StorePrograms | None = None) -> None:
-        self.name, place = rule.name, options.place
+        self.name, self.x, place = rule.name, options.x, options.place
         rule = place.store(rule, options.x, options.y)
         self.forward, self.held = _forward(options, rule)
         y = self.forward.result[0]
@@ -156,8 +175,9 @@ class _StorePrograms:
         self.saving = options.pricing.saving(self.backward, dead=dead, temporary=temporary)
         apart = place.cotangents_apart(options.x, options.y, idle=False)
         self.apart = _Apart(options.pricing, self.backward, (self.held.own, ct), temporary, apart)
+        self.ct_bytes, self.pair = trees.nbytes(ct), None
         if whole is None:
-            options.pricing.together(self.forward, self.backward)
+            self.pair = options.pricing.together(self.forward, self.backward, free=True)
         else:
             options.pricing.derive(self.forward, whole.forward, options.plain)
             options.pricing.derive(self.backward, whole.backward, options.plain)
@@ -165,18 +185,29 @@ class _StorePrograms:
             (options.layer, options.x), self.forward.result, args, self.backward.result
         )
 
+    @property
+    def kept_bytes(self) -> int:
+        """What is kept, the layer's input counted and its output not: the next layer's is there anyway."""
+        return new_bytes(self.held) + self.held.keeps_input * trees.nbytes(self.x)
+
     def option(self) -> StoreOption:
         """What it costs."""
+        residual = new_bytes(self.held)
+        workspace, saving = self.apart.workspace_bytes, self.apart.saving_bytes(self.saving)
+        if self.pair is not None:
+            # The compiler may keep other arrays than `jax.vjp`, which it does not write over.
+            most = residual + workspace + self.ct_bytes - self.pair.temporary_bytes
+            workspace, saving = workspace - min(0, most), min(saving, max(0, most))
         return StoreOption(
             name=self.name,
-            residual_bytes=new_bytes(self.held),
+            residual_bytes=residual,
             keeps_input=self.held.keeps_input,
             keeps_output=self.held.keeps_output,
             forward_ns=self.forward.time_ns,
             backward_ns=self.backward.time_ns,
             forward_workspace_bytes=self.forward.workspace_bytes,
-            backward_workspace_bytes=self.apart.workspace_bytes,
-            backward_saving_bytes=self.apart.saving_bytes(self.saving),
+            backward_workspace_bytes=workspace,
+            backward_saving_bytes=saving,
         )
 
 

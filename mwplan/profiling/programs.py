@@ -32,7 +32,7 @@ _CALLS = {
     "remat": "jaxpr",
     "remat2": "jaxpr",
 }
-_VIEWS = {"reshape", "squeeze", "expand_dims", "optimization_barrier", "stop_gradient", "copy", "pvary"}
+VIEWS = {"reshape", "squeeze", "expand_dims", "optimization_barrier", "stop_gradient", "copy", "pvary"}
 
 
 @dataclass(eq=False, slots=True)
@@ -190,7 +190,7 @@ def _find_views(nodes: list[Node]) -> None:
         elif node.name == "convert_element_type":
             view = node.inputs[0].dtype == node.outputs[0].dtype
         else:
-            view = node.name in _VIEWS
+            view = node.name in VIEWS
         if view:
             for old, new in zip(node.inputs, node.outputs):
                 new.root = old.root

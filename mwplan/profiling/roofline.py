@@ -77,7 +77,7 @@ class Roofline:
         needs = costs.needs(handle.program, handle.kernels, dying, made)
         return CountedSaving(max(0, apart - needs))
 
-    def together(self, *handles: Counted) -> None:
+    def together(self, *handles: Counted, free: bool = False) -> None:
         """Nothing: each operation's time is counted."""
 
     def derive(self, handle: Counted, base: Counted, more: Counted) -> None:

@@ -17,6 +17,7 @@ from mwplan.execution import loops, rows
 from mwplan.network import operations
 from mwplan.network.constants import tied
 from mwplan.profiling.bench import Layer, Saved
+from mwplan.targets.devices import Device
 from mwplan.targets.pricing import Compiler, Compiling
 from mwplan.targets.program import Compiled
 
@@ -70,6 +71,11 @@ class StackedCompiler:
     def __init__(self, compiler: Compiler) -> None:
         self.compiler = compiler
 
+    @property
+    def device(self) -> Device:
+        """As `Pricing.device`."""
+        return self.compiler.device
+
     def program(self, operation: Callable[..., Any], *args: Any) -> Compiling | OnRow:
         """As `Pricing.program`."""
         alone = self.compiler.program(operation, *args)
@@ -86,8 +92,8 @@ class StackedCompiler:
         dead = [leaf for leaf in jax.tree.leaves(dead) if id(leaf) not in stay]
         return self.compiler.saving(alone, dead=dead, temporary=temporary)
 
-    def together(self, *handles: Any) -> None:
-        """As `Compiler.together`."""
+    def together(self, *handles: Any, free: bool = False) -> None:
+        """Nothing: forward and backward are in loops of their own, between which a compiler moves nothing."""
 
     def derive(self, handle: Any, base: Any, more: Any) -> None:
         """As `Compiler.derive`."""

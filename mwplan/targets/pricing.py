@@ -7,16 +7,20 @@ operations of several layers with one `Compiler`: each waits for what it asks fo
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+import jax
 
 from mwplan.common import platforms, trees
 from mwplan.compilers.alone import Alone, LastUser
 from mwplan.targets import program
+from mwplan.targets.devices import Device
 from mwplan.targets.program import Compiled
 from mwplan.targets.target import Target
 
@@ -29,6 +33,7 @@ class Compiling:
 
     alone: Alone
     future: Future[Compiled]
+    pairs: list[_Pair] = field(default_factory=list)
 
     @property
     def result(self) -> Any:
@@ -37,13 +42,38 @@ class Compiling:
 
     @property
     def time_ns(self) -> int:
-        """The modelled time of its kernels."""
+        """The modelled time of its kernels: where it is one of a pair, its share of that."""
+        return self.pairs[0].share_ns(self) if self.pairs else self.alone_ns
+
+    @property
+    def alone_ns(self) -> int:
+        """The modelled time of its kernels, compiled alone."""
         return self.future.result().modelled_ns
 
     @property
     def workspace_bytes(self) -> int:
         """The compiled program's temporaries."""
         return self.future.result().temporary_bytes
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """Two operations that are compiled as one program, in which the compiler moves work from one to the
+    other: what both write and read, the one may leave and the other make again."""
+
+    handles: tuple[Compiling, ...]
+    future: Future[Compiled]
+
+    @property
+    def temporary_bytes(self) -> int:
+        """What both need beside arguments and results."""
+        return self.future.result().temporary_bytes
+
+    def share_ns(self, handle: Compiling) -> int:
+        """A handle's part of the time of both, as they share it alone; never more than alone."""
+        apart = sum(one.alone_ns for one in self.handles)
+        both = min(apart, self.future.result().modelled_ns)
+        return math.ceil(both * handle.alone_ns / max(1, apart))
 
 
 @dataclass(frozen=True)
@@ -80,6 +110,12 @@ class Compiler:
         self.done = 0
         self._lock = threading.Lock()
 
+    @property
+    def device(self) -> Device:
+        """The target's figures."""
+        assert self.target.device is not None
+        return self.target.device
+
     def program(self, operation: Callable[..., Any], *args: Any) -> Compiling:
         """Starts to compile the operation for shapes like `args`, between barriers as within a step."""
         with platforms.lowering_for(self.target.platform):
@@ -98,8 +134,30 @@ class Compiler:
         future = self.started(last.step, *last.shapes) if last.worth else None
         return CompilingSaving(handle, last, future)
 
-    def together(self, *handles: Compiling) -> None:
-        """Nothing: each operation's time is modelled."""
+    def together(self, *handles: Compiling, free: bool = False) -> _Pair | None:
+        """Compiles them as one program where nothing stands between them (`free`) and compilers are given
+        that freedom; else nothing: each operation's time is modelled."""
+        if not free or self.target.platform == "cpu":
+            return None
+        made = {id(leaf) for one in handles for leaf in one.alone.outputs}
+        inputs = {id(leaf): leaf for one in handles for leaf in one.alone.inputs if id(leaf) not in made}
+        read = {id(leaf) for one in handles for leaf in one.alone.inputs}
+        first, *_ = handles
+        results = {id(leaf) for leaf in jax.tree.leaves(first.result[0])}
+
+        def run(leaves: list[Any]) -> list[Any]:
+            known = dict(zip(inputs, trees.tie(leaves), strict=True))
+            for one in handles:
+                found = one.alone.function(*(known[id(leaf)] for leaf in one.alone.inputs))
+                known.update(zip(map(id, one.alone.outputs), found, strict=True))
+            wanted = (key for key in known if key in made and (key in results or key not in read))
+            tied: list[Any] = trees.tie([known[key] for key in wanted])
+            return tied
+
+        pair = _Pair(handles, self.started(run, list(inputs.values())))
+        for one in handles:
+            one.pairs.append(pair)
+        return pair
 
     def derive(self, handle: Compiling, base: Compiling, more: Compiling) -> None:
         """Nothing: each operation's time is modelled."""
