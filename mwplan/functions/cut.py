@@ -14,8 +14,9 @@ from mwplan.common.errors import ArgumentError
 from mwplan.common.sizes import show_bytes
 from mwplan.functions import cutting
 from mwplan.functions.assembly import assemble
+from mwplan.functions.finding import find, runs
 from mwplan.functions.flow import Flow, analyse
-from mwplan.functions.piece_chain import Plan
+from mwplan.functions.piece_chain import PieceSpec, Plan
 from mwplan.functions.programs import evaluate
 from mwplan.functions.scans import expand, stacked_by
 from mwplan.functions.tracing import Constant, Traced, trace
@@ -118,7 +119,7 @@ class Cut:
         of its parameters, and that cross the cut after it; pieces that are the same program have the same
         letter."""
         letters: dict[Any, str] = {}
-        rows = [("piece", "times", "program", "operations", "makes", "parameters", "crosses", "name")]
+        rows = [("piece", "times", "program", "operations", "makes", "parameters", "crosses", "layer", "name")]
         for i, piece in enumerate(self.plan.pieces):
             letter = letters.setdefault(piece.program, _letter(len(letters)))
             rows.append(
@@ -130,6 +131,7 @@ class Cut:
                     show_bytes(piece.made_bytes),
                     show_bytes(sum(trees.nbytes(self.flow.traced.avals[v]) for v in piece.params)),
                     show_bytes(sum(trees.nbytes(self.flow.traced.avals[v]) for v in piece.crosses)),
+                    _layers(piece),
                     piece.label,
                 )
             )
@@ -171,7 +173,13 @@ def cut(
 def cut_traced(traced: Traced, most: int) -> Cut:
     """As `cut`, of a function that is traced already."""
     flow = analyse(traced)
-    return Cut(flow=flow, plan=assemble(flow, cutting.cuts(flow, most)))
+    found = find(flow)
+    return Cut(flow=flow, plan=assemble(flow, cutting.cuts(flow, most, runs(flow, found)), found))
+
+
+def _layers(piece: PieceSpec) -> str:
+    """The layers that a piece is known to be."""
+    return " ".join(type(one.layer).__name__ for one in piece.layers) or "-"
 
 
 def _letter(i: int) -> str:

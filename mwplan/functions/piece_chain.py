@@ -7,12 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from mwplan.common import trees
 from mwplan.execution.repeats import LEAST_REPETITIONS
-from mwplan.functions.pieces import Label, Piece, given_out, taken
+from mwplan.functions.known import Known
+from mwplan.functions.pieces import PLAIN, Label, Piece, given_out, taken
 from mwplan.functions.programs import Program
+from mwplan.functions.recognition import Found
+from mwplan.layers.sequential import Sequential
 from mwplan.network.chain import Chain, Stack, repeats
 
 #: The most pieces that are looked for as a block which repeats.
@@ -36,7 +40,8 @@ class PieceSpec:
 
     `start`, `stop`, its operations in the flow; `reads`, `params`, `others`, the values of its program's
     inputs; `results`, those of its program's results; `crosses`, the values of the next activation, in order;
-    `made_bytes`, of all that its operations make."""
+    `made_bytes`, of all that its operations make; `layers`, those that it is, one after another, their weights
+    in the numbers of its program, or `why` it is none."""
 
     start: int
     stop: int
@@ -50,6 +55,8 @@ class PieceSpec:
     label: str
     region: int
     depth: int
+    layers: tuple[Found, ...] = ()
+    why: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,9 +151,9 @@ class Plan:
             for i in range(group.start, group.start + group.period):
                 params = tuple(next(one) for _ in self.pieces[i].params)
                 others = tuple(next(other) for _ in self.pieces[i].others)
-                program, reads, held, returns = self._structure(i)
-                label = Label(self.pieces[i].label)
-                block.append(Piece(params, others, program, reads, held, returns, label))
+                program, reads, held, returns, known = self._structure(i)
+                label, why = Label(self.pieces[i].label), Label(self.pieces[i].why)
+                block.append(Piece(params, others, program, reads, held, returns, label, known, why))
             depth = group.count * group.depth
             parts += (
                 block
@@ -156,7 +163,7 @@ class Plan:
         return Chain(parts), tuple(next(one if v in self.carrying else other) for v in self.inputs)
 
     def _structure(self, i: int) -> tuple[Any, ...]:
-        """What a piece is beside its arrays: `Piece`'s `program`, `reads`, `held`, `returns`."""
+        """What a piece is beside its arrays: `Piece`'s `program`, `reads`, `held`, `returns`, `known`."""
         piece = self.pieces[i]
         place = {v: k for k, v in enumerate(self.before(i))}
         made = {v: j for j, v in enumerate(piece.results)}
@@ -165,6 +172,23 @@ class Plan:
             tuple((place[v], self.how[v]) for v in piece.reads),
             tuple(self.how[v] for v in piece.others),
             tuple((self.how[v], made[v]) if v in made else ("x", place[v]) for v in piece.crosses),
+            self._known(i, place),
+        )
+
+    def _known(self, i: int, place: dict[int, int]) -> Known | None:
+        """The layer that a piece is."""
+        piece = self.pieces[i]
+        if not piece.layers or any(self.how[v] != PLAIN for v in piece.layers[0].inputs):
+            return None
+        layers = [one.layer for one in piece.layers]
+        leaves, treedef = jax.tree.flatten(layers[0] if len(layers) == 1 else Sequential(tuple(layers)))
+        results = piece.layers[-1].results
+        return Known(
+            treedef,
+            tuple(leaves),
+            tuple(place[v] for v in piece.layers[0].inputs),
+            tuple(piece.crosses.index(v) for v in results),
+            tuple(-1 if v in results else place[v] for v in piece.crosses),
         )
 
     def gradients(self, chain_grads: Chain, x_grads: Sequence[Any]) -> list[Any]:

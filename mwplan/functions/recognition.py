@@ -1,0 +1,216 @@
+"""Which layers of `mwplan.layers` stand in a function's operations.
+
+From every position at which few arrays are alive the operations are followed as long as they take one array
+of the activation, or two, to one or two, and nobody needs what they took. Of the stretches found so, the
+longest that a matcher (`registry`) recognises is a layer. What else is alive passes by.
+
+**Cost:** operations times the length of stretches, which ends where another array of the activation is read.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from mwplan.functions import match_activations, match_linear, match_norms, match_pairs  # noqa: F401 (register)
+from mwplan.functions.registry import MATCHERS
+from mwplan.functions.stretches import Graph, Operation, Weight
+from mwplan.functions.tracing import Step
+from mwplan.network import rules
+
+#: Operations of a stretch at most, where it is one layer without branches; with branches.
+SHORT, LONG = 64, 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """A layer: operations `start .. stop - 1`; `layer`, with `Weight`s for arrays; `inputs`, `results`, the
+    values that it takes and makes, in its order: one, or a pair."""
+
+    start: int
+    stop: int
+    layer: Any
+    inputs: tuple[int, ...]
+    results: tuple[int, ...]
+
+    @property
+    def weights(self) -> list[Weight]:
+        """The arrays that it is made of."""
+        return [leaf for leaf in jax.tree.leaves(self.layer) if isinstance(leaf, Weight)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listing:
+    """Operations to look through: `steps` in order, `recipes` of what they read besides; `reads`, of each
+    step the values that are none of the recipes'; `activations`, values that are alive only where they are
+    needed; `dies`, the last step that reads each of these; `barred`, values that no layer may read, and
+    `outside`, those that it may not in the operations of a loop."""
+
+    steps: Sequence[Step]
+    recipes: Mapping[int, Step]
+    reads: Sequence[Sequence[int]]
+    avals: Sequence[Any]
+    activations: frozenset[int]
+    dies: Mapping[int, int]
+    barred: frozenset[int] = frozenset()
+    outside: frozenset[int] = frozenset()
+
+    @functools.cached_property
+    def makers(self) -> dict[int, Step]:
+        """What makes each value."""
+        return {**self.recipes, **{v: step for step in self.steps for v in step.outputs}}
+
+
+@dataclass
+class _Walk:
+    """The stretches from one position on."""
+
+    listing: Listing
+    start: int
+
+    def ends(self, stop: int) -> Iterator[tuple[int, list[int], list[int], set[int]]]:
+        """`(stop, inputs, results, dependent)` of each stretch, shortest first."""
+        one, inputs = self.listing, list[int]()
+        dependent: set[int] = set()
+        besides: set[int] = set()
+        alive: set[int] = set()
+        for at in range(self.start, min(stop, self.start + LONG)):
+            step = one.steps[at]
+            depends = False
+            if not one.barred.isdisjoint(step.read):
+                return
+            for v in one.reads[at]:
+                if v in dependent:
+                    depends = True
+                elif v in one.activations and v not in besides:
+                    if v not in inputs:
+                        if v in one.outside:
+                            return
+                        inputs.append(v)
+                    depends = True
+            if len(inputs) > 2:
+                return
+            if depends:
+                dependent.update(step.outputs)
+                alive.update(v for v in step.outputs if one.dies.get(v, -1) > at)
+            else:
+                besides.update(v for v in step.outputs if one.dies.get(v, -1) > at)
+            alive -= {v for v in one.reads[at] if one.dies.get(v, -1) <= at}
+            besides -= {v for v in one.reads[at] if one.dies.get(v, -1) <= at}
+            if besides or not inputs or not 1 <= len(alive) <= 2:
+                continue
+            if all(one.dies.get(v, -1) <= at for v in inputs):
+                yield at + 1, inputs, sorted(alive), set(dependent)
+                if at - self.start > SHORT:
+                    return
+
+
+def recognise(listing: Listing, start: int, stop: int) -> list[Found]:
+    """The layers among the operations `start .. stop - 1`, in order."""
+    found: list[Found] = []
+    position = start
+    while position < stop:
+        one = _longest(listing, position, stop)
+        if one is None:
+            position += 1
+        else:
+            found.append(one)
+            position = one.stop
+    return found
+
+
+def _longest(listing: Listing, start: int, stop: int) -> Found | None:
+    ends = list(_Walk(listing, start).ends(stop))
+    for end, inputs, results, dependent in reversed(ends):
+        graph = Graph(listing.makers, listing.avals, tuple(inputs), dependent)
+        made = [graph.at(v) for v in results]
+        matched = _match(graph, made)
+        if matched is not None:
+            layer, takes, gives = matched
+            if _fits(layer, takes, gives):
+                back = {id(one): v for one, v in zip(made, results)}
+                return Found(
+                    start=start,
+                    stop=end,
+                    layer=layer,
+                    inputs=tuple(one.value for one in takes),  # type: ignore[misc]
+                    results=tuple(back[id(one)] for one in gives),
+                )
+    return None
+
+
+def _match(graph: Graph, made: Sequence[Operation]) -> Any:
+    """`(layer, inputs, results)`, or None."""
+    xs = tuple(map(graph.at, graph.inputs))
+    if any(one.is_input or one.is_weight for one in made):
+        return None
+    if len(xs) == len(made) == 1:
+        y = made[0]
+        for matcher in MATCHERS.get(y.name, ()):
+            layer = matcher(y)
+            if layer is not None:
+                return layer, xs, (y,)
+        return None
+    if len(xs) == len(made) == 2:
+        layer, takes, gives = match_pairs.pair(made)
+        return None if layer is None else (layer, takes, gives)
+    if len(xs) == 1:
+        ordered = sorted(made, key=lambda one: match_linear.part_start(one, xs[0]) or 0)
+        layer = match_pairs.apart(ordered)
+        return None if layer is None else (layer, xs, tuple(ordered))
+    parts = match_pairs.together(made[0])
+    return None if parts is None else (match_pairs.concatenation(), parts, tuple(made))
+
+
+def structs(tree: Any) -> Any:
+    """A layer with shapes in place of its `Weight`s."""
+    return jax.tree.map(lambda leaf: leaf.struct() if isinstance(leaf, Weight) else leaf, tree)
+
+
+def of(values: Sequence[Any]) -> Any:
+    """One array, or a pair, as layers take it."""
+    return values[0] if len(values) == 1 else tuple(values)
+
+
+def _fits(layer: Any, takes: Sequence[Operation], gives: Sequence[Operation]) -> bool:
+    """Whether the layer takes such arrays and gives arrays of the shapes and types that the operations do."""
+    given, wanted = ([(one.shape, str(one.dtype)) for one in some] for some in (takes, gives))
+    leaves, treedef = jax.tree.flatten(structs(layer))
+    shapes = tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)
+    return _results(treedef, shapes, tuple(given)) == tuple(wanted)
+
+
+@functools.lru_cache(maxsize=1024)
+def _results(treedef: Any, shapes: tuple[Any, ...], given: tuple[Any, ...]) -> Any:
+    layer = jax.tree.unflatten(treedef, [jax.ShapeDtypeStruct(*one) for one in shapes])
+    try:
+        y = jax.eval_shape(lambda layer, x: layer(x), layer, of([jax.ShapeDtypeStruct(*x) for x in given]))
+    except Exception:  # a matcher's layer may refuse in any way
+        return None
+    return tuple((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(y))
+
+
+def passable(layer: Any, x: Any) -> str | None:
+    """None where a layer of shapes has a vijp, a fragment smaller than the whole, or an inverse at inputs
+    like `x`; else the reason why it has none."""
+    leaves, treedef = jax.tree.flatten(layer)
+    shapes = tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)
+    given = tuple((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(x))
+    reason: str | None = _passable(treedef, shapes, given)
+    return reason
+
+
+@functools.lru_cache(maxsize=1024)
+def _passable(treedef: Any, shapes: tuple[Any, ...], given: tuple[Any, ...]) -> str | None:
+    layer = jax.tree.unflatten(treedef, [jax.ShapeDtypeStruct(*one) for one in shapes])
+    x = of([jax.ShapeDtypeStruct(*one) for one in given])
+    ways = [*rules.vijp_rules(layer, x), *rules.invert_rules(layer, x)]
+    if any(not isinstance(one, (rules.Unavailable, rules.WholeFragment)) for one in ways):
+        return None
+    reasons = [one.reason for one in ways if isinstance(one, rules.Unavailable)]
+    return f"{type(layer).__name__} has no vijp: {reasons[0] if reasons else 'none is defined'}"
+
