@@ -23,6 +23,9 @@ from mwplan.fitting.fitting import fit
 from mwplan.fitting.remote import RemoteFit
 from mwplan.functions.cut import Cut, cut
 from mwplan.functions.fit_function import FittedFunction, fit_function
+from mwplan.functions.plain import recognised  # noqa: F401  (plain functions have rules)
+from mwplan.functions.registry import recognises
+from mwplan.functions.stretches import Operation, Weight
 from mwplan.network.chain import Chain, Stack, stack, unstack
 from mwplan.network.operator import explain, fragment_of, vijp
 from mwplan.network.wrapping import frozen, trainable
@@ -53,6 +56,7 @@ __all__ = [  # noqa: RUF022 (plainly sorted, as the test compares it)
     "LOOSE",
     "MwplanError",
     "NotSubmersiveError",
+    "Operation",
     "Peak",
     "PlanUndoneWarning",
     "Profile",
@@ -71,6 +75,7 @@ __all__ = [  # noqa: RUF022 (plainly sorted, as the test compares it)
     "Timeline",
     "TpuChip",
     "UNTIED",
+    "Weight",
     "adapters",
     "apply",
     "compiler_options",
@@ -88,6 +93,7 @@ __all__ = [  # noqa: RUF022 (plainly sorted, as the test compares it)
     "layers",
     "plan",
     "profile",
+    "recognises",
     "replay",
     "stack",
     "targets",

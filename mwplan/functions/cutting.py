@@ -28,6 +28,7 @@ for 5,000 operations."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -76,7 +77,7 @@ def _within(flow: Flow, start: int, stop: int, most: int, known: Sequence[Sequen
         each += 1
     inner = {p for run in known for p in range(run[0].start, run[-1].stop)}
     bounds = sorted({start, stop, *around})
-    rest = [(a, b) for a, b in zip(bounds, bounds[1:]) if a not in inner]
+    rest = [(a, b) for a, b in itertools.pairwise(bounds) if a not in inner]
     share = max(1, (most - len(bounds) + 1 + len(rest)) // max(1, len(rest)))
     found = {*around} - {start, stop}
     for a, b in rest:

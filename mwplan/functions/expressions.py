@@ -81,7 +81,9 @@ def computes(candidate: Any, y: Operation, x: Operation) -> Any:
     known = _program_of(treedef, shapes, x.shape, str(x.dtype))
     if known is None:
         return None
-    want, order = known
+    want, order, names = known
+    if names_of(y) != names:
+        return None
     got, sources = expression(y, (x.value,))
     if got != want or len(sources) != len(order):
         return None
@@ -94,9 +96,9 @@ def computes(candidate: Any, y: Operation, x: Operation) -> Any:
 @functools.lru_cache(maxsize=256)
 def _program_of(
     treedef: Any, shapes: tuple[Any, ...], x_shape: tuple[int, ...], x_dtype: str
-) -> tuple[Program, list[int]] | None:
-    """The program of a layer, and which of its leaves are read, in order; None where it does not take such an
-    input."""
+) -> tuple[Program, list[int], list[str]] | None:
+    """The program of a layer, which of its leaves are read, in order, and `names_of` it; None where it does
+    not take such an input."""
     structs = [jax.ShapeDtypeStruct(*one) for one in shapes]
     x = jax.ShapeDtypeStruct(x_shape, x_dtype)
     try:
@@ -110,5 +112,22 @@ def _program_of(
         return None
     steps = {v: step for step in flat.steps for v in step.outputs}
     graph = Graph(steps, flat.avals, (0,), set(steps))
-    program, sources = expression(graph.at(made), (0,))
-    return program, [v - 1 for v in sources] if all(v <= len(shapes) for v in sources) else []
+    graph.dependent = depending(graph, 0)
+    y = graph.at(made)
+    program, sources = expression(y, (0,))
+    order = [v - 1 for v in sources] if all(v <= len(shapes) for v in sources) else []
+    return program, order, names_of(y)
+
+
+def names_of(y: Operation) -> list[str]:
+    """The names of all operations of an expression, sorted: cheaper to compare than programs."""
+    return sorted(one.name for one in y.walk())
+
+
+def depending(graph: Graph, source: int) -> set[int]:
+    """The values of a graph that depend on one of them."""
+    found = {source}
+    for step in {id(step): step for step in graph.steps.values()}.values():
+        if not found.isdisjoint(step.read):
+            found.update(step.outputs)
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import jax
@@ -106,5 +107,5 @@ def tiled(found: Sequence[Found], start: int, stop: int) -> list[Found]:
     some = [one for one in found if start <= one.start and one.stop <= stop]
     bounds = [start, *(one.stop for one in some)]
     whole = [one.start for one in some] == bounds[:-1] and bounds[-1] == stop
-    linked = all(a.results == b.inputs for a, b in zip(some, some[1:]))
+    linked = all(a.results == b.inputs for a, b in itertools.pairwise(some))
     return some if some and whole and linked else []

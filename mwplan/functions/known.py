@@ -102,9 +102,7 @@ class KnownPiece:
 
     def store_rules(self, x: PyTree) -> Sequence[Any]:
         """Those of the layer."""
-        return [
-            one if one in rules.SMALLER else StoreInPiece(one) for one in _found(self, x, "store_rules")
-        ]
+        return [one if one in rules.SMALLER else StoreInPiece(one) for one in _found(self, x, "store_rules")]
 
     def invert_rules(self, x: PyTree) -> Sequence[Any]:
         """Those of the layer."""

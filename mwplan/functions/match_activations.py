@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mwplan.functions.expressions import computes, expression
+from mwplan.functions.expressions import computes, expression, names_of
 from mwplan.functions.match_linear import joined, part_start
 from mwplan.functions.registry import recognises
 from mwplan.functions.stretches import Graph, Operation
@@ -50,7 +50,7 @@ def _values(y: Operation, given: Callable[[Operation], float | None]) -> float |
             number = one.number
         if number is not None:
             return number
-        if one.name not in _ARITHMETIC or depth > _MOST:
+        if one.name not in _ARITHMETIC or depth > _MOST or one.shape != y.shape:
             return None
         read = [value(inner, depth + 1) for inner in one.inputs]
         return None if any(one is None for one in read) else _ARITHMETIC[one.name](*read)
@@ -143,13 +143,17 @@ def _traced(name: str, shape: tuple[int, ...], dtype: str) -> Any:
     if isinstance(made, Constant):
         return None
     steps = {v: step for step in flat.steps for v in step.outputs}
-    return expression(Graph(steps, flat.avals, (0,), set(steps)).at(made), (0,))[0]
+    y = Graph(steps, flat.avals, (0,), set(steps)).at(made)
+    return expression(y, (0,))[0], names_of(y)
 
 
 def _same_as(name: str, y: Operation) -> bool:
     """Whether `y` is this function of the one input."""
+    known = _traced(name, y.shape, str(y.dtype))
+    if known is None or known[1] != names_of(y):
+        return False
     program, sources = expression(y, y.graph.inputs)
-    return not sources and program == _traced(name, y.shape, str(y.dtype))
+    return not sources and program == known[0]
 
 
 @recognises("mul", "add", "tanh", "logistic", "custom_jvp_call")
@@ -162,8 +166,12 @@ def smooth(y: Operation) -> Any:
             rest, inner = _factor(b)
             if of.is_input and factor is not None and rest is not None and abs(factor + rest - 1) < 1e-6:
                 curve, slope = inner, factor
-    names = {one.name for one, _ in zip(curve.walk(), range(_MOST))}
-    if curve.is_input or not names & _CURVED or curve.shape != y.shape:
+    names: set[str] = set()
+    for count, one in enumerate(curve.walk()):
+        if one.shape != y.shape or count > _MOST:
+            return None
+        names.add(one.name)
+    if curve.is_input or not names & _CURVED:
         return None
     for kind, spellings in _KINDS.items():
         if any(_same_as(name, curve) for name in spellings):
@@ -207,7 +215,7 @@ def maxmin(y: Operation) -> Any:
 
 @recognises("reshape", "sort")
 def sorted_groups(y: Operation) -> Any:
-    """Groups that are sorted by `jnp.sort`, or as `GroupSort` does: of channels far apart, or side by side."""
+    """Groups sorted by `jnp.sort`, or as `GroupSort` does: of channels far apart, or side by side."""
     inner = y.inputs[0] if y.name == "reshape" else y
     if inner.name == "sort":
         return _by_sort(y, inner)
@@ -230,7 +238,10 @@ def _by_sort(y: Operation, inner: Operation) -> Any:
     if axis == y.ndim - 1:
         return GroupSort(size)
     groups = y.shape[-1] // size
-    apart = (Reshape((size * groups,), (groups, size)), Permute((1, 0)), Reshape((size, groups), y.shape[-1:]))
+    apart = (
+        Reshape((size * groups,), (groups, size)),
+        Permute((1, 0)),
+        Reshape((size, groups), y.shape[-1:]),
+    )
     beside = (Reshape(y.shape[-1:], (size, groups)), Permute((1, 0)), Reshape((groups, size), y.shape[-1:]))
     return Sequential((*apart, GroupSort(size), *beside)) if axis == y.ndim else None
-

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from mwplan.functions.registry import recognises
-from mwplan.functions.stretches import Operation, Weight
+from mwplan.functions.stretches import Operation, Weight, full
 from mwplan.layers.circular import Circular
 from mwplan.layers.conv import Conv1D, Conv2D
 from mwplan.layers.dense import Dense
 from mwplan.layers.sequential import Sequential
-from mwplan.layers.shapes import Concatenate, PadChannels, Permute, Reshape, Split
+from mwplan.layers.shapes import PadChannels, Permute, Reshape, Split
 
 MOVES = ("reshape", "transpose", "squeeze", "expand_dims", "broadcast_in_dim")
 
@@ -27,8 +27,9 @@ def biased(y: Operation, axis: int = -1) -> tuple[Operation, Weight | None]:
     """`(a, b)` where `y` is `a` plus a weight that varies along one axis alone; else `(y, None)`."""
     if y.name == "add":
         for a, b in (y.inputs, y.inputs[::-1]):
-            if b.name == "weight" and not a.is_weight and a.shape == y.shape:
-                vector = b.along(axis % y.ndim)
+            if b.is_weight and not a.is_weight and a.shape == y.shape and y.ndim:
+                size = (y.shape[axis],)
+                vector = b.along(axis % y.ndim) if b.number is None else full(size, b.number, y.dtype)
                 if vector is not None:
                     return a, vector
     return y, None
@@ -302,6 +303,3 @@ def joined(y: Operation) -> tuple[Operation, ...] | None:
     if y.name != "concatenate" or y.params["dimension"] != y.ndim - 1:
         return None
     return y.inputs
-
-
-__all__ = ["Concatenate", "joined", "part_start", "parts_of", "sequence"]

@@ -84,7 +84,7 @@ def _spread(y: Operation) -> tuple[bool, float] | None:
         of = None if squares is None else _square_of(squares)
         if of is not None and (of.is_input or _centred(of)):
             return not of.is_input, b.number
-        if a.name in ("sub", "max") and (found := _by_moments(a)):
+        if a.name in ("sub", "max") and _by_moments(a):
             return True, b.number
     return None
 
@@ -109,10 +109,8 @@ def _factors(y: Operation) -> tuple[list[Operation], list[Operation]]:
     waiting = [(y, False)]
     while waiting:
         one, under = waiting.pop()
-        if not one.is_weight and one.name in ("mul", "div") and one.shape == y.shape:
-            a, b = one.inputs
-            waiting += [(a, under), (b, under != (one.name == "div"))]
-        elif not one.is_weight and one.name in ("mul", "div") and _square_of(one) is None:
+        product = not one.is_weight and one.name in ("mul", "div")
+        if product and (one.shape == y.shape or _square_of(one) is None):
             a, b = one.inputs
             waiting += [(a, under), (b, under != (one.name == "div"))]
         else:
@@ -127,12 +125,9 @@ def norm(y: Operation) -> Any:
     if len(y.graph.inputs) != 1 or y.ndim < 2:
         return None
     x = y.graph.at(y.graph.inputs[0])
-    if x.shape != y.shape or x.dtype != y.dtype or not _has_statistics(y):
+    if x.shape != y.shape or x.dtype != y.dtype:
         return None
-    own = _own(y, x)
-    if own is not None:
-        return own
-    offset = None
+    whole, offset = y, None
     if y.name == "add":
         for a, b in (y.inputs, y.inputs[::-1]):
             if b.name == "weight" and (vector := b.vector()) is not None:
@@ -140,11 +135,14 @@ def norm(y: Operation) -> Any:
                 break
         else:
             return None
-    return _affine(y, offset)
-
-
-def _affine(y: Operation, offset: Weight | None) -> Any:
     above, below = _factors(y)
+    roots = [one for one in above + below if unspread(one).name in ("rsqrt", "sqrt", "custom_jvp_call")]
+    if not roots:
+        return None
+    return _affine(y, offset, above, below) or _own(whole, x)
+
+
+def _affine(y: Operation, offset: Weight | None, above: list[Operation], below: list[Operation]) -> Any:
     scale: Weight | None = None
     centred: bool | None = None
     root: tuple[bool, float] | None = None
@@ -169,12 +167,6 @@ def _affine(y: Operation, offset: Weight | None) -> Any:
     if centred:
         return LayerNorm(scale, full(channels, 0.0, dtype) if offset is None else offset, root[1])
     return RMSNorm(scale, root[1]) if offset is None else None
-
-
-def _has_statistics(y: Operation) -> bool:
-    """Whether there is a sum and a root, or a rule of one's own, near the result."""
-    names = {one.name for one, _ in zip(y.walk(), range(40))}
-    return bool(names & {"rsqrt", "sqrt", "custom_jvp_call"})
 
 
 def _own(y: Operation, x: Operation) -> Any:
@@ -225,7 +217,11 @@ def _window(y: Operation, x: Operation) -> tuple[int, ...] | None:
     if y.inputs[0] is not x or tuple(p["window_strides"]) != window or window[-1] != 1:
         return None
     ones = (1,) * y.ndim
-    if tuple(p["base_dilation"]) != ones or tuple(p["window_dilation"]) != ones or any(map(any, p["padding"])):
+    if (
+        tuple(p["base_dilation"]) != ones
+        or tuple(p["window_dilation"]) != ones
+        or any(map(any, p["padding"]))
+    ):
         return None
     lead = next((i for i, w in enumerate(window) if w != 1), len(window) - 1)
     return window[lead:-1] or None
@@ -237,10 +233,7 @@ def _average(y: Operation, x: Operation) -> Any:
         total, count = count, total
     if total.is_weight or count.number is None:
         return None
-    if total.name == "reduce_window_sum":
-        window = _window(total, x)
-    else:
-        window = _by_reshape(total, x)
+    window = _window(total, x) if total.name == "reduce_window_sum" else _by_reshape(total, x)
     if window is None:
         return None
     size = math.prod(window)
@@ -264,8 +257,10 @@ def _by_reshape(total: Operation, x: Operation) -> tuple[int, ...] | None:
 
 def _own_pooling(y: Operation, x: Operation) -> Any:
     """The layers' own operations."""
+    if y.ndim != x.ndim or y.ndim < 2 or y.shape[-1] != x.shape[-1] or y.shape == x.shape:
+        return None
     names = {one.name for one, _ in zip(y.walk(), range(24))}
-    if not names & {"gather", "reduce_sum"} or y.ndim != x.ndim or y.shape[-1] != x.shape[-1]:
+    if not names & {"gather", "reduce_sum"}:
         return None
     space = [i for i in range(x.ndim - 1) if x.shape[i] != y.shape[i]]
     if not space or space != [*range(space[0], x.ndim - 1)]:

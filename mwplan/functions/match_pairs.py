@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from mwplan.functions.expressions import branch
 from mwplan.functions.match_linear import joined, part_start, parts_of
 from mwplan.functions.registry import recognises
 from mwplan.functions.stretches import Graph, Operation
+from mwplan.functions.tracing import ALIAS
 from mwplan.layers.coupling import Coupling
 from mwplan.layers.shapes import Concatenate
 
@@ -82,10 +84,6 @@ def _from(y: Operation, starts: list[Operation]) -> Any:
 
 
 def _alias_of(step: Any, first: Operation) -> Any:
-    import dataclasses
-
-    from mwplan.functions.tracing import ALIAS
-
     return dataclasses.replace(
         step, primitive=ALIAS, params={"aval": None}, inputs=(first.value,), outputs=step.outputs[:1]
     )

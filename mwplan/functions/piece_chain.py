@@ -4,7 +4,7 @@ again."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from mwplan.common import trees
 from mwplan.execution.repeats import LEAST_REPETITIONS
 from mwplan.functions.known import Known
-from mwplan.functions.pieces import PLAIN, Label, Piece, given_out, taken
+from mwplan.functions.pieces import PLAIN, STOPPED, Label, Piece, given_out, taken
 from mwplan.functions.programs import Program
 from mwplan.functions.recognition import Found
 from mwplan.layers.sequential import Sequential
@@ -40,8 +40,8 @@ class PieceSpec:
 
     `start`, `stop`, its operations in the flow; `reads`, `params`, `others`, the values of its program's
     inputs; `results`, those of its program's results; `crosses`, the values of the next activation, in order;
-    `made_bytes`, of all that its operations make; `layers`, those that it is, one after another, their weights
-    in the numbers of its program, or `why` it is none."""
+    `made_bytes`, of all that its operations make; `layers`, those that it is, one after another, their
+    weights in the numbers of its program, or `why` it is none."""
 
     start: int
     stop: int
@@ -117,6 +117,20 @@ class Plan:
             for v in piece.params
         ]
         return sum(trees.nbytes(avals[v]) for v in values)
+
+    def without(self, wrong: dict[int, str]) -> Plan:
+        """With these pieces as they are written, and the reasons."""
+        pieces = tuple(
+            replace(piece, layers=(), why=wrong[i]) if i in wrong else piece
+            for i, piece in enumerate(self.pieces)
+        )
+        first = {v: STOPPED for v in self.inputs if 0 in wrong and self._is_data(v)}
+        return replace(self, pieces=pieces, how={**self.how, **first})
+
+    def _is_data(self, v: int) -> bool:
+        """Whether a value of the input is data that the first piece alone takes, as a layer's input."""
+        layers = self.pieces[0].layers
+        return bool(layers) and v in layers[0].inputs and v not in self.carrying
 
     def _slots(self, field: str) -> list[tuple[int, ...]]:
         """The values of each leaf of the chain's layers, in order: one, or one for each repetition of a

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from mwplan.common import trees
 from mwplan.functions.known import Known, KnownPiece, steps_for
 from mwplan.functions.programs import Program
+from mwplan.network.chain import layer_name
 from mwplan.network.layer import layer, static
 
 #: How an array is held: as it is; as it is, though it has no gradient; as integers of the same bits.
@@ -86,6 +87,12 @@ class Piece(KnownPiece):
         held = zip(self.others, self.held, self.program.in_avals[first + len(self.params) :])
         env.update(enumerate((taken(*one) for one in held), first + len(self.params)))
         return self.known.layer(env, steps_for(self.program, self.known.values))
+
+    def shown_name(self) -> str:
+        """What it is called in tables."""
+        if self.known is None:
+            return "Piece"
+        return layer_name(jax.tree.unflatten(self.known.treedef, self.known.leaves))
 
     def reason(self) -> str:
         """Why it is not known to be a layer."""

@@ -10,7 +10,7 @@ longest that a matcher (`registry`) recognises is a layer. What else is alive pa
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,48 +65,53 @@ class Listing:
         return {**self.recipes, **{v: step for step in self.steps for v in step.outputs}}
 
 
-@dataclass
 class _Walk:
-    """The stretches from one position on."""
+    """The stretches from one position on; `ends`, of each its end, inputs and results, shortest first;
+    `dependent`, what depends on inputs."""
 
-    listing: Listing
-    start: int
-
-    def ends(self, stop: int) -> Iterator[tuple[int, list[int], list[int], set[int]]]:
-        """`(stop, inputs, results, dependent)` of each stretch, shortest first."""
-        one, inputs = self.listing, list[int]()
-        dependent: set[int] = set()
+    def __init__(self, listing: Listing, start: int, stop: int) -> None:
+        self.listing = listing
+        self.dependent: set[int] = set()
+        self.ends: list[tuple[int, tuple[int, ...], tuple[int, ...]]] = []
+        inputs: list[int] = []
         besides: set[int] = set()
         alive: set[int] = set()
-        for at in range(self.start, min(stop, self.start + LONG)):
-            step = one.steps[at]
-            depends = False
-            if not one.barred.isdisjoint(step.read):
+        dies = listing.dies
+        for at in range(start, min(stop, start + LONG)):
+            step, read = listing.steps[at], listing.reads[at]
+            if not self._reads(step, read, inputs, besides):
                 return
-            for v in one.reads[at]:
-                if v in dependent:
-                    depends = True
-                elif v in one.activations and v not in besides:
-                    if v not in inputs:
-                        if v in one.outside:
-                            return
-                        inputs.append(v)
-                    depends = True
-            if len(inputs) > 2:
-                return
-            if depends:
-                dependent.update(step.outputs)
-                alive.update(v for v in step.outputs if one.dies.get(v, -1) > at)
-            else:
-                besides.update(v for v in step.outputs if one.dies.get(v, -1) > at)
-            alive -= {v for v in one.reads[at] if one.dies.get(v, -1) <= at}
-            besides -= {v for v in one.reads[at] if one.dies.get(v, -1) <= at}
+            of = alive if self.depends else besides
+            of.update(v for v in step.outputs if dies.get(v, -1) > at)
+            for v in read:
+                if dies.get(v, -1) <= at:
+                    alive.discard(v)
+                    besides.discard(v)
             if besides or not inputs or not 1 <= len(alive) <= 2:
                 continue
-            if all(one.dies.get(v, -1) <= at for v in inputs):
-                yield at + 1, inputs, sorted(alive), set(dependent)
-                if at - self.start > SHORT:
+            if all(dies.get(v, -1) <= at for v in inputs):
+                self.ends.append((at + 1, tuple(inputs), tuple(sorted(alive))))
+                if at - start > SHORT:
                     return
+
+    def _reads(self, step: Step, read: Sequence[int], inputs: list[int], besides: set[int]) -> bool:
+        """Whether a layer may go on with an operation; `depends`, whether that depends on its inputs."""
+        one = self.listing
+        self.depends = False
+        if one.barred and not one.barred.isdisjoint(step.read):
+            return False
+        for v in read:
+            if v in self.dependent:
+                self.depends = True
+            elif v in one.activations and v not in besides:
+                if v not in inputs:
+                    if v in one.outside or len(inputs) == 2:
+                        return False
+                    inputs.append(v)
+                self.depends = True
+        if self.depends:
+            self.dependent.update(step.outputs)
+        return True
 
 
 def recognise(listing: Listing, start: int, stop: int) -> list[Found]:
@@ -124,22 +129,24 @@ def recognise(listing: Listing, start: int, stop: int) -> list[Found]:
 
 
 def _longest(listing: Listing, start: int, stop: int) -> Found | None:
-    ends = list(_Walk(listing, start).ends(stop))
-    for end, inputs, results, dependent in reversed(ends):
-        graph = Graph(listing.makers, listing.avals, tuple(inputs), dependent)
-        made = [graph.at(v) for v in results]
-        matched = _match(graph, made)
-        if matched is not None:
-            layer, takes, gives = matched
-            if _fits(layer, takes, gives):
-                back = {id(one): v for one, v in zip(made, results)}
-                return Found(
-                    start=start,
-                    stop=end,
-                    layer=layer,
-                    inputs=tuple(one.value for one in takes),  # type: ignore[misc]
-                    results=tuple(back[id(one)] for one in gives),
-                )
+    walk = _Walk(listing, start, stop)
+    graphs: dict[tuple[int, ...], Graph] = {}
+    for end, inputs, results in reversed(walk.ends):
+        if inputs not in graphs:
+            graphs[inputs] = Graph(listing.makers, listing.avals, inputs, walk.dependent)
+        made = [graphs[inputs].at(v) for v in results]
+        matched = _match(graphs[inputs], made)
+        if matched is None or not _fits(*matched):
+            continue
+        layer, takes, gives = matched
+        back = {id(one): v for one, v in zip(made, results)}
+        return Found(
+            start=start,
+            stop=end,
+            layer=layer,
+            inputs=tuple(one.value for one in takes),  # type: ignore[misc]
+            results=tuple(back[id(one)] for one in gives),
+        )
     return None
 
 
@@ -213,4 +220,3 @@ def _passable(treedef: Any, shapes: tuple[Any, ...], given: tuple[Any, ...]) -> 
         return None
     reasons = [one.reason for one in ways if isinstance(one, rules.Unavailable)]
     return f"{type(layer).__name__} has no vijp: {reasons[0] if reasons else 'none is defined'}"
-

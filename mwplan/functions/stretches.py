@@ -9,6 +9,7 @@ Operations that change nothing are left out: copies, barriers, names, reshapes t
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -126,7 +127,7 @@ class Operation:
         """The primitive's parameters."""
         return self.step.params if self.step else {}
 
-    @property
+    @functools.cached_property
     def inputs(self) -> tuple[Operation, ...]:
         """What it reads; of a weight, what that is computed of."""
         step = self.step
@@ -164,14 +165,14 @@ class Operation:
 
     def walk(self) -> Iterator[Operation]:
         """All operations of the expression that depend on an input, each once."""
-        seen: dict[int, Operation] = {}
+        seen: set[int] = set()
         waiting = [self]
         while waiting:
             one = waiting.pop()
             if id(one) not in seen and not one.is_weight:
-                seen[id(one)] = one
+                seen.add(id(one))
+                yield one
                 waiting += one.inputs
-        return iter(seen.values())
 
     def vector(self) -> Weight | None:
         """A weight that is the same along all axes but the last, as the vector that it is; or None."""
