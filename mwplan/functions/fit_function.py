@@ -112,7 +112,8 @@ def fit_function(
 
     The function is traced and cut into pieces where little is alive (`mw.cut`); the pieces are profiled,
     planned and compiled as the layers of a chain (`mw.fit`). Pieces that compute what layers of
-    `mwplan.layers` compute have their vijps, fragments and inverses (`docs/functions.md`; `mw.recognises` teaches it more).
+    `mwplan.layers` compute have their vijps, fragments and inverses (`docs/functions.md`; `mw.recognises`
+    teaches more).
 
     **Arguments:** `loss(params, *args)`, as for `jax.value_and_grad`: a real scalar, with `has_aux` a pair of
     it and anything; `params`, a pytree: the gradient is taken of its floating-point arrays that the loss

@@ -102,6 +102,8 @@ def leaky(y: Operation) -> Any:
     if sides[0] is None or sides[1] is None or abs(sides[0] - 1) > 1e-6 or not _homogeneous(y):
         return None
     slope = -sides[1]
+    if slope == 1:
+        return None
     return ReLU() if slope == 0 else LeakyReLU(float(np.float32(slope)))
 
 

@@ -96,11 +96,11 @@ def dense(y: Operation) -> Any:
 def convolution(y: Operation) -> Any:
     """A convolution of one or two axes in any layout, with what is padded before it and added after it."""
     whole = y
-    for dims in (1, 2):
+    for dims in (1, 2)[: max(0, whole.ndim - 1)]:
         for axis in (-1, -1 - dims):
             y, bias = biased(merged(whole, dims + 1), axis)
             y = merged(y, dims + 1)
-            if y.name == "bilinear" and axis == -1:
+            if y.name == "bilinear" and axis == -1 and y.ndim == dims + 2:
                 return _circular(y, bias, dims)
             conv = y.inputs[0] if y.name == "slice" else y
             if conv.name == "conv_general_dilated" and conv.ndim == dims + 2:

@@ -27,7 +27,7 @@ def unspread(y: Operation) -> Operation:
 def is_mean(y: Operation) -> Operation | None:
     """What `y` is the mean of over the last axis, that axis kept or not; else None."""
     y = unspread(y)
-    if y.name == "select_n" and y.inputs[0].is_weight and len(y.inputs) == 3:  # `jnp.var` of no entries
+    if y.name == "select_n" and y.inputs[0].is_weight and _is_nan(y.inputs[1]):  # `jnp.var` of no entries
         y = unspread(y.inputs[2])
     if y.name not in ("div", "mul"):
         return None
@@ -44,6 +44,11 @@ def is_mean(y: Operation) -> Operation | None:
     if tuple(total.params["axes"]) != (of.ndim - 1,) or number is None or abs(number / wanted - 1) > 1e-6:
         return None
     return of
+
+
+def _is_nan(one: Operation) -> bool:
+    number = one.number
+    return number is not None and math.isnan(number)
 
 
 def _number(one: Operation) -> float | None:
@@ -130,7 +135,8 @@ def norm(y: Operation) -> Any:
     whole, offset = y, None
     if y.name == "add":
         for a, b in (y.inputs, y.inputs[::-1]):
-            if b.name == "weight" and (vector := b.vector()) is not None:
+            vector = full(y.shape[-1:], b.number, y.dtype) if b.number is not None else b.vector()
+            if vector is not None:
                 y, offset = a, vector
                 break
         else:

@@ -13,6 +13,7 @@ from mwplan.functions.recognition import Found, Listing, recognise
 from mwplan.functions.stretches import Weight
 from mwplan.functions.tracing import Constant, Flat, Operand, Step, needed
 from mwplan.layers.sequential import Sequential
+from mwplan.network.chain import as_layer
 from mwplan.network.operator import RECOGNISERS
 
 PyTree = Any
@@ -25,6 +26,7 @@ def recognised(one: Any, x: PyTree) -> tuple[Any, str]:
 
     **Cost:** a trace; the check compiles two vjps and a vijp.
     """
+    one = as_layer(one, 0)
     leaves, treedef = jax.tree.flatten(one)
     xs, x_treedef = jax.tree.flatten(x)
     if len(xs) > 2 or (len(xs) == 2 and not isinstance(x, tuple)):
