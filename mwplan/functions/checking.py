@@ -71,12 +71,12 @@ def _first(layer: Any, x: PyTree) -> rules.VijpRule | None:
 
 
 class _Held:
-    """A function that is compared by what it is bound to: a piece's method is another object each time."""
+    """A function, told from others by what it is; a piece's operations are told by its structure."""
 
     def __init__(self, function: Any) -> None:
         self.function = function
         inner = getattr(function, "__self__", None)
-        self.key = jax.tree.structure(inner) if isinstance(inner, Piece) else function
+        self.key = jax.tree.structure(inner) if isinstance(inner, Piece) else id(function)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Held) and self.key == other.key

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 
@@ -13,9 +14,13 @@ from mwplan.functions.gradients import dependents
 from mwplan.functions.recognition import Found, Listing, of, passable, recognise, structs
 from mwplan.layers import shapes
 from mwplan.layers.coupling import Coupling
+from mwplan.layers.sequential import Sequential
 
 #: Layers that only move numbers: no reason to cut.
 MOVING = (shapes.Reshape, shapes.Permute, shapes.Flatten, shapes.Split, shapes.Concatenate)
+
+#: What may be alive at the start of layers that are cut around, in units of their input.
+MOST_CARRIED = 1.5
 
 
 def find(flow: Flow) -> list[Found]:
@@ -85,20 +90,36 @@ def runs(flow: Flow, found: Sequence[Found]) -> list[list[Found]]:
             out[-1].append(one)
         else:
             out.append([one])
-    return [run for run in map(_trimmed, out) if _pays(run)]
+    some = [run for run in map(_trimmed, out) if _pays(run)]
+    if not some:
+        return []
+    made, _ = flow.lifetimes()
+    alive = flow.alive_bytes(0, len(flow.steps))
+
+    def carries_little(run: list[Found]) -> bool:
+        """Whether little else is alive where a run begins: not in the branch of a residual block."""
+        own = sum(flow.traced.nbytes(v) for v in run[0].inputs if v in made)
+        return not own or int(alive[run[0].start]) <= MOST_CARRIED * own
+
+    return [run for run in some if carries_little(run)]
+
+
+def _moves(layer: Any) -> bool:
+    """Whether a layer only moves numbers."""
+    return isinstance(layer, MOVING) or (isinstance(layer, Sequential) and all(map(_moves, layer.layers)))
 
 
 def _trimmed(run: list[Found]) -> list[Found]:
     """Without what only moves numbers at its ends."""
-    while run and isinstance(run[-1].layer, MOVING):
+    while run and _moves(run[-1].layer) and not isinstance(run[-1].layer, shapes.Concatenate):
         run = run[:-1]
-    while run and isinstance(run[0].layer, MOVING) and not isinstance(run[0].layer, shapes.Split):
+    while run and _moves(run[0].layer) and not isinstance(run[0].layer, shapes.Split):
         run = run[1:]
     return run
 
 
 def _pays(run: list[Found]) -> bool:
-    layers = [one for one in run if not isinstance(one.layer, MOVING)]
+    layers = [one for one in run if not _moves(one.layer)]
     return len(layers) > 1 or any(isinstance(one.layer, Coupling) for one in layers)
 
 

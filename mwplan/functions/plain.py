@@ -40,6 +40,8 @@ def recognised(one: Any, x: PyTree) -> tuple[Any, str]:
         return None, "it has side effects"
     flat = Flat(frozenset())
     given: list[Operand] = [flat.value(aval) for aval in closed.in_avals]
+    if any(isinstance(value, jax.core.Tracer) for value in closed.consts):
+        return None, "it closes over a value that is being traced"
     outputs = flat.walk(closed.jaxpr, closed.consts, given, "")
     if any(isinstance(v, Constant) for v in outputs):
         return None, "it returns a constant"

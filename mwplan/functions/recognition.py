@@ -10,6 +10,7 @@ longest that a matcher (`registry`) recognises is a layer. What else is alive pa
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,7 @@ from mwplan.functions.tracing import Step
 from mwplan.network import rules
 
 #: Operations of a stretch at most, where it is one layer without branches; with branches.
-SHORT, LONG = 64, 512
+SHORT, LONG = 48, 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +61,17 @@ class Listing:
     outside: frozenset[int] = frozenset()
 
     @functools.cached_property
+    def alive(self) -> list[int]:
+        """How many activations are alive before each step."""
+        change = [0] * (len(self.steps) + 2)
+        born = {v: i for i, step in enumerate(self.steps) for v in step.outputs}
+        for v in self.activations:
+            if (last := self.dies.get(v, -1)) >= 0:
+                change[born.get(v, -1) + 1] += 1
+                change[min(last, len(self.steps)) + 1] -= 1
+        return list(itertools.accumulate(change))
+
+    @functools.cached_property
     def makers(self) -> dict[int, Step]:
         """What makes each value."""
         return {**self.recipes, **{v: step for step in self.steps for v in step.outputs}}
@@ -77,7 +89,8 @@ class _Walk:
         besides: set[int] = set()
         alive: set[int] = set()
         dies = listing.dies
-        for at in range(start, min(stop, start + LONG)):
+        reach = LONG if listing.alive[start] <= 2 else SHORT
+        for at in range(start, min(stop, start + reach)):
             step, read = listing.steps[at], listing.reads[at]
             if not self._reads(step, read, inputs, besides):
                 return

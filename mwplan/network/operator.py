@@ -44,14 +44,12 @@ RECOGNISERS: list[Callable[[Any, PyTree], tuple[Any, str]]] = []
 def _recognised(layer: Any, x: PyTree) -> tuple[Any, str]:
     """`layer`, or what is recognised in it where it has no rules of its own; and why nothing is."""
     reason = ""
-    if not callable(getattr(layer, "vijp_rules", None)) and not callable(
-        getattr(layer, "invert_rules", None)
-    ):
+    if not any(callable(getattr(layer, f"{kind}_rules", None)) for kind in ("vijp", "store", "invert")):
         for recognise in RECOGNISERS:
             found, reason = recognise(layer, x)
             if found is not None:
                 return found, ""
-    return layer, f"not recognised: {reason}" if reason else ""
+    return layer, f"no vijp rule, and not recognised: {reason}" if reason else ""
 
 
 def _concrete(tree: PyTree) -> bool:
@@ -146,7 +144,7 @@ def vijp(
     >>> y.shape
     (2, 3)
     """
-    layer, unknown = _recognised(_one(layer), x)
+    layer, unknown = (_one(layer), "") if option == "whole" else _recognised(_one(layer), x)
     rule = _rule(layer, x, option, unknown)
     if check:
         _checked(rule, layer, _structs(x))
@@ -177,7 +175,7 @@ def fragment_of(layer: PyTree, x: PyTree, ct_out: PyTree, option: str | None = N
     >>> mw.fragment_of(layer, x, ct_out, option="whole").tolist()
     [5.0, 7.0]
     """
-    layer, unknown = _recognised(_one(layer), x)
+    layer, unknown = (_one(layer), "") if option == "whole" else _recognised(_one(layer), x)
     return _sweep(_rule(layer, x, option, unknown), layer, x, ct_out)[1]
 
 
