@@ -16,6 +16,7 @@ from mwplan.common import trees
 from mwplan.functions.checking import problem
 from mwplan.functions.fit_function import _Gradient, _split
 from mwplan.functions.plain import recognised
+from mwplan.functions.registry import forget
 from mwplan.network import rules
 from tests.layer_rows import ROWS, arrays, noise
 
@@ -287,3 +288,55 @@ def test_a_function_is_fitted_with_what_is_recognised() -> None:
     want = jax.grad(loss)(params, x)
     for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4 * float(jnp.abs(b).max()))
+
+
+@ml.layer
+class Halved:
+    """What the test below teaches: a half of everything."""
+
+    def __call__(self, x: Any) -> Any:
+        return x / 2
+
+    def vijp_rules(self, x: Any) -> list[Any]:
+        return [Doubled()]
+
+
+class Doubled(rules.VijpRule):
+    name = "double"
+
+    def rebuild(self, layer: Any, x: Any, ct_in: Any, fragment: Any) -> Any:
+        return 2 * ct_in
+
+
+class Tripled(Doubled):
+    def rebuild(self, layer: Any, x: Any, ct_in: Any, fragment: Any) -> Any:
+        return 3 * ct_in
+
+
+@ml.layer
+class Wrong(Halved):
+    """A vijp that inverts nothing."""
+
+    def vijp_rules(self, x: Any) -> list[Any]:
+        return [Tripled()]
+
+
+@pytest.mark.parametrize("taught", [Halved(), Wrong()])
+def test_one_can_teach_a_layer(taught: Any) -> None:
+    """It is believed as far as the numbers agree."""
+
+    @mw.recognises("div")
+    def half(y: mw.Operation) -> Any:
+        return taught if y.inputs[0].is_input and y.inputs[1].number == 2 else None
+
+    try:
+        found, why = recognised(lambda x: jax.nn.leaky_relu(x / 2), noise(1, (3, 4)))
+    finally:
+        forget(half)
+    if isinstance(taught, Wrong):
+        assert found is None
+        assert "does not invert" in why
+    else:
+        assert [type(one).__name__ for one in found.layers] == ["Halved", "LeakyReLU"]
+    with pytest.raises(mw.ArgumentError, match="names of primitives"):
+        mw.recognises()

@@ -54,6 +54,7 @@ def recognises(*last: str) -> Callable[[Matcher], Matcher]:
     >>> y, vijp_fn = mw.vijp(lambda x: x * w, x)
     >>> vijp_fn(jnp.ones((5, 3)))[0].tolist()
     [1.0, 0.5, 0.25]
+    >>> mw.functions.registry.forget(scaling)
     """
     if not last or not all(isinstance(name, str) for name in last):
         raise ArgumentError(
@@ -66,3 +67,10 @@ def recognises(*last: str) -> Callable[[Matcher], Matcher]:
         return matcher
 
     return add
+
+
+def forget(matcher: Matcher) -> None:
+    """Undoes `recognises`."""
+    for some in MATCHERS.values():
+        while matcher in some:
+            some.remove(matcher)
