@@ -67,14 +67,13 @@ def cuts(flow: Flow, most: int, known: Sequence[Sequence[Found]] = ()) -> list[i
 def _within(flow: Flow, start: int, stop: int, most: int, known: Sequence[Sequence[Found]]) -> list[int]:
     """The cuts of one span: at both ends of every layer of the runs, of which several are one piece where
     they are too many; and in the rest."""
-    each = 1
-    while True:
-        around = {p for run in known for one in run[::each] for p in (one.start,)} | {
-            run[-1].stop for run in known
-        }
-        if len(around) + 1 <= most or each > max((len(run) for run in known), default=1):
+    longest = max((len(run) for run in known), default=0)
+    for each in range(1, longest + 1):
+        around = {one.start for run in known for one in run[::each]} | {run[-1].stop for run in known}
+        if len(around) + 1 <= most:
             break
-        each += 1
+    else:
+        known, around = (), set()
     inner = {p for run in known for p in range(run[0].start, run[-1].stop)}
     bounds = sorted({start, stop, *around})
     rest = [(a, b) for a, b in itertools.pairwise(bounds) if a not in inner]
