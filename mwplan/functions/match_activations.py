@@ -98,7 +98,11 @@ def _homogeneous(y: Operation) -> bool:
 @recognises("select_n", "max", "add", "mul", "sub")
 def leaky(y: Operation) -> Any:
     """Leaky ReLU and ReLU, however they are written."""
-    sides = [_values(y, lambda one, at=at: at if one.is_input else None) for at in (1.0, -1.0)]
+
+    def at(number: float) -> float | None:
+        return _values(y, lambda one: number if one.is_input else None)
+
+    sides = [at(1.0), at(-1.0)]
     if sides[0] is None or sides[1] is None or abs(sides[0] - 1) > 1e-6 or not _homogeneous(y):
         return None
     slope = -sides[1]

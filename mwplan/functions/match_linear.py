@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mwplan.functions.registry import recognises
-from mwplan.functions.stretches import Operation, Weight, full
+from mwplan.functions.stretches import Operation, full
 from mwplan.layers.circular import Circular
 from mwplan.layers.conv import Conv1D, Conv2D
 from mwplan.layers.dense import Dense
@@ -23,7 +23,7 @@ def sequence(*layers: Any) -> Any:
     return some[0] if len(some) == 1 else Sequential(tuple(some))
 
 
-def biased(y: Operation, axis: int = -1) -> tuple[Operation, Weight | None]:
+def biased(y: Operation, axis: int = -1) -> tuple[Operation, Any]:
     """`(a, b)` where `y` is `a` plus a weight that varies along one axis alone; else `(y, None)`."""
     if y.name == "add":
         for a, b in (y.inputs, y.inputs[::-1]):
@@ -110,7 +110,7 @@ def convolution(y: Operation) -> Any:
     return None
 
 
-def _circular(y: Operation, bias: Weight | None, dims: int) -> Any:
+def _circular(y: Operation, bias: Any, dims: int) -> Any:
     product = y.params["product"]
     x, w = y.inputs
     if not isinstance(product, Circular) or w.name != "weight" or w.ndim != dims + 2:
@@ -126,7 +126,7 @@ def _centred(pads: Sequence[Sequence[int]]) -> bool:
     return all(lo == (lo + hi) // 2 for lo, hi in pads)
 
 
-def _conv(y: Operation, conv: Operation, bias: Weight | None, axis: int, dims: int) -> Any:
+def _conv(y: Operation, conv: Operation, bias: Any, axis: int, dims: int) -> Any:
     """`y`: the convolution, or the leading part of its first axis."""
     p, (x, w) = conv.params, conv.inputs
     if x.is_weight or w.name != "weight" or not plain(conv) or p["batch_group_count"] != 1:
@@ -194,7 +194,7 @@ def _padded(x: Operation, space: Sequence[int]) -> tuple[Operation, list[tuple[i
         if all(not inner for _, _, inner in config) and all(
             axis in space or not (lo or hi) for axis, (lo, hi, _) in enumerate(config)
         ):
-            return x.inputs[0], [tuple(map(int, config[axis][:2])) for axis in space], False
+            return x.inputs[0], [(int(config[axis][0]), int(config[axis][1])) for axis in space], False
         return x, outer, False
     circular = False
     for i, axis in reversed([*enumerate(space)]):

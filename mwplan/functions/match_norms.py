@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from mwplan.functions.expressions import computes
 from mwplan.functions.registry import recognises
-from mwplan.functions.stretches import Operation, Weight, full
+from mwplan.functions.stretches import Operation, full
 from mwplan.layers.norm import LayerNorm, RMSNorm
 from mwplan.layers.pooling import AveragePool, MaxPool
 
@@ -110,7 +110,8 @@ def _by_moments(y: Operation) -> bool:
 
 def _factors(y: Operation) -> tuple[list[Operation], list[Operation]]:
     """What a product is made of: factors and divisors."""
-    above, below = [], []
+    above: list[Operation] = []
+    below: list[Operation] = []
     waiting = [(y, False)]
     while waiting:
         one, under = waiting.pop()
@@ -148,8 +149,8 @@ def norm(y: Operation) -> Any:
     return _affine(y, offset, above, below) or _own(whole, x)
 
 
-def _affine(y: Operation, offset: Weight | None, above: list[Operation], below: list[Operation]) -> Any:
-    scale: Weight | None = None
+def _affine(y: Operation, offset: Any, above: list[Operation], below: list[Operation]) -> Any:
+    scale: Any = None
     centred: bool | None = None
     root: tuple[bool, float] | None = None
     for one in above + below:

@@ -157,7 +157,7 @@ def _longest(listing: Listing, start: int, stop: int) -> Found | None:
             start=start,
             stop=end,
             layer=layer,
-            inputs=tuple(one.value for one in takes),  # type: ignore[misc]
+            inputs=tuple(one.value for one in takes),
             results=tuple(back[id(one)] for one in gives),
         )
     return None
@@ -201,7 +201,7 @@ def _fits(layer: Any, takes: Sequence[Operation], gives: Sequence[Operation]) ->
     given, wanted = ([(one.shape, str(one.dtype)) for one in some] for some in (takes, gives))
     leaves, treedef = jax.tree.flatten(structs(layer))
     shapes = tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)
-    return _results(treedef, shapes, tuple(given)) == tuple(wanted)
+    return bool(_results(treedef, shapes, tuple(given)) == tuple(wanted))
 
 
 @functools.lru_cache(maxsize=1024)

@@ -76,7 +76,7 @@ class Weight:
 
     def array(self, env: Mapping[int, Any]) -> Any:
         """The array, of the values in `env`: the same object where nothing is done with it."""
-        found = None if self.value is None else env[self.value]
+        found: Any = None if self.value is None else env[self.value]
         for name, how in self.views:
             if name == "full":
                 found = jnp.full(self.shape, how, self.dtype)
@@ -85,7 +85,7 @@ class Weight:
         return found
 
 
-def full(shape: tuple[int, ...], number: float, dtype: Any) -> Weight:
+def full(shape: tuple[int, ...], number: float, dtype: Any) -> Any:
     """An array of one number, for a layer that wants one where the function has none."""
     return Weight(None, shape, np.dtype(dtype), (("full", number),))
 
@@ -152,8 +152,8 @@ class Operation:
         return self.name in ("weight", "number")
 
     @property
-    def weight(self) -> Weight:
-        """A weight, for a layer."""
+    def weight(self) -> Any:
+        """A weight, for a layer: a `Weight`, whatever type the layer's array has."""
         if isinstance(self.value, Constant):
             return full(self.shape, np.asarray(self.value.value).item(), self.dtype)
         return Weight(self.value, self.shape, self.dtype)
@@ -174,11 +174,11 @@ class Operation:
                 yield one
                 waiting += one.inputs
 
-    def vector(self) -> Weight | None:
+    def vector(self) -> Any:
         """A weight that is the same along all axes but the last, as the vector that it is; or None."""
         return self.along(self.ndim - 1)
 
-    def along(self, axis: int) -> Weight | None:
+    def along(self, axis: int) -> Any:
         """A weight that is the same along all axes but one, as the vector that it is; or None."""
         if not self.is_weight or not self.ndim:
             return None
