@@ -21,9 +21,9 @@ from mwplan.execution.updates import init_states, value_and_update
 from mwplan.fitting.fitted import Fitted
 from mwplan.fitting.fitting import fit
 from mwplan.fitting.remote import RemoteFit
+from mwplan.functions import plain as _plain  # noqa: F401  (plain functions have rules)
 from mwplan.functions.cut import Cut, cut
 from mwplan.functions.fit_function import FittedFunction, fit_function
-from mwplan.functions.plain import recognised  # noqa: F401  (plain functions have rules)
 from mwplan.functions.registry import recognises
 from mwplan.functions.stretches import Operation, Weight
 from mwplan.network.chain import Chain, Stack, stack, unstack
