@@ -21,6 +21,8 @@ MOVING = (shapes.Reshape, shapes.Permute, shapes.Flatten, shapes.Split, shapes.C
 
 #: What may be alive at the start of layers that are cut around, in units of their input.
 MOST_CARRIED = 1.5
+#: Layers in a row, not counting those that only move numbers, that are cut around.
+LEAST_LAYERS = 3
 
 
 def find(flow: Flow) -> list[Found]:
@@ -78,8 +80,8 @@ def why_not(found: Found, avals: Sequence[object]) -> str | None:
 
 
 def runs(flow: Flow, found: Sequence[Found]) -> list[list[Found]]:
-    """Layers one right after another, all of which can be passed or inverted: two or more that do not just
-    move numbers, or a coupling."""
+    """Layers one right after another, all of which can be passed or inverted: `LEAST_LAYERS` that do not
+    just move numbers, or a coupling."""
     out: list[list[Found]] = []
     for one in found:
         if why_not(one, flow.traced.avals) is not None:
@@ -120,7 +122,7 @@ def _trimmed(run: list[Found]) -> list[Found]:
 
 def _pays(run: list[Found]) -> bool:
     layers = [one for one in run if not _moves(one.layer)]
-    return len(layers) > 1 or any(isinstance(one.layer, Coupling) for one in layers)
+    return len(layers) >= LEAST_LAYERS or any(isinstance(one.layer, Coupling) for one in layers)
 
 
 def tiled(found: Sequence[Found], start: int, stop: int) -> list[Found]:
