@@ -21,8 +21,11 @@ from mwplan.execution.updates import init_states, value_and_update
 from mwplan.fitting.fitted import Fitted
 from mwplan.fitting.fitting import fit
 from mwplan.fitting.remote import RemoteFit
+from mwplan.functions import plain as _plain  # noqa: F401  (plain functions have rules)
 from mwplan.functions.cut import Cut, cut
 from mwplan.functions.fit_function import FittedFunction, fit_function
+from mwplan.functions.registry import recognises
+from mwplan.functions.stretches import Operation, Weight
 from mwplan.network.chain import Chain, Stack, stack, unstack
 from mwplan.network.operator import explain, fragment_of, vijp
 from mwplan.network.tying import TiedWeightsWarning
@@ -54,6 +57,7 @@ __all__ = [  # noqa: RUF022 (plainly sorted, as the test compares it)
     "LOOSE",
     "MwplanError",
     "NotSubmersiveError",
+    "Operation",
     "Peak",
     "PlanUndoneWarning",
     "Profile",
@@ -73,6 +77,7 @@ __all__ = [  # noqa: RUF022 (plainly sorted, as the test compares it)
     "Timeline",
     "TpuChip",
     "UNTIED",
+    "Weight",
     "adapters",
     "apply",
     "compiler_options",
@@ -90,6 +95,7 @@ __all__ = [  # noqa: RUF022 (plainly sorted, as the test compares it)
     "layers",
     "plan",
     "profile",
+    "recognises",
     "replay",
     "stack",
     "targets",

@@ -6,16 +6,21 @@ import bisect
 import dataclasses
 import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
+
+from mwplan.functions.finding import tiled, why_not
 from mwplan.functions.flow import Flow
 from mwplan.functions.kinds import ELEMENTWISE, SHAPES
 from mwplan.functions.piece_chain import Group, PieceSpec, Plan
-from mwplan.functions.pieces import BITS, STOPPED, held_as
-from mwplan.functions.programs import Program
+from mwplan.functions.pieces import BITS, PLAIN, STOPPED, held_as
+from mwplan.functions.programs import Program, numbering
+from mwplan.functions.recognition import Found
 from mwplan.functions.scans import stacked_by
-from mwplan.functions.tracing import Step
+from mwplan.functions.stretches import Weight
+from mwplan.functions.tracing import ALIAS, Step
 
 #: Sources that so many pieces read, or more, cross the cuts between them; those of fewer are held by each of
 #: these pieces.
@@ -25,8 +30,8 @@ SHARED_BY = 3
 class _Assembler:
     """Makes the pieces between `bounds`, positions in the flow's operations."""
 
-    def __init__(self, flow: Flow, bounds: Sequence[int]) -> None:
-        self.flow, self.bounds = flow, bounds
+    def __init__(self, flow: Flow, bounds: Sequence[int], found: Sequence[Found]) -> None:
+        self.flow, self.bounds, self.found = flow, bounds, found
         self.count = len(bounds) - 1
         self.born, self.dies = flow.lifetimes()
         self.uses: dict[int, list[tuple[int, int]]] = {}
@@ -131,10 +136,12 @@ class _Assembler:
         reads = tuple(v for v in outside if v not in own)
         avals = flow.traced.avals
         main = flow.steps[self.bounds[k] : self.bounds[k + 1]]
+        inputs = (*reads, *params, *others)
+        layers, why = self.known(k, reads, numbering(steps, inputs), results)
         return PieceSpec(
             start=self.bounds[k],
             stop=self.bounds[k + 1],
-            program=Program(steps, (*reads, *params, *others), results, avals),
+            program=Program(steps, inputs, results, avals),
             reads=reads,
             params=params,
             others=others,
@@ -144,7 +151,47 @@ class _Assembler:
             region=self.regions[k],
             depth=flow.traced.regions[self.regions[k]].depth if self.regions[k] >= 0 else 1,
             label=_label(flow, main, (*params, *(v for v in reads if v in flow.sources))),
+            layers=layers,
+            why=why,
         )
+
+    def known(
+        self, k: int, reads: Sequence[int], numbers: Mapping[int, int], results: Sequence[int]
+    ) -> tuple[tuple[Found, ...], str]:
+        """The layers that piece `k` is, their weights with the numbers of its program; or none, and why."""
+        start, stop = self.bounds[k], self.bounds[k + 1]
+        some = tiled(self.found, start, stop)
+        if not some:
+            return (), _unknown(self.flow, self.found, start, stop)
+        avals = self.flow.traced.avals
+        reasons = [why for one in some if (why := why_not(one, avals)) is not None]
+        if reasons:
+            return (), reasons[0]
+        if {*some[-1].results} != {*results}:
+            return (), "what it computes beside its result is needed too"
+        if any(v in reads for one in some for w in one.weights for v in self._read_for(w, k)):
+            return (), "its weights cross the cuts, as three or more pieces read them"
+        if not {*some[0].inputs} <= {*reads}:
+            return (), "its input is read by other pieces, too"
+        layers = [jax.tree.map(lambda leaf: _numbered(leaf, numbers), one.layer) for one in some]
+        return tuple(
+            dataclasses.replace(one, layer=layer) for one, layer in zip(some, layers, strict=True)
+        ), ""
+
+    def _read_for(self, weight: Weight, k: int) -> list[int]:
+        """The values that are no operation's of piece `k` of which a weight is made."""
+        makers = {v: step for step in self.steps(k) for v in step.outputs}
+        found, waiting, seen = [], [weight.value], set[int]()
+        while waiting:
+            value = waiting.pop()
+            if value is None or value in seen:
+                continue
+            seen.add(value)
+            if value in makers:
+                waiting += makers[value].read
+            else:
+                found.append(value)
+        return found
 
     def kept_alike(self, specs: list[PieceSpec]) -> list[PieceSpec]:
         """Data that crosses no further than a repeated piece crosses one cut more, where this makes it equal
@@ -160,9 +207,9 @@ class _Assembler:
         return out
 
 
-def assemble(flow: Flow, cuts: Sequence[int]) -> Plan:
-    """The pieces of a flow that is cut at these positions."""
-    made = _Assembler(flow, [0, *cuts, len(flow.steps)])
+def assemble(flow: Flow, cuts: Sequence[int], found: Sequence[Found] = ()) -> Plan:
+    """The pieces of a flow that is cut at these positions; `found`, the layers that stand in it."""
+    made = _Assembler(flow, [0, *cuts, len(flow.steps)], found)
     inputs = made.first_input()
     specs = made.kept_alike([made.spec(k, made.crossing(k)) for k in range(made.count)])
     avals = flow.traced.avals
@@ -170,7 +217,9 @@ def assemble(flow: Flow, cuts: Sequence[int]) -> Plan:
     how = {v: held_as(avals[v], v in flow.carrying) for v in values}
     for v in inputs:
         if how[v] == BITS and v not in made.carried:
-            how[v] = STOPPED  # it crosses no cut
+            # It crosses no cut. A layer's rules rebuild its cotangent too.
+            first = specs[0].layers
+            how[v] = PLAIN if first and v in first[0].inputs else STOPPED
     groups: list[Group] = []
     for region, some in itertools.groupby(range(len(specs)), key=lambda i: specs[i].region):
         within = list(some)
@@ -180,6 +229,23 @@ def assemble(flow: Flow, cuts: Sequence[int]) -> Plan:
             else [Group(within[0], len(within), depth=specs[within[0]].depth)]
         )
     return Plan(pieces=tuple(specs), inputs=inputs, how=how, carrying=flow.carrying, groups=tuple(groups))
+
+
+def _numbered(leaf: Any, numbers: Mapping[int, int]) -> Any:
+    return leaf.numbered(numbers) if isinstance(leaf, Weight) else leaf
+
+
+def _unknown(flow: Flow, found: Sequence[Found], start: int, stop: int) -> str:
+    """The first operation of a piece that is in no known layer."""
+    inside = {i for one in found for i in range(one.start, one.stop)}
+    cut = [one for one in found if one.start < start < one.stop or one.start < stop < one.stop]
+    for i in range(start, stop):
+        name = flow.steps[i].primitive.name
+        if i not in inside and flow.steps[i].primitive is not ALIAS:
+            return f"`{name}` is part of no layer that is known"
+    if cut:
+        return f"it is a part of a {type(cut[0].layer).__name__}"
+    return "its layers do not follow one after another"
 
 
 def _label(flow: Flow, steps: Sequence[Step], params: Sequence[int]) -> str:

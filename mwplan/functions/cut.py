@@ -14,8 +14,10 @@ from mwplan.common.errors import ArgumentError
 from mwplan.common.sizes import show_bytes
 from mwplan.functions import cutting
 from mwplan.functions.assembly import assemble
+from mwplan.functions.checking import problems
+from mwplan.functions.finding import find, runs
 from mwplan.functions.flow import Flow, analyse
-from mwplan.functions.piece_chain import Plan
+from mwplan.functions.piece_chain import PieceSpec, Plan
 from mwplan.functions.programs import evaluate
 from mwplan.functions.scans import expand, stacked_by
 from mwplan.functions.tracing import Constant, Traced, trace
@@ -50,6 +52,26 @@ class Cut:
         """With pieces that repeat one after another as `mw.Stack`s, compiled once. Their parameters are then
         stacked within the step: a copy of them and of their gradients, `plan.copied_bytes`."""
         return replace(self, plan=self.plan.looped(self.flow.traced.avals))
+
+    def checked(self, params: PyTree, *args: Any) -> Cut:
+        """What is recognised, held against the function's own operations at these arguments (arrays): pieces
+        whose layer gives another output or vjp, or whose vijp does not invert their vjp, are pieces as they
+        are written. `reasons()` says why.
+
+        **Cost:** a forward pass; of each kind of piece that is recognised a compilation of two vjps and a
+        vijp."""
+        if not any(piece.layers for piece in self.plan.pieces):
+            return self
+        chain, x, _ = self.build(params, *args)
+        wrong = problems(self.plan, chain, x)
+        return replace(self, plan=self.plan.without(wrong)) if wrong else self
+
+    def reasons(self) -> list[str]:
+        """Of each piece what it is recognised as, or what stood in the way."""
+        return [
+            f"{_layers(piece)}" if piece.layers else f"not recognised: {piece.why}"
+            for piece in self.plan.pieces
+        ]
 
     def build(
         self, params: PyTree, *args: Any
@@ -118,7 +140,9 @@ class Cut:
         of its parameters, and that cross the cut after it; pieces that are the same program have the same
         letter."""
         letters: dict[Any, str] = {}
-        rows = [("piece", "times", "program", "operations", "makes", "parameters", "crosses", "name")]
+        rows = [
+            ("piece", "times", "program", "operations", "makes", "parameters", "crosses", "layer", "name")
+        ]
         for i, piece in enumerate(self.plan.pieces):
             letter = letters.setdefault(piece.program, _letter(len(letters)))
             rows.append(
@@ -130,6 +154,7 @@ class Cut:
                     show_bytes(piece.made_bytes),
                     show_bytes(sum(trees.nbytes(self.flow.traced.avals[v]) for v in piece.params)),
                     show_bytes(sum(trees.nbytes(self.flow.traced.avals[v]) for v in piece.crosses)),
+                    _layers(piece),
                     piece.label,
                 )
             )
@@ -137,7 +162,9 @@ class Cut:
         lines = ["  ".join([*(c.rjust(w) for c, w in zip(row, widths)), row[-1]]) for row in rows]
         pieces, operations = len(self.plan.pieces), len(self.flow.steps)
         head = f"{pieces} pieces of {len(letters)} kinds, {operations} operations"
-        return "\n".join([head, *lines])
+        whys = {piece.why: letters[piece.program] for piece in reversed(self.plan.pieces) if piece.why}
+        notes = [f"{letter}: not recognised: {why}" for why, letter in reversed(whys.items())]
+        return "\n".join([head, *lines, *notes])
 
 
 def cut(
@@ -171,7 +198,13 @@ def cut(
 def cut_traced(traced: Traced, most: int) -> Cut:
     """As `cut`, of a function that is traced already."""
     flow = analyse(traced)
-    return Cut(flow=flow, plan=assemble(flow, cutting.cuts(flow, most)))
+    found = find(flow)
+    return Cut(flow=flow, plan=assemble(flow, cutting.cuts(flow, most, runs(flow, found)), found))
+
+
+def _layers(piece: PieceSpec) -> str:
+    """The layers that a piece is known to be."""
+    return " ".join(type(one.layer).__name__ for one in piece.layers) or "-"
 
 
 def _letter(i: int) -> str:

@@ -20,11 +20,15 @@ Of positions that lie close together, with fewer bytes made between them than ar
 one is left out where less is alive at the other: a network's blocks are cut between, not shortly after the
 first sum of the next.
 
+Layers that a moonwalk run or an inverse can pass, one after another (`finding.runs`), are cut around whatever
+is alive there: as a chain of them would be.
+
 **Cost:** the square of the number of positions where less is alive than right before or right after: 0.1 s
 for 5,000 operations."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -32,6 +36,7 @@ import numpy as np
 
 from mwplan.functions.flow import Flow
 from mwplan.functions.kinds import ELEMENTWISE, SHAPES
+from mwplan.functions.recognition import Found
 from mwplan.functions.tracing import ALIAS
 
 #: What the bytes that an elementwise operation makes count for.
@@ -42,9 +47,10 @@ UNFUSED = 1.25
 LEAST_RATIO = 1.0
 
 
-def cuts(flow: Flow, most: int) -> list[int]:
+def cuts(flow: Flow, most: int, known: Sequence[Sequence[Found]] = ()) -> list[int]:
     """The cuts of a flow into at most `most` layers (more only where loops and what stands between them need
-    more), `0` and the end not among them: around loops, and those that `choose` finds in each stretch."""
+    more), `0` and the end not among them: around loops, around the layers of each of the runs `known`, and
+    those that `choose` finds in each stretch of the rest."""
     spans = flow.spans()
     outside = sum(region < 0 for _, _, region in spans)
     depths = [flow.traced.regions[region].depth if region >= 0 else 1 for _, _, region in spans]
@@ -53,9 +59,29 @@ def cuts(flow: Flow, most: int) -> list[int]:
     for start, stop, region in spans:
         # A loop of many repetitions is cut into fewer pieces, what is outside shares what is left.
         share = most // (2 * inside) if region >= 0 else (most - min(inside, most // 2)) // outside
-        some = choose(weights(flow, start, stop), keeps(flow, start, stop), max(1, share))
-        found += [start + p for p in some] + [stop]
+        own = [run for run in known if start <= run[0].start and run[-1].stop <= stop]
+        found += [*_within(flow, start, stop, max(1, share), own), stop]
     return found[:-1]
+
+
+def _within(flow: Flow, start: int, stop: int, most: int, known: Sequence[Sequence[Found]]) -> list[int]:
+    """The cuts of one span: at both ends of every layer of the runs, of which several are one piece where
+    they are too many; and in the rest."""
+    longest = max((len(run) for run in known), default=0)
+    for each in range(1, longest + 1):
+        around = {one.start for run in known for one in run[::each]} | {run[-1].stop for run in known}
+        if len(around) + 1 <= most:
+            break
+    else:
+        known, around = (), set()
+    inner = {p for run in known for p in range(run[0].start, run[-1].stop)}
+    bounds = sorted({start, stop, *around})
+    rest = [(a, b) for a, b in itertools.pairwise(bounds) if a not in inner]
+    share = max(1, (most - len(bounds) + 1 + len(rest)) // max(1, len(rest)))
+    found = {*around} - {start, stop}
+    for a, b in rest:
+        found |= {a + p for p in choose(weights(flow, a, b), keeps(flow, a, b), share)}
+    return sorted(found)
 
 
 def weights(flow: Flow, start: int, stop: int) -> np.ndarray:

@@ -120,7 +120,9 @@ def fit_function(
     """The gradient step of a function as it is, compiled within a budget.
 
     The function is traced and cut into pieces where little is alive (`mw.cut`); the pieces are profiled,
-    planned and compiled as the layers of a chain (`mw.fit`).
+    planned and compiled as the layers of a chain (`mw.fit`). Pieces that compute what layers of
+    `mwplan.layers` compute have their vijps, fragments and inverses (`docs/functions.md`; `mw.recognises`
+    teaches more).
 
     **Arguments:** `loss(params, *args)`, as for `jax.value_and_grad`: a real scalar, with `has_aux` a pair of
     it and anything; `params`, a pytree: the gradient is taken of its floating-point arrays that the loss
@@ -142,6 +144,7 @@ def fit_function(
     """
     found = cutting.cut(loss, params, *args, has_aux=has_aux, keep_checkpoints=keep_checkpoints, most=most)
     _check_concrete(params, args)
+    found = found.checked(params, *args)
     looped = found.looped()
     copies = 2 * looped.plan.copied_bytes(found.flow.traced.avals)
     if loops or (loops is None and copies <= COPIED * parse_bytes(budget)):

@@ -4,15 +4,19 @@ again."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from mwplan.common import trees
 from mwplan.execution.repeats import LEAST_REPETITIONS
-from mwplan.functions.pieces import Label, Piece, given_out, taken
+from mwplan.functions.known import Known
+from mwplan.functions.pieces import PLAIN, STOPPED, Label, Piece, given_out, taken
 from mwplan.functions.programs import Program
+from mwplan.functions.recognition import Found
+from mwplan.layers.sequential import Sequential
 from mwplan.network.chain import Chain, Stack, repeats
 
 #: The most pieces that are looked for as a block which repeats.
@@ -36,7 +40,8 @@ class PieceSpec:
 
     `start`, `stop`, its operations in the flow; `reads`, `params`, `others`, the values of its program's
     inputs; `results`, those of its program's results; `crosses`, the values of the next activation, in order;
-    `made_bytes`, of all that its operations make."""
+    `made_bytes`, of all that its operations make; `layers`, those that it is, one after another, their
+    weights in the numbers of its program, or `why` it is none."""
 
     start: int
     stop: int
@@ -50,6 +55,8 @@ class PieceSpec:
     label: str
     region: int
     depth: int
+    layers: tuple[Found, ...] = ()
+    why: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +118,20 @@ class Plan:
         ]
         return sum(trees.nbytes(avals[v]) for v in values)
 
+    def without(self, wrong: dict[int, str]) -> Plan:
+        """With these pieces as they are written, and the reasons."""
+        pieces = tuple(
+            replace(piece, layers=(), why=wrong[i]) if i in wrong else piece
+            for i, piece in enumerate(self.pieces)
+        )
+        first = {v: STOPPED for v in self.inputs if 0 in wrong and self._is_data(v)}
+        return replace(self, pieces=pieces, how={**self.how, **first})
+
+    def _is_data(self, v: int) -> bool:
+        """Whether a value of the input is data that the first piece alone takes, as a layer's input."""
+        layers = self.pieces[0].layers
+        return bool(layers) and v in layers[0].inputs and v not in self.carrying
+
     def _slots(self, field: str) -> list[tuple[int, ...]]:
         """The values of each leaf of the chain's layers, in order: one, or one for each repetition of a
         loop."""
@@ -144,9 +165,9 @@ class Plan:
             for i in range(group.start, group.start + group.period):
                 params = tuple(next(one) for _ in self.pieces[i].params)
                 others = tuple(next(other) for _ in self.pieces[i].others)
-                program, reads, held, returns = self._structure(i)
-                label = Label(self.pieces[i].label)
-                block.append(Piece(params, others, program, reads, held, returns, label))
+                program, reads, held, returns, known = self._structure(i)
+                label, why = Label(self.pieces[i].label), Label(self.pieces[i].why)
+                block.append(Piece(params, others, program, reads, held, returns, label, known, why))
             depth = group.count * group.depth
             parts += (
                 block
@@ -158,7 +179,7 @@ class Plan:
         return chain, tuple(next(one if v in self.carrying else other) for v in self.inputs)
 
     def _structure(self, i: int) -> tuple[Any, ...]:
-        """What a piece is beside its arrays: `Piece`'s `program`, `reads`, `held`, `returns`."""
+        """What a piece is beside its arrays: `Piece`'s `program`, `reads`, `held`, `returns`, `known`."""
         piece = self.pieces[i]
         place = {v: k for k, v in enumerate(self.before(i))}
         made = {v: j for j, v in enumerate(piece.results)}
@@ -167,6 +188,23 @@ class Plan:
             tuple((place[v], self.how[v]) for v in piece.reads),
             tuple(self.how[v] for v in piece.others),
             tuple((self.how[v], made[v]) if v in made else ("x", place[v]) for v in piece.crosses),
+            self._known(i, place),
+        )
+
+    def _known(self, i: int, place: dict[int, int]) -> Known | None:
+        """The layer that a piece is."""
+        piece = self.pieces[i]
+        if not piece.layers or any(self.how[v] != PLAIN for v in piece.layers[0].inputs):
+            return None
+        layers = [one.layer for one in piece.layers]
+        leaves, treedef = jax.tree.flatten(layers[0] if len(layers) == 1 else Sequential(tuple(layers)))
+        results = piece.layers[-1].results
+        return Known(
+            treedef,
+            tuple(leaves),
+            tuple(place[v] for v in piece.layers[0].inputs),
+            tuple(piece.crosses.index(v) for v in results),
+            tuple(-1 if v in results else place[v] for v in piece.crosses),
         )
 
     def gradients(self, chain_grads: Chain, x_grads: Sequence[Any]) -> list[Any]:

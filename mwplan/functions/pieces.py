@@ -6,13 +6,16 @@ cotangent is made, kept or added for them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from mwplan.common import trees
+from mwplan.functions.known import Known, KnownPiece, steps_for
 from mwplan.functions.programs import Program
+from mwplan.network.chain import layer_name
 from mwplan.network.layer import layer, static
 
 #: How an array is held: as it is; as it is, though it has no gradient; as integers of the same bits.
@@ -39,7 +42,7 @@ class Label:
 
 
 @layer
-class Piece:
+class Piece(KnownPiece):
     """A stretch of a function's operations, from the arrays that cross the cut before it to those that cross
     the cut after it.
 
@@ -48,7 +51,8 @@ class Piece:
     those arrays of the activation which it reads, `params` and `others`, in this order; `reads`, for each of
     the first the position in the activation and how it is held; `held`, how each of `others` is; `returns`,
     of each array of the next activation: `("x", i)`, the `i`-th of this one, or `("plain" | "bits", j)`, the
-    `j`-th result."""
+    `j`-th result; `known`, the layer that it is, whose rules it has and which is executed in place of the
+    operations; `why`, if there is none, the reason."""
 
     params: tuple[Any, ...]
     others: tuple[Any, ...]
@@ -57,15 +61,42 @@ class Piece:
     held: tuple[str, ...] = static()
     returns: tuple[tuple[str, int], ...] = static()
     label: Label = static()
+    known: Known | None = static(default=None)
+    why: Label = static(default=Label(""))
 
     def __call__(self, x: tuple[Any, ...]) -> tuple[Any, ...]:
         """The next activation."""
+        if self.known is None:
+            return self.as_written(x)
+        return self.known.after(x, self.layer()(self.known.taken(x)))
+
+    def as_written(self, x: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The next activation, by the function's own operations."""
         given = [(x[i], how) for i, how in self.reads]
         given += [(leaf, PLAIN) for leaf in self.params]
         given += list(zip(self.others, self.held))
         args = [taken(leaf, how, aval) for (leaf, how), aval in zip(given, self.program.in_avals)]
         made = self.program(*args)
         return tuple(x[i] if how == "x" else given_out(made[i], how) for how, i in self.returns)
+
+    def layer(self, params: Sequence[Any] | None = None) -> Any:
+        """The layer that the piece is, with its own parameters, or with others."""
+        assert self.known is not None
+        first = len(self.reads)
+        env = dict(enumerate(self.params if params is None else params, first))
+        held = zip(self.others, self.held, self.program.in_avals[first + len(self.params) :])
+        env.update(enumerate((taken(*one) for one in held), first + len(self.params)))
+        return self.known.layer(env, steps_for(self.program, self.known.values))
+
+    def shown_name(self) -> str:
+        """What it is called in tables."""
+        if self.known is None:
+            return "Piece"
+        return layer_name(jax.tree.unflatten(self.known.treedef, self.known.leaves))
+
+    def reason(self) -> str:
+        """Why it is not known to be a layer."""
+        return str(self.why)
 
 
 def taken(leaf: Any, how: str, aval: Any) -> Any:

@@ -43,10 +43,7 @@ class Program:
     def __init__(
         self, steps: Sequence[Step], inputs: Sequence[int], results: Sequence[Operand], avals: Sequence[Any]
     ):
-        new = {value: i for i, value in enumerate(inputs)}
-        for step in steps:
-            for value in step.outputs:
-                new[value] = len(new)
+        new = numbering(steps, inputs)
 
         def rename(one: Operand) -> Operand:
             return new[one] if isinstance(one, int) else one
@@ -89,6 +86,15 @@ class Program:
     def __call__(self, *args: Any) -> list[Any]:
         """The results for these inputs."""
         return evaluate(self.steps, dict(enumerate(args)), self.results)
+
+
+def numbering(steps: Sequence[Step], inputs: Sequence[int]) -> dict[int, int]:
+    """The numbers that values have in a program of these operations and inputs."""
+    new = {value: i for i, value in enumerate(inputs)}
+    for step in steps:
+        for value in step.outputs:
+            new[value] = len(new)
+    return new
 
 
 def evaluate(steps: Sequence[Step], env: dict[int, Any], results: Sequence[Operand]) -> list[Any]:

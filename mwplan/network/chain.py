@@ -357,7 +357,8 @@ def layer_name(one: Any) -> str:
         return getattr(one.function, "__name__", type(one.function).__name__)
     if isinstance(one, Wrapper):
         return layer_name(one.whole())
-    return type(one).__name__
+    named = getattr(type(one), "shown_name", None)
+    return named(one) if callable(named) else type(one).__name__
 
 
 def check_chain(chain: Any) -> Chain:

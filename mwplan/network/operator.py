@@ -36,6 +36,22 @@ def _one(layer: Any) -> Any:
     return as_layer(layer, 0)
 
 
+#: What recognises a layer in a callable without rules, `(layer or None, reason)`; `mwplan.functions` fills
+#: it.
+RECOGNISERS: list[Callable[[Any, PyTree], tuple[Any, str]]] = []
+
+
+def _recognised(layer: Any, x: PyTree) -> tuple[Any, str]:
+    """`layer`, or what is recognised in it where it has no rules of its own; and why nothing is."""
+    reason = ""
+    if not any(callable(getattr(layer, f"{kind}_rules", None)) for kind in ("vijp", "store", "invert")):
+        for recognise in RECOGNISERS:
+            found, reason = recognise(layer, x)
+            if found is not None:
+                return found, ""
+    return layer, f"no vijp rule, and not recognised: {reason}" if reason else ""
+
+
 def _concrete(tree: PyTree) -> bool:
     """Whether the values of `tree` can be looked at: no tracers, no shapes in place of arrays."""
     leaves = jax.tree.leaves(tree)
@@ -46,16 +62,18 @@ def _structs(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda a: a if isinstance(a, jax.ShapeDtypeStruct) else trees.struct(a), tree)
 
 
-def _rule(layer: PyTree, x: PyTree, option: str | None) -> rules.VijpRule:
+def _rule(layer: PyTree, x: PyTree, option: str | None, unknown: str = "") -> rules.VijpRule:
     """The rule named `option`; by default the first without a fragment, else the first with one that is not
-    the whole."""
+    the whole. `unknown`, why nothing was recognised in it."""
     offered = rules.vijp_rules(layer, x)
     usable = [rule for rule in offered if isinstance(rule, rules.VijpRule)]
     name = layer_name(layer)
     if option is None:
         own = [rule for rule in usable if not isinstance(rule, rules.WholeFragment)]
         if not own:
-            why = "; ".join(f"{r.name}: {r.reason}" for r in offered if isinstance(r, rules.Unavailable))
+            why = unknown or "; ".join(
+                f"{r.name}: {r.reason}" for r in offered if isinstance(r, rules.Unavailable)
+            )
             raise NotSubmersiveError(
                 f"`layer` ({name}) has no vijp at this input: {why}. "
                 'Give `option="whole"` to carry the whole cotangent as its fragment.'
@@ -102,10 +120,11 @@ def vijp(
     determined by $\bar x$ alone where $J$ erases nothing, and by $\bar x$ and the fragment otherwise
     (`fragment_of` takes it from a cotangent that is at hand).
 
-    **Arguments:** `layer`, a callable pytree with rules (`mwplan.layers`), or any callable with
-    `option="whole"`; `x`, its input; `option`, the name of a rule (`explain` lists them), by default the
-    first that needs no fragment, else the first at all; `check`, whether to look at the weights' values
-    first, which costs a factorisation on the host; skipped while tracing.
+    **Arguments:** `layer`, a callable pytree with rules (`mwplan.layers`), a function whose operations are
+    those of such layers (`mw.recognises`), or any callable with `option="whole"`; `x`, its input; `option`,
+    the name of a rule (`explain` lists them), by default the first that needs no fragment, else the first at
+    all; `check`, whether to look at the weights' values first, which costs a factorisation on the host;
+    skipped while tracing.
     **Returns:** `(y, vijp_fn)`; `vijp_fn(ct_in, fragment=())` gives `ct_out` in float32 or wider, whatever
     the dtype of `y`. That `ct_in` is in the image of $J^\top$ is assumed and not checked.
     **Raises:** `NotSubmersiveError` where the layer has no such rule or its weights do not allow it;
@@ -118,9 +137,15 @@ def vijp(
     >>> (ct_in,) = jax.vjp(layer, x)[1](ct_out)
     >>> bool(jnp.allclose(vijp_fn(ct_in), ct_out, atol=1e-5))
     True
+
+    A plain function:
+
+    >>> y, vijp_fn = mw.vijp(lambda x: jax.nn.leaky_relu(x @ layer.weight + 1, 0.5), x)
+    >>> y.shape
+    (2, 3)
     """
-    layer = _one(layer)
-    rule = _rule(layer, x, option)
+    layer, unknown = (_one(layer), "") if option == "whole" else _recognised(_one(layer), x)
+    rule = _rule(layer, x, option, unknown)
     if check:
         _checked(rule, layer, _structs(x))
     fragment_struct = jax.eval_shape(lambda: _sweep(rule, layer, x)[1])
@@ -150,8 +175,8 @@ def fragment_of(layer: PyTree, x: PyTree, ct_out: PyTree, option: str | None = N
     >>> mw.fragment_of(layer, x, ct_out, option="whole").tolist()
     [5.0, 7.0]
     """
-    layer = _one(layer)
-    return _sweep(_rule(layer, x, option), layer, x, ct_out)[1]
+    layer, unknown = (_one(layer), "") if option == "whole" else _recognised(_one(layer), x)
+    return _sweep(_rule(layer, x, option, unknown), layer, x, ct_out)[1]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -230,7 +255,8 @@ class Explanation:
 
 
 def explain(layer: Callable[[PyTree], PyTree], x: PyTree) -> Explanation:
-    """Which strategies `layer` has at input `x`, what each keeps, and why it has not the others.
+    """Which strategies `layer` has at input `x`, what each keeps, and why it has not the others. Of a
+    function without rules those of the layers of `mwplan.layers` that are recognised in it.
 
     **Arguments:** `layer`, any callable pytree, explained as it is in a chain; `x`, arrays or
     `jax.ShapeDtypeStruct`s. Preconditions on values (full rank, slopes, finite weights) are checked where the
@@ -240,18 +266,21 @@ def explain(layer: Callable[[PyTree], PyTree], x: PyTree) -> Explanation:
     >>> [way.option for way in table.ways if way.strategy == "VIJP"]
     ['divide']
     """
-    layer, x = _one(layer), _structs(x)
+    name = layer_name(one := _one(layer))
+    layer, unknown = _recognised(one, x)
+    name = name if layer is one else f"{name}, recognised as {layer_name(layer)}"
+    x = _structs(x)
     output = jax.eval_shape(lambda layer, x: layer(x), layer, x)
     ways: list[Way] = []
     for store in operations.store_rules(layer, x):
         ways.append(_way("STORE", store, layer, x))
     ways.append(Way(strategy="RECOMPUTE", option="", residual_bytes=0, shares="input"))
-    for one in rules.vijp_rules(layer, x):
-        if isinstance(one, rules.Unavailable):
-            ways.append(Way(strategy="VIJP/FRAGMENT", option=one.name, reason=one.reason))
+    for rule in rules.vijp_rules(layer, x):
+        if isinstance(rule, rules.Unavailable):
+            ways.append(Way(strategy="VIJP/FRAGMENT", option=rule.name, reason=unknown or rule.reason))
         else:
-            reason = one.check(layer, x) if _concrete(layer) else None
-            ways.append(_way("FRAGMENT" if one.has_fragment else "VIJP", one, layer, x, reason))
+            reason = rule.check(layer, x) if _concrete(layer) else None
+            ways.append(_way("FRAGMENT" if rule.has_fragment else "VIJP", rule, layer, x, reason))
     inversions = rules.invert_rules(layer, x)
     for inversion in inversions:
         if isinstance(inversion, rules.Unavailable):
@@ -264,7 +293,7 @@ def explain(layer: Callable[[PyTree], PyTree], x: PyTree) -> Explanation:
         ways.append(
             Way(strategy="INVERT", option="", reason=f"{layer_name(layer)} has no inverse for these shapes")
         )
-    return Explanation(layer=layer_name(layer), output_bytes=trees.nbytes(output), ways=tuple(ways))
+    return Explanation(layer=name, output_bytes=trees.nbytes(output), ways=tuple(ways))
 
 
 def _way(

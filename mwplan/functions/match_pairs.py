@@ -1,0 +1,125 @@
+"""Couplings, recognised in operations: of the halves of an array, or of two arrays that go along together."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from mwplan.functions.expressions import branch
+from mwplan.functions.match_linear import joined, part_start, parts_of
+from mwplan.functions.registry import recognises
+from mwplan.functions.stretches import Graph, Operation
+from mwplan.functions.tracing import ALIAS
+from mwplan.layers.coupling import Coupling
+from mwplan.layers.shapes import Concatenate
+
+
+@recognises("concatenate")
+def coupling(y: Operation) -> Any:
+    """`x1, x2 = split(x)`, `y1 = x1 + f(x2)`, `y2 = x2 + g(y1)`, `concatenate([y1, y2])`."""
+    parts = joined(y)
+    if parts is None or len(parts) != 2 or len(y.graph.inputs) != 1:
+        return None
+    x = y.graph.at(y.graph.inputs[0])
+    half = y.shape[-1] // 2
+    if x.shape != y.shape or parts[0].shape != parts[1].shape:
+        return None
+
+    def is_half(one: Operation, start: int) -> bool:
+        return one.shape[-1] == half and part_start(one, x) == start
+
+    y1, y2 = parts
+    for x1, a in _sums(y1):
+        for x2, b in _sums(y2):
+            if is_half(x1, 0) and is_half(x2, half):
+                f = _branch(a, lambda one: is_half(one, half))
+                g = _branch(b, lambda one: one is y1)
+                if f is not None and g is not None:
+                    return Coupling(f, g)
+    return None
+
+
+def _sums(y: Operation) -> list[tuple[Operation, Operation]]:
+    """Both orders of a sum of two arrays."""
+    if y.name != "add" or any(one.is_weight or one.shape != y.shape for one in y.inputs):
+        return []
+    a, b = y.inputs
+    return [(a, b), (b, a)]
+
+
+def _branch(y: Operation, is_input: Any) -> Any:
+    """What leads to `y` from the one operation that `is_input` says, as a layer; None where it leads from
+    elsewhere."""
+    found: dict[int, Operation] = {}
+    seen: set[int] = set()
+    waiting = [y]
+    while waiting:
+        one = waiting.pop()
+        if id(one) in seen or one.is_weight:
+            continue
+        seen.add(id(one))
+        if is_input(one):
+            found[id(one)] = one
+        elif one.is_input:
+            return None
+        else:
+            waiting += one.inputs
+    if not found:
+        return None
+    return _from(y, list(found.values()))
+
+
+def _from(y: Operation, starts: list[Operation]) -> Any:
+    """`branch`, of one start, or of several that are the same part of the same array."""
+    first = starts[0]
+    if len(starts) == 1:
+        return branch(y, first)
+    steps = dict(y.graph.steps)
+    for other in starts[1:]:  # the same slice, written twice
+        step = steps.pop(other.value)  # type: ignore[arg-type]
+        steps[other.value] = _alias_of(step, first)  # type: ignore[index]
+    graph = Graph(steps, y.graph.avals, y.graph.inputs, y.graph.dependent)
+    return branch(graph.at(y.value), graph.at(first.value))
+
+
+def _alias_of(step: Any, first: Operation) -> Any:
+    return dataclasses.replace(
+        step, primitive=ALIAS, params={"aval": None}, inputs=(first.value,), outputs=step.outputs[:1]
+    )
+
+
+def pair(made: Sequence[Operation]) -> tuple[Any, tuple[Operation, Operation], tuple[Operation, Operation]]:
+    """A coupling from two arrays to two: `(layer, inputs, results)`, in the layer's order; the layer is None
+    where it is none."""
+    graph = made[0].graph
+    xs = [graph.at(one) for one in graph.inputs]
+    nothing = (None, (xs[0], xs[1]), (made[0], made[1]))
+    for y1, y2 in ((made[0], made[1]), (made[1], made[0])):
+        for x1, a in _sums(y1):
+            for x2, b in _sums(y2):
+                if {id(x1), id(x2)} != {id(one) for one in xs}:
+                    continue
+                f = _branch(a, lambda one, x2=x2: one is x2)
+                g = _branch(b, lambda one, y1=y1: one is y1)
+                if f is not None and g is not None:
+                    return Coupling(f, g), (x1, x2), (y1, y2)
+    return nothing
+
+
+def apart(made: Sequence[Operation]) -> Any:
+    """`Split` where two arrays are the halves of an input, in order; else None."""
+    return parts_of(made)
+
+
+def together(y: Operation) -> tuple[Operation, ...] | None:
+    """The two inputs of which `y` is the concatenation, in order; else None."""
+    parts = joined(y)
+    if parts is None or len(parts) != 2 or not all(one.is_input for one in parts) or parts[0] is parts[1]:
+        return None
+    return parts
+
+
+def concatenation() -> Concatenate:
+    """The layer that `together` finds."""
+    return Concatenate()

@@ -1,0 +1,235 @@
+"""Which layers of `mwplan.layers` stand in a function's operations.
+
+From every position at which few arrays are alive the operations are followed as long as they take one array
+of the activation, or two, to one or two, and nobody needs what they took. Of the stretches found so, the
+longest that a matcher (`registry`) recognises is a layer. What else is alive passes by.
+
+**Cost:** operations times the length of stretches, which ends where another array of the activation is read.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from mwplan.functions import match_activations, match_linear, match_norms, match_pairs  # noqa: F401 (register)
+from mwplan.functions.registry import MATCHERS
+from mwplan.functions.stretches import Graph, Operation, Weight
+from mwplan.functions.tracing import Step
+from mwplan.network import rules
+
+#: Operations of a stretch at most, where it is one layer without branches; with branches.
+SHORT, LONG = 48, 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """A layer: operations `start .. stop - 1`; `layer`, with `Weight`s for arrays; `inputs`, `results`, the
+    values that it takes and makes, in its order: one, or a pair."""
+
+    start: int
+    stop: int
+    layer: Any
+    inputs: tuple[int, ...]
+    results: tuple[int, ...]
+
+    @property
+    def weights(self) -> list[Weight]:
+        """The arrays that it is made of."""
+        return [leaf for leaf in jax.tree.leaves(self.layer) if isinstance(leaf, Weight)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listing:
+    """Operations to look through: `steps` in order, `recipes` of what they read besides; `reads`, of each
+    step the values that are none of the recipes'; `activations`, values that are alive only where they are
+    needed; `dies`, the last step that reads each of these; `barred`, values that no layer may read, and
+    `outside`, those that it may not in the operations of a loop."""
+
+    steps: Sequence[Step]
+    recipes: Mapping[int, Step]
+    reads: Sequence[Sequence[int]]
+    avals: Sequence[Any]
+    activations: frozenset[int]
+    dies: Mapping[int, int]
+    barred: frozenset[int] = frozenset()
+    outside: frozenset[int] = frozenset()
+
+    @functools.cached_property
+    def alive(self) -> list[int]:
+        """How many activations are alive before each step."""
+        change = [0] * (len(self.steps) + 2)
+        born = {v: i for i, step in enumerate(self.steps) for v in step.outputs}
+        for v in self.activations:
+            if (last := self.dies.get(v, -1)) >= 0:
+                change[born.get(v, -1) + 1] += 1
+                change[min(last, len(self.steps)) + 1] -= 1
+        return list(itertools.accumulate(change))
+
+    @functools.cached_property
+    def makers(self) -> dict[int, Step]:
+        """What makes each value."""
+        return {**self.recipes, **{v: step for step in self.steps for v in step.outputs}}
+
+
+class _Walk:
+    """The stretches from one position on; `ends`, of each its end, inputs and results, shortest first;
+    `dependent`, what depends on inputs."""
+
+    def __init__(self, listing: Listing, start: int, stop: int) -> None:
+        self.listing = listing
+        self.dependent: set[int] = set()
+        self.ends: list[tuple[int, tuple[int, ...], tuple[int, ...]]] = []
+        inputs: list[int] = []
+        besides: set[int] = set()
+        alive: set[int] = set()
+        dies = listing.dies
+        reach = LONG if listing.alive[start] <= 2 else SHORT
+        for at in range(start, min(stop, start + reach)):
+            step, read = listing.steps[at], listing.reads[at]
+            if not self._reads(step, read, inputs, besides):
+                return
+            of = alive if self.depends else besides
+            of.update(v for v in step.outputs if dies.get(v, -1) > at)
+            for v in read:
+                if dies.get(v, -1) <= at:
+                    alive.discard(v)
+                    besides.discard(v)
+            if besides or not inputs or not 1 <= len(alive) <= 2:
+                continue
+            if all(dies.get(v, -1) <= at for v in inputs):
+                self.ends.append((at + 1, tuple(inputs), tuple(sorted(alive))))
+                if at - start > SHORT:
+                    return
+
+    def _reads(self, step: Step, read: Sequence[int], inputs: list[int], besides: set[int]) -> bool:
+        """Whether a layer may go on with an operation; `depends`, whether that depends on its inputs."""
+        one = self.listing
+        self.depends = False
+        if one.barred and not one.barred.isdisjoint(step.read):
+            return False
+        for v in read:
+            if v in self.dependent:
+                self.depends = True
+            elif v in one.activations and v not in besides:
+                if v not in inputs:
+                    if v in one.outside or len(inputs) == 2:
+                        return False
+                    inputs.append(v)
+                self.depends = True
+        if self.depends:
+            self.dependent.update(step.outputs)
+        return True
+
+
+def recognise(listing: Listing, start: int, stop: int) -> list[Found]:
+    """The layers among the operations `start .. stop - 1`, in order."""
+    found: list[Found] = []
+    position = start
+    while position < stop:
+        one = _longest(listing, position, stop)
+        if one is None:
+            position += 1
+        else:
+            found.append(one)
+            position = one.stop
+    return found
+
+
+def _longest(listing: Listing, start: int, stop: int) -> Found | None:
+    walk = _Walk(listing, start, stop)
+    graphs: dict[tuple[int, ...], Graph] = {}
+    for end, inputs, results in reversed(walk.ends):
+        if inputs not in graphs:
+            graphs[inputs] = Graph(listing.makers, listing.avals, inputs, walk.dependent)
+        made = [graphs[inputs].at(v) for v in results]
+        matched = _match(graphs[inputs], made)
+        if matched is None or not _fits(*matched):
+            continue
+        layer, takes, gives = matched
+        back = {id(one): v for one, v in zip(made, results)}
+        return Found(
+            start=start,
+            stop=end,
+            layer=layer,
+            inputs=tuple(one.value for one in takes),
+            results=tuple(back[id(one)] for one in gives),
+        )
+    return None
+
+
+def _match(graph: Graph, made: Sequence[Operation]) -> Any:
+    """`(layer, inputs, results)`, or None."""
+    xs = tuple(map(graph.at, graph.inputs))
+    if any(one.is_input or one.is_weight for one in made):
+        return None
+    if len(xs) == len(made) == 1:
+        y = made[0]
+        for matcher in MATCHERS.get(y.name, ()):
+            layer = matcher(y)
+            if layer is not None:
+                return layer, xs, (y,)
+        return None
+    if len(xs) == len(made) == 2:
+        layer, takes, gives = match_pairs.pair(made)
+        return None if layer is None else (layer, takes, gives)
+    if len(xs) == 1:
+        ordered = sorted(made, key=lambda one: match_linear.part_start(one, xs[0]) or 0)
+        layer = match_pairs.apart(ordered)
+        return None if layer is None else (layer, xs, tuple(ordered))
+    parts = match_pairs.together(made[0])
+    return None if parts is None else (match_pairs.concatenation(), parts, tuple(made))
+
+
+def structs(tree: Any) -> Any:
+    """A layer with shapes in place of its `Weight`s."""
+    return jax.tree.map(lambda leaf: leaf.struct() if isinstance(leaf, Weight) else leaf, tree)
+
+
+def of(values: Sequence[Any]) -> Any:
+    """One array, or a pair, as layers take it."""
+    return values[0] if len(values) == 1 else tuple(values)
+
+
+def _fits(layer: Any, takes: Sequence[Operation], gives: Sequence[Operation]) -> bool:
+    """Whether the layer takes such arrays and gives arrays of the shapes and types that the operations do."""
+    given, wanted = ([(one.shape, str(one.dtype)) for one in some] for some in (takes, gives))
+    leaves, treedef = jax.tree.flatten(structs(layer))
+    shapes = tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)
+    return bool(_results(treedef, shapes, tuple(given)) == tuple(wanted))
+
+
+@functools.lru_cache(maxsize=1024)
+def _results(treedef: Any, shapes: tuple[Any, ...], given: tuple[Any, ...]) -> Any:
+    layer = jax.tree.unflatten(treedef, [jax.ShapeDtypeStruct(*one) for one in shapes])
+    try:
+        y = jax.eval_shape(lambda layer, x: layer(x), layer, of([jax.ShapeDtypeStruct(*x) for x in given]))
+    except Exception:  # a matcher's layer may refuse in any way
+        return None
+    return tuple((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(y))
+
+
+def passable(layer: Any, x: Any) -> str | None:
+    """None where a layer of shapes has a vijp, a fragment smaller than the whole, or an inverse at inputs
+    like `x`; else the reason why it has none."""
+    leaves, treedef = jax.tree.flatten(layer)
+    shapes = tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)
+    given = tuple((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(x))
+    reason: str | None = _passable(treedef, shapes, given)
+    return reason
+
+
+@functools.lru_cache(maxsize=1024)
+def _passable(treedef: Any, shapes: tuple[Any, ...], given: tuple[Any, ...]) -> str | None:
+    layer = jax.tree.unflatten(treedef, [jax.ShapeDtypeStruct(*one) for one in shapes])
+    x = of([jax.ShapeDtypeStruct(*one) for one in given])
+    ways = [*rules.vijp_rules(layer, x), *rules.invert_rules(layer, x)]
+    if any(not isinstance(one, (rules.Unavailable, rules.WholeFragment)) for one in ways):
+        return None
+    reasons = [one.reason for one in ways if isinstance(one, rules.Unavailable)]
+    return f"{type(layer).__name__} has no vijp: {reasons[0] if reasons else 'none is defined'}"
