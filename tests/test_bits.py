@@ -56,6 +56,7 @@ def test_a_tpus_packing_divides_an_axis_that_costs_no_padding() -> None:
         ((256, 16, 16, 64), 32, 256 * 16 * 16 * 64 * 4),
         ((4, 16, 16, 64), 32, 4 * 16 * 16 * 128 * 4),
         ((2, 512, 512), 8, 2 * 512 * 512),
+        ((8, 512, 8, 64), 32, 8 * 512 * 8 * 64 * 4),  # of attention: the positions along the lanes
         ((100,), 32, 512),
         ((2000,), 32, 8192),
         ((), 32, 512),

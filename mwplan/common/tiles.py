@@ -2,18 +2,19 @@
 
 XLA:TPU lays the axes of an array in the order that suits the operations around it: that of the first axis
 last for a convolution of a large batch with few channels, for one. The order is not known before a program is
-compiled. Here it is that with the least padding of those seen in compiled programs (`ORDERS`).
+compiled. Here it is that with the least padding, of equal ones a usual one (`ORDERS`).
 **Source:** the tiles are those in the text of programs compiled for a v5e, such as `{0,3,2,1:T(8,128)}`;
 numbers of 16 and 8 bits share the tiles of 32-bit ones, two and four to a place.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
 LANES, SUBLANES, VECTOR = 128, 8, 1024
-#: The axes along the rows and along the lanes of tiles.
+#: The axes along the rows and along the lanes of tiles, as they usually are.
 ORDERS = ((-2, -1), (0, -1), (-1, 0))
 
 
@@ -28,8 +29,9 @@ def padded_bytes(shape: Sequence[int], bits: int) -> int:
 
 
 def order(shape: Sequence[int]) -> tuple[int, int]:
-    """Of `ORDERS`, the first of least padding."""
-    return min(ORDERS, key=lambda one: _padded(shape, one))
+    """The axes along the rows and the lanes of tiles: of least padding."""
+    pairs = itertools.permutations(range(len(shape)), 2)
+    return min((*ORDERS, *pairs), key=lambda one: _padded(shape, one))
 
 
 def padded_along(shape: Sequence[int], order: tuple[int, int], bits: int) -> int:
