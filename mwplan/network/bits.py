@@ -83,7 +83,7 @@ class Packing:
             whole = jnp.concatenate(slices, self.axis)
             return jax.lax.slice_in_dim(whole, 0, self.shape[self.axis], axis=self.axis).astype(jnp.int32)
         parts = jnp.expand_dims(packed, -1)
-        flat = ((parts >> self._shifts(parts)) & mask).ravel()[: math.prod(self.shape)]
+        flat: Array = ((parts >> self._shifts(parts)) & mask).ravel()[: math.prod(self.shape)]
         return flat.reshape(self.shape).astype(jnp.int32)
 
     def _apart(self, index: Array) -> Array:
