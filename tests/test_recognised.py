@@ -238,8 +238,6 @@ def test_the_plan_of_a_function_is_that_of_its_layers(name: str) -> None:
         mw.estimate(one, at, device="laptop", examples=len(args[0]), compiled=False)
         for one, at in ((chain, args[0]), (pieces, x))
     )
-    for name_, layer in zip(found.reasons()[:-1], other.layers):
-        assert layer.vijps or layer.inversions, name_
     least = max(mw.frontier(one).points[0][0] - one.fixed_bytes for one in (own, other))
     for share in (1.0, 1.5, 2.5):
         plans = [mw.plan(one, budget=int(least * share) + one.fixed_bytes) for one in (own, other)]
