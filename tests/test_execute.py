@@ -153,6 +153,28 @@ def test_the_report_is_the_true_error() -> None:
     assert report.table()[0].stop == 11
 
 
+@pytest.mark.parametrize("stacked", [False, True])
+def test_errors_before_a_whole_cotangent_are_reported(stacked: bool) -> None:
+    """Where a whole cotangent is kept the error restarts: it is compared before, in a loop in each turn."""
+    layers: list[Any] = []
+    for key in jax.random.split(jax.random.key(0), 5):
+        for one in jax.random.split(key, 3):
+            layers += [Dense.init(one, 64, 64), LeakyReLU(0.1)]
+    chain, x = mw.Chain(layers), jax.random.normal(jax.random.key(1), (1, 64))
+    period = ("exact", "divide", "exact", "divide", "whole", "whole")
+    plan = schedule_of(walk(0, 30, *period * 5))
+    net = mw.stack(chain, x) if stacked else chain
+    (_, report), grads = mw.jit(mw.value_and_grad(mean_square, plan))(net, x)
+    truth = jax.grad(lambda c: mean_square(c(x)))(chain)
+    got = mw.unstack(grads)
+    true = max(relative_error(got[i], truth[i]) for i in range(2, 30, 6))
+    assert true > 1e-7
+    assert 0.3 * true < float(report.worst) < 30 * true
+    only = schedule_of(walk(0, 30, *("whole",) * 30))
+    (_, report), _ = mw.jit(mw.value_and_grad(mean_square, only))(net, x)
+    assert float(report.worst) == 0  # nothing was rebuilt
+
+
 def test_an_unsafe_run_says_so() -> None:
     keys = jax.random.split(jax.random.key(0), 32)
     chain = mw.Chain([f for k in keys for f in (Dense.init(k, 16, 16), LeakyReLU(0.1))])
