@@ -30,7 +30,7 @@ def backward(walker: Walker, run: Run, held: list[Any], box: list[PyTree], depth
     del whole
     needed = _needed(walker, run, pieces)
     compared = needed if walker.check and not _is_whole(run, needed) else None
-    truth = None
+    truth: Any = None
     fragments: list[Any] = []
     for piece in reversed(pieces):  # R
         if piece.stop == compared:
