@@ -452,14 +452,14 @@ def test_names_of_programs_do_not_depend_on_where_they_are_asked_for() -> None:
 def test_cutting_a_long_program_takes_no_time() -> None:
     params, batch = functions.transformer(depth=60)
     mw.cut(functions.transformer_loss, params, batch)  # JAX's own caches
-    start = time.perf_counter()
+    start = time.process_time()
     traced = tracing.trace(
         functions.transformer_loss, params, (batch,), has_aux=False, keep_checkpoints=False
     )
-    middle = time.perf_counter()
+    middle = time.process_time()
     found = cut.cut_traced(traced, most=128)
-    took = time.perf_counter() - middle
+    took = time.process_time() - middle
     assert len(traced.steps) > 4500
     assert 60 < len(found) <= 128
     print(f"{len(traced.steps)} operations traced in {middle - start:.2f} s, cut in {took:.2f} s")
-    assert took < 5  # on a busy machine; alone it is a fifth of that
+    assert took < 3  # of the processor: 1.4 where this was written

@@ -5,7 +5,7 @@ of the activation, or two, to one or two, and nobody needs what they took. Of th
 longest that a matcher (`registry`) recognises is a layer. What else is alive passes by.
 
 **Cost:** operations times the length of stretches, which ends where another array of the activation is read.
-A transformer of 5,282 operations took 2.5 to 3.9 s on busy cores, ten times as long as the rest of the cut.
+Of a transformer of 5,282 operations it is most of the 1.4 s of processor time that the cut takes.
 """
 
 from __future__ import annotations
