@@ -112,6 +112,10 @@ def test_on_cpus_all_operations_are_apart() -> None:
 def test_policies_are_values() -> None:
     none = barriers.NONE
     assert Barriers(forward=none, backward=none, inverse=none) == barriers.PLANNED["tpu"]
+    gpu = barriers.PLANNED["gpu"]
+    assert (gpu.forward.arguments, gpu.forward.results, gpu.forward.constants) == (False, False, True)
+    assert (gpu.backward.arguments, gpu.backward.results, gpu.backward.constants) == (False, True, True)
+    assert gpu.inverse == barriers.APART
     with pytest.raises(dataclasses.FrozenInstanceError):
         barriers.UNTIED.canonical = True  # type: ignore[misc]
 
