@@ -65,6 +65,18 @@ def one(model: str, target: str) -> dict[str, float]:
     return {"cpu_s": cpu, "clock_s": clock, "plan_cpu_s": plan_cpu, "plan_clock_s": plan_clock}
 
 
+def cut() -> dict[str, float]:
+    """Of a GPT of 60 blocks as a function: how many operations it has, and seconds to trace and cut it."""
+    made = zoo.build(zoo.Config(model="gpt", depth=60, width=32, batch=2, resolution=16))
+
+    def loss(net: mw.Chain, x: Any) -> Any:
+        return made.loss(net(x), made.labels)
+
+    mw.cut(loss, made.chain, made.x)  # JAX's own caches
+    found, cpu, clock = clocked(lambda: mw.cut(loss, made.chain, made.x))
+    return {"operations": len(found.flow.steps), "pieces": len(found), "cpu_s": cpu, "clock_s": clock}
+
+
 def fresh(model: str, target: str, cache: str) -> dict[str, float]:
     """`one` in a process of its own, with what is on disk in `cache`."""
     command = [sys.executable, "-m", "experiments.waiting", "--one", model, target]
@@ -89,9 +101,14 @@ def main(config: Config) -> None:
                 cold, warm = (fresh(model, target, cache) for _ in range(2))
             rows.append({"model": model, "target": target, "cold": cold, "warm": warm})
     console.print(table(rows))
+    long = cut()
+    console.print(
+        f"a function of {long['operations']} operations is traced and cut into {long['pieces']} pieces in "
+        f"{long['cpu_s']:.2f} s of processor time, {long['clock_s']:.2f} s by the clock"
+    )
     sizes = {model: SIZES[model] for model in config.models}
     settings = sweep.plain(config)
-    record.save(config.out / "waiting.json", {"config": settings, "sizes": sizes, "rows": rows})
+    record.save(config.out / "waiting.json", {"config": settings, "sizes": sizes, "rows": rows, "cut": long})
     console.print(f"wrote {config.out}")
 
 

@@ -112,10 +112,28 @@ def kept(profile: mw.Profile) -> Any:
     return plain(profile)
 
 
+#: Which sets of values pay depends on the device; what a layer keeps by rules of its own does not.
+_SETS = ("products", "nothing", "vjp")
+
+
+def alike(estimated: mw.Profile, measured: mw.Profile) -> bool:
+    """Whether two profiles count the same, of the options that both have: they may differ in sets of values
+    alone."""
+    one, other = (kept(profile) for profile in (estimated, measured))
+    for a, b in zip(one["layers"], other["layers"], strict=True):
+        names = [{option["name"] for option in each["store"]} for each in (a, b)]
+        assert all(name in _SETS or name.startswith("keep:") for name in names[0] ^ names[1])
+        for each in (a, b):
+            each["store"] = [o for o in each["store"] if o["name"] in names[0] & names[1]]
+            if names[0] != names[1]:
+                del each["table_bytes"]  # the largest of all options'
+    return bool(one == other)
+
+
 @pytest.mark.parametrize("name", ["cnn", "mlp", "transformer", "half precision"])
 def test_what_is_kept_is_counted_as_measured(name: str) -> None:
     estimated, measured = both(name)
-    assert kept(estimated) == kept(measured)
+    assert alike(estimated, measured)
     assert "estimated" in estimated.source
     assert estimated.device == "h100"
     assert mw.Profile.from_json(estimated.to_json()) == estimated
@@ -126,7 +144,7 @@ def test_errors_with_weights_are_those_measured_at_more_examples() -> None:
     _, measured = both("mlp")
     for given in (x, jax.ShapeDtypeStruct(x.shape, x.dtype)):
         estimated = mw.estimate(chain, given, device="laptop")
-        assert kept(estimated) == kept(measured)
+        assert alike(estimated, measured)
         for a, b in zip(estimated.layers, measured.layers, strict=True):
             for one, other in zip((*a.moonwalk, *a.invert), (*b.moonwalk, *b.invert), strict=True):
                 assert one.growth == pytest.approx(other.growth, rel=0.25)
@@ -163,6 +181,8 @@ def test_workspaces_are_near_the_measured(name: str) -> None:
         for kind in ("store", "moonwalk", "invert"):
             others = {o.name: o for o in getattr(b, kind)}
             for one in getattr(a, kind):
+                if one.name not in others and (one.name in _SETS or one.name.startswith("keep:")):
+                    continue
                 for field in dataclasses.fields(one):
                     if field.name.endswith("workspace_bytes"):
                         off = abs(getattr(one, field.name) - getattr(others[one.name], field.name))

@@ -43,7 +43,7 @@ def test_rows_of_a_stack_come_and_go_with_their_operation(width: int, batch: int
     frontier = mw.frontier(mw.profile(stacked, x, repeats=1), allowed=("store", "recompute"))
     schedule = frontier.at(frontier.least_bytes or 0)
     # Of five activations fragmentation can cost one more: so it does without a stack.
-    most = 1.02 * schedule.peak_bytes + (x.nbytes if width < batch else 0)
+    most = 1.02 * schedule.peak_bytes + x.nbytes
     assert 0.98 * schedule.peak_bytes < compiled(schedule, stacked, x) <= most
     _, got = mw.jit(mw.value_and_grad(mean_square, schedule))(stacked, x)
     want = jax.jit(jax.grad(lambda chain: mean_square(chain(x))))(stacked)

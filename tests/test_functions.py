@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -449,17 +448,11 @@ def test_names_of_programs_do_not_depend_on_where_they_are_asked_for() -> None:
     assert names(0) == names(100)
 
 
-def test_cutting_a_long_program_takes_no_time() -> None:
-    params, batch = functions.transformer(depth=60)
-    mw.cut(functions.transformer_loss, params, batch)  # JAX's own caches
-    start = time.process_time()
+def test_a_long_program_is_cut_into_so_many_pieces() -> None:
+    """How long that takes: `python -m experiments.waiting`."""
+    params, batch = functions.transformer(depth=12)
     traced = tracing.trace(
         functions.transformer_loss, params, (batch,), has_aux=False, keep_checkpoints=False
     )
-    middle = time.process_time()
-    found = cut.cut_traced(traced, most=128)
-    took = time.process_time() - middle
-    assert len(traced.steps) > 4500
-    assert 60 < len(found) <= 128
-    print(f"{len(traced.steps)} operations traced in {middle - start:.2f} s, cut in {took:.2f} s")
-    assert took < 3  # of the processor: 1.4 where this was written
+    assert len(traced.steps) > 900
+    assert 12 < len(cut.cut_traced(traced, most=20)) <= 20

@@ -119,7 +119,7 @@ def test_what_any_layer_may_keep() -> None:
     assert kept["nothing"] == 0
     assert kept["products"] == 32 * 64 * 4 < kept["vjp"]
     ways = {way.option for way in mw.explain(block, x).ways if way.strategy == "STORE"}
-    assert ways == {"products", "nothing", "vjp"}
+    assert ways == {"products", "nothing", "vjp", "parts"}  # recognised as a `Sequential`
 
 
 def test_parts_without_rules_keep_what_jax_keeps() -> None:

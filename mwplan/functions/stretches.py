@@ -31,7 +31,12 @@ class Weight:
     """An array of a layer that is to be made of a stretch's values: what `Operation.weight` is, and what a
     matcher puts where the layer has an array.
 
-    `value`, its number, or None for an array of ones or zeros; `views`, what is done with it, in order."""
+    `value`, its number, or None for an array of ones or zeros; `views`, what is done with it, in order.
+
+    >>> weight = mw.Weight(3, (8, 2, 2), jnp.float32)
+    >>> weight.reshape(8, 4).T.shape
+    (4, 8)
+    """
 
     value: int | None
     shape: tuple[int, ...]
@@ -97,6 +102,15 @@ class Operation:
     the inputs, "number" for a constant; `inputs`, the operations whose results it reads; `params`, the
     primitive's; `index`, which of its results this is; `shape`, `dtype`, `ndim`. Of one stretch, equal
     operations are the same object.
+
+    >>> seen = []
+    >>> @mw.recognises("sin")
+    ... def look(y):
+    ...     seen.append((y.name, [one.name for one in y.inputs], y.shape))
+    >>> found = mw.explain(lambda x: jnp.sin(x), jnp.ones(3))
+    >>> seen[0]
+    ('sin', ['input'], (3,))
+    >>> mw.functions.registry.forget(look)
     """
 
     def __init__(self, graph: Graph, value: Operand) -> None:

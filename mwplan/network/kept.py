@@ -377,11 +377,12 @@ class KeepStore(rules.StoreRule):
 
 
 def store_rules(layer: PyTree, x: PyTree, name: str) -> tuple[rules.StoreRule, ...]:
-    """`rules.store_rules`, and the rule of that `name` where it is a set of values of this layer's program at
-    `x`."""
+    """`rules.store_rules`, and the rule of that `name` where it is one of `rules.SMALLER` or a set of values
+    of this layer's program at `x`."""
     offered = rules.store_rules(layer, x)
     if not name.startswith(PREFIX):
-        return offered
+        # Layers with rules of their own may do with less than these keep, too.
+        return (*offered, *(rule for rule in rules.SMALLER if rule.name == name and rule not in offered))
     rule, whole = KeepStore(name), joint(layer, x)
     fits = name == whole.name(rule.kept) and max(rule.kept, default=-1) < len(whole.values)
     return (*offered, rule) if fits else offered
