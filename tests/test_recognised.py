@@ -239,9 +239,7 @@ def test_the_plan_of_a_function_is_that_of_its_layers(name: str) -> None:
         mw.estimate(one, at, device="laptop", examples=len(args[0]), compiled=False)
         for one, at in ((chain, args[0]), (pieces, x))
     )
-    launches = 1100 * sum(
-        isinstance(layer, ml.Coupling) for layer in chain.layers
-    )  # of one kernel each, in ns
+    launches = 1100 * sum(isinstance(layer, ml.Coupling) for layer in chain.layers)  # a kernel each, in ns
     least = max(mw.frontier(one).points[0][0] - one.fixed_bytes for one in (own, other))
     for share in (1.0, 1.5, 2.5):
         budgets = [int(least * share) + more + one.fixed_bytes for more, one in ((0, own), (1024, other))]
