@@ -40,7 +40,7 @@ def wide(tree: Any) -> Any:
     return jax.tree.map(lambda a: a.astype(jnp.float64), tree)
 
 
-@settings(max_examples=20, deadline=None, derandomize=True, database=None)
+@settings(max_examples=12, deadline=None, derandomize=True, database=None)
 @given(seed=st.integers(0, 10**6))
 def test_any_schedule_has_the_gradient_of_backpropagation(seed: int) -> None:
     rng = random.Random(seed)

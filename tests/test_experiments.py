@@ -299,6 +299,7 @@ def test_training_in_small(tmp_path: Path) -> None:
     assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_deep_in_small(tmp_path: Path) -> None:
     """The experiment's figures at toy depths: a step within a fraction of backpropagation's temporaries, and
     its gradient."""
