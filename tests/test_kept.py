@@ -252,3 +252,19 @@ def test_keeping_nothing_is_offered_where_it_keeps_less() -> None:
     assert "nothing" in [rule.name for rule in operations.store_rules(twice, x)]
     profile = mw.estimate(mw.Chain([twice] * 4), x, device="laptop")
     assert all("nothing" in [o.name for o in one.store] for one in profile.layers)
+
+
+def test_an_output_may_be_a_number() -> None:
+    def numbered(x: Any) -> Any:
+        return jnp.tanh(jnp.sin(x[0]) @ jnp.eye(16)) * 2, jnp.float32(1.5)
+
+    chain = mw.Chain([numbered, lambda x: x[0] * x[1]])
+    x = (jnp.linspace(0.0, 1.0, 8 * 16).reshape(8, 16), jnp.float32(0))
+    options = mw.estimate(chain, x, device="laptop", compiled=False).layers[0].store
+    assert any(option.name.startswith(kept.PREFIX) for option in options)
+    last = Run(kind=RunKind.STORE, start=1, stop=2, options=("vjp",))
+    want = jax.grad(lambda x: mean_square(chain(x)))(x)
+    for option in options:
+        runs = (Run(kind=RunKind.STORE, start=0, stop=1, options=(option.name,)), last)
+        step = mw.value_and_grad(mean_square, Schedule(runs=runs), wrt_input=True)
+        assert relative_error(mw.jit(step)(chain, x)[1][1], want) < 1e-6

@@ -167,13 +167,14 @@ class Problem:
         self.joint, self.device = joint, device
         self.place = {var: i for i, var in enumerate([*joint.inputs, *joint.values])}
         self.alone = {var for eqn in joint.before if _apart(eqn) for var in eqn.outvars}
-        self.written = {*self.alone, *_read_apart(joint.before), *joint.y}
+        made = {var for var in joint.y if not isinstance(var, Literal)}  # an output may be a number
+        self.written = {*self.alone, *_read_apart(joint.before), *made}
         self.broken = _broken(joint.before) if isinstance(device.chip, GpuChip) else {}
         outer, needed = _read_apart(joint.after), {*joint.needed}
         makers = {var: e for e, eqn in enumerate(joint.before) for var in eqn.outvars}
         self.values = [
             Value(
-                nbytes=0 if var in {*joint.y} else _kept_bytes(var),
+                nbytes=0 if var in made else _kept_bytes(var),
                 keep_ns=self._keep_ns(var) if var in makers else 0.0,
                 maker=makers.get(var),
                 needed=var in needed,
