@@ -156,13 +156,10 @@ def test_the_report_is_the_true_error() -> None:
 @pytest.mark.parametrize("stacked", [False, True])
 def test_errors_before_a_whole_cotangent_are_reported(stacked: bool) -> None:
     """Where a whole cotangent is kept the error restarts: it is compared before, in a loop in each turn."""
-    layers: list[Any] = []
-    for key in jax.random.split(jax.random.key(0), 5):
-        for one in jax.random.split(key, 3):
-            layers += [Dense.init(one, 64, 64), LeakyReLU(0.1)]
-    chain, x = mw.Chain(layers), jax.random.normal(jax.random.key(1), (1, 64))
-    period = ("exact", "divide", "exact", "divide", "whole", "whole")
-    plan = schedule_of(walk(0, 30, *period * 5))
+    keys = jax.random.split(jax.random.key(0), 15)
+    chain = mw.Chain([f for key in keys for f in (Dense.init(key, 64, 64), LeakyReLU(0.1))])
+    x = jax.random.normal(jax.random.key(1), (1, 64))
+    plan = schedule_of(walk(0, 30, *("exact", "divide", "exact", "divide", "whole", "whole") * 5))
     net = mw.stack(chain, x) if stacked else chain
     (_, report), grads = mw.jit(mw.value_and_grad(mean_square, plan))(net, x)
     truth = jax.grad(lambda c: mean_square(c(x)))(chain)
