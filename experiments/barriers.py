@@ -126,6 +126,16 @@ def plans(model: zoo.Model, config: Config) -> Iterator[tuple[float, mw.Schedule
             yield share, schedule
 
 
+def figures(made: targets.Compiled) -> dict[str, Any]:
+    """What is recorded of a compiled program."""
+    return {
+        "temporary_bytes": made.temporary_bytes,
+        "modelled_ns": made.modelled_ns,
+        "moved_bytes": made.moved_bytes,
+        "kernels": made.launches,
+    }
+
+
 def network(name: str, config: Config) -> list[dict[str, Any]]:
     """All programs of one network, written as far as they are known."""
     usual, make = NETWORKS[name]
@@ -137,17 +147,11 @@ def network(name: str, config: Config) -> list[dict[str, Any]]:
 
     def add(program: str, step: Callable[..., Any], **more: Any) -> None:
         made = targets.compile(step, *args, target=config.target)
-        found = {
-            "temporary_bytes": made.temporary_bytes,
-            "modelled_ns": made.modelled_ns,
-            "moved_bytes": made.moved_bytes,
-            "kernels": made.launches,
-            "cycles": made.cycles,
-        }
+        found = {**figures(made), "cycles": made.cycles}
         rows.append({"network": name, "depth": depth, "program": program, **more, **found})
         record.save(
             config.out / f"{config.target}_{name}.json",
-            {"config": settings, "rows": [_compared(row, rows) for row in rows]},
+            {"config": settings, "rows": [compared(row, rows) for row in rows]},
         )
         print(
             f"{name} {program}: {show_bytes(made.temporary_bytes)}, {made.modelled_ns / 1e6:.3f} ms",
@@ -168,18 +172,18 @@ def network(name: str, config: Config) -> list[dict[str, Any]]:
                 predicted_bytes=schedule.peak_bytes,
                 strategies=str(schedule).partition("\n")[0].partition(": ")[2],
             )
-    return [_compared(row, rows) for row in rows]
+    return [compared(row, rows) for row in rows]
 
 
-def _compared(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+def compared(row: dict[str, Any], rows: list[dict[str, Any]], plan: str = "policy") -> dict[str, Any]:
     """`row`, and its modelled time over the fastest alternative's that takes no more bytes, if there is
-    one."""
-    if "policy" not in row:
+    one; `plan`, the field that plans alone have."""
+    if plan not in row:
         return row
     fits = [
         one["modelled_ns"]
         for one in rows
-        if "policy" not in one and one["temporary_bytes"] <= row["temporary_bytes"]
+        if plan not in one and one["temporary_bytes"] <= row["temporary_bytes"]
     ]
     return {**row, "over_best_alternative": row["modelled_ns"] / min(fits) if fits else None}
 

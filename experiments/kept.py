@@ -23,7 +23,7 @@ from rich.table import Table
 
 import mwplan as mw
 from experiments import record
-from experiments.barriers import NETWORKS, alternatives
+from experiments.barriers import NETWORKS, alternatives, compared, figures
 from mwplan import targets
 from mwplan.common.sizes import show_bytes
 from mwplan.network.kept import PREFIX
@@ -66,13 +66,7 @@ def network(name: str, config: Config) -> tuple[list[Row], list[Row]]:
 
     def add(program: str, step: Callable[..., Any], **more: Any) -> None:
         made = targets.compile(step, *args, target=config.target)
-        found = {
-            "temporary_bytes": made.temporary_bytes,
-            "modelled_ns": made.modelled_ns,
-            "moved_bytes": made.moved_bytes,
-            "kernels": made.launches,
-        }
-        rows.append({"network": name, "depth": depth, "program": program, **more, **found})
+        rows.append({"network": name, "depth": depth, "program": program, **more, **figures(made)})
         print(
             f"{name} {program}: {show_bytes(made.temporary_bytes)}, {made.modelled_ns / 1e6:.3f} ms",
             flush=True,
@@ -100,7 +94,7 @@ def network(name: str, config: Config) -> tuple[list[Row], list[Row]]:
                 predicted_ns=schedule.time_ns,
                 options=[list(run.options) or run.kind.value for run in schedule.runs],
             )
-    return [compared(row, rows) for row in rows], offered(profile)
+    return [compared(row, rows, plan="kind") for row in rows], offered(profile)
 
 
 def offered(profile: mw.Profile) -> list[Row]:
@@ -109,19 +103,6 @@ def offered(profile: mw.Profile) -> list[Row]:
     return [
         {"layer": one.name, **dataclasses.asdict(option)} for one in distinct.values() for option in one.store
     ]
-
-
-def compared(row: Row, rows: list[Row]) -> Row:
-    """`row`, and its modelled time over the fastest alternative's that takes no more bytes, if there is
-    one."""
-    if "kind" not in row:
-        return row
-    fits = [
-        one["modelled_ns"]
-        for one in rows
-        if "kind" not in one and one["temporary_bytes"] <= row["temporary_bytes"]
-    ]
-    return {**row, "over_best_alternative": row["modelled_ns"] / min(fits) if fits else None}
 
 
 def table(rows: list[Row]) -> Table:

@@ -21,6 +21,7 @@ from mwplan.functions.stretches import Weight
 from mwplan.functions.tracing import Step
 from mwplan.network import rules
 from mwplan.network.rules import Unavailable
+from mwplan.network.wrapping import InvertOf, StoreOf, VijpOf
 
 PyTree = Any
 
@@ -138,15 +139,8 @@ def _in_piece(one: Any, adapter: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class StoreInPiece(rules.StoreRule):
+class StoreInPiece(StoreOf):
     """A rule of the layer that a piece is."""
-
-    base: rules.StoreRule
-
-    @property
-    def name(self) -> str:  # type: ignore[override]
-        """As there."""
-        return self.base.name
 
     def forward(self, layer: Any, x: PyTree) -> tuple[PyTree, PyTree]:
         """As there."""
@@ -161,25 +155,8 @@ class StoreInPiece(rules.StoreRule):
 
 
 @dataclass(frozen=True)
-class VijpInPiece(rules.VijpRule):
+class VijpInPiece(VijpOf):
     """A rule of the layer that a piece is."""
-
-    base: rules.VijpRule
-
-    @property
-    def name(self) -> str:  # type: ignore[override]
-        """As there."""
-        return self.base.name
-
-    @property
-    def has_fragment(self) -> bool:  # type: ignore[override]
-        """As there."""
-        return self.base.has_fragment
-
-    @property
-    def any_weights(self) -> bool:  # type: ignore[override]
-        """As there."""
-        return self.base.any_weights
 
     def check(self, layer: Any, x: PyTree) -> str | None:
         """As there."""
@@ -204,20 +181,8 @@ class VijpInPiece(rules.VijpRule):
 
 
 @dataclass(frozen=True)
-class InvertInPiece(rules.InvertRule):
+class InvertInPiece(InvertOf):
     """A rule of the layer that a piece is."""
-
-    base: rules.InvertRule
-
-    @property
-    def name(self) -> str:  # type: ignore[override]
-        """As there."""
-        return self.base.name
-
-    @property
-    def keeps(self) -> bool:  # type: ignore[override]
-        """As there."""
-        return self.base.keeps
 
     def check(self, layer: Any, x: PyTree) -> str | None:
         """As there."""

@@ -27,7 +27,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 
 from mwplan.common import trees
 from mwplan.network import rules
-from mwplan.network.canonical import bind
+from mwplan.network.canonical import CALLS, bind
 from mwplan.network.residuals import remembered
 
 PyTree = Any
@@ -35,14 +35,8 @@ PyTree = Any
 PREFIX = "keep:"
 #: Primitives that only call what they hold, and that are seen through. Not `jax.checkpoint`, by which a layer
 #: says itself what it makes again, and not `layers.bilinear`, a product.
-_CALLS = {
-    "jit": "jaxpr",
-    "pjit": "jaxpr",
-    "closed_call": "call_jaxpr",
-    "core_call": "call_jaxpr",
-    "custom_jvp_call": "call_jaxpr",
-    "custom_vjp_call": "call_jaxpr",
-}
+_CALLS = {**CALLS, "core_call": "call_jaxpr"}
+del _CALLS["bilinear"]
 #: Primitives that cost nothing: what they read need not be kept from merging.
 _FREE = {
     *("reshape", "squeeze", "expand_dims", "broadcast_in_dim", "stop_gradient", "copy", "iota", "transpose"),

@@ -69,8 +69,8 @@ def _adapted(one: Wrapper, x: PyTree, method: str, adapter: Callable[[Any], Any]
 
 
 @dataclass(frozen=True)
-class ThroughStore(rules.StoreRule):
-    """A rule of the layer within."""
+class StoreOf(rules.StoreRule):
+    """A rule that stands for another, `base`: that of a layer within."""
 
     base: rules.StoreRule
 
@@ -79,20 +79,10 @@ class ThroughStore(rules.StoreRule):
         """As there."""
         return self.base.name
 
-    def forward(self, layer: Any, x: PyTree) -> tuple[PyTree, PyTree]:
-        """As there."""
-        got: tuple[PyTree, PyTree] = layer.within(self.base.forward, layer.whole(), x)
-        return got
-
-    def backward(self, layer: Any, residuals: PyTree, ct_out: PyTree) -> tuple[list[Any], PyTree]:
-        """As there, the gradients those of the wrapper."""
-        grads, ct_in = layer.within(self.base.backward, layer.whole(), residuals, ct_out)
-        return layer.trained(grads), ct_in
-
 
 @dataclass(frozen=True)
-class ThroughVijp(rules.VijpRule):
-    """A rule of the layer within."""
+class VijpOf(rules.VijpRule):
+    """As `StoreOf`."""
 
     base: rules.VijpRule
 
@@ -110,6 +100,43 @@ class ThroughVijp(rules.VijpRule):
     def any_weights(self) -> bool:  # type: ignore[override]
         """As there."""
         return self.base.any_weights
+
+
+@dataclass(frozen=True)
+class InvertOf(rules.InvertRule):
+    """As `StoreOf`."""
+
+    base: rules.InvertRule
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """As there."""
+        return self.base.name
+
+    @property
+    def keeps(self) -> bool:  # type: ignore[override]
+        """As there."""
+        return self.base.keeps
+
+
+@dataclass(frozen=True)
+class ThroughStore(StoreOf):
+    """A rule of the layer within."""
+
+    def forward(self, layer: Any, x: PyTree) -> tuple[PyTree, PyTree]:
+        """As there."""
+        got: tuple[PyTree, PyTree] = layer.within(self.base.forward, layer.whole(), x)
+        return got
+
+    def backward(self, layer: Any, residuals: PyTree, ct_out: PyTree) -> tuple[list[Any], PyTree]:
+        """As there, the gradients those of the wrapper."""
+        grads, ct_in = layer.within(self.base.backward, layer.whole(), residuals, ct_out)
+        return layer.trained(grads), ct_in
+
+
+@dataclass(frozen=True)
+class ThroughVijp(VijpOf):
+    """A rule of the layer within."""
 
     def check(self, layer: Any, x: PyTree) -> str | None:
         """As there."""
@@ -131,20 +158,8 @@ class ThroughVijp(rules.VijpRule):
 
 
 @dataclass(frozen=True)
-class ThroughInvert(rules.InvertRule):
+class ThroughInvert(InvertOf):
     """A rule of the layer within."""
-
-    base: rules.InvertRule
-
-    @property
-    def name(self) -> str:  # type: ignore[override]
-        """As there."""
-        return self.base.name
-
-    @property
-    def keeps(self) -> bool:  # type: ignore[override]
-        """As there."""
-        return self.base.keeps
 
     def check(self, layer: Any, x: PyTree) -> str | None:
         """As there."""

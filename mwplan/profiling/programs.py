@@ -17,17 +17,13 @@ import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from mwplan.common import trees
+from mwplan.network.canonical import CALLS
 
 PRODUCTS = {"dot_general", "conv_general_dilated"}
 
 _CALLS = {
-    "jit": "jaxpr",
-    "pjit": "jaxpr",
-    "closed_call": "call_jaxpr",
+    **CALLS,
     "core_call": "call_jaxpr",
-    "custom_jvp_call": "call_jaxpr",
-    "custom_vjp_call": "call_jaxpr",
-    "bilinear": "jaxpr",
     "checkpoint": "jaxpr",
     "remat": "jaxpr",
     "remat2": "jaxpr",
