@@ -231,7 +231,7 @@ def test_the_main_job_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         "--epochs",
         "1",
         "--depth",
-        "1",
+        "2",
         "--batch",
         "64",
         "--forbid",
@@ -243,7 +243,7 @@ def test_the_main_job_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     got = train_result.TrainResult.from_json((tmp_path / "training.json").read_text())
     assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
     room = got.budget_bytes - got.fixed_bytes
-    assert got.measured_temporary_bytes <= room  # of so few layers backpropagation may take no more
+    assert got.measured_temporary_bytes <= room < got.backprop_temporary_bytes
     # What is alive, plus fragmentation; in most schedules there is none
     # (experiments.prediction).
     assert 0.9 < got.measured_temporary_bytes / got.predicted_temporary_bytes < 1.35
