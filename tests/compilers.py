@@ -1,7 +1,10 @@
-"""Which tests need a compiler for a device that is not here."""
+"""Which tests need a compiler for a device that is not here, or an older one for CPUs."""
 
 from __future__ import annotations
 
+import shutil
+
+import jax
 import pytest
 
 from mwplan import targets
@@ -15,3 +18,11 @@ def needs(name: str) -> pytest.MarkDecorator:
 
 
 GPU, TPU = needs("h200"), needs("v5e")
+
+#: XLA:CPU of JAX 0.12 packs the buffers of these programs otherwise, up to three activations above what is
+#: alive by the ledger. Strict: a test that passes there is to lose the mark.
+GAPS_ON_NEWEST = pytest.mark.xfail(
+    shutil.which("nvidia-smi") is None and jax.__version_info__ >= (0, 12),
+    reason="XLA:CPU of JAX 0.12 leaves gaps between buffers that are not predicted",
+    strict=True,
+)

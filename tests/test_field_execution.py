@@ -15,6 +15,7 @@ from mwplan.execution.execute import PLAIN
 from mwplan.network.constants import tied
 from mwplan.network.layer import layer
 from mwplan.plans.schedule import Run, RunKind, Schedule
+from tests.compilers import GAPS_ON_NEWEST
 from tests.helpers import alike, mean_square, relative_error
 
 
@@ -35,6 +36,7 @@ def compiled(schedule: Schedule, chain: mw.Chain, x: Any, loss: Any = mean_squar
     return mw.temporaries(mw.jit(mw.value_and_grad(loss, schedule)).lower(chain, x).compile())
 
 
+@GAPS_ON_NEWEST
 @pytest.mark.parametrize(("width", "batch"), [(16, 1024), (256, 32)])
 def test_rows_of_a_stack_come_and_go_with_their_operation(width: int, batch: int) -> None:
     """Weights of a 64th of the activations, and of eight times them: XLA is not to read all at the start."""

@@ -16,6 +16,7 @@ from mwplan.fitting.fitted import Fitted
 from mwplan.layers import Dense
 from mwplan.plans.packing import Buffer, Workspace
 from mwplan.plans.schedule import Run, RunKind, Schedule, Solution, Strategy
+from tests.compilers import GAPS_ON_NEWEST
 from tests.helpers import mean_square, relative_error, store_all, tanh, with_round_times
 
 
@@ -59,6 +60,7 @@ def test_the_compiled_step_keeps_the_budget(profile: mw.Profile) -> None:
     assert "compiled step of 12 layers" in str(found)
 
 
+@GAPS_ON_NEWEST
 def test_the_least_budget_is_kept_to_the_byte(profile: mw.Profile) -> None:
     """Arrays alone are not all that a step takes: the tables of pointers beside them are predicted too, and
     not much too large."""
@@ -125,6 +127,7 @@ def test_smaller_schedules_are_tried_until_one_fits(
         mw.fit(mean_square, chain, x, budget=f"{total} B", profile=profile, max_attempts=2)
 
 
+@GAPS_ON_NEWEST
 def test_fragmentation_that_is_only_predicted_costs_nothing(
     profile: mw.Profile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
