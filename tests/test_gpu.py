@@ -78,6 +78,37 @@ def test_residuals_on_the_host_beside_stored_ones() -> None:
     QUIET.print(gpu.offload_table({"point": point, **found}))
 
 
+def test_the_model_of_the_device_is_held_against_it() -> None:
+    """Every program is compiled and timed; what an attached device does not tell is null."""
+    (point,) = gpu.calibrated(gpu.Small(width=32, batch=256, resolution=8))
+    found = gpu.measure(json.loads(json.dumps(point)))
+    assert found["ran"]
+    rows = gpu.calibration.flat([{"point": point, **found}])
+    assert [row["program"] for row in rows if "predicted_bytes" in row] == ["plan 1.00"]
+    sizes = [row["attached_bytes"] for row in rows]
+    assert sizes == sorted(sizes)
+    assert all(row["seconds"] > 0 and row["attached_kernels"] for row in rows)
+    known = jax.local_devices()[0].memory_stats() is not None
+    assert any(row["allocated_bytes"] for row in rows) == known
+    QUIET.print(gpu.calibration.table(rows))
+    json.dumps([rows, gpu.calibration.rates(rows)])
+
+
+def test_rates_are_those_that_explain_the_times() -> None:
+    """Twice the modelled arithmetic and half of the traffic; launches cost nothing."""
+    shares = [{"arithmetic": 1e6, "traffic": 2e6, "launches": 1e5}, {"arithmetic": 3e6}, {"traffic": 1e6}]
+    rows = [
+        {
+            "attached_shares_ns": one,
+            "seconds": (2 * one.get("arithmetic", 0) + one.get("traffic", 0) / 2) / 1e9,
+        }
+        for one in shares
+    ]
+    found = gpu.calibration.rates(rows)
+    assert found == pytest.approx({"arithmetic": 2, "traffic": 0.5, "launches": 0, "rms": 0}, abs=1e-6)
+    assert gpu.calibration.rates([{"attached_shares_ns": None, "seconds": 1.0}]) is None
+
+
 def test_running_out_of_memory_is_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(point: sweep.Point) -> dict[str, Any]:
         raise RuntimeError(point["text"])
@@ -113,6 +144,7 @@ def test_all_of_it_in_small(tmp_path: Path) -> None:
     gpu.main(gpu.Small(out=tmp_path))
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["complete"]
+    assert len(summary["calibration"]) == 5
     assert summary["deepest"]["plan"]["deepest"] == 8
     assert summary["budgets"]
     assert {row["matmul"] for row in summary["precision"]} == {"highest", None}

@@ -10,12 +10,15 @@ from experiments import record
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes of the default run; `layers`: longest chain that is planned; `yard`: depth of the budgets'
-    network; `kinds`, `blocks`, ... `rows`: of precision; `per_point`: seconds after which a point counts as
-    failed."""
+    """Sizes of the default run; `calibrated`: networks and depths that the model of the device is held
+    against, `calibrated_shares` of the way from the least budget to the largest; `layers`: longest chain that
+    is planned; `yard`: depth of the budgets' network; `kinds`, `blocks`, ... `rows`: of precision;
+    `per_point`: seconds after which a point counts as failed."""
 
-    minutes: float = 9.0
+    minutes: float = 7.5
     per_point: float = 170.0
+    calibrated: tuple[tuple[str, int], ...] = (("gpt", 6), ("revnet", 16), ("resnet", 16))
+    calibrated_shares: tuple[float, ...] = (1.0, 0.5, 0.1)
     model: str = "revnet"
     pool_gib: float = 8.0
     shares: tuple[float, ...] = (0.92, 0.8, 0.65)
@@ -50,6 +53,8 @@ class Small(Config):
 
     per_point: float = 600.0
     minutes: float = 60.0
+    calibrated: tuple[tuple[str, int], ...] = (("mlp", 1),)
+    calibrated_shares: tuple[float, ...] = (1.0,)
     pool_gib: float = 0.004
     depths: tuple[int, ...] = (4, 8)
     methods: tuple[str, ...] = ("backprop_scan", "plan")

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from experiments import budget_sweep, precision, reading, sweep
+from experiments.gpu import calibration
 from experiments.gpu.config import Config
 from experiments.gpu.order import run
 from experiments.gpu.reports import (
@@ -27,6 +28,10 @@ def main(config: Config) -> None:
     """Runs what is missing while there is time, prints, draws and saves."""
     console = Console()
     found, whole = run(config, console)
+    held = calibration.flat(found)
+    if held:
+        console.print(calibration.table(held))
+        console.print("measured times are modelled ones times", calibration.rates(held))
     rows = laddered(config, found)
     console.print(table(rows))
     swept_records = [one for one in found if one["point"]["kind"] == "budgets" and one["ran"]]
@@ -51,6 +56,8 @@ def main(config: Config) -> None:
         "provenance": found[0].get("provenance") if found else None,
         "config": sweep.plain(config),
         "complete": whole,
+        "calibration": held,
+        "rates": calibration.rates(held),
         "ladder": rows,
         "deepest": deepest(rows),
         "budgets": budget_rows,

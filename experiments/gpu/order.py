@@ -75,6 +75,20 @@ def swept(config: Config, models: Sequence[str]) -> Steps:
         }
 
 
+def calibrated(config: Config) -> Steps:
+    """Steps to hold the model of the device against."""
+    for model, depth in config.calibrated:
+        yield {
+            "kind": "calibration",
+            "model": model,
+            "depth": depth,
+            "network": _sizes(config, model, depth) | {"group": 0},
+            "shares": list(config.calibrated_shares),
+            "rounds": config.rounds,
+            "repeats": config.repeats,
+        }
+
+
 def offloaded(config: Config) -> Steps:
     """One network with its residuals in the host's memory."""
     model = config.others[0]
@@ -106,6 +120,7 @@ def precise(config: Config) -> Steps:
 
 def order(config: Config) -> Iterator[Steps]:
     """Generators of points, one after the other."""
+    yield calibrated(config)
     yield together([ladder(config, method) for method in config.methods])
     yield offloaded(config)
     yield swept(config, config.others[:1])

@@ -15,6 +15,7 @@ import jax
 
 import mwplan as mw
 from experiments import alternatives, precision, record, sweep, zoo
+from experiments.gpu import calibration
 from mwplan.app.side_by_side import relative_error
 from mwplan.plans.schedule import SINGLE, Run, Schedule
 
@@ -25,7 +26,10 @@ def measure(point: sweep.Point) -> dict[str, Any]:
     matmul = point.get("matmul")
     try:
         with jax.default_matmul_precision(matmul) if matmul else contextlib.nullcontext():
-            kinds = {"plan": plan, "step": step, "offload": offload, "budgets": budgets, "precision": errors}
+            kinds = {
+                "calibration": calibration.measure, "plan": plan, "step": step, "offload": offload,
+                "budgets": budgets, "precision": errors,
+            }  # fmt: skip
             found = kinds[point["kind"]](point)
     except Exception as error:
         if not ran_out(error):
