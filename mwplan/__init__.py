@@ -25,6 +25,7 @@ from mwplan.functions import plain as _plain  # noqa: F401  (plain functions hav
 from mwplan.functions.cut import Cut, cut
 from mwplan.functions.fit_function import FittedFunction, fit_function
 from mwplan.functions.registry import recognises
+from mwplan.functions.remote_function import RemoteFunction
 from mwplan.functions.stretches import Operation, Weight
 from mwplan.network.chain import Chain, Stack, stack, unstack
 from mwplan.network.operator import explain, fragment_of, vijp
@@ -62,6 +63,7 @@ __all__ = [  # noqa: RUF022 (plainly sorted, as the test compares it)
     "PlanUndoneWarning",
     "Profile",
     "RemoteFit",
+    "RemoteFunction",
     "Report",
     "Run",
     "RunKind",

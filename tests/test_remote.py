@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from mwplan import targets
 from mwplan.fitting import remote
 from mwplan.layers import Dense, Sequential, Smooth
 from tests.compilers import GPU
+from tests.helpers import relative_error
 
 
 @pytest.fixture(autouse=True)
@@ -23,6 +25,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 LAYERS = 4
+fit_function = sys.modules["mwplan.functions.fit_function"]  # `mw.fit_function` hides it
 
 
 def make(key: Any) -> mw.Chain:
@@ -146,6 +149,55 @@ def test_bad_input() -> None:
     other = mw.estimate(mw.Chain([jnp.tanh]), x, device="laptop")
     with pytest.raises(mw.ScheduleMismatchError, match="another chain"):
         mw.fit(loss, net, x, labels, budget="1GiB", device="laptop", profile=other)
+
+
+def residual(params: Any, x: Any, labels: Any) -> Any:
+    """A model and loss of plain functions."""
+    for up, down in params["blocks"]:
+        x = x + jax.nn.gelu(x @ up) @ down
+    return loss(x, labels)
+
+
+def weights(key: Any) -> Any:
+    keys = jax.random.split(key, 6)
+    return {"blocks": [(0.1 * jax.random.normal(k, (64, 128)), jnp.ones((128, 64)) / 128) for k in keys]}
+
+
+def test_a_function_for_a_device(pretended: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From shapes; then, on the device, the step: within its budget, with the gradient of backpropagation."""
+    monkeypatch.setattr(fit_function, "target_of", lambda device: here())
+    params, x, labels = jax.eval_shape(lambda key: (weights(key), X, LABELS), jax.random.key(0))
+    chain, given, back = mw.cut(residual, params, x, labels).build(params, x, labels)
+    assert jax.tree.map(jnp.shape, given) == ((2048, 64),)
+    assert back(chain, given)["blocks"][0][0].shape == (64, 128)
+    budget = 10 << 20
+    fit = mw.fit_function(residual, params, x, labels, budget=budget, device="laptop", max_attempts=2)
+    assert isinstance(fit, mw.RemoteFunction)
+    assert fit.fit.fixed_bytes + fit.temporary_bytes <= budget
+    assert fit.temporary_bytes < (fit.fit.plain_bytes or 0)
+    assert "pieces" in str(fit).splitlines()[0]
+    with pytest.raises(mw.TargetError, match=r"fitted\.compile\(loss, params"):
+        fit.step(params, x, labels)
+    again = mw.RemoteFunction.from_json(fit.to_json())
+    assert again == fit
+    made = weights(jax.random.key(1))
+    with pytest.raises(mw.TargetError, match="attached"):
+        again.compile(residual, made, X, LABELS)
+    monkeypatch.setattr(remote, "attached", here)
+    (value, _), grads = again.compile(residual, made, X, LABELS)(made, X, LABELS)
+    want, plain = jax.value_and_grad(residual)(made, X, LABELS)
+    assert value == pytest.approx(want)
+    assert relative_error(grads, plain) < 1e-5
+    with pytest.raises(mw.ScheduleMismatchError):
+        again.compile(residual, {"blocks": made["blocks"][:3]}, X, LABELS)
+
+
+def test_a_function_for_a_device_is_not_timed_nor_traced() -> None:
+    params = weights(jax.random.key(0))
+    with pytest.raises(mw.ArgumentError, match="tune"):
+        mw.fit_function(residual, params, X, LABELS, budget="1GiB", device="laptop", tune=3)
+    with pytest.raises(mw.ArgumentError, match="device="):
+        mw.fit_function(residual, jax.eval_shape(lambda: params), X, LABELS, budget="1GiB")
 
 
 @GPU

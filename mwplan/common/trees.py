@@ -105,6 +105,16 @@ def map_parameters(tree: Any, params: list[Any], other: Callable[[Any], Any]) ->
     )
 
 
+def array_or_shape(leaf: Any) -> Any:
+    """`leaf` as a JAX array; a `jax.ShapeDtypeStruct` as it is."""
+    return leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jnp.asarray(leaf)
+
+
+def only_shapes(tree: Any) -> bool:
+    """Whether any leaf is a `jax.ShapeDtypeStruct`."""
+    return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree))
+
+
 def nbytes(tree: Any) -> int:
     """Bytes of all array leaves of `tree` (arrays, tracers or `jax.ShapeDtypeStruct`s) as devices hold them:
     numbers of 4 and of 2 bits share bytes; on TPUs with the padding of tiles (`mwplan.common.tiles`)."""

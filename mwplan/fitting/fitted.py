@@ -11,7 +11,7 @@ from mwplan import planning
 from mwplan.common.sizes import show_bytes, show_ns
 from mwplan.execution.execute import Arrangement
 from mwplan.plans.profiles import Profile
-from mwplan.plans.schedule import Schedule
+from mwplan.plans.schedule import Schedule, kept
 from mwplan.report.content import CompiledPeak
 from mwplan.targets.peak import explain_peak
 
@@ -104,7 +104,10 @@ class Fitted:
                 f"compiled step of {len(plan)} layers ({used}) on {self.profile.device}",
                 f"  measured {show_bytes(total)} = {show_fixed(self.profile)}"
                 f" + {show_bytes(self.temporary_bytes)} temporaries{budget}",
-                f"  predicted {show_ns(plan.time_ns)}, error {plan.error:.1e}; {len(self.attempts)} compiled",
+                f"  predicted {show_bytes(plan.peak_bytes)} temporaries"
+                f" (`jax.grad` {show_bytes(plan.stored_bytes)}), {show_ns(plan.time_ns)}, error"
+                f" {plan.error:.1e}; {len(self.attempts)} programs compiled",
+                f"  stored: {kept(plan) or 'nothing'}",
                 "  call `(value, report), grads = fitted.step(chain, x, *args)`; `print(fitted.schedule)` "
                 "shows the plan",
             )

@@ -97,10 +97,7 @@ def fit(
     execute.check_losses_shape(loss, y, args, has_aux)
     states_bytes = 0 if optimizer is None else state_bytes(optimizer, chain)
     if device is not None:
-        if tune:
-            raise ArgumentError(
-                f"`tune={tune}`: steps for `device={device!r}` cannot be timed here; leave it out"
-            )
+        check_untimed(tune, device)
         return remote.fit(
             loss, chain, x, args, device=device, budget=budget, profile=profile, max_error=max_error,
             allowed=chosen, has_aux=has_aux, wrt_input=wrt_input, max_attempts=max_attempts, thin=thin,
@@ -241,6 +238,14 @@ class _Fitter:
         if not found:
             raise failed[0]
         return tuning.fastest(found, compiler.args, rounds, self.say) if len(found) > 1 else found[0]
+
+
+def check_untimed(tune: int, device: str | Device) -> None:
+    """Raises `ArgumentError` where steps for another device are to be timed."""
+    if tune:
+        raise ArgumentError(
+            f"`tune={tune}`: steps for `device={device!r}` cannot be timed here; leave it out"
+        )
 
 
 def _check_counts(max_attempts: int, tune: int) -> None:

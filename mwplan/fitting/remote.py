@@ -24,7 +24,7 @@ from mwplan.fitting.fitted import show_fixed
 from mwplan.fitting.search import Plans
 from mwplan.network.chain import Chain, fingerprint
 from mwplan.plans.profiles import Profile
-from mwplan.plans.schedule import Schedule, Strategy
+from mwplan.plans.schedule import Schedule, Strategy, kept
 from mwplan.profiling.estimating import estimate
 from mwplan.report.content import CompiledPeak
 from mwplan.targets import program
@@ -111,6 +111,18 @@ class RemoteFit:
         said that the plan keeps its budget; `ScheduleMismatchError` for another chain or input;
         `TargetMemoryError` where the program takes more than the budget after all (what libraries need beside
         is known there alone)."""
+        self.check_device()
+        execute.check_match(self.schedule, chain)
+        if 0 < self.schedule.input_bytes != trees.nbytes(x):
+            raise ScheduleMismatchError(
+                f"the plan is for an input of {show_bytes(self.schedule.input_bytes)} and `x` has "
+                f"{show_bytes(trees.nbytes(x))}: fit again at this input"
+            )
+        gradient = functools.partial(execute.value_and_grad, loss, has_aux=has_aux, wrt_input=wrt_input)
+        return self.compiled(gradient, (chain, x, *args), NAMES)
+
+    def check_device(self) -> None:
+        """Raises `TargetError` where another device is attached, or another JAX installed."""
         here = attached()
         name = here.device.name if here.device is not None else here.name
         if name != self.target:
@@ -123,17 +135,14 @@ class RemoteFit:
                 f"the plan was made with {self.compiler} and this is {version.rstrip(chr(44))}, which may "
                 "compile it otherwise: install that version, or fit again"
             )
-        execute.check_match(self.schedule, chain)
-        if 0 < self.schedule.input_bytes != trees.nbytes(x):
-            raise ScheduleMismatchError(
-                f"the plan is for an input of {show_bytes(self.schedule.input_bytes)} and `x` has "
-                f"{show_bytes(trees.nbytes(x))}: fit again at this input"
-            )
-        gradient = execute.value_and_grad(
-            loss, self.schedule, has_aux=has_aux, wrt_input=wrt_input, arrangement=self.arrangement
-        )
-        compiled = compiling.jit(gradient).lower(chain, x, *args).compile()
-        step = Step(compiled, (chain, x, *args), NAMES)
+
+    def compiled(
+        self, gradient: Callable[..., Callable[..., Any]], args: tuple[Any, ...], names: tuple[str, ...]
+    ) -> Step:
+        """The step that `gradient(schedule, arrangement=...)` makes, compiled here for `args`. Raises
+        `TargetMemoryError` where it takes more than the budget."""
+        made = gradient(self.schedule, arrangement=self.arrangement)
+        step = Step(compiling.jit(made).lower(*args).compile(), args, names)
         needs, budget = compiling.temporaries(step) + self.schedule.fixed_bytes, self.schedule.budget_bytes
         if budget is not None and needs > budget:
             raise TargetMemoryError(
@@ -180,6 +189,7 @@ class RemoteFit:
         return "\n".join(
             (
                 f"step of {len(plan)} layers ({used}) compiled for {self.target}, which is not attached",
+                f"  stored: {kept(plan) or 'nothing'}",
                 f"  {show_bytes(total)} = {show_fixed(self)}"
                 f" + {show_bytes(self.temporary_bytes)} temporaries{budget}",
                 f"  modelled {show_ns(self.modelled_ns)} ({bounds}); {plain}",
@@ -210,14 +220,45 @@ def fit(
 ) -> RemoteFit:
     """The plan of least modelled time whose step, compiled for `device`, keeps the budget; arguments as those
     of `mw.fit`."""
-    target = target_of(device)
-    target.place()
+    target_of(device).place()
     profile = estimate(chain, x, device=device) if profile is None else profile
-    profile = profile.with_optimizer(states_bytes)
     if profile.fingerprint and profile.fingerprint != fingerprint(chain):
         raise ScheduleMismatchError("`profile` is of another chain: leave it out, or estimate this one")
     gradient = functools.partial(execute.value_and_grad, loss, has_aux=has_aux, wrt_input=wrt_input)
-    search = _Search(target, gradient, (chain, x, *args), profile, parse_bytes(budget), say)
+
+    def plain(chain: Chain, x: PyTree, *args: Any) -> Any:
+        return loss(chain(x), *args)
+
+    wrt = (0, 1) if wrt_input else 0
+    return fit_step(
+        gradient,
+        jax.value_and_grad(plain, argnums=wrt, has_aux=has_aux, allow_int=True),
+        (chain, x, *args),
+        profile.with_optimizer(states_bytes),
+        device=device, budget=budget, max_error=max_error, allowed=allowed, max_attempts=max_attempts,
+        thin=thin, regular=regular, say=say,
+    )  # fmt: skip
+
+
+def fit_step(
+    gradient: Callable[..., Callable[..., Any]],
+    plain: Callable[..., Any],
+    args: tuple[Any, ...],
+    profile: Profile,
+    *,
+    device: str | Device,
+    budget: int | str,
+    max_error: float = 1e-4,
+    allowed: frozenset[Strategy] = planning.EVERY_STRATEGY,
+    max_attempts: int = 18,
+    thin: float | None = None,
+    regular: float = planning.TUNING.regular_loss,
+    say: Callable[[str], None] = lambda text: None,
+) -> RemoteFit:
+    """As `fit`, of any step: `gradient(schedule, arrangement=...)` makes a function of `args` that executes a
+    schedule for `profile`; `plain` is backpropagation, of the same arguments."""
+    target = target_of(device)
+    search = _Search(target, gradient, args, profile, parse_bytes(budget), say)
     plans = functools.cache(lambda some: Plans.of(profile, max_error, some, thin, regular))
     for schedule, arrangement in search.candidates(plans, allowed, max_attempts):
         search.compile(schedule, arrangement)
@@ -230,12 +271,7 @@ def fit(
             budget_bytes=search.budget_bytes,
             least_bytes=least,
         )
-
-    def plain(chain: Chain, x: PyTree, *args: Any) -> Any:
-        return loss(chain(x), *args)
-
-    wrt = (0, 1) if wrt_input else 0
-    return search.found(jax.value_and_grad(plain, argnums=wrt, has_aux=has_aux, allow_int=True))
+    return search.found(plain)
 
 
 class _Search:

@@ -97,8 +97,9 @@ class Search:
         if needs <= self.room:
             return made
         self.say(
-            f"a schedule of {show_bytes(schedule.peak_bytes)} needs {show_bytes(needs)} compiled, "
-            f"{show_bytes(needs - self.room)} above the budget"
+            f"a schedule of {show_bytes(schedule.peak_bytes)} temporaries needs {show_bytes(needs)} "
+            f"compiled, {show_bytes(needs - self.room)} above the budget, which leaves "
+            f"{show_bytes(max(0, self.room))} for them"
         )
         return None
 

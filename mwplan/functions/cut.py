@@ -76,13 +76,13 @@ class Cut:
     def build(
         self, params: PyTree, *args: Any
     ) -> tuple[Chain, tuple[Any, ...], Callable[[Chain, tuple[Any, ...]], PyTree]]:
-        """The chain of pieces for these arguments, its input, and what takes gradients of both back to one of
-        `params`.
+        """The chain of pieces for these arguments (arrays, or shapes, of which it gives shapes), its input,
+        and what takes gradients of both back to one of `params`.
 
         `chain(x)[0]` is the loss. A parameter that several pieces read is in each of them, or in the input.
         """
         signature = self.flow.traced.signature
-        arrays = [jnp.asarray(leaf) for leaf in signature.arrays(params, args)]
+        arrays = [trees.array_or_shape(leaf) for leaf in signature.arrays(params, args)]
         return self.build_flat(arrays, [], self.flow.traced.captured)
 
     def build_flat(
@@ -90,6 +90,8 @@ class Cut:
     ) -> tuple[Chain, tuple[Any, ...], Callable[[Chain, tuple[Any, ...]], PyTree]]:
         """As `build`, of the dynamic leaves of `params` and of the other arguments, and the captured
         arrays."""
+        if trees.only_shapes((params, data)):
+            return self._shapes(list(params), list(data), list(captured))
         arrays = [*params, *data]
         order = sorted(self.flow.differentiated)
 
@@ -107,6 +109,20 @@ class Cut:
             (grads,) = pull(self.plan.gradients(chain_grads, x_grads))
             return self._like_params(dict(zip(order, grads)), arrays)
 
+        return chain, x, back
+
+    def _shapes(
+        self, *flat: list[Any]
+    ) -> tuple[Chain, tuple[Any, ...], Callable[[Chain, tuple[Any, ...]], PyTree]]:
+        """`build_flat` of shapes, which computes nothing."""
+
+        def back(chain_grads: Chain, x_grads: tuple[Any, ...]) -> PyTree:
+            def of(flat: Any, grads: Any) -> PyTree:
+                return self.build_flat(*flat)[2](*grads)
+
+            return jax.eval_shape(of, flat, (chain_grads, x_grads))
+
+        chain, x = jax.eval_shape(lambda *flat: self.build_flat(*flat)[:2], *flat)
         return chain, x, back
 
     def _like_params(self, grads: dict[int, Any], arrays: Sequence[Any]) -> PyTree:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from mwplan import planning
 from mwplan.common import trees
@@ -17,16 +16,21 @@ from mwplan.common.errors import ArgumentError, InfeasibleError
 from mwplan.common.sizes import parse_bytes, show_bytes
 from mwplan.execution import execute
 from mwplan.execution.updates import Optimizer, state_bytes
+from mwplan.fitting import remote
 from mwplan.fitting.fitted import Attempt, Fitted
-from mwplan.fitting.fitting import fit_step
+from mwplan.fitting.fitting import check_untimed, fit_step
 from mwplan.functions import cut as cutting
 from mwplan.functions.cut import Cut
+from mwplan.functions.flat import Gradient, fixed_bytes, plain, split
 from mwplan.functions.policy import Policy
+from mwplan.functions.remote_function import RemoteFunction
 from mwplan.plans.profiles import Profile
-from mwplan.plans.schedule import Choice, Schedule
+from mwplan.plans.schedule import Choice, Schedule, check_allowed
 from mwplan.profiling import measure
 from mwplan.profiling.estimating import estimate
 from mwplan.profiling.progress import Progress
+from mwplan.targets.devices import Device
+from mwplan.targets.target import target_of
 
 PyTree = Any
 #: The share of the budget that copies of stacked parameters may take, if not asked for.
@@ -75,14 +79,14 @@ class FittedFunction:
         """`((value, report), grads)`: what the function returned, the runs' error report, and gradients like
         `params` (None for what is no array of floating-point numbers). Raises `ArgumentError` for arguments
         of other shapes than those it was compiled for."""
-        out: tuple[tuple[Any, execute.Report], PyTree] = self.fitted.step(*_split(self.cut, params, args))
+        out: tuple[tuple[Any, execute.Report], PyTree] = self.fitted.step(*split(self.cut, params, args))
         return out
 
     def value_and_grad(self, params: PyTree, *args: Any) -> tuple[tuple[Any, execute.Report], PyTree]:
         """As `step`, not compiled: to be part of a larger function, which is compiled with `mw.jit`."""
-        gradient = _Gradient(self.cut, self.has_aux)
+        gradient = Gradient(self.cut, self.has_aux)
         step = gradient(self.schedule, arrangement=self.fitted.arrangement)
-        out: tuple[tuple[Any, execute.Report], PyTree] = step(*_split(self.cut, params, args))
+        out: tuple[tuple[Any, execute.Report], PyTree] = step(*split(self.cut, params, args))
         return out
 
     def report(self, to: str | Path, *, plans: int = 24, title: str = "") -> Path:
@@ -115,8 +119,9 @@ def fit_function(
     max_attempts: int = 18,
     tune: int = 0,
     say: Callable[[str], None] = lambda text: None,
+    device: str | Device | None = None,
     optimizer: Optimizer | None = None,
-) -> FittedFunction:
+) -> FittedFunction | RemoteFunction:
     """The gradient step of a function as it is, compiled within a budget.
 
     The function is traced and cut into pieces where little is alive (`mw.cut`); the pieces are profiled,
@@ -131,8 +136,9 @@ def fit_function(
     bytes of the whole step or a text such as "2GiB"; `keep_checkpoints`, `most`, as `mw.cut`; `loops`,
     whether pieces that repeat are compiled once, as a loop over stacked parameters (a copy of them and of
     their gradients in the step; if None, where that is at most a twentieth of the budget; loops of the
-    function itself need no copy); `profile`, of the chain of pieces (measured if None); the rest as `mw.fit`.
-    **Returns:** a `FittedFunction`.
+    function itself need no copy); `profile`, of the chain of pieces (measured if None); the rest as `mw.fit`,
+    `device` too: for another than the attached one, `params` and `args` may be shapes.
+    **Returns:** a `FittedFunction`; for another `device` a `RemoteFunction`, whose step runs there alone.
     **Raises:** as `mw.cut`; `InfeasibleError` where no schedule fits the budget; as `mw.fit`.
 
     >>> loss = lambda params, x: jnp.mean(jnp.tanh(jnp.tanh(x @ params["a"]) @ params["b"]) ** 2)
@@ -143,30 +149,33 @@ def fit_function(
     (True, (64, 64))
     """
     found = cutting.cut(loss, params, *args, has_aux=has_aux, keep_checkpoints=keep_checkpoints, most=most)
-    _check_concrete(params, args)
-    found = found.checked(params, *args)
+    _check_concrete(params, args, shapes=device is not None)
+    if device is not None:
+        check_untimed(tune, device)
+        target_of(device).place()
+    found = found if trees.only_shapes((params, args)) else found.checked(params, *args)
     looped = found.looped()
     copies = 2 * looped.plan.copied_bytes(found.flow.traced.avals)
-    if loops or (loops is None and copies <= COPIED * parse_bytes(budget)):
-        found = looped
-    flat = _split(found, params, args)
+    loops = copies <= COPIED * parse_bytes(budget) if loops is None else loops
+    found = looped if loops else found
+    flat = split(found, params, args)
     if profile is None:
-        profile = profile_pieces(found, params, *args)
-    gradient = _Gradient(found, has_aux)
-    profile = dataclasses.replace(profile, fixed_bytes=_fixed_bytes(found, flat), optimizer_bytes=0)
+        profile = profile_pieces(found, params, *args, device=device)
+    gradient = Gradient(found, has_aux)
+    profile = dataclasses.replace(profile, fixed_bytes=fixed_bytes(found, flat), optimizer_bytes=0)
     profile = profile.with_optimizer(0 if optimizer is None else state_bytes(optimizer, params))
+    asked: dict[str, Any] = {
+        "budget": budget, "max_error": max_error, "allowed": check_allowed(allowed),
+        "max_attempts": max_attempts, "say": say,
+    }  # fmt: skip
     try:
-        fitted = fit_step(
-            gradient,
-            flat,
-            profile,
-            budget=budget,
-            max_error=max_error,
-            allowed=allowed,
-            max_attempts=max_attempts,
-            tune=tune,
-            say=say,
-        )
+        if device is not None:
+            backpropagation = plain(found, loss, has_aux)
+            fit = remote.fit_step(gradient, backpropagation, flat, profile, device=device, **asked)
+            return RemoteFunction(
+                fit=fit, has_aux=has_aux, keep_checkpoints=keep_checkpoints, most=most, looped=loops
+            )
+        fitted = fit_step(gradient, flat, profile, tune=tune, **asked)
     except InfeasibleError as error:
         raise InfeasibleError(
             f"{error}\n{_narrowest(found)}",
@@ -181,72 +190,31 @@ def profile_pieces(
     found: Cut,
     params: PyTree,
     *args: Any,
-    device: str | None = None,
+    device: str | Device | None = None,
     progress: Progress | bool | None = None,
 ) -> Profile:
     """What the pieces of a function cost, at the arguments that it was cut for: measured here, or estimated
-    for a `device`. Raises and costs: as `mw.profile` and `mw.estimate`; `ArgumentError` for shapes."""
-    _check_concrete(params, args)
-    flat = _split(found, params, args)
+    for a `device`. Raises and costs: as `mw.profile` and `mw.estimate`; `ArgumentError` for shapes, which are
+    enough for a `device`."""
+    _check_concrete(params, args, shapes=device is not None)
+    flat = split(found, params, args)
     chain, x, _ = found.build_flat(*flat)
     shares = found.plan.shares
     if device is None:
         profile = measure.profile(chain, x, wrt_input=shares, progress=progress)
     else:
         profile = estimate(chain, x, device=device, wrt_input=shares, progress=progress)
-    return dataclasses.replace(profile, fixed_bytes=_fixed_bytes(found, flat))
+    return dataclasses.replace(profile, fixed_bytes=fixed_bytes(found, flat))
 
 
-@dataclass(frozen=True)
-class _Gradient:
-    """Makes the step that executes a schedule over a function's pieces."""
-
-    cut: Cut
-    has_aux: bool
-
-    def __call__(self, schedule: Schedule, *, arrangement: Any = 0) -> Callable[..., Any]:
-        planned = execute.value_and_grad(
-            _first, schedule, has_aux=True, wrt_input=self.cut.plan.shares, arrangement=arrangement
-        )
-
-        def step(params: list[Any], data: list[Any], captured: list[Any]) -> Any:
-            arrays = [*params, *data]
-            chain, x, back = self.cut.build_flat(params, data, captured)
-            ((_, y), report), grads = planned(chain, x)
-            chain_grads, x_grads = grads if self.cut.plan.shares else (grads, x)
-            value, aux = self.cut.value(y, arrays, captured)
-            return ((value, aux) if self.has_aux else value, report), back(chain_grads, x_grads)
-
-        return step
-
-
-def _first(y: tuple[Any, ...]) -> tuple[Any, Any]:
-    """The loss, which is the first of the chain's output, and all of it."""
-    return y[0], y
-
-
-def _split(cut: Cut, params: PyTree, args: tuple[Any, ...]) -> tuple[list[Any], list[Any], list[Any]]:
-    """The arrays of the arguments: those of `params`, the others, and what the function closes over."""
-    signature = cut.flow.traced.signature
-    arrays = [jnp.asarray(leaf) for leaf in signature.arrays(params, args)]
-    count = sum(i < signature.params for i in signature.dynamic)
-    return arrays[:count], arrays[count:], list(cut.flow.traced.captured)
-
-
-def _check_concrete(params: PyTree, args: tuple[Any, ...]) -> None:
-    if any(
-        isinstance(leaf, (jax.core.Tracer, jax.ShapeDtypeStruct)) for leaf in jax.tree.leaves((params, args))
-    ):
+def _check_concrete(params: PyTree, args: tuple[Any, ...], *, shapes: bool = False) -> None:
+    """Raises `ArgumentError` for traced arrays; for `shapes` too, unless they are enough."""
+    wrong = jax.core.Tracer if shapes else (jax.core.Tracer, jax.ShapeDtypeStruct)
+    if any(isinstance(leaf, wrong) for leaf in jax.tree.leaves((params, args))):
         raise ArgumentError(
-            "`params` and `args` must be concrete arrays, to be measured: not shapes, nor traced by `jax.jit`"
+            "`params` and `args` must be concrete arrays, to be measured: not shapes (which are enough with "
+            "`device=`), nor traced by `jax.jit`"
         )
-
-
-def _fixed_bytes(cut: Cut, flat: tuple[list[Any], list[Any], list[Any]]) -> int:
-    """Bytes of the arguments, of the gradients and of what the function returns."""
-    results = cut.flow.traced.outputs
-    made = sum(cut.flow.traced.nbytes(v) for v in {*results} if isinstance(v, int))
-    return trees.nbytes(flat) + trees.nbytes(trees.parameters(flat[0])) + made
 
 
 def _narrowest(cut: Cut) -> str:

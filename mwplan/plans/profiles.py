@@ -196,6 +196,11 @@ class LayerProfile:
         """The fastest STORE option; of equally fast ones that of least bytes."""
         return min(self.store, key=lambda o: (o.forward_ns + o.backward_ns, o.residual_bytes))
 
+    @property
+    def plain_store(self) -> StoreOption:
+        """The STORE option that is what `jax.vjp` keeps; the fastest, where there is none of that name."""
+        return next((one for one in self.store if one.name == "vjp"), self.fastest_store)
+
     def costs(self) -> tuple[Any, ...]:
         """Everything but the name."""
         return tuple(getattr(self, field) for field in self.__slots__ if field != "name")
@@ -261,7 +266,7 @@ class Profile:
                 f"  fixed {show_bytes(self.fixed_bytes)}: {self.fixed_parts}",
                 f"  layers' outputs {show_bytes(sum(self.activation_bytes[1:]))} in all, the largest "
                 f"{show_bytes(max(self.activation_bytes[1:]))}",
-                f"  backpropagation {show_bytes(self.stored_bytes)} temporaries, everything stored",
+                f"  backpropagation {show_bytes(self.stored_bytes)} temporaries, as `jax.grad` stores",
                 f"  forward {show_ns(sum(layer.forward_ns for layer in self.layers))}",
                 "  for `mw.plan(profile, budget)` or `mw.frontier(profile)`; `profile.layers` has the "
                 "figures",
@@ -295,13 +300,13 @@ class Profile:
 
     @property
     def stored_bytes(self) -> int:
-        """Predicted temporaries of plain backpropagation, which is what `jax.grad` does: every layer stored
-        by its fastest option."""
+        """Predicted temporaries of plain backpropagation, which is what `jax.grad` does: of every layer all
+        is stored that `jax.vjp` keeps."""
         a, c = self.activation_bytes, self.cotangent_bytes
         held, there, peak = 0, True, 0  # there: the layer's input is kept by others
         backward = []
         for at, layer in enumerate(self.layers):
-            o = layer.fastest_store
+            o = layer.plain_store
             new = 0 if there else a[at]
             peak = max(peak, held + new + a[at + 1] + o.residual_bytes + o.forward_workspace_bytes)
             held += o.residual_bytes + new * o.keeps_input + a[at + 1] * o.keeps_output

@@ -9,6 +9,7 @@ import dataclasses
 import enum
 import sys
 import textwrap
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -338,7 +339,15 @@ def _backpropagation(schedule: Schedule) -> list[str]:
     """A line on what `jax.grad` would take, where that is known."""
     size = schedule.stored_bytes
     share = f"; the plan takes {schedule.peak_bytes / size:.2f} of it" if size else ""
-    return [f"backpropagation  {show_bytes(size)} temporaries, everything stored{share}"] if size else []
+    return [f"backpropagation  {show_bytes(size)} temporaries, as `jax.grad` stores{share}"] if size else []
+
+
+def kept(schedule: Schedule) -> str:
+    """What the STORE runs keep, those within recomputed stretches too: how many of each option, the sets of
+    values that were computed for the plan (`keep:...`) as one."""
+    runs = [run for run in walk(schedule.runs) if run.kind is RunKind.STORE]
+    names = Counter("some values" if ":" in run.options[0] else run.options[0] for run in runs)
+    return ", ".join(f"{name} {count}" for name, count in names.most_common())
 
 
 def describe(schedule: Schedule) -> str:
@@ -347,6 +356,7 @@ def describe(schedule: Schedule) -> str:
     lines = [
         f"{len(schedule)} layers: {legend or 'strategies not stated'}",
         *textwrap.wrap(strip(schedule), 96, initial_indent="  ", subsequent_indent="  "),
+        *([f"stored           {stored}"] if (stored := kept(schedule)) else []),
         f"predicted peak   {show_bytes(schedule.total_bytes)}"
         f" = {show_bytes(schedule.fixed_bytes)} fixed + {show_bytes(schedule.peak_bytes)} temporaries"
         + ("" if schedule.budget_bytes is None else f"; budget {show_bytes(schedule.budget_bytes)}"),
