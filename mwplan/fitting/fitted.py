@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,13 @@ class Fitted:
     profile: Profile
     temporary_bytes: int
     attempts: tuple[Attempt, ...]
+    plain: Callable[[], int | None] = field(default=lambda: None, compare=False, repr=False)
+
+    @property
+    def plain_bytes(self) -> int | None:
+        """Temporaries of plain backpropagation, as it is compiled here; None for arrays on several devices.
+        **Cost:** a compilation, when it is first asked for or printed."""
+        return self.plain()
 
     @property
     def arrangement(self) -> Arrangement:
@@ -97,6 +104,7 @@ class Fitted:
 
     def __str__(self) -> str:
         total, plan = self.profile.fixed_bytes + self.temporary_bytes, self.schedule
+        plain = self.plain_bytes
         used = ", ".join(f"{s.value} {count}" for s, count in plan.counts.items())
         budget = "" if plan.budget_bytes is None else f", of a budget of {show_bytes(plan.budget_bytes)}"
         return "\n".join(
@@ -104,9 +112,9 @@ class Fitted:
                 f"compiled step of {len(plan)} layers ({used}) on {self.profile.device}",
                 f"  measured {show_bytes(total)} = {show_fixed(self.profile)}"
                 f" + {show_bytes(self.temporary_bytes)} temporaries{budget}",
-                f"  predicted {show_bytes(plan.peak_bytes)} temporaries"
-                f" (`jax.grad` {show_bytes(plan.stored_bytes)}), {show_ns(plan.time_ns)}, error"
-                f" {plan.error:.1e}; {len(self.attempts)} programs compiled",
+                f"  predicted {show_bytes(plan.peak_bytes)} temporaries, {show_ns(plan.time_ns)}, error "
+                f"{plan.error:.1e}; {len(self.attempts)} programs compiled",
+                *([] if plain is None else [f"  plain `jax.grad` takes {show_bytes(plain)} temporaries"]),
                 f"  stored: {kept(plan) or 'nothing'}",
                 "  call `(value, report), grads = fitted.step(chain, x, *args)`; `print(fitted.schedule)` "
                 "shows the plan",

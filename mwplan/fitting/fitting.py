@@ -19,6 +19,7 @@ from mwplan.execution.updates import Optimizer, state_bytes
 from mwplan.fitting import remote, tuning
 from mwplan.fitting.fitted import Fitted
 from mwplan.fitting.losses import with_loss
+from mwplan.fitting.plain import backpropagation, compiled_bytes
 from mwplan.fitting.remote import RemoteFit
 from mwplan.fitting.search import WORTHWHILE, Compiler, Plans, Search
 from mwplan.network import sharding
@@ -111,6 +112,7 @@ def fit(
         (chain, x, *args),
         profile, budget=budget, max_error=max_error, allowed=chosen, max_attempts=max_attempts, thin=thin,
         regular=regular, tune=tune, say=say, names=remote.NAMES,
+        plain=backpropagation(loss, has_aux, wrt_input),
     )  # fmt: skip
 
 
@@ -128,14 +130,15 @@ def fit_step(
     tune: int = 0,
     say: Callable[[str], None] = lambda text: None,
     names: tuple[str, ...] = ("args",),
+    plain: Callable[..., Any] | None = None,
 ) -> Fitted:
     """As `fit`, of any step: `gradient(schedule, arrangement=...)` makes a function of `args` that executes a
-    schedule for `profile`; the first of `args` holds the parameters; `names`, of `args`, as `Step` has them.
-    Raises and costs: as `fit`, beside the profile."""
+    schedule for `profile`; the first of `args` holds the parameters; `names`, of `args`, as `Step` has them;
+    `plain`, backpropagation, of the same arguments. Raises and costs: as `fit`, beside the profile."""
     _check_counts(max_attempts, tune)
     budget_bytes, chosen = parse_bytes(budget), check_allowed(allowed)
     fitter = _Fitter(
-        compiler=Compiler(gradient, args, profile, names),
+        compiler=Compiler(gradient, args, profile, names, compiled_bytes(plain, args)),
         plans=functools.cache(lambda allowed: Plans.of(profile, max_error, allowed, thin, regular)),
         budget=budget,
         max_error=max_error,

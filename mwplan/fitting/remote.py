@@ -21,6 +21,7 @@ from mwplan.compilers import compiling
 from mwplan.compilers.step import Step
 from mwplan.execution import execute
 from mwplan.fitting.fitted import show_fixed
+from mwplan.fitting.plain import backpropagation
 from mwplan.fitting.search import Plans
 from mwplan.network.chain import Chain, fingerprint
 from mwplan.plans.profiles import Profile
@@ -225,14 +226,9 @@ def fit(
     if profile.fingerprint and profile.fingerprint != fingerprint(chain):
         raise ScheduleMismatchError("`profile` is of another chain: leave it out, or estimate this one")
     gradient = functools.partial(execute.value_and_grad, loss, has_aux=has_aux, wrt_input=wrt_input)
-
-    def plain(chain: Chain, x: PyTree, *args: Any) -> Any:
-        return loss(chain(x), *args)
-
-    wrt = (0, 1) if wrt_input else 0
     return fit_step(
         gradient,
-        jax.value_and_grad(plain, argnums=wrt, has_aux=has_aux, allow_int=True),
+        backpropagation(loss, has_aux, wrt_input),
         (chain, x, *args),
         profile.with_optimizer(states_bytes),
         device=device, budget=budget, max_error=max_error, allowed=allowed, max_attempts=max_attempts,

@@ -25,12 +25,13 @@ WORTHWHILE = 0.02  # a share: of time by which another plan must be faster, of m
 @dataclass(frozen=True)
 class Compiler:
     """Makes a compiled step of `gradient(schedule, arrangement=...)` for `args`; each is made once. `names`,
-    of the arguments, as `Step` has them."""
+    of the arguments, as `Step` has them; `plain`, temporaries of plain backpropagation."""
 
     gradient: Callable[..., Callable[..., Any]]
     args: tuple[Any, ...]
     profile: Profile
     names: tuple[str, ...] = ("args",)
+    plain: Callable[[], int | None] = lambda: None
     made: dict[tuple[tuple[Run, ...], Arrangement], Fitted] = field(default_factory=dict)
 
     def __call__(self, schedule: Schedule, arrangement: Arrangement, budget_bytes: int) -> Fitted:
@@ -56,6 +57,7 @@ class Compiler:
             profile=self.profile,
             temporary_bytes=attempt.measured_bytes,
             attempts=(attempt,),
+            plain=self.plain,
         )
 
 

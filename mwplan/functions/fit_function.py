@@ -168,14 +168,14 @@ def fit_function(
         "budget": budget, "max_error": max_error, "allowed": check_allowed(allowed),
         "max_attempts": max_attempts, "say": say,
     }  # fmt: skip
+    backpropagation = plain(found, loss, has_aux)
     try:
         if device is not None:
-            backpropagation = plain(found, loss, has_aux)
             fit = remote.fit_step(gradient, backpropagation, flat, profile, device=device, **asked)
             return RemoteFunction(
                 fit=fit, has_aux=has_aux, keep_checkpoints=keep_checkpoints, most=most, looped=loops
             )
-        fitted = fit_step(gradient, flat, profile, tune=tune, **asked)
+        fitted = fit_step(gradient, flat, profile, tune=tune, plain=backpropagation, **asked)
     except InfeasibleError as error:
         raise InfeasibleError(
             f"{error}\n{_narrowest(found)}",

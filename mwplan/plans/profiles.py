@@ -266,7 +266,8 @@ class Profile:
                 f"  fixed {show_bytes(self.fixed_bytes)}: {self.fixed_parts}",
                 f"  layers' outputs {show_bytes(sum(self.activation_bytes[1:]))} in all, the largest "
                 f"{show_bytes(max(self.activation_bytes[1:]))}",
-                f"  backpropagation {show_bytes(self.stored_bytes)} temporaries, as `jax.grad` stores",
+                f"  backpropagation up to {show_bytes(self.stored_bytes)} temporaries, with all that "
+                "`jax.vjp` keeps",
                 f"  forward {show_ns(sum(layer.forward_ns for layer in self.layers))}",
                 "  for `mw.plan(profile, budget)` or `mw.frontier(profile)`; `profile.layers` has the "
                 "figures",
@@ -300,8 +301,8 @@ class Profile:
 
     @property
     def stored_bytes(self) -> int:
-        """Predicted temporaries of plain backpropagation, which is what `jax.grad` does: of every layer all
-        is stored that `jax.vjp` keeps."""
+        """Predicted temporaries of plain backpropagation where all that `jax.vjp` keeps of every layer is an
+        array. `jax.grad` takes less where a compiler makes some of it again within kernels."""
         a, c = self.activation_bytes, self.cotangent_bytes
         held, there, peak = 0, True, 0  # there: the layer's input is kept by others
         backward = []

@@ -223,7 +223,8 @@ class Schedule:
     - `packed_bytes`: the same with the predicted fragmentation (`mwplan.plans.packing`), at least
       `peak_bytes`; 0 where the profile knows too little of workspaces, or the chain is long;
     - `fixed_bytes`: parameters, input and gradients; `input_bytes`: the input alone, 0 if unknown;
-    - `stored_bytes`: predicted temporaries of plain backpropagation, everything stored; 0 if unknown;
+    - `stored_bytes`: temporaries of plain backpropagation where all that `jax.vjp` keeps is an array
+      (compilers make some of it again within kernels); 0 if unknown;
     - `budget_bytes`: the total asked for; `least_bytes`: the least feasible total;
     - `host_bytes`: predicted bytes in the host's memory, at most.
 
@@ -338,8 +339,10 @@ def _fragmentation(schedule: Schedule) -> list[str]:
 def _backpropagation(schedule: Schedule) -> list[str]:
     """A line on what `jax.grad` would take, where that is known."""
     size = schedule.stored_bytes
-    share = f"; the plan takes {schedule.peak_bytes / size:.2f} of it" if size else ""
-    return [f"backpropagation  {show_bytes(size)} temporaries, as `jax.grad` stores{share}"] if size else []
+    if not size:
+        return []
+    all_of_it = f"up to {show_bytes(size)} temporaries, with all that `jax.vjp` keeps"
+    return [f"backpropagation  {all_of_it}; the plan takes {schedule.peak_bytes / size:.2f} of it"]
 
 
 def kept(schedule: Schedule) -> str:
