@@ -80,10 +80,15 @@ class Pricing(Protocol):
     def saving(self, handle: Any, *, dead: PyTree, temporary: PyTree) -> Saved:
         """What the operation needs less where it is the last user of `dead`, as `Saving`."""
 
-    def together(self, *handles: Any, free: bool = False) -> Any:
+    def together(self, *handles: Any, free: bool = False) -> None:
         """These operations follow one another: their times are measured in one program, if at all. `free`:
-        nothing stands between them in a step, where forward operations have no barriers; where a compiler
-        was asked what it makes of both, what they need (`temporary_bytes`), else None."""
+        nothing stands between them in a step, where forward operations have no barriers."""
+
+    def crossing(
+        self, forward: Any, backward: Any, *, ends: tuple[PyTree, PyTree], ct: PyTree, grads: PyTree
+    ) -> Any:
+        """What a compiler keeps from the one to the other, as `mwplan.targets.crossing.Crossing`; None where
+        it keeps what it is told to. `ends`: the leaves of the layer's input and output that count there."""
 
     def derive(self, handle: Any, base: Any, more: Any) -> None:
         """The operation `handle` does what `base` does, and beside it some of what `more` does: its time need
@@ -348,6 +353,11 @@ class Layer:
     def together(self, *handles: Handle, free: bool = False) -> None:
         """As `Pricing.together`."""
         self.joints.append(Joint(handles))
+
+    def crossing(
+        self, forward: Handle, backward: Handle, *, ends: tuple[PyTree, PyTree], ct: PyTree, grads: PyTree
+    ) -> None:
+        """Nothing: each operation stands between barriers."""
 
     def derive(self, handle: Handle, base: Handle, more: Handle) -> None:
         """As `Pricing.derive`."""

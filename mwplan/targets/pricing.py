@@ -19,12 +19,17 @@ import jax
 
 from mwplan.common import platforms, trees
 from mwplan.compilers.alone import Alone, LastUser
+from mwplan.network import operations
+from mwplan.network.constants import tied
+from mwplan.network.products import written_once
 from mwplan.targets import program
+from mwplan.targets.crossing import Crossing
 from mwplan.targets.devices import Device
 from mwplan.targets.program import Compiled
 from mwplan.targets.target import Target
 
 PyTree = Any
+_BACKWARD = (operations.store_backward, operations.reverse, operations.vijp, operations.advance)
 
 
 @dataclass(frozen=True)
@@ -63,11 +68,6 @@ class _Pair:
 
     handles: tuple[Compiling, ...]
     future: Future[Compiled]
-
-    @property
-    def temporary_bytes(self) -> int:
-        """What both need beside arguments and results."""
-        return self.future.result().temporary_bytes
 
     def share_ns(self, handle: Compiling) -> int:
         """A handle's part of the time of both, as they share it alone; never more than alone."""
@@ -119,13 +119,21 @@ class Compiler:
     def program(self, operation: Callable[..., Any], *args: Any) -> Compiling:
         """Starts to compile the operation for shapes like `args`, between barriers as within a step."""
         with platforms.lowering_for(self.target.platform):
-            alone = Alone(operation, args)
+            alone = Alone(operation, args, self._performed(operation))
 
         def between(leaves: list[Any]) -> list[Any]:
             found: list[Any] = trees.tie(alone.function(*trees.tie(leaves)))
             return found
 
         return Compiling(alone, self.started(between, alone.inputs))
+
+    def _performed(self, operation: Callable[..., Any]) -> Callable[..., Any]:
+        """The operation with the barriers within that a step on a GPU gives it
+        (`mwplan.execution.barriers`)."""
+        if self.target.platform != "gpu":
+            return operation
+        function, waits = getattr(operation, "func", operation), tied(operation, always=False)
+        return written_once(waits) if function in _BACKWARD else waits
 
     def saving(self, handle: Compiling, *, dead: PyTree, temporary: PyTree) -> CompilingSaving:
         """What the operation needs less where it is the last user of `dead`, leaves of its arguments, and
@@ -134,11 +142,11 @@ class Compiler:
         future = self.started(last.step, *last.shapes) if last.worth else None
         return CompilingSaving(handle, last, future)
 
-    def together(self, *handles: Compiling, free: bool = False) -> _Pair | None:
+    def together(self, *handles: Compiling, free: bool = False) -> None:
         """Compiles them as one program where nothing stands between them (`free`) and compilers are given
         that freedom; else nothing: each operation's time is modelled."""
         if not free or self.target.platform == "cpu":
-            return None
+            return
         made = {id(leaf) for one in handles for leaf in one.alone.outputs}
         inputs = {id(leaf): leaf for one in handles for leaf in one.alone.inputs if id(leaf) not in made}
         read = {id(leaf) for one in handles for leaf in one.alone.inputs}
@@ -157,7 +165,20 @@ class Compiler:
         pair = _Pair(handles, self.started(run, list(inputs.values())))
         for one in handles:
             one.pairs.append(pair)
-        return pair
+
+    def crossing(
+        self,
+        forward: Compiling,
+        backward: Compiling,
+        *,
+        ends: tuple[PyTree, PyTree],
+        ct: PyTree,
+        grads: PyTree,
+    ) -> Crossing | None:
+        """As `Pricing.crossing`."""
+        if self.target.platform == "cpu":
+            return None
+        return Crossing(forward.alone, backward.alone, *ends, ct, grads, self.started)
 
     def derive(self, handle: Compiling, base: Compiling, more: Compiling) -> None:
         """Nothing: each operation's time is modelled."""

@@ -1,0 +1,89 @@
+"""What several products read is written once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax import lax
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var
+
+from mwplan.network.canonical import CALLS, bind
+from mwplan.network.constants import Traced
+
+PRODUCTS = ("dot_general", "conv_general_dilated")
+#: What passes an array on in another shape.
+_VIEWS = ("transpose", "reshape", "squeeze", "broadcast_in_dim", "convert_element_type", "copy")
+_CHECKPOINTS = ("remat2", "checkpoint")
+
+
+def written_once(operation: Callable[..., Any]) -> Callable[..., Any]:
+    """`operation`, each array of which that it makes and two products read (a cotangent: one product gives
+    the weights' gradient, one goes on) is behind a barrier of its own.
+
+    Else XLA:GPU makes it again for each of them, and may make both before either is read: the operation takes
+    an array more than it need. Same values. Where there is such an array it is not to be differentiated any
+    more: rules of `jax.custom_vjp` are gone."""
+
+    def call(*args: Any) -> Any:
+        made = Traced(operation, args)
+        if not _any_shared(made.closed.jaxpr):
+            return operation(*args)
+        return made.result(_evaluate(made.closed.jaxpr, made.closed.consts, made.arrays(args)))
+
+    return call
+
+
+def _shared(jaxpr: Jaxpr) -> set[Any]:
+    """The variables made in a program that at least two of its products read, in whatever shape."""
+    root: dict[Any, Any] = {}
+    readers: dict[Any, int] = {}
+    made: set[Any] = set()
+    for eqn in jaxpr.eqns:
+        read = {root.get(var, var) for var in eqn.invars if isinstance(var, Var)}
+        if eqn.primitive.name in PRODUCTS:
+            for var in read:
+                readers[var] = readers.get(var, 0) + 1
+        if eqn.primitive.name in _VIEWS and len(read) == 1:
+            root[eqn.outvars[0]] = next(iter(read))
+        else:
+            made.update(eqn.outvars)
+    return {var for var, count in readers.items() if count > 1 and var in made}
+
+
+def _inner(eqn: Any) -> Jaxpr | None:
+    """The program that an equation calls, or computes again."""
+    name = eqn.primitive.name
+    one: Any = eqn.params.get("jaxpr" if name in _CHECKPOINTS else CALLS.get(name, ""))
+    found: Jaxpr | None = one.jaxpr if isinstance(one, ClosedJaxpr) else one
+    return found
+
+
+def _any_shared(jaxpr: Jaxpr) -> bool:
+    inside = (_inner(eqn) for eqn in jaxpr.eqns)
+    return bool(_shared(jaxpr)) or any(_any_shared(one) for one in inside if one is not None)
+
+
+def _evaluate(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+    env: dict[Any, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args]))
+    shared = _shared(jaxpr)
+    for eqn in jaxpr.eqns:
+        values = [var.val if isinstance(var, Literal) else env[var] for var in eqn.invars]
+        inner = _inner(eqn)
+        if inner is None or not _any_shared(inner):
+            found = bind(eqn, values)
+        elif eqn.primitive.name in _CHECKPOINTS:
+            avals = [var.aval for var in inner.invars]
+            again = jax.make_jaxpr(lambda *args, inner=inner: _evaluate(inner, (), args))(*avals)
+            found = (
+                bind(eqn, values, {**eqn.params, "jaxpr": again.jaxpr})
+                if not again.consts
+                else bind(eqn, values)
+            )
+        else:
+            called = eqn.params[CALLS[eqn.primitive.name]]
+            found = _evaluate(inner, getattr(called, "consts", ()), values)
+        for var, value in zip(eqn.outvars, found):
+            env[var] = lax.optimization_barrier(value) if var in shared else value
+    return [var.val if isinstance(var, Literal) else env[var] for var in jaxpr.outvars]
