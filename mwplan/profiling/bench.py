@@ -32,6 +32,7 @@ from mwplan.profiling import costs, programs
 from mwplan.profiling.roofline import DEVICES, Device
 from mwplan.profiling.touch import FirstTouch
 from mwplan.solvers.parallel import processors
+from mwplan.targets.crossing import Crossing
 
 PyTree = Any
 _PIECE = 1 << 10  # bytes: parts of a workspace below leave no hole to speak of
@@ -86,9 +87,9 @@ class Pricing(Protocol):
 
     def crossing(
         self, forward: Any, backward: Any, *, ends: tuple[PyTree, PyTree], ct: PyTree, grads: PyTree
-    ) -> Any:
-        """What a compiler keeps from the one to the other, as `mwplan.targets.crossing.Crossing`; None where
-        it keeps what it is told to. `ends`: the leaves of the layer's input and output that count there."""
+    ) -> Crossing | None:
+        """What a compiler keeps from the one to the other; None where it keeps what it is told to. `ends`:
+        the leaves of the layer's input and output that count there."""
 
     def derive(self, handle: Any, base: Any, more: Any) -> None:
         """The operation `handle` does what `base` does, and beside it some of what `more` does: its time need

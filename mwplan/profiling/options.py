@@ -20,6 +20,7 @@ from mwplan.plans.profiles import InvertOption, MoonwalkOption, StoreOption
 from mwplan.profiling import trades
 from mwplan.profiling.bench import Priced, Pricing, Saved, cotangent
 from mwplan.profiling.carrying import Place
+from mwplan.targets.crossing import Crossing, Kept
 
 PyTree = Any
 
@@ -215,7 +216,7 @@ class _StorePrograms:
         return told if self.crossing is None else _as_compiled(told, self.crossing, self.cotangent_bytes)
 
 
-def _as_compiled(told: StoreOption, crossing: Any, cotangent_bytes: int) -> StoreOption:
+def _as_compiled(told: StoreOption, crossing: Crossing, cotangent_bytes: int) -> StoreOption:
     """An option with what a compiler keeps instead of what it is told to (`mwplan.targets.crossing`);
     `cotangent_bytes`, of the layer's output and input together."""
     kept, (x_bytes, y_bytes) = crossing.kept(told.residual_bytes), crossing.end_bytes
@@ -223,10 +224,9 @@ def _as_compiled(told: StoreOption, crossing: Any, cotangent_bytes: int) -> Stor
     def forward(residual: int, workspace: int) -> int:
         return x_bytes + y_bytes + residual + workspace
 
-    def backward(one: Any, workspace: int) -> int:
+    def backward(one: StoreOption | Kept, workspace: int) -> int:
         held = one.residual_bytes + one.keeps_input * x_bytes + one.keeps_output * y_bytes
-        needed: int = held + cotangent_bytes + workspace
-        return needed
+        return held + cotangent_bytes + workspace
 
     # What both passes need is what that needs which needs more; the other needs no more than that.
     before = forward(told.residual_bytes, told.forward_workspace_bytes)
