@@ -40,7 +40,7 @@ def _shared(jaxpr: Jaxpr) -> set[Any]:
     root: dict[Any, Any] = {}
     readers: dict[Any, int] = {}
     made: set[Any] = set()
-    for eqn in jaxpr.eqns:
+    for eqn in _alive(jaxpr):
         read = {root.get(var, var) for var in eqn.invars if isinstance(var, Var)}
         if eqn.primitive.name in PRODUCTS:
             for var in read:
@@ -52,6 +52,16 @@ def _shared(jaxpr: Jaxpr) -> set[Any]:
     return {var for var, count in readers.items() if count > 1 and var in made}
 
 
+def _alive(jaxpr: Jaxpr) -> list[Any]:
+    """The equations that its results come from: the gradients that JAX derives have others too."""
+    wanted, found = {var for var in jaxpr.outvars if isinstance(var, Var)}, []
+    for eqn in reversed(jaxpr.eqns):
+        if not wanted.isdisjoint(eqn.outvars):
+            wanted.update(var for var in eqn.invars if isinstance(var, Var))
+            found.append(eqn)
+    return found[::-1]
+
+
 def _inner(eqn: Any) -> Jaxpr | None:
     """The program that an equation calls, or computes again."""
     name = eqn.primitive.name
@@ -61,7 +71,7 @@ def _inner(eqn: Any) -> Jaxpr | None:
 
 
 def _any_shared(jaxpr: Jaxpr) -> bool:
-    inside = (_inner(eqn) for eqn in jaxpr.eqns)
+    inside = (_inner(eqn) for eqn in _alive(jaxpr))
     return bool(_shared(jaxpr)) or any(_any_shared(one) for one in inside if one is not None)
 
 
