@@ -20,7 +20,10 @@ elementwise fuses across layers, forward and backward, as in backpropagation. Tw
 third there too: one that rebuilds an activation from a layer's output, which can begin long before the
 cotangent is there; and one that writes into constants (the zeros of a scatter, a loop's stacked results), for
 these would be there from the start of the program (measured: `results/prediction`, up to four times the
-memory planned). XLA:TPU removes barriers before it orders instructions: they keep what they part from being
+memory planned). Two kinds of arrays have a barrier of their own there, which part nothing that would not be
+written anyway: a layer's output that is kept for the backward pass and read by the next layer (XLA may keep
+beside it what it was made of), and what several products of an operation backward read (XLA may make it
+again for each). XLA:TPU removes barriers before it orders instructions: they keep what they part from being
 merged and from being fused, and nothing waits. Its steps have none around operations; what must wait depends
 on a number of what it waits for (`trees.after`). XLA:CPU orders for concurrency and needs all three
 everywhere.

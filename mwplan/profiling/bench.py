@@ -81,9 +81,10 @@ class Pricing(Protocol):
     def saving(self, handle: Any, *, dead: PyTree, temporary: PyTree) -> Saved:
         """What the operation needs less where it is the last user of `dead`, as `Saving`."""
 
-    def together(self, *handles: Any, free: bool = False) -> None:
+    def together(self, *handles: Any, free: bool = False) -> Any:
         """These operations follow one another: their times are measured in one program, if at all. `free`:
-        nothing stands between them in a step, where forward operations have no barriers."""
+        nothing stands between them in a step, where forward operations have no barriers; where a compiler
+        was asked what it makes of both, what they need (`temporary_bytes`), else None."""
 
     def crossing(
         self, forward: Any, backward: Any, *, ends: tuple[PyTree, PyTree], ct: PyTree, grads: PyTree

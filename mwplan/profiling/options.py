@@ -177,7 +177,8 @@ class _StorePrograms:
         self.saving = options.pricing.saving(self.backward, dead=dead, temporary=temporary)
         apart = place.cotangents_apart(options.x, options.y, idle=False)
         self.apart = _Apart(options.pricing, self.backward, (self.held.own, ct), temporary, apart)
-        self.cotangent_bytes, self.crossing = trees.nbytes(ct) + trees.nbytes(temporary), None
+        self.ct_bytes, self.ct_in_bytes = trees.nbytes(ct), trees.nbytes(temporary)
+        self.pair = self.crossing = None
         if (new_bytes(self.held) or self.held.keeps_output) and not apart:
             self.crossing = options.pricing.crossing(
                 self.forward,
@@ -187,7 +188,7 @@ class _StorePrograms:
                 grads=self.backward.result[0],
             )
         if whole is None:
-            options.pricing.together(self.forward, self.backward, free=True)
+            self.pair = options.pricing.together(self.forward, self.backward, free=True)
         else:
             options.pricing.derive(self.forward, whole.forward, options.plain)
             options.pricing.derive(self.backward, whole.backward, options.plain)
@@ -213,7 +214,17 @@ class _StorePrograms:
             backward_workspace_bytes=self.apart.workspace_bytes,
             backward_saving_bytes=self.apart.saving_bytes(self.saving),
         )
-        return told if self.crossing is None else _as_compiled(told, self.crossing, self.cotangent_bytes)
+        if self.crossing is not None:
+            return _as_compiled(told, self.crossing, self.ct_bytes + self.ct_in_bytes)
+        if self.pair is None:
+            return told
+        # The compiler may keep other arrays than `jax.vjp`, which it does not write over.
+        most = told.residual_bytes + told.backward_workspace_bytes + self.ct_bytes - self.pair.temporary_bytes
+        return dataclasses.replace(
+            told,
+            backward_workspace_bytes=told.backward_workspace_bytes - min(0, most),
+            backward_saving_bytes=min(told.backward_saving_bytes, max(0, most)),
+        )
 
 
 def _as_compiled(told: StoreOption, crossing: Crossing, cotangent_bytes: int) -> StoreOption:

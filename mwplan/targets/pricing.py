@@ -69,6 +69,11 @@ class _Pair:
     handles: tuple[Compiling, ...]
     future: Future[Compiled]
 
+    @property
+    def temporary_bytes(self) -> int:
+        """What both need beside arguments and results."""
+        return self.future.result().temporary_bytes
+
     def share_ns(self, handle: Compiling) -> int:
         """A handle's part of the time of both, as they share it alone; never more than alone."""
         apart = sum(one.alone_ns for one in self.handles)
@@ -142,11 +147,11 @@ class Compiler:
         future = self.started(last.step, *last.shapes) if last.worth else None
         return CompilingSaving(handle, last, future)
 
-    def together(self, *handles: Compiling, free: bool = False) -> None:
+    def together(self, *handles: Compiling, free: bool = False) -> _Pair | None:
         """Compiles them as one program where nothing stands between them (`free`) and compilers are given
         that freedom; else nothing: each operation's time is modelled."""
         if not free or self.target.platform == "cpu":
-            return
+            return None
         made = {id(leaf) for one in handles for leaf in one.alone.outputs}
         inputs = {id(leaf): leaf for one in handles for leaf in one.alone.inputs if id(leaf) not in made}
         read = {id(leaf) for one in handles for leaf in one.alone.inputs}
@@ -165,6 +170,7 @@ class Compiler:
         pair = _Pair(handles, self.started(run, list(inputs.values())))
         for one in handles:
             one.pairs.append(pair)
+        return pair
 
     def crossing(
         self,
@@ -176,7 +182,7 @@ class Compiler:
         grads: PyTree,
     ) -> Crossing | None:
         """As `Pricing.crossing`."""
-        if self.target.platform == "cpu":
+        if self.target.platform != "gpu":  # on TPUs no pause would hold: their compiler removes barriers
             return None
         return Crossing(forward.alone, backward.alone, *ends, ct, grads, self.started)
 
