@@ -45,7 +45,7 @@ def tied(
     def call(*args: Any) -> Any:
         args = trees.vary(args, trees.varying_axes(args))  # as the barrier makes them
         made = Traced(operation, args)
-        if not always and not (_has_constants(made.closed) and _writes(made.closed.jaxpr)):
+        if not always and not (_has_constants(made.closed) and writes(made.closed.jaxpr)):
             return operation(*args)
         if not _has_constants(made.closed):
             return made.result(jaxpr_as_fun(made.closed)(*made.arrays(trees.tie(args, free))))
@@ -122,9 +122,9 @@ def _writer(eqn: Any) -> bool:
     return name in WRITERS or name == WINDOWED or name.startswith("scatter")
 
 
-def _writes(jaxpr: Jaxpr) -> bool:
+def writes(jaxpr: Jaxpr) -> bool:
     """Whether some part of the program writes into an operand."""
-    return any(_writer(eqn) or any(map(_writes, _inside(eqn))) for eqn in jaxpr.eqns)
+    return any(_writer(eqn) or any(map(writes, _inside(eqn))) for eqn in jaxpr.eqns)
 
 
 def _makes(jaxpr: Jaxpr) -> bool:

@@ -7,6 +7,7 @@ operations of several layers with one `Compiler`: each waits for what it asks fo
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import threading
@@ -20,7 +21,7 @@ import jax
 from mwplan.common import platforms, trees
 from mwplan.compilers.alone import Alone, LastUser
 from mwplan.network import operations
-from mwplan.network.constants import tied
+from mwplan.network.constants import tied, writes
 from mwplan.network.products import written_once
 from mwplan.targets import program
 from mwplan.targets.crossing import Crossing
@@ -29,7 +30,12 @@ from mwplan.targets.program import Compiled
 from mwplan.targets.target import Target
 
 PyTree = Any
+_FORWARD = (operations.plain_forward, operations.forward)
 _BACKWARD = (operations.store_backward, operations.reverse, operations.vijp, operations.advance)
+
+
+def _function(operation: Callable[..., Any]) -> Any:
+    return getattr(operation, "func", operation)
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,7 @@ class Compiling:
     alone: Alone
     future: Future[Compiled]
     pairs: list[_Pair] = field(default_factory=list)
+    passing: CompilingSaving | None = None  # where its results come and go: of what writes into arrays
 
     @property
     def result(self) -> Any:
@@ -57,8 +64,9 @@ class Compiling:
 
     @property
     def workspace_bytes(self) -> int:
-        """The compiled program's temporaries."""
-        return self.future.result().temporary_bytes
+        """The compiled program's temporaries; in results' buffers too it may have laid some."""
+        alone = self.future.result().temporary_bytes
+        return alone if self.passing is None else max(alone, self.passing.beside_bytes)
 
 
 @dataclass(frozen=True)
@@ -88,6 +96,11 @@ class CompilingSaving:
     handle: Compiling
     last: LastUser
     future: Future[Compiled] | None
+
+    @property
+    def beside_bytes(self) -> int:
+        """Bytes that the program needs beside what it reads for the last time and what it makes."""
+        return 0 if self.future is None else self.future.result().temporary_bytes - self.last.apart_bytes
 
     @property
     def saving_bytes(self) -> int:
@@ -130,15 +143,20 @@ class Compiler:
             found: list[Any] = trees.tie(alone.function(*trees.tie(leaves)))
             return found
 
-        return Compiling(alone, self.started(between, alone.inputs))
+        handle = Compiling(alone, self.started(between, alone.inputs))
+        if self.target.platform == "gpu" and _function(operation) in _FORWARD and writes(alone.jaxpr.jaxpr):
+            last = LastUser(alone, (), alone.result)
+            passing = CompilingSaving(handle, last, self.started(last.step, *last.shapes))
+            return dataclasses.replace(handle, passing=passing)
+        return handle
 
     def _performed(self, operation: Callable[..., Any]) -> Callable[..., Any]:
         """The operation with the barriers within that a step on a GPU gives it
         (`mwplan.execution.barriers`)."""
         if self.target.platform != "gpu":
             return operation
-        function, waits = getattr(operation, "func", operation), tied(operation, always=False)
-        return written_once(waits) if function in _BACKWARD else waits
+        waits = tied(operation, always=False)
+        return written_once(waits) if _function(operation) in _BACKWARD else waits
 
     def saving(self, handle: Compiling, *, dead: PyTree, temporary: PyTree) -> CompilingSaving:
         """What the operation needs less where it is the last user of `dead`, leaves of its arguments, and
