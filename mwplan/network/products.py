@@ -15,6 +15,8 @@ from mwplan.network.constants import Traced
 PRODUCTS = ("dot_general", "conv_general_dilated")
 #: What passes an array on in another shape.
 _VIEWS = ("transpose", "reshape", "squeeze", "broadcast_in_dim", "convert_element_type", "copy")
+#: What writes arrays side by side, in a kernel that fuses with no product.
+_JOINED = ("concatenate", "pad")
 _CHECKPOINTS = ("remat2", "checkpoint")
 
 
@@ -47,7 +49,7 @@ def _shared(jaxpr: Jaxpr) -> set[Any]:
                 readers[var] = readers.get(var, 0) + 1
         if eqn.primitive.name in _VIEWS and len(read) == 1:
             root[eqn.outvars[0]] = next(iter(read))
-        else:
+        elif eqn.primitive.name in _JOINED:
             made.update(eqn.outvars)
     return {var for var, count in readers.items() if count > 1 and var in made}
 

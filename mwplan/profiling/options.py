@@ -239,21 +239,20 @@ def _as_compiled(told: StoreOption, crossing: Crossing, cotangent_bytes: int) ->
         held = one.residual_bytes + one.keeps_input * x_bytes + one.keeps_output * y_bytes
         return held + cotangent_bytes + workspace
 
-    # What both passes need is what that needs which needs more; the other needs no more than that.
+    # What both passes need is what that needs which needs more; the other backward needs no more than that.
     before = forward(told.residual_bytes, told.forward_workspace_bytes)
     after = backward(told, told.backward_workspace_bytes) - told.backward_saving_bytes
     needs, room = kept.needs_bytes - crossing.grad_bytes, kept.needs_bytes - forward(kept.residual_bytes, 0)
+    workspace = told.forward_workspace_bytes
     if before > after:
-        needs, workspace = min(needs, after), room
-    else:
-        workspace = min(told.forward_workspace_bytes, room)
+        needs, workspace = min(needs, after), max(workspace, room)
     more = backward(kept, told.backward_workspace_bytes) - needs
     return dataclasses.replace(
         told,
         residual_bytes=kept.residual_bytes,
         keeps_input=kept.keeps_input,
         keeps_output=kept.keeps_output,
-        forward_workspace_bytes=max(0, workspace),
+        forward_workspace_bytes=workspace,
         backward_workspace_bytes=told.backward_workspace_bytes - min(0, more),
         backward_saving_bytes=max(0, more),
     )
