@@ -20,8 +20,8 @@ def gradient(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def turned(w: Any, x: Any, ct: Any) -> Any:
-    made = jnp.sin(x)
-    return made.T @ ct, made @ w
+    made = jnp.concatenate([jnp.sin(x), x], axis=1)
+    return made.T @ ct, made @ w.T
 
 
 def gated(w: Any, x: Any) -> Any:
@@ -29,12 +29,13 @@ def gated(w: Any, x: Any) -> Any:
     return a * jax.nn.sigmoid(b)
 
 
-#: Operations, and how many of the arrays that each makes two products read.
+#: Operations, and how many of the arrays that each writes side by side two products read.
 OPERATIONS: dict[str, tuple[Callable[..., Any], int]] = {
     "a gated layer's gradient": (gradient(gated), 1),
     "the same, recomputed": (gradient(jax.checkpoint(gated)), 1),
     "within a call": (jax.jit(gradient(gated)), 1),
     "in another shape": (turned, 1),
+    "elementwise": (gradient(lambda w, x: jnp.tanh(x @ w[:, :4])), 0),
     "read by one": (gradient(lambda w, x: jnp.tanh(x) @ w[:, :4]), 0),
     "its arguments": (lambda w, x, ct: (x @ w, x.T @ ct), 0),
 }

@@ -22,8 +22,8 @@ cotangent is there; and one that writes into constants (the zeros of a scatter, 
 these would be there from the start of the program (measured: `results/prediction`, up to four times the
 memory planned). Two kinds of arrays have a barrier of their own there, which part nothing that would not be
 written anyway: a layer's output that is kept for the backward pass and read by the next layer (XLA may keep
-beside it what it was made of), and what several products of an operation backward read (XLA may make it
-again for each). XLA:TPU removes barriers before it orders instructions: they keep what they part from being
+beside it what it was made of), and what an operation backward writes side by side for several products (XLA
+may write it again for each). XLA:TPU removes barriers before it orders instructions: they keep what they part from being
 merged and from being fused, and nothing waits. Its steps have none around operations; what must wait depends
 on a number of what it waits for (`trees.after`). XLA:CPU orders for concurrency and needs all three
 everywhere.

@@ -21,11 +21,12 @@ _CHECKPOINTS = ("remat2", "checkpoint")
 
 
 def written_once(operation: Callable[..., Any]) -> Callable[..., Any]:
-    """`operation`, each array of which that it makes and two products read (a cotangent: one product gives
-    the weights' gradient, one goes on) is behind a barrier of its own.
+    """`operation`, in which each array that is written side by side (`jnp.concatenate`, the gradient of
+    `jnp.split`) and that two products read (a cotangent: one product gives the weights' gradient, one goes
+    on) is behind a barrier of its own.
 
-    Else XLA:GPU makes it again for each of them, and may make both before either is read: the operation takes
-    an array more than it need. Same values. Where there is such an array it is not to be differentiated any
+    Else XLA:GPU writes it again for each of them, and may write both before either is read: the operation
+    takes an array more than it need. What is elementwise it fuses or writes once as it is. Same values. Where there is such an array it is not to be differentiated any
     more: rules of `jax.custom_vjp` are gone."""
 
     def call(*args: Any) -> Any:
@@ -38,7 +39,8 @@ def written_once(operation: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _shared(jaxpr: Jaxpr) -> set[Any]:
-    """The variables made in a program that at least two of its products read, in whatever shape."""
+    """The variables that a program writes side by side and at least two of its products read, in whatever
+    shape."""
     root: dict[Any, Any] = {}
     readers: dict[Any, int] = {}
     made: set[Any] = set()
