@@ -23,10 +23,10 @@ these would be there from the start of the program (measured: `results/predictio
 memory planned). Two kinds of arrays have a barrier of their own there, which part nothing that would not be
 written anyway: a layer's output that is kept for the backward pass and read by the next layer (XLA may keep
 beside it what it was made of), and what an operation backward writes side by side for several products (XLA
-may write it again for each). XLA:TPU removes barriers before it orders instructions: they keep what they part from being
-merged and from being fused, and nothing waits. Its steps have none around operations; what must wait depends
-on a number of what it waits for (`trees.after`). XLA:CPU orders for concurrency and needs all three
-everywhere.
+may write it again for each). XLA:TPU removes barriers before it orders instructions: they keep what they
+part from being merged and from being fused, and nothing waits. Its steps have none around operations; what
+must wait depends on a number of what it waits for (`trees.after`). XLA:CPU orders for concurrency and needs
+all three everywhere.
 """
 
 from __future__ import annotations

@@ -26,8 +26,8 @@ def written_once(operation: Callable[..., Any]) -> Callable[..., Any]:
     on) is behind a barrier of its own.
 
     Else XLA:GPU writes it again for each of them, and may write both before either is read: the operation
-    takes an array more than it need. What is elementwise it fuses or writes once as it is. Same values. Where there is such an array it is not to be differentiated any
-    more: rules of `jax.custom_vjp` are gone."""
+    takes an array more than it need. What is elementwise it fuses or writes once as it is. Same values. Where
+    there is such an array it is not to be differentiated any more: rules of `jax.custom_vjp` are gone."""
 
     def call(*args: Any) -> Any:
         made = Traced(operation, args)
