@@ -32,6 +32,7 @@ def gated(w: Any, x: Any) -> Any:
 #: Operations, and how many of the arrays that each writes side by side two products read.
 OPERATIONS: dict[str, tuple[Callable[..., Any], int]] = {
     "a gated layer's gradient": (gradient(gated), 1),
+    "joined in a call": (gradient(lambda w, x: jax.nn.glu(x @ w)), 1),
     "the same, recomputed": (gradient(jax.checkpoint(gated)), 1),
     "within a call": (jax.jit(gradient(gated)), 1),
     "in another shape": (turned, 1),

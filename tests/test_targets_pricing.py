@@ -104,7 +104,9 @@ def check(name: str) -> mw.Profile:
     counted = mw.estimate(*shapes, device=name, compiled=False)
     assert "roofline" in counted.source
     for one, other in zip(profile.layers, counted.layers, strict=True):
-        assert [o.residual_bytes for o in one.store] == [o.residual_bytes for o in other.store]
+        # What the compiler keeps need not be what the rules say, but is no more than those of a mask's bytes.
+        assert [o.name for o in one.store] == [o.name for o in other.store]
+        assert all(a.residual_bytes <= 8.1 * b.residual_bytes for a, b in zip(one.store, other.store))
         assert other.forward_ns / 5 < one.forward_ns < 5 * other.forward_ns
     return profile
 
@@ -121,7 +123,7 @@ def test_a_profile_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         return jnp.mean(y**2)
 
     compiled = targets.compile(mw.value_and_grad(loss, schedule), net, x, target="h200")
-    assert compiled.temporary_bytes == pytest.approx(schedule.peak_bytes, rel=0.15)
+    assert compiled.temporary_bytes == pytest.approx(schedule.peak_bytes, rel=0.02)
     assert compiled.modelled_ns == pytest.approx(schedule.time_ns, rel=0.35)
 
 

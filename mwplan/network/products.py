@@ -41,19 +41,35 @@ def written_once(operation: Callable[..., Any]) -> Callable[..., Any]:
 def _shared(jaxpr: Jaxpr) -> set[Any]:
     """The variables that a program writes side by side and at least two of its products read, in whatever
     shape."""
-    root: dict[Any, Any] = {}
-    readers: dict[Any, int] = {}
-    made: set[Any] = set()
+    roots, readers = _roots(jaxpr), dict[Any, int]()
     for eqn in _alive(jaxpr):
-        read = {root.get(var, var) for var in eqn.invars if isinstance(var, Var)}
         if eqn.primitive.name in PRODUCTS:
-            for var in read:
+            for var in {roots.get(var, var) for var in eqn.invars if isinstance(var, Var)}:
                 readers[var] = readers.get(var, 0) + 1
-        if eqn.primitive.name in _VIEWS and len(read) == 1:
-            root[eqn.outvars[0]] = next(iter(read))
-        elif eqn.primitive.name in _JOINED:
-            made.update(eqn.outvars)
-    return {var for var, count in readers.items() if count > 1 and var in made}
+    return {var for var, count in readers.items() if count > 1 and var in _joined(jaxpr)}
+
+
+def _joined(jaxpr: Jaxpr) -> set[Any]:
+    """The variables that are written side by side, in the program or in what it calls."""
+    found: set[Any] = set()
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in _JOINED:
+            found.update(eqn.outvars)
+        elif (inner := _inner(eqn)) is not None:
+            within, roots = _joined(inner), _roots(inner)
+            for outer, var in zip(eqn.outvars, inner.outvars):
+                if isinstance(var, Var) and roots.get(var, var) in within:
+                    found.add(outer)
+    return found
+
+
+def _roots(jaxpr: Jaxpr) -> dict[Any, Any]:
+    """The variables that others are in another shape."""
+    found: dict[Any, Any] = {}
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in _VIEWS and isinstance(eqn.invars[0], Var):
+            found[eqn.outvars[0]] = found.get(eqn.invars[0], eqn.invars[0])
+    return found
 
 
 def _alive(jaxpr: Jaxpr) -> list[Any]:
