@@ -14,8 +14,12 @@ import mwplan as mw
 from mwplan import targets
 from mwplan.layers import Dense, MaxMin, Sequential, Smooth
 from mwplan.network import operations
+from mwplan.network.rules import VjpStore
 from mwplan.profiling import estimating
+from mwplan.profiling.carrying import Place
+from mwplan.profiling.options import Options
 from mwplan.targets import plugins, program
+from mwplan.targets.crossing import Crossing
 from mwplan.targets.pricing import Compiler
 from tests.compilers import GPU, TPU
 
@@ -83,6 +87,29 @@ def test_a_profile_by_this_hosts_compiler(monkeypatch: pytest.MonkeyPatch) -> No
     assert profile.layers[0] == profile.layers[2]
     monkeypatch.setattr(program, "built", lambda *args: pytest.fail("compiled again"))
     assert mw.estimate(*shapes, device="laptop") == profile
+
+
+def test_a_pause_between_passes_changes_no_value() -> None:
+    """The programs that tell what a compiler keeps compute the gradients, whatever comes and goes."""
+    one, struct = layer(), jax.ShapeDtypeStruct(X.shape, X.dtype)
+    stored = Options(Compiler(here()), one, struct, Place()).stores[VjpStore()]
+    forward, backward = stored.forward.alone, stored.backward.alone
+    programs: list[Any] = []
+    y, ct = stored.forward.result[0], backward.args[-1]
+    Crossing(
+        forward, backward, forward.inputs[-1], y, ct, (), lambda run, *given: programs.append((run, given))
+    )
+    values = [jnp.full(leaf.shape, 0.1, leaf.dtype) for leaf in programs[0][1][0]]
+    found = [run(values, jnp.zeros((), jnp.int32)) for run, _ in programs]
+    sums = [sorted(float(leaf) for leaf in some if leaf.shape == ()) for some in found]
+    made, vjp = jax.vjp(
+        lambda one, x: one(x), jax.tree.unflatten(jax.tree.structure(one), values[:-2]), values[-2]
+    )
+    want = sorted(float(leaf.sum()) for leaf in jax.tree.leaves(vjp(values[-1])))
+    assert len(programs) == 4
+    for some in sums:
+        assert some == pytest.approx(want, rel=1e-4)
+    assert made.shape == y.shape
 
 
 def test_counting_where_nothing_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
