@@ -41,11 +41,12 @@ class Kept:
 class Crossing:
     """`forward` and `backward`, operations of which the second takes what the first gives; `x`, `y`: the
     leaves of input and output that come and go; `ct`, of the output's cotangent; `grads`, of the parameters'
-    gradients; `start`, which has a program compiled. `end_bytes`, of input and output."""
+    gradients; `start`, which has a program compiled; `memory_bytes`, the device's, of which the pause takes
+    no more than half (0: not known). `end_bytes`, of input and output."""
 
     def __init__(
         self, forward: Alone, backward: Alone, x: PyTree, y: PyTree, ct: PyTree, grads: PyTree,
-        start: Callable[..., Future[Compiled]],
+        start: Callable[..., Future[Compiled]], memory_bytes: int = 0,
     ) -> None:  # fmt: skip
         self.forward, self.backward = forward, backward
         self.end_bytes = trees.nbytes(x), trees.nbytes(y)
@@ -54,7 +55,9 @@ class Crossing:
         made = {id(leaf) for leaf in forward.outputs}
         inputs = {id(leaf): leaf for leaf in (*forward.inputs, *backward.inputs) if id(leaf) not in made}
         self.inputs = list(inputs.values())
-        self.pause_bytes = _most(forward, backward)
+        most = _most(forward, backward)
+        half = memory_bytes // 2 or most
+        self.pause_bytes = math.ceil(min(most, half) / (4 * _ROW)) * 4 * _ROW
         zero = jax.ShapeDtypeStruct((), jnp.int32)
 
         def program(*, x: bool, y: bool, pause: bool) -> Future[Compiled]:
@@ -115,15 +118,13 @@ class Crossing:
 
 
 def _most(*operations: Alone) -> int:
-    """More bytes than any part of the operations needs: all that their programs ever make, in whole rows of
-    the pause."""
-    made = sum(
+    """More bytes than any part of the operations needs: all that their programs ever make."""
+    return sum(
         trees.nbytes(jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype))
         for one in operations
         for var in (*one.jaxpr.jaxpr.invars, *_made(one.jaxpr.jaxpr))
         if hasattr(var.aval, "shape") and not jnp.issubdtype(var.aval.dtype, jax.dtypes.extended)
     )
-    return math.ceil(made / (4 * _ROW)) * 4 * _ROW
 
 
 def _made(jaxpr: Any) -> list[Any]:

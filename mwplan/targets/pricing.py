@@ -202,7 +202,8 @@ class Compiler:
         """As `Pricing.crossing`."""
         if self.target.platform != "gpu":  # on TPUs no pause would hold: their compiler removes barriers
             return None
-        return Crossing(forward.alone, backward.alone, *ends, ct, grads, self.started)
+        memory = self.device.memory_bytes
+        return Crossing(forward.alone, backward.alone, *ends, ct, grads, self.started, memory)
 
     def derive(self, handle: Compiling, base: Compiling, more: Compiling) -> None:
         """Nothing: each operation's time is modelled."""
