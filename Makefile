@@ -60,7 +60,8 @@ $(NEWEST)/.installed: pyproject.toml
 # What needs a compiler for GPUs, without one: in an environment of its own, where JAX keeps to the CPU.
 test-targets: $(TARGETS)/.installed
 	JAX_PLATFORMS=cpu $(TARGETS)/bin/python $(PYTEST) tests/test_targets.py tests/test_targets_pricing.py \
-	  tests/test_peak.py tests/test_remote.py tests/test_experiments_targets.py $(ARGS)
+	  tests/test_peak.py tests/test_remote.py tests/test_experiments_targets.py tests/test_field_targets.py \
+	  tests/test_barriers.py $(ARGS)
 
 $(TARGETS)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

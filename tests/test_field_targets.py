@@ -30,13 +30,24 @@ def made_of_constants(jaxpr: Any, given: frozenset[Any] = frozenset()) -> list[s
         read = [not isinstance(var, Literal) and var in late for var in eqn.invars]
         if eqn.primitive.name in ("scatter", "scatter-add", "dynamic_update_slice") and not read[0]:
             found.append(eqn.primitive.name)
+        if eqn.primitive.name == "select_and_scatter_add" or (
+            eqn.primitive.name == "select_and_scatter" and not read[2]
+        ):
+            found.append(eqn.primitive.name)
         if any(read):
             late |= {*eqn.outvars}
     return found
 
 
+def largest(x: Any) -> Any:
+    return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 3), (1, 1), "SAME")
+
+
 OPERATIONS = {
     "zeros.at.set": lambda one, x: jnp.zeros_like(x).at[:, 0].set(x[:, 1]),
+    "the gradient of the largest of windows": lambda one, x: jax.grad(lambda x: jnp.sum(jnp.sin(largest(x))))(
+        x
+    ),
     "gather's gradient": lambda one, x: jax.grad(lambda x: jnp.sum(jnp.sin(x[:, jnp.array([3, 1, 1])])))(x),
 }
 
@@ -58,7 +69,7 @@ def test_what_is_written_into_waits_for_its_turn(name: str) -> None:
 
 
 @GPU
-@pytest.mark.parametrize("kind", ["zeros.at.set", "sort", "map", "gelu"])
+@pytest.mark.parametrize("kind", ["zeros.at.set", "sort", "map", "gelu", "gather", "glu"])
 def test_compiled_temporaries_are_those_predicted(kind: str) -> None:
     point = {"kind": kind, "target": "h200"}
     for name, row in layer_kinds.measure(point)["rows"].items():

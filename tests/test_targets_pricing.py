@@ -14,8 +14,12 @@ import mwplan as mw
 from mwplan import targets
 from mwplan.layers import Dense, MaxMin, Sequential, Smooth
 from mwplan.network import operations
+from mwplan.network.rules import VjpStore
 from mwplan.profiling import estimating
+from mwplan.profiling.carrying import Place
+from mwplan.profiling.options import Options
 from mwplan.targets import plugins, program
+from mwplan.targets.crossing import Crossing
 from mwplan.targets.pricing import Compiler
 from tests.compilers import GPU, TPU
 
@@ -85,6 +89,29 @@ def test_a_profile_by_this_hosts_compiler(monkeypatch: pytest.MonkeyPatch) -> No
     assert mw.estimate(*shapes, device="laptop") == profile
 
 
+def test_a_pause_between_passes_changes_no_value() -> None:
+    """The programs that tell what a compiler keeps compute the gradients, whatever comes and goes."""
+    one, struct = layer(), jax.ShapeDtypeStruct(X.shape, X.dtype)
+    stored = Options(Compiler(here()), one, struct, Place()).stores[VjpStore()]
+    forward, backward = stored.forward.alone, stored.backward.alone
+    programs: list[Any] = []
+    y, ct = stored.forward.result[0], backward.args[-1]
+    Crossing(
+        forward, backward, forward.inputs[-1], y, ct, (), lambda run, *given: programs.append((run, given))
+    )
+    values = [jnp.full(leaf.shape, 0.1, leaf.dtype) for leaf in programs[0][1][0]]
+    found = [run(values, jnp.zeros((), jnp.int32)) for run, _ in programs]
+    sums = [sorted(float(leaf) for leaf in some if leaf.shape == ()) for some in found]
+    made, vjp = jax.vjp(
+        lambda one, x: one(x), jax.tree.unflatten(jax.tree.structure(one), values[:-2]), values[-2]
+    )
+    want = sorted(float(leaf.sum()) for leaf in jax.tree.leaves(vjp(values[-1])))
+    assert len(programs) == 4
+    for some in sums:
+        assert some == pytest.approx(want, rel=1e-4)
+    assert made.shape == y.shape
+
+
 def test_counting_where_nothing_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plugins, "missing", lambda device: "install `mwplan[targets]`")
     net, x = mw.Chain([MaxMin()]), jax.ShapeDtypeStruct((64, 32), jnp.float32)
@@ -104,7 +131,9 @@ def check(name: str) -> mw.Profile:
     counted = mw.estimate(*shapes, device=name, compiled=False)
     assert "roofline" in counted.source
     for one, other in zip(profile.layers, counted.layers, strict=True):
-        assert [o.residual_bytes for o in one.store] == [o.residual_bytes for o in other.store]
+        # What the compiler keeps need not be what the rules say, but is no more than those of a mask's bytes.
+        assert [o.name for o in one.store] == [o.name for o in other.store]
+        assert all(a.residual_bytes <= 8.1 * b.residual_bytes for a, b in zip(one.store, other.store))
         assert other.forward_ns / 5 < one.forward_ns < 5 * other.forward_ns
     return profile
 
@@ -121,7 +150,7 @@ def test_a_profile_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         return jnp.mean(y**2)
 
     compiled = targets.compile(mw.value_and_grad(loss, schedule), net, x, target="h200")
-    assert compiled.temporary_bytes == pytest.approx(schedule.peak_bytes, rel=0.15)
+    assert compiled.temporary_bytes == pytest.approx(schedule.peak_bytes, rel=0.02)
     assert compiled.modelled_ns == pytest.approx(schedule.time_ns, rel=0.35)
 
 

@@ -31,8 +31,10 @@ class Alone:
     `function(*inputs)`, which gives `outputs`; `jaxpr`, its program.
     """
 
-    def __init__(self, operation: Callable[..., Any], args: Any) -> None:
-        made = Traced(operation, args)
+    def __init__(
+        self, operation: Callable[..., Any], args: Any, performed: Callable[..., Any] | None = None
+    ) -> None:
+        made = Traced(performed or operation, args)
         self.operation, self.args = operation, args
         self.inputs = made.arrays(args)
         self.jaxpr = made.closed
@@ -76,7 +78,7 @@ class LastUser:
 
     def step(self, leaves: list[Any], zero: Any) -> list[Any]:
         """The program: the operation between copies and sums; `zero` is 0."""
-        fresh = trees.tie([_moved(leaf, zero) if dies else leaf for leaf, dies in zip(leaves, self._dies)])
+        fresh = trees.tie([moved(leaf, zero) if dies else leaf for leaf, dies in zip(leaves, self._dies)])
         result = self.alone.function(*fresh)
         given = {id(leaf) for leaf in fresh}
         # What is passed through as it came takes no memory of its own.
@@ -84,20 +86,20 @@ class LastUser:
         self._made = [leaf for leaf, some in zip(self.alone.outputs, new) if some]
         # Gradients too leave as sums: in an output's buffer the compiler would find room for temporaries
         # until it is written.
-        return [_summed(leaf) for leaf in trees.tie([leaf for leaf, some in zip(result, new) if some])]
+        return [summed(leaf) for leaf in trees.tie([leaf for leaf, some in zip(result, new) if some])]
 
 
-def _moved(leaf: Any, zero: Any) -> Any:
+def moved(leaf: Any, zero: Any) -> Any:
     """A copy that the compiler must make: `zero` is 0, and only known when the program runs."""
     if trees.is_key(leaf):
         return jax.random.wrap_key_data(
-            _moved(jax.random.key_data(leaf), zero), impl=jax.random.key_impl(leaf)
+            moved(jax.random.key_data(leaf), zero), impl=jax.random.key_impl(leaf)
         )
     if leaf.dtype == jnp.bool_:
         return leaf ^ (zero != 0)
     return trees.typed_like(leaf + jnp.asarray(zero).astype(leaf.dtype), leaf)
 
 
-def _summed(leaf: Any) -> Any:
+def summed(leaf: Any) -> Any:
     """One number that needs all of `leaf`."""
     return jnp.sum((jax.random.key_data(leaf) if trees.is_key(leaf) else leaf).astype(jnp.float32))

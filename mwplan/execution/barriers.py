@@ -20,10 +20,13 @@ elementwise fuses across layers, forward and backward, as in backpropagation. Tw
 third there too: one that rebuilds an activation from a layer's output, which can begin long before the
 cotangent is there; and one that writes into constants (the zeros of a scatter, a loop's stacked results), for
 these would be there from the start of the program (measured: `results/prediction`, up to four times the
-memory planned). XLA:TPU removes barriers before it orders instructions: they keep what they part from being
-merged and from being fused, and nothing waits. Its steps have none around operations; what must wait depends
-on a number of what it waits for (`trees.after`). XLA:CPU orders for concurrency and needs all three
-everywhere.
+memory planned). Two kinds of arrays have a barrier of their own there, which part nothing that would not be
+written anyway: a layer's output that is kept for the backward pass and read by the next layer (XLA may keep
+beside it what it was made of), and what an operation backward writes side by side for several products (XLA
+may write it again for each). XLA:TPU removes barriers before it orders instructions: they keep what they
+part from being merged and from being fused, and nothing waits. Its steps have none around operations; what
+must wait depends on a number of what it waits for (`trees.after`). XLA:CPU orders for concurrency and needs
+all three everywhere.
 """
 
 from __future__ import annotations
@@ -39,6 +42,7 @@ from mwplan.common import platforms, trees
 from mwplan.network import operations
 from mwplan.network.canonical import canonical
 from mwplan.network.constants import tied
+from mwplan.network.products import written_once
 from mwplan.network.residuals import Residuals
 
 
@@ -57,18 +61,23 @@ class Around:
     `residuals`, whether those among them do (else XLA may compute them again where they are used, from what
     is there anyway, instead of keeping them); `constants`, whether the arguments wait at least where the
     operation writes into arrays that it makes of constants alone: those would be there from the start of the
-    program, for all layers."""
+    program, for all layers; `kept`, whether a layer's output waits where it is kept (`kept`); `products`,
+    whether what several products read is written once (`written_once`)."""
 
     arguments: bool
     results: bool
     residuals: bool = True
     constants: bool = False
+    kept: bool = False
+    products: bool = False
 
     def __call__(self, operation: Callable[..., Any], *args: Any) -> Any:
         """`operation(*args)`, between them."""
         free = () if self.residuals else Residuals
         if self.arguments or self.constants:
             operation = tied(operation, free, always=self.arguments)
+        if self.products:
+            operation = written_once(operation)
         result = operation(*args)
         return trees.tie(result, free) if self.results else result
 
@@ -122,7 +131,9 @@ LOOSE = Barriers(
     inverse=replace(APART, residuals=False),
 )  # fmt: skip
 #: By platform, those under which the compiled step's peak is the planned one.
-_ORDERED = Barriers(forward=replace(NONE, constants=True), backward=replace(DONE, constants=True))
+_ORDERED = Barriers(
+    forward=replace(NONE, constants=True, kept=True), backward=replace(DONE, constants=True, products=True)
+)
 PLANNED = {"cpu": Barriers(forward=APART, backward=APART), "gpu": _ORDERED, "tpu": UNTIED}
 
 
@@ -143,6 +154,12 @@ def starts_early(perform: Performer) -> bool:
     """Whether an operation may begin before all its arguments are there, so that a forward pass that is done
     again must be made to wait for the cotangent that wants it."""
     return isinstance(perform, Barriers) and not perform.backward.arguments
+
+
+def kept(perform: Performer, y: Any) -> Any:
+    """A layer's output that is kept for the backward pass and read by the next layer, which is one array
+    where `perform` says so: else XLA may keep beside it what it was made of."""
+    return trees.tie(y) if isinstance(perform, Barriers) and perform.forward.kept else y
 
 
 def in_loop(perform: Performer, *, single: bool) -> Performer:

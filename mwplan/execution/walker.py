@@ -209,6 +209,8 @@ class Walker:
                 y, held = self.on_layer("forward", layer, depth, operation, self.x[layer - 1])
                 kept.append(held)
                 keeps_input, keeps_output = held.keeps_input, held.keeps_output
+                if keeps_output and layer < len(self.structs) - 1:
+                    y = barriers.kept(self.perform, y)
             else:
                 y = self.on_layer("forward", layer, depth, operations.plain_forward, self.x[layer - 1])
             self.claim(layer, y)

@@ -290,12 +290,14 @@ class _Search:
     def candidates(
         self, plans: Callable[[frozenset[Strategy]], Plans], allowed: frozenset[Strategy], most: int
     ) -> Iterator[tuple[Schedule, int]]:
-        """Of all strategies and of fewer, the fastest for the budget, tied, loose and untied; where none of a
-        plan's fits, those for less memory, by as much as was missing."""
+        """Of all strategies and of fewer, the fastest for the budget, tied, loose and untied; where a plan's
+        tied step does not fit, those for less memory, by as much as was missing, and its loose and untied
+        ones, which mostly need no less, at last."""
         asked = dict.fromkeys(
             some for some in (allowed, *(allowed & other for other in planning.NARROWER)) if some
         )
         known: set[Any] = set()
+        late: list[tuple[Schedule, int]] = []
         for some in asked:
             total = self.budget_bytes
             while len(self.attempts) < most:
@@ -308,14 +310,15 @@ class _Search:
                 if schedule.runs in known:
                     break
                 known.add(schedule.runs)
-                before = len(self.attempts)
-                for arrangement in (0, execute.LOOSE, execute.UNTIED):
-                    if len(self.attempts) < most:
-                        yield schedule, arrangement
-                needs = min(one.compiled_bytes for one in self.attempts[before:])
+                yield schedule, 0
+                others = [(schedule, arrangement) for arrangement in (execute.LOOSE, execute.UNTIED)]
+                needs = self.attempts[-1].compiled_bytes
                 if needs <= self.budget_bytes:
+                    yield from others[: most - len(self.attempts)]
                     break
+                late += others
                 total = schedule.total_bytes - max(1, needs - self.budget_bytes)
+        yield from late[: max(0, most - len(self.attempts))]
 
     def compile(self, schedule: Schedule, arrangement: int) -> None:
         """Compiles one program, or reads what is known of it, and keeps it if it is the fastest that fits."""

@@ -27,6 +27,8 @@ SMALL = 64
 WRITERS = ("scatter", "dynamic_update_slice", "while", "scan", "sort", "cond")
 #: Primitives that XLA:CPU replaces by a program that writes into a constant array of its own.
 HIDDEN = ("top_k",)
+#: What XLA replaces by a scatter into an array of zeros: the gradient of the largest in a window.
+WINDOWED = "select_and_scatter_add"
 
 
 def tied(
@@ -43,7 +45,7 @@ def tied(
     def call(*args: Any) -> Any:
         args = trees.vary(args, trees.varying_axes(args))  # as the barrier makes them
         made = Traced(operation, args)
-        if not always and not (_has_constants(made.closed) and _writes(made.closed.jaxpr)):
+        if not always and not (_has_constants(made.closed) and writes(made.closed.jaxpr)):
             return operation(*args)
         if not _has_constants(made.closed):
             return made.result(jaxpr_as_fun(made.closed)(*made.arrays(trees.tie(args, free))))
@@ -116,12 +118,13 @@ def _inside(eqn: Any) -> list[Jaxpr]:
 
 
 def _writer(eqn: Any) -> bool:
-    return eqn.primitive.name in WRITERS or eqn.primitive.name.startswith("scatter")
+    name: str = eqn.primitive.name
+    return name in WRITERS or name == WINDOWED or name.startswith("scatter")
 
 
-def _writes(jaxpr: Jaxpr) -> bool:
+def writes(jaxpr: Jaxpr) -> bool:
     """Whether some part of the program writes into an operand."""
-    return any(_writer(eqn) or any(map(_writes, _inside(eqn))) for eqn in jaxpr.eqns)
+    return any(_writer(eqn) or any(map(writes, _inside(eqn))) for eqn in jaxpr.eqns)
 
 
 def _makes(jaxpr: Jaxpr) -> bool:
@@ -131,7 +134,7 @@ def _makes(jaxpr: Jaxpr) -> bool:
             return True
         if eqn.primitive.name == "scan" and len(eqn.outvars) > scan_counts(eqn.params)[1]:
             return True
-        if _hides(eqn):
+        if _hides(eqn) or eqn.primitive.name == WINDOWED:
             return True
         if eqn.primitive.name != "scan" and any(map(_makes, _inside(eqn))):
             return True
@@ -224,6 +227,8 @@ class _Evaluation:
         ]
         if _hides(eqn) and all(self.may_wait(var.aval) for var in eqn.outvars):
             return self.branch(eqn, given)
+        if name == WINDOWED and self.may_wait(eqn.outvars[0].aval):
+            return [self.windowed(eqn, *given)]
         return self.scan(eqn, given) if name == "scan" else bind(eqn, given)
 
     def branch(self, eqn: Any, values: list[Any]) -> list[Any]:
@@ -237,6 +242,17 @@ class _Evaluation:
             return [trees.vary(jnp.zeros(s.shape, s.dtype), trees.varying_axes(s)) for s in structs]
 
         return list(lax.cond(self.zero == 0, taken, other, values))
+
+    def windowed(self, eqn: Any, source: Any, operand: Any) -> Any:
+        """The gradient of the largest (or least) of each window, scattered into zeros that wait."""
+        names = ("window_dimensions", "window_strides", "padding")
+        window = {name: eqn.params[name] for name in names}
+        zero = self.zero.astype(operand.dtype)
+        select = jax.make_jaxpr(eqn.params["select_prim"].bind)(zero, zero).jaxpr
+        add = jax.make_jaxpr(jnp.add)(zero, zero).jaxpr
+        both = {"select_jaxpr": select, "select_consts": (), "scatter_jaxpr": add, "scatter_consts": ()}
+        scattered: Any = lax.select_and_scatter_p.bind(operand, source, zero, **both, **window)
+        return scattered
 
     def checkpoint(self, eqn: Any, values: list[Any]) -> list[Any]:
         """What `jax.checkpoint` computes (again), its own constants too after what it computes it from."""

@@ -32,6 +32,7 @@ from mwplan.profiling import costs, programs
 from mwplan.profiling.roofline import DEVICES, Device
 from mwplan.profiling.touch import FirstTouch
 from mwplan.solvers.parallel import processors
+from mwplan.targets.crossing import Crossing
 
 PyTree = Any
 _PIECE = 1 << 10  # bytes: parts of a workspace below leave no hole to speak of
@@ -84,6 +85,12 @@ class Pricing(Protocol):
         """These operations follow one another: their times are measured in one program, if at all. `free`:
         nothing stands between them in a step, where forward operations have no barriers; where a compiler
         was asked what it makes of both, what they need (`temporary_bytes`), else None."""
+
+    def crossing(
+        self, forward: Any, backward: Any, *, ends: tuple[PyTree, PyTree], ct: PyTree, grads: PyTree
+    ) -> Crossing | None:
+        """What a compiler keeps from the one to the other; None where it keeps what it is told to. `ends`:
+        the leaves of the layer's input and output that count there."""
 
     def derive(self, handle: Any, base: Any, more: Any) -> None:
         """The operation `handle` does what `base` does, and beside it some of what `more` does: its time need
@@ -348,6 +355,11 @@ class Layer:
     def together(self, *handles: Handle, free: bool = False) -> None:
         """As `Pricing.together`."""
         self.joints.append(Joint(handles))
+
+    def crossing(
+        self, forward: Handle, backward: Handle, *, ends: tuple[PyTree, PyTree], ct: PyTree, grads: PyTree
+    ) -> None:
+        """Nothing: each operation stands between barriers."""
 
     def derive(self, handle: Handle, base: Handle, more: Handle) -> None:
         """As `Pricing.derive`."""

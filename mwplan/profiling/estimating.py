@@ -17,8 +17,9 @@ chooses its operations by the platform, those for the device are counted.
 
 **Compiled** by the device's own compiler (`mwplan.targets.pricing`), where it is installed: workspaces and
 savings are its buffers, of each operation alone; times a roofline's of the kernels that it launches after
-fusion, or on TPUs its own estimates. What libraries need beside (cuDNN, cuBLAS) is not known, nor what is
-fused across operations. The two paragraphs above are about what is counted without it.
+fusion, or on TPUs its own estimates. What a layer keeps is what its compiler keeps of it from the forward to
+the backward pass (`mwplan.targets.crossing`). What libraries need beside (cuDNN, cuBLAS) is not known, nor
+what is fused across layers. The two paragraphs above are about what is counted without it.
 
 **Errors** depend on weights and working precision, hardly on the device. Where all weights are arrays
 they are measured as in `mw.profile`, at the first `examples` examples of `x`, or of white noise (zeros

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from mwplan.plans.profiles import InvertOption, MoonwalkOption, StoreOption
 from mwplan.profiling import trades
 from mwplan.profiling.bench import Priced, Pricing, Saved, cotangent
 from mwplan.profiling.carrying import Place
+from mwplan.targets.crossing import Crossing, Kept
 
 PyTree = Any
 
@@ -175,7 +177,16 @@ class _StorePrograms:
         self.saving = options.pricing.saving(self.backward, dead=dead, temporary=temporary)
         apart = place.cotangents_apart(options.x, options.y, idle=False)
         self.apart = _Apart(options.pricing, self.backward, (self.held.own, ct), temporary, apart)
-        self.ct_bytes, self.pair = trees.nbytes(ct), None
+        self.ct_bytes, self.ct_in_bytes = trees.nbytes(ct), trees.nbytes(temporary)
+        self.pair = self.crossing = None
+        if (new_bytes(self.held) or self.held.keeps_output) and not apart:
+            self.crossing = options.pricing.crossing(
+                self.forward,
+                self.backward,
+                ends=(place.before.new(options.x), place.after.new(y)),
+                ct=ct,
+                grads=self.backward.result[0],
+            )
         if whole is None:
             self.pair = options.pricing.together(self.forward, self.backward, free=True)
         else:
@@ -192,23 +203,59 @@ class _StorePrograms:
 
     def option(self) -> StoreOption:
         """What it costs."""
-        residual = new_bytes(self.held)
-        workspace, saving = self.apart.workspace_bytes, self.apart.saving_bytes(self.saving)
-        if self.pair is not None:
-            # The compiler may keep other arrays than `jax.vjp`, which it does not write over.
-            most = residual + workspace + self.ct_bytes - self.pair.temporary_bytes
-            workspace, saving = workspace - min(0, most), min(saving, max(0, most))
-        return StoreOption(
+        told = StoreOption(
             name=self.name,
-            residual_bytes=residual,
+            residual_bytes=new_bytes(self.held),
             keeps_input=self.held.keeps_input,
             keeps_output=self.held.keeps_output,
             forward_ns=self.forward.time_ns,
             backward_ns=self.backward.time_ns,
             forward_workspace_bytes=self.forward.workspace_bytes,
-            backward_workspace_bytes=workspace,
-            backward_saving_bytes=saving,
+            backward_workspace_bytes=self.apart.workspace_bytes,
+            backward_saving_bytes=self.apart.saving_bytes(self.saving),
         )
+        if self.crossing is not None:
+            return _as_compiled(told, self.crossing, self.ct_bytes + self.ct_in_bytes)
+        if self.pair is None:
+            return told
+        # The compiler may keep other arrays than `jax.vjp`, which it does not write over.
+        most = told.residual_bytes + told.backward_workspace_bytes + self.ct_bytes - self.pair.temporary_bytes
+        return dataclasses.replace(
+            told,
+            backward_workspace_bytes=told.backward_workspace_bytes - min(0, most),
+            backward_saving_bytes=min(told.backward_saving_bytes, max(0, most)),
+        )
+
+
+def _as_compiled(told: StoreOption, crossing: Crossing, cotangent_bytes: int) -> StoreOption:
+    """An option with what a compiler keeps instead of what it is told to (`mwplan.targets.crossing`);
+    `cotangent_bytes`, of the layer's output and input together."""
+    kept, (x_bytes, y_bytes) = crossing.kept(told.residual_bytes), crossing.end_bytes
+
+    def forward(residual: int, workspace: int) -> int:
+        return x_bytes + y_bytes + residual + workspace
+
+    def backward(one: StoreOption | Kept, workspace: int) -> int:
+        held = one.residual_bytes + one.keeps_input * x_bytes + one.keeps_output * y_bytes
+        return held + cotangent_bytes + workspace
+
+    # What both passes need is what that needs which needs more; the other backward needs no more than that.
+    before = forward(told.residual_bytes, told.forward_workspace_bytes)
+    after = backward(told, told.backward_workspace_bytes) - told.backward_saving_bytes
+    needs, room = kept.needs_bytes - crossing.grad_bytes, kept.needs_bytes - forward(kept.residual_bytes, 0)
+    workspace = told.forward_workspace_bytes
+    if before > after:
+        needs, workspace = min(needs, after), max(workspace, room)
+    more = backward(kept, told.backward_workspace_bytes) - needs
+    return dataclasses.replace(
+        told,
+        residual_bytes=kept.residual_bytes,
+        keeps_input=kept.keeps_input,
+        keeps_output=kept.keeps_output,
+        forward_workspace_bytes=workspace,
+        backward_workspace_bytes=told.backward_workspace_bytes - min(0, more),
+        backward_saving_bytes=max(0, more),
+    )
 
 
 class _Apart:

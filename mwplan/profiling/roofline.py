@@ -80,5 +80,10 @@ class Roofline:
     def together(self, *handles: Counted, free: bool = False) -> None:
         """Nothing: each operation's time is counted."""
 
+    def crossing(
+        self, forward: Counted, backward: Counted, *, ends: tuple[PyTree, PyTree], ct: PyTree, grads: PyTree
+    ) -> None:
+        """Nothing: what is kept is counted."""
+
     def derive(self, handle: Counted, base: Counted, more: Counted) -> None:
         """Nothing: each operation's time is counted."""

@@ -95,6 +95,11 @@ class StackedCompiler:
     def together(self, *handles: Any, free: bool = False) -> None:
         """Nothing: forward and backward are in loops of their own, between which a compiler moves nothing."""
 
+    def crossing(
+        self, forward: Any, backward: Any, *, ends: tuple[PyTree, PyTree], ct: PyTree, grads: PyTree
+    ) -> None:
+        """Nothing, as `together`."""
+
     def derive(self, handle: Any, base: Any, more: Any) -> None:
         """As `Compiler.derive`."""
 

@@ -7,6 +7,7 @@ operations of several layers with one `Compiler`: each waits for what it asks fo
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import threading
@@ -19,12 +20,22 @@ import jax
 
 from mwplan.common import platforms, trees
 from mwplan.compilers.alone import Alone, LastUser
+from mwplan.network import operations
+from mwplan.network.constants import tied, writes
+from mwplan.network.products import written_once
 from mwplan.targets import program
+from mwplan.targets.crossing import Crossing
 from mwplan.targets.devices import Device
 from mwplan.targets.program import Compiled
 from mwplan.targets.target import Target
 
 PyTree = Any
+_FORWARD = (operations.plain_forward, operations.forward)
+_BACKWARD = (operations.store_backward, operations.reverse, operations.vijp, operations.advance)
+
+
+def _function(operation: Callable[..., Any]) -> Any:
+    return getattr(operation, "func", operation)
 
 
 @dataclass(frozen=True)
@@ -34,6 +45,7 @@ class Compiling:
     alone: Alone
     future: Future[Compiled]
     pairs: list[_Pair] = field(default_factory=list)
+    passing: CompilingSaving | None = None  # where its results come and go: of what writes into arrays
 
     @property
     def result(self) -> Any:
@@ -52,8 +64,9 @@ class Compiling:
 
     @property
     def workspace_bytes(self) -> int:
-        """The compiled program's temporaries."""
-        return self.future.result().temporary_bytes
+        """The compiled program's temporaries; in results' buffers too it may have laid some."""
+        alone = self.future.result().temporary_bytes
+        return alone if self.passing is None else max(alone, self.passing.beside_bytes)
 
 
 @dataclass(frozen=True)
@@ -83,6 +96,11 @@ class CompilingSaving:
     handle: Compiling
     last: LastUser
     future: Future[Compiled] | None
+
+    @property
+    def beside_bytes(self) -> int:
+        """Bytes that the program needs beside what it reads for the last time and what it makes."""
+        return 0 if self.future is None else self.future.result().temporary_bytes - self.last.apart_bytes
 
     @property
     def saving_bytes(self) -> int:
@@ -119,13 +137,26 @@ class Compiler:
     def program(self, operation: Callable[..., Any], *args: Any) -> Compiling:
         """Starts to compile the operation for shapes like `args`, between barriers as within a step."""
         with platforms.lowering_for(self.target.platform):
-            alone = Alone(operation, args)
+            alone = Alone(operation, args, self._performed(operation))
 
         def between(leaves: list[Any]) -> list[Any]:
             found: list[Any] = trees.tie(alone.function(*trees.tie(leaves)))
             return found
 
-        return Compiling(alone, self.started(between, alone.inputs))
+        handle = Compiling(alone, self.started(between, alone.inputs))
+        if self.target.platform == "gpu" and _function(operation) in _FORWARD and writes(alone.jaxpr.jaxpr):
+            last = LastUser(alone, (), alone.result)
+            passing = CompilingSaving(handle, last, self.started(last.step, *last.shapes))
+            return dataclasses.replace(handle, passing=passing)
+        return handle
+
+    def _performed(self, operation: Callable[..., Any]) -> Callable[..., Any]:
+        """The operation with the barriers within that a step on a GPU gives it
+        (`mwplan.execution.barriers`)."""
+        if self.target.platform != "gpu":
+            return operation
+        waits = tied(operation, always=False)
+        return written_once(waits) if _function(operation) in _BACKWARD else waits
 
     def saving(self, handle: Compiling, *, dead: PyTree, temporary: PyTree) -> CompilingSaving:
         """What the operation needs less where it is the last user of `dead`, leaves of its arguments, and
@@ -158,6 +189,21 @@ class Compiler:
         for one in handles:
             one.pairs.append(pair)
         return pair
+
+    def crossing(
+        self,
+        forward: Compiling,
+        backward: Compiling,
+        *,
+        ends: tuple[PyTree, PyTree],
+        ct: PyTree,
+        grads: PyTree,
+    ) -> Crossing | None:
+        """As `Pricing.crossing`."""
+        if self.target.platform != "gpu":  # on TPUs no pause would hold: their compiler removes barriers
+            return None
+        memory = self.device.memory_bytes
+        return Crossing(forward.alone, backward.alone, *ends, ct, grads, self.started, memory)
 
     def derive(self, handle: Compiling, base: Compiling, more: Compiling) -> None:
         """Nothing: each operation's time is modelled."""
