@@ -97,7 +97,6 @@ def test_errors_are_measured_anew_for_other_weights(monkeypatch: pytest.MonkeyPa
             for changed in ((other, x), (chain, -x)):
                 with pytest.raises(AssertionError, match="made again"):
                     make(*changed)
-        assert make(other, x).layers[0].invert[0].growth != first.layers[0].invert[0].growth
 
 
 def test_a_second_estimate_prices_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,9 +92,10 @@ def estimate(
     device, or a layer that needs its weights' values to be traced and has only their shapes;
     `CompilerMissingError` and `TargetError` of the device's compiler.
     **Cost:** one tracing of each operation of each distinct layer; where they are compiled, some seconds a
-    layer the first time, then nothing (`mwplan.common.cache`). With weights, and where a rule makes errors,
-    also a forward pass of `examples` examples on this host's default device, and compilations to measure
-    them: most of the time, some seconds a rule. Nothing of the size of `x` is allocated.
+    layer. With weights, and where a rule makes errors, also a forward pass of `examples` examples on this
+    host's default device, and compilations to measure them: some seconds a rule. Nothing of the size of `x`
+    is allocated. Of what is known from before (`mwplan.common.cache`), a trace of the layers' own rules, and
+    a pass through the weights.
 
     What is modelled and what is not, and how far off it is: `mwplan.profiling.estimating`.
 
