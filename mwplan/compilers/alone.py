@@ -3,14 +3,16 @@ what it reads."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import jaxpr_as_fun
+from jax.extend.core import Literal, jaxpr_as_fun
 
 from mwplan.common import trees
+from mwplan.compilers import digests
 from mwplan.network.constants import Traced
 
 PyTree = Any
@@ -28,13 +30,14 @@ class Alone:
 
     **Attributes:** `result`, the shapes of what it gives; `inputs` and `outputs`, the leaves of its arguments
     and of its result without float0 ones, objects of their own, by which operations find one another;
-    `function(*inputs)`, which gives `outputs`; `jaxpr`, its program.
+    `function(*inputs)`, which gives `outputs`; `jaxpr`, its program; `digest`, its name, if it can have one
+    (`mwplan.compilers.digests`).
     """
 
     def __init__(
         self, operation: Callable[..., Any], args: Any, performed: Callable[..., Any] | None = None
     ) -> None:
-        made = Traced(performed or operation, args)
+        made = self._made = Traced(performed or operation, args)
         self.operation, self.args = operation, args
         self.inputs = made.arrays(args)
         self.jaxpr = made.closed
@@ -42,8 +45,26 @@ class Alone:
         avals: list[Any] = self.jaxpr.out_avals
         weak = (bool(getattr(aval, "weak_type", False)) for aval in avals)
         structs = [jax.ShapeDtypeStruct(a.shape, a.dtype, weak_type=w) for a, w in zip(avals, weak)]
-        self.result: Any = trees.struct(made.result(structs))
+        self.result: Any = trees.struct(self.returned(structs))
         self.outputs = [leaf for leaf in jax.tree.leaves(self.result) if not trees.is_float0(leaf)]
+
+    def returned(self, outputs: Sequence[Any]) -> Any:
+        """What the operation returns, from its outputs."""
+        return self._made.result(outputs)
+
+    @functools.cached_property
+    def digest(self) -> str | None:
+        """As the attribute."""
+        return digests.digest(self.jaxpr)
+
+
+def named(operations: Sequence[Alone]) -> str | None:
+    """A name for operations that follow one another: theirs, and what they hand to one another. None where
+    one has none."""
+    digests = [one.digest for one in operations]
+    leaves = [leaf for one in operations for leaf in (*one.inputs, *one.outputs)]
+    numbers = {key: i for i, key in enumerate(dict.fromkeys(map(id, leaves)))}
+    return None if None in digests else repr((digests, [numbers[id(leaf)] for leaf in leaves]))
 
 
 class LastUser:
@@ -63,8 +84,12 @@ class LastUser:
         self._dies = [id(leaf) in gone for leaf in alone.inputs]
         self._goes = [id(leaf) in picked for leaf in alone.outputs]
         self._dying = [leaf for leaf, dies in zip(alone.inputs, self._dies) if dies]
-        self._made = [leaf for leaf, goes in zip(alone.outputs, self._goes) if goes]
-        self.worth = min(trees.nbytes(self._dying), trees.nbytes(self._made)) >= SMALL
+        made = [leaf for leaf, goes in zip(alone.outputs, self._goes) if goes]
+        self.worth = min(trees.nbytes(self._dying), trees.nbytes(made)) >= SMALL
+        given = {*alone.jaxpr.jaxpr.invars}
+        # What is passed through as it came takes no memory of its own.
+        through = [not isinstance(var, Literal) and var in given for var in alone.jaxpr.jaxpr.outvars]
+        self._new = [goes or not same for goes, same in zip(self._goes, through, strict=True)]
 
     @property
     def shapes(self) -> tuple[list[Any], jax.ShapeDtypeStruct]:
@@ -73,20 +98,22 @@ class LastUser:
 
     @property
     def apart_bytes(self) -> int:
-        """Of what `step` reads for the last time and of what it makes, known once it has been traced."""
-        return trees.nbytes(self._dying) + trees.nbytes(self._made)
+        """Of what `step` reads for the last time and of what it makes."""
+        made = [leaf for leaf, new in zip(self.alone.outputs, self._new) if new]
+        return trees.nbytes(self._dying) + trees.nbytes(made)
+
+    @property
+    def digest(self) -> str | None:
+        """The name of `step`, if it can have one."""
+        return self.alone.digest and f"{self.alone.digest} {self._dies} {self._goes}"
 
     def step(self, leaves: list[Any], zero: Any) -> list[Any]:
         """The program: the operation between copies and sums; `zero` is 0."""
         fresh = trees.tie([moved(leaf, zero) if dies else leaf for leaf, dies in zip(leaves, self._dies)])
         result = self.alone.function(*fresh)
-        given = {id(leaf) for leaf in fresh}
-        # What is passed through as it came takes no memory of its own.
-        new = [goes or id(leaf) not in given for leaf, goes in zip(result, self._goes, strict=True)]
-        self._made = [leaf for leaf, some in zip(self.alone.outputs, new) if some]
         # Gradients too leave as sums: in an output's buffer the compiler would find room for temporaries
         # until it is written.
-        return [summed(leaf) for leaf in trees.tie([leaf for leaf, some in zip(result, new) if some])]
+        return [summed(leaf) for leaf in trees.tie([leaf for leaf, new in zip(result, self._new) if new])]
 
 
 def moved(leaf: Any, zero: Any) -> Any:

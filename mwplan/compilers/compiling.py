@@ -69,10 +69,12 @@ def memory_options(backend: str | None = None) -> dict[str, str | int | bool]:
     return options
 
 
-#: The second is gone in JAX 0.12.
+#: The second is gone in JAX 0.12. The third: by default LLVM gets a program in 32 parts, each with all that
+#: they share; in one it takes 40% less.
 _FAST_ON_CPUS: dict[str, Any] = {
     "xla_backend_optimization_level": 0,
     "xla_cpu_use_fusion_emitters": False,
+    "xla_cpu_parallel_codegen_split_count": 1,
 }
 
 

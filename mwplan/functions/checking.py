@@ -13,7 +13,7 @@ from mwplan.functions.piece_chain import Plan
 from mwplan.functions.pieces import Piece
 from mwplan.network import rules
 from mwplan.network.chain import Chain, Stack
-from mwplan.profiling.growth import random_cotangent
+from mwplan.profiling.noise import random_cotangent
 
 PyTree = Any
 #: How far a layer's output and vjp may be from the function's, in units of the working precision's epsilon,

@@ -57,6 +57,20 @@ def tied(
     return call
 
 
+def waiting(program: ClosedJaxpr) -> Callable[..., list[Any]]:
+    """A program, no part of which XLA starts before all of its arguments are there: `tied`, of what is traced
+    already."""
+
+    def call(*arrays: Any) -> list[Any]:
+        if not _has_constants(program):
+            found: list[Any] = jaxpr_as_fun(program)(*trees.tie(arrays))
+            return found
+        arrays, zero = trees.tie((arrays, jnp.zeros((), jnp.uint8)))
+        return _Evaluation(zero).run(program.jaxpr, program.consts, arrays)
+
+    return call
+
+
 class Traced:
     """`operation` at `args`, arrays or shapes, as a program of arrays, `closed`; float0 zeros, and what is no
     array, stay outside."""

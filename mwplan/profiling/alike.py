@@ -8,20 +8,17 @@ shapes, are compared by their programs: that of the layer, and that of its vjp, 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Hashable, Sequence
 from typing import Any
 
 import jax
-import numpy as np
-from jax.extend.core import ClosedJaxpr
 
 from mwplan.common import trees
+from mwplan.compilers import digests
 from mwplan.network import rules
 from mwplan.network.chain import layer_signature
 
 PyTree = Any
-_ADDRESS = re.compile(r"0x[0-9a-f]+")
 
 
 def structures(layers: Sequence[PyTree], structs: Sequence[PyTree]) -> list[Hashable]:
@@ -52,8 +49,8 @@ def _shaped(leaf: Any) -> bool:
 
 
 def _program(layer: PyTree, x: PyTree) -> Hashable:
-    """The layer's program and its vjp's as texts, with the arrays that they close over; None where that does
-    not tell all: of a layer with rules of its own, or one that cannot be traced so."""
+    """The names of the layer's program and its vjp's; None where these do not tell all: of a layer with rules
+    of its own, or one that cannot be traced so or named."""
     if rules.has_own(layer, x):
         return None
     layer, x = trees.struct(layer), trees.struct(x)
@@ -71,17 +68,5 @@ def _program(layer: PyTree, x: PyTree) -> Hashable:
         joint = jax.make_jaxpr(both)(trees.parameters(layer), trees.parameters(x), ct)
     except Exception:
         return None
-    return (type(layer), *map(_text, (plain, joint)))
-
-
-def _text(closed: ClosedJaxpr) -> Hashable:
-    consts = tuple(_constant(one) for one in closed.consts)
-    return _ADDRESS.sub("", str(closed)), consts
-
-
-def _constant(one: Any) -> Hashable:
-    """An array by what it holds, anything else by itself."""
-    if isinstance(one, jax.core.Tracer) or not trees.is_array(one):
-        return id(one)
-    array = np.asarray(jax.random.key_data(one) if trees.is_key(one) else one)
-    return array.shape, array.dtype.name, array.tobytes()
+    names = digests.digest(plain), digests.digest(joint)
+    return None if None in names else (type(layer), *names)

@@ -9,6 +9,7 @@ side.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import statistics
@@ -24,9 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from mwplan.common import platforms, trees
-from mwplan.compilers.alone import Alone, LastUser
+from mwplan.compilers.alone import Alone, LastUser, named
 from mwplan.compilers.compiling import memory_options, options_of, temporaries, workspace
-from mwplan.network.constants import tied
+from mwplan.network.constants import waiting
 from mwplan.plans.packing import Workspace
 from mwplan.profiling import costs, programs
 from mwplan.profiling.roofline import DEVICES, Device
@@ -37,6 +38,7 @@ from mwplan.targets.crossing import Crossing
 PyTree = Any
 _PIECE = 1 << 10  # bytes: parts of a workspace below leave no hole to speak of
 _ENOUGH_NS = 100_000_000  # of one program's runs, together
+_DRAWN = 1 << 20  # elements of noise: larger arrays repeat them, times do not tell
 _SHORT_NS = 5_000_000  # what is over so soon may find in caches what it reads
 
 
@@ -132,13 +134,13 @@ class Handle(Alone):
         self.time: float | None = None
         self._counted: float | None = None
 
-    def barred(self, arrays: Sequence[Any]) -> list[Any]:
+    def barred(self, *arrays: Any) -> list[Any]:
         """The outputs, between barriers as within a step."""
-        return list(trees.tie(tied(self.function)(*arrays)))
+        return list(trees.tie(waiting(self.jaxpr)(*arrays)))
 
-    def alone(self, *arrays: Any) -> list[Any]:
-        """`barred`, as a function to be compiled."""
-        return self.barred(arrays)
+    def lowered(self) -> Any:
+        """Its program, ready to be compiled."""
+        return jax.jit(self.barred).lower(*self.inputs)
 
     @property
     def counted_ns(self) -> float:
@@ -202,18 +204,27 @@ class Joint:
         free = {id(leaf): leaf for handle in handles for leaf in handle.inputs if id(leaf) not in made}
         self.inputs = list(free.values())
         self.outputs = [leaf for handle in handles for leaf in handle.outputs if id(leaf) not in used]
+        self.ns = 0.0
+
+    @functools.cached_property
+    def lowered(self) -> Any:
+        """The program, ready to be compiled."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*donated.*")  # an output that is an input needs none
             options = options_of() or None
             jitted = jax.jit(self._run, donate_argnums=0, keep_unused=True, compiler_options=options)
-            self.lowered = jitted.lower(self.outputs, self.inputs)
-        self.text = self.lowered.as_text()
-        self.ns = 0.0
+            return jitted.lower(self.outputs, self.inputs)
+
+    @functools.cached_property
+    def name(self) -> str:
+        """A name that it shares with equal programs alone: by those of its operations and what they hand to
+        one another; by its text, where one of them has no name."""
+        return named(self.handles) or str(self.lowered.as_text())
 
     def _run(self, recycled: list[Any], inputs: list[Any]) -> list[Any]:
         known = {id(leaf): array for leaf, array in zip(self.inputs, inputs, strict=True)}
         for handle in self.handles:
-            found = handle.barred([known[id(leaf)] for leaf in handle.inputs])
+            found = handle.barred(*(known[id(leaf)] for leaf in handle.inputs))
             known.update({id(leaf): array for leaf, array in zip(handle.outputs, found, strict=True)})
         return [known[id(leaf)] for leaf in self.outputs]
 
@@ -245,28 +256,34 @@ class Bench:
         """Ends its threads, without waiting for what nobody waits for."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def memory(self, lowered: Any) -> Future[Memory]:
-        """What a program needs, from a compilation that is not for running it."""
+    def memory(self, kind: str, digest: str | None, lower: Callable[[], Any]) -> Future[Memory]:
+        """What a program needs, from a compilation that is not for running it; `kind` and `digest`, its name,
+        None: its text is. It is not lowered where one of that name is known."""
 
-        def compiled() -> Memory:
+        def compiled(lowered: Any) -> Memory:
             found = _compiled(lowered, memory_options())
             return Memory(temporaries(found), workspace(found, _PIECE))
 
-        return self._once("memory", lowered.as_text(), compiled)
+        if digest is None:
+            lowered = lower()
+            return self._once("text", lowered.as_text(), lambda: lowered, compiled)
+        return self._once(kind, digest, lower, compiled)
 
     def program(self, joint: Joint) -> Future[Any]:
         """The program of a `Joint`, compiled to be run."""
-        return self._once("run", joint.text, lambda: _compiled(joint.lowered, {}))
+        return self._once("run", joint.name, lambda: joint.lowered, lambda lowered: _compiled(lowered, {}))
 
-    def _once(self, kind: str, text: str, make: Callable[[], Any]) -> Future[Any]:
-        name = hashlib.sha256(f"{kind}:{text}".encode()).hexdigest()
+    def _once(
+        self, kind: str, name: str, lower: Callable[[], Any], make: Callable[[Any], Any]
+    ) -> Future[Any]:
+        name = hashlib.sha256(f"{kind}:{name}".encode()).hexdigest()
         if name not in self.known:
-            self.known[name] = self._pool.submit(make)
+            self.known[name] = self._pool.submit(make, lower())
         return self.known[name]
 
     def time(self, joints: Sequence[Joint], arrays: Callable[[Any], Any]) -> None:
         """Times programs in rounds, so that a slow moment hits all alike; `arrays`: of a shape."""
-        new = {joint.text: joint for joint in joints if joint.text not in self.times}
+        new = {joint.name: joint for joint in joints if joint.name not in self.times}
         overhead = self._overhead() if new else 0.0
         made: dict[int, Any] = {}  # one array for each shape, whoever reads it
         runs = []
@@ -279,9 +296,9 @@ class Bench:
         for joint, run in zip(new.values(), runs):
             touched = self.touch().ns(temporaries(run.program))
             # What a first touch costs is rough: it does not explain all of a program's time.
-            self.times[joint.text] = max(run.median_ns - touched, run.median_ns / 4) - overhead
+            self.times[joint.name] = max(run.median_ns - touched, run.median_ns / 4) - overhead
         for joint in joints:
-            joint.ns = max(0.0, self.times[joint.text])
+            joint.ns = max(0.0, self.times[joint.name])
             joint.share()
 
     def _overhead(self) -> float:
@@ -369,11 +386,11 @@ class Layer:
         """Has everything compiled: what is waited for."""
         futures = [self.bench.program(joint) for joint in self.joints]
         for handle in self.handles:
-            handle.memory = self.bench.memory(jax.jit(handle.alone).lower(*handle.inputs))
+            handle.memory = self.bench.memory("alone", handle.digest, handle.lowered)
             futures.append(handle.memory)
         for saving in self.savings:
             if saving.last.worth:
-                saving.needs = self.bench.memory(saving.lowered())
+                saving.needs = self.bench.memory("last user", saving.last.digest, saving.lowered)
                 futures.append(saving.needs)
         return futures
 
@@ -384,8 +401,8 @@ class Layer:
             if id(leaf) in values:
                 return values[id(leaf)]
             if trees.is_inexact(leaf):  # by NumPy: nothing need be compiled for it
-                noise = self.bench.noise.standard_normal(leaf.shape, np.float32)
-                return jnp.array(noise.astype(leaf.dtype))
+                noise = self.bench.noise.standard_normal(min(math.prod(leaf.shape), _DRAWN), np.float32)
+                return jnp.array(np.resize(noise.astype(leaf.dtype), leaf.shape))
             return _buffers([leaf])[0]
 
         self.bench.time(self.joints, arrays)
@@ -397,6 +414,13 @@ class Layer:
         for handle in self.handles:
             if handle.time is None:  # it stands nowhere that was timed
                 handle.time = handle.counted_ns * measured / counted
+
+    def forward(self, layer: PyTree, x: PyTree) -> PyTree:
+        """The layer's output, by the program that was timed."""
+        plain = self.joints[0]
+        (handle,) = plain.handles
+        arrays = [leaf for leaf in jax.tree.leaves((layer, x)) if not trees.is_float0(leaf)]
+        return handle.returned(self.bench.program(plain).result()(_buffers(plain.outputs), arrays))
 
     def workspaces(self) -> tuple[Workspace, ...]:
         """What the workspaces of its operations consist of."""

@@ -32,7 +32,7 @@ whole fragments (0). All others' local error and growth are infinite, so that no
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -45,24 +45,18 @@ from mwplan.compilers.compiling import options_given
 from mwplan.network import axes
 from mwplan.network.chain import Chain, Stack, boundaries, check_chain, one_block
 from mwplan.plans.profiles import Profile
-from mwplan.profiling import measure
+from mwplan.profiling import kept_figures, measure
 from mwplan.profiling.bench import Pricing
 from mwplan.profiling.carrying import Place, carrying
-from mwplan.profiling.growth import random_cotangent
+from mwplan.profiling.kept_errors import Errors
 from mwplan.profiling.layer_costs import Costs, Name, exact, name_of
+from mwplan.profiling.noise import random_cotangent
 from mwplan.profiling.options import Figures, measure_layer
 from mwplan.profiling.progress import Progress, shown
 from mwplan.profiling.roofline import Device, Roofline, device_of
 from mwplan.profiling.stacked import StackedCompiler
 from mwplan.profiling.touch import FirstTouch
-from mwplan.profiling.visiting import (
-    GROWTH_SAMPLES,
-    first_layers,
-    layer_keys,
-    layer_names,
-    spread,
-    visit,
-)
+from mwplan.profiling.visiting import first_layers, layer_keys, layer_names, visit
 from mwplan.targets import plugins
 from mwplan.targets.devices import TpuChip
 from mwplan.targets.pricing import Compiler
@@ -83,6 +77,7 @@ def estimate(
     wrt_input: bool = False,
     progress: Progress | bool | None = None,
     compiled: bool | None = None,
+    cache: bool = True,
 ) -> Profile:
     """Estimates what `mw.profile` would measure of `chain` at input `x` on a device that is not at hand.
 
@@ -91,16 +86,17 @@ def estimate(
     will be trained on; `device`, a name in `mw.targets.DEVICES` or a `mw.Device`; `examples`, of how many the
     errors are measured; `seed`, of random cotangents and inputs; `wrt_input`, `progress`, as of
     `mw.profile`; `compiled`: whether the device's own compiler prices operations (True: an error where it is
-    not installed; False: they are counted), by default where it is installed.
+    not installed; False: they are counted), by default where it is installed; `cache`, as of `mw.profile`.
     **Returns:** a `Profile` whose `source` says "estimated", and how. The same network's plans from it run
     anywhere; `mw.fit` or a profile on the device itself should have the last word.
     **Raises:** `ChainError` where a layer does not accept what it gets; `ArgumentError` for an unknown
     device, or a layer that needs its weights' values to be traced and has only their shapes;
     `CompilerMissingError` and `TargetError` of the device's compiler.
     **Cost:** one tracing of each operation of each distinct layer; where they are compiled, some seconds a
-    layer the first time, then nothing (`mwplan.common.cache`). With weights, and where a rule makes errors,
-    also a forward pass of `examples` examples on this host's default device, and compilations to measure
-    them: most of the time, some seconds a rule. Nothing of the size of `x` is allocated.
+    layer. With weights, and where a rule makes errors, also a forward pass of `examples` examples on this
+    host's default device, and compilations to measure them: some seconds a rule. Nothing of the size of `x`
+    is allocated. Of what is known from before (`mwplan.common.cache`), a trace of the layers' own rules, and
+    a pass through the weights.
 
     What is modelled and what is not, and how far off it is: `mwplan.profiling.estimating`.
 
@@ -124,13 +120,13 @@ def estimate(
     abstract = _abstract(chain)
     names, keys = layer_names(chain), layer_keys(whole, structs, shared)
     with shown(progress, "estimating") as tell:
-        counted = _counted(chain, pricing, platform, structs, keys, names, tell)
+        counted, programs = _counted(chain, pricing, platform, structs, keys, names, tell, cache)
         if abstract:
             for i, one in first_layers(chain, keys):
                 _errors_without_weights(counted[keys[i]], one, structs[i], examples, seed)
             unusable = {}
         else:
-            unusable = _errors(chain, x, structs, keys, counted, examples, seed, tell)
+            unusable = _errors(chain, x, structs, keys, counted, programs, examples, seed, cache, tell)
         tell(len(chain), len(chain), names[-1])
     gradients = (trees.parameters(chain), trees.parameters(structs[0]) if wrt_input else ())
     with platforms.lowering_for(platform):
@@ -169,33 +165,45 @@ def _counted(
     keys: list[tuple[Any, ...]],
     names: list[str],
     tell: Progress,
-) -> dict[Hashable, Costs]:
+    look_up: bool,
+) -> tuple[dict[Hashable, Costs], dict[Hashable, str | None]]:
     """What the layers cost, by their keys; those of a compiler side by side: while one is compiled another is
-    traced."""
+    traced. And the names of the programs of their own rules."""
+    facts = _facts(pricing)
     wide = jnp.result_type(float) == jnp.float64  # `with jax.enable_x64():` is of one thread
 
-    def count(i: int, one: Any) -> Costs:
+    def count(i: int, one: Any) -> tuple[Costs, str | None]:
+        where = f"layer {i + 1} ({names[i]})"
         with jax.enable_x64(wide), platforms.lowering_for(platform):
             stacked, place = keys[i][-2:]
             priced = StackedCompiler(pricing) if stacked and isinstance(pricing, Compiler) else pricing
-            figures = _count(priced, one, structs[i], place, f"layer {i + 1} ({names[i]})")
-        return Costs(figures, one, structs[i])
+            figures, name = _count(priced, one, structs[i], place, where, [*facts, repr(stacked)], look_up)
+        return Costs(figures, one, structs[i]), name
 
     counted: dict[Hashable, Costs] = {}
+    programs: dict[Hashable, str | None] = {}
     threads = PRICED_AT_ONCE if isinstance(pricing, Compiler) else 1
     with ThreadPoolExecutor(threads, thread_name_prefix="price") as pool:
-        started: dict[Hashable, Future[Costs]] = {}
+        started: dict[Hashable, Future[tuple[Costs, str | None]]] = {}
         for i, one in enumerate(_layers(chain)):
             if keys[i] not in started:
                 started[keys[i]] = pool.submit(count, i, one)
         try:
             for i, key in enumerate(keys):
-                counted[key] = started[key].result()
+                counted[key], programs[key] = started[key].result()
                 tell(i + 1, len(chain), names[i])
         finally:
             for future in started.values():
                 future.cancel()
-    return counted
+    return counted, programs
+
+
+def _facts(pricing: Roofline | Compiler) -> list[str]:
+    """What prices depend on beside programs and what is here."""
+    if isinstance(pricing, Compiler):
+        target = pricing.target
+        return [target.compiler, target.facts, target.platform, repr(target.compiler_options)]
+    return ["roofline", repr(pricing.device)]
 
 
 def _platform(device: Device) -> str:
@@ -209,26 +217,27 @@ def _errors(
     structs: list[PyTree],
     keys: list[tuple[Any, ...]],
     counted: dict[Hashable, Costs],
+    programs: dict[Hashable, str | None],
     examples: int,
     seed: int,
+    look_up: bool,
     tell: Progress,
 ) -> dict[int, frozenset[Name]]:
     """Measures the layers' errors at some examples. Returns, by layer, the rules that its weights forbid."""
-    unusable: dict[int, frozenset[Name]] = {}
-    inexact = [i for i, k in enumerate(keys) if not exact(counted[k].checked())]
-    if not inexact:
-        return unusable
-    key = jax.random.key(seed)
-    sampled = spread(keys, GROWTH_SAMPLES)
-    forward = jax.jit(lambda one, x: one(x))
-    for i, one, at in visit(chain, _some(chain, x, structs, examples, key), sampled, forward):
-        unusable[i] = counted[keys[i]].check(one, structs[i])
-        if i in sampled:
-            counted[keys[i]].add_errors(key, one, at, unusable[i])
-        tell(i + 1, len(chain), "measuring errors")
-        if i >= inexact[-1]:  # nothing further on has errors: its inputs need not be computed
-            break
-    return unusable
+    errors = Errors(chain, structs, keys, {key: costs.checked() for key, costs in counted.items()})
+    errors.find(x, programs, f"{examples} examples, seed {seed}", look_up=look_up)
+    if errors.measured:
+        key = jax.random.key(seed)
+        some = _some(chain, x, structs, examples, key)
+        forward = jax.jit(lambda one, x: one(x))
+        for i, one, at in visit(chain, some, errors.sampled, lambda i, one, x: forward(one, x)):
+            if i in errors.measured:
+                counted[keys[i]].add_errors(key, one, at, errors.unusable[i])
+            tell(i + 1, len(chain), "measuring errors")
+            if i >= max(errors.measured):  # nothing further on has errors: its inputs need not be computed
+                break
+    errors.settle(counted)
+    return errors.unusable
 
 
 def _abstract(tree: PyTree) -> bool:
@@ -246,10 +255,23 @@ def _layers(chain: Chain) -> Iterator[Any]:
             yield from block
 
 
-def _count(pricing: Pricing, one: PyTree, struct: PyTree, place: Place, where: str) -> Figures:
-    """Prices one layer's operations."""
+def _count(
+    pricing: Pricing,
+    one: PyTree,
+    struct: PyTree,
+    place: Place,
+    where: str,
+    settings: Sequence[str],
+    look_up: bool,
+) -> tuple[Figures, str | None]:
+    """What one layer's operations cost, and the name of their programs."""
     try:
-        return measure_layer(pricing, one, struct, place)
+        name = kept_figures.name_without_prices(pricing.device, one, struct, place, *settings)
+        known = kept_figures.known(name) if look_up and name is not None else None
+        figures = known or measure_layer(pricing, one, struct, place)
+        if known is None and name is not None:
+            kept_figures.keep(name, figures)
+        return figures, name
     except (TypeError, AttributeError, ValueError, jax.errors.JAXTypeError) as error:
         if not _abstract(one):
             raise

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from mwplan.common import trees
 from mwplan.network.residuals import remembered
 from mwplan.network.rules import InvertRule, VijpRule, WholeFragment, layer_vjp, parameter_gradient
+from mwplan.profiling.noise import another, draws, random_cotangent
 
 PyTree = Any
 
@@ -49,30 +50,7 @@ def _ratio(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.where(a == 0, 0.0, a / b)
 
 
-def random_cotangent(like: PyTree, key: jax.Array) -> PyTree:
-    """White noise in the working precision of each inexact leaf of `like`; float0 zeros for the others, as
-    `jax.vjp` has them.
-
-    Drawn by the device's own generator: the default one takes XLA:CPU a second to compile, for every program
-    that draws.
-    """
-    leaves, treedef = jax.tree.flatten(like)
-    made = [
-        jax.random.normal(k, leaf.shape, trees.working_dtype(leaf.dtype))
-        if trees.is_inexact(leaf)
-        else trees.no_cotangent(leaf)
-        for k, leaf in zip(_draws(key, len(leaves)), leaves)
-    ]
-    return jax.tree.unflatten(treedef, made)
-
-
-def _draws(key: jax.Array, count: int) -> list[jax.Array]:
-    """`count` keys of the device's generator, whose streams differ however little the keys do."""
-    words = jnp.resize(jax.random.key_data(key), (4,))
-    return [jax.random.wrap_key_data(words.at[3].add(jnp.uint32(i)), impl="rbg") for i in range(count)]
-
-
-def _vijp_errors(rule: VijpRule, layer: PyTree, x: PyTree, ct_out: PyTree, key: jax.Array) -> jax.Array:
+def _vijp_errors(rule: VijpRule, layer: PyTree, x: PyTree, ct_out: PyTree, noise: PyTree) -> jax.Array:
     _, residuals = rule.forward(layer, x)
     ct_in, fragment = rule.reverse(layer, residuals, trees.widen(ct_out))
     # Without the barrier the compiler could cancel reverse against rebuild and report an error that no run
@@ -80,7 +58,6 @@ def _vijp_errors(rule: VijpRule, layer: PyTree, x: PyTree, ct_out: PyTree, key: 
     ct_in, fragment, x = trees.tie((ct_in, fragment, x))
     back = rule.rebuild(layer, x, ct_in, fragment)
     local = _ratio(_norm(_minus(back, ct_out)), _norm(ct_out))
-    noise = random_cotangent(ct_in, key)
     moved = rule.rebuild(layer, x, noise, jax.tree.map(_zeros_like, fragment))
     growth = _ratio(_norm(moved) * _norm(ct_in), _norm(noise) * _norm(ct_out))
     return jnp.stack([local, growth])
@@ -106,12 +83,11 @@ class InverseErrors(NamedTuple):
     kink: float
 
 
-def _invert_errors(rule: InvertRule, layer: PyTree, x: PyTree, y: PyTree, key: jax.Array) -> jax.Array:
+def _invert_errors(rule: InvertRule, layer: PyTree, x: PyTree, y: PyTree, noise: PyTree) -> jax.Array:
     _, kept = rule.forward(layer, x)
     back = rule.inverse(layer, y, kept)
     scale = _norm(_finite_part(x))
     local = _ratio(_norm(_minus(back, x)), scale)
-    noise = random_cotangent(y, key)
     tangent = trees.cast_like(noise, y)
     _, moved = jax.jvp(lambda out: rule.inverse(layer, out, kept), (y,), (tangent,))
     growth = _ratio(_norm(moved) * _norm(_finite_part(y)), _norm(noise) * scale)
@@ -198,7 +174,7 @@ def _sensitivities(rule: InvertRule | None, layer: PyTree, x: PyTree, y: PyTree,
     eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in leaves)
     sizes = [*(min(0.25, level * eps) for level in _LEVELS), *_KINK_LEVELS]
     # Draws are slow beside the vjps: each serves all sizes.
-    found = jax.lax.map(of_one_draw, jnp.stack(_draws(key, _DRAWS)))
+    found = jax.lax.map(of_one_draw, jnp.stack(draws(key, _DRAWS)))
     squares = jnp.mean(found**2, axis=0)
     small, large = (1 / h for h in _KINK_LEVELS)
     kink = (squares[2] - squares[3])[1:].max() / (small - large)
@@ -282,10 +258,9 @@ def measure(
     """
     if isinstance(rule, WholeFragment):
         return 0.0, 0.0
-    first, second = jax.random.split(key)
     if ct_out is None:
-        ct_out = random_cotangent(jax.eval_shape(layer, x), first)
-    local, growth = _run(_vijp_errors, rule, layer, x, ct_out, second)
+        ct_out = random_cotangent(jax.eval_shape(layer, x), key)
+    local, growth = _run(_vijp_errors, rule, layer, x, ct_out, random_cotangent(x, another(key)))
     return local, growth
 
 
@@ -294,7 +269,7 @@ def measure_inverse(layer: PyTree, rule: InvertRule, x: PyTree, key: jax.Array) 
     inverse and its derivative, and 17 vjps; where the rule keeps something, 17 times its backward and a
     derivative of the layer."""
     y = _call(_output, None, layer, x)
-    errors = _run(_invert_errors, rule, layer, x, y, key)
+    errors = _run(_invert_errors, rule, layer, x, y, random_cotangent(y, another(key)))
     return InverseErrors(*errors, *_run(_sensitivities, rule if rule.keeps else None, layer, x, y, key))
 
 

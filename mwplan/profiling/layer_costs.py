@@ -28,6 +28,13 @@ def exact(checked: Iterable[rules.VijpRule | rules.InvertRule]) -> bool:
     return all(isinstance(rule, rules.WholeFragment) for rule in checked)
 
 
+def forbidden(
+    checked: Iterable[rules.VijpRule | rules.InvertRule], one: PyTree, struct: PyTree
+) -> frozenset[Name]:
+    """Those of a layer's rules that its weights forbid, at inputs like `struct`."""
+    return frozenset(name_of(rule) for rule in checked if rule.check(one, struct) is not None)
+
+
 class Costs:
     """What one signature's options cost, and the largest errors seen among the layers that share it."""
 
@@ -43,13 +50,6 @@ class Costs:
     def checked(self) -> list[rules.VijpRule | rules.InvertRule]:
         """The rules that have preconditions on values."""
         return [rule for rule, _ in self.moonwalk] + [rule for rule, _ in self.invert]
-
-    def check(self, one: PyTree, struct: PyTree) -> frozenset[Name]:
-        """The rules that the weights of one of the layers, at inputs like `struct`, forbid; takes note of
-        them."""
-        forbidden = frozenset(name_of(rule) for rule in self.checked() if rule.check(one, struct) is not None)
-        self.unusable |= forbidden
-        return forbidden
 
     def add_errors(self, key: jax.Array, one: PyTree, x: PyTree, unusable: frozenset[Name]) -> None:
         """Measures the errors of every usable rule at one layer, and keeps the largest."""

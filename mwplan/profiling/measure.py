@@ -58,13 +58,15 @@ def profile(
     `progress(done, of, what)`, called as it goes on; by default a bar on standard error where that is a
     terminal, with `False` none; `cache`: whether to look up, on disk, what layers like these cost when they
     were measured before (in `$XDG_CACHE_HOME/mwplan`, `~/.cache/mwplan` by default), by their programs, the
-    device, and the versions of JAX and of this package. What is measured is kept there in any case.
+    device, the settings and versions of JAX and the code of this package; and their errors, by what the
+    weights and `x` hold besides. What is measured is kept there in any case.
     **Returns:** a `Profile`: bytes and nanoseconds as integers, each option's local error and growth, and
     what an inverse's error does to gradients.
     **Raises:** `ChainError` where a layer does not accept what it gets; `ArgumentError` for abstract inputs.
     **Cost:** for each distinct layer, a trace of each operation and a cheap compilation, to see what memory
     it needs; for each of its options a program that is compiled and run some times. They are compiled on as
-    many threads as there are processors. Memory: that of one layer's operations and its activations.
+    many threads as there are processors. Of what is known from before, a trace of the layers' own rules, and
+    a pass through the weights. Memory: that of one layer's operations and its activations.
 
     >>> profile = mw.profile(mw.Chain([jnp.tanh] * 2), jnp.ones((256, 64)), repeats=1)
     >>> len(profile.layers), profile.activation_bytes

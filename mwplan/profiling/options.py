@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+from jax.extend.core import ClosedJaxpr
 
 from mwplan.common import trees
 from mwplan.common.errors import ArgumentError
+from mwplan.compilers import digests
 from mwplan.network import operations, rules, sketch
 from mwplan.network.chain import layer_name
 from mwplan.network.residuals import Residuals, new_bytes
@@ -72,6 +74,17 @@ class Options:
         """Those of the layer's own rules."""
         found: list[Any] = [*self.stores, *self.vijps, *(programs.rule for programs in self.inverses)]
         return [f"{type(rule).__qualname__} {rule.name}" for rule in found]
+
+    def inverses_alone(self) -> list[str | None]:
+        """The names of the inverses' programs (`mwplan.compilers.digests`): a rule's backward pass may do
+        without its inverse, of which errors are measured."""
+
+        def program(rule: rules.InvertRule) -> ClosedJaxpr:
+            return jax.make_jaxpr(lambda layer, x: rule.inverse(layer, *rule.forward(layer, x)))(
+                self.layer, self.x
+            )
+
+        return [digests.digest(program(programs.rule)) for programs in self.inverses]
 
     def derive(self) -> None:
         """The options that any layer has: keeping less than `jax.vjp` does, and the whole cotangent."""

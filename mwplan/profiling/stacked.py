@@ -36,7 +36,7 @@ class StackedLayer(Layer):
         for handle in self.handles:
             if _reads_layer(handle.operation, handle.args):
                 step, given = _on_row(handle.operation, handle.args)
-                handle.on_row = self.bench.memory(step.lower(*given))
+                handle.on_row = self.bench.memory("row", None, functools.partial(step.lower, *given))
                 futures.append(handle.on_row)
         return futures
 

@@ -49,11 +49,11 @@ def layer_keys(chain: Chain, structs: list[PyTree], shared: Carrying) -> list[tu
 
 
 def visit(
-    chain: Chain, x: PyTree, sampled: set[int], forward: Callable[[PyTree, PyTree], PyTree]
+    chain: Chain, x: PyTree, sampled: set[int], forward: Callable[[int, PyTree, PyTree], PyTree] | None
 ) -> Iterator[tuple[int, Any, PyTree]]:
     """`(index, layer, input)` of every layer; of a deep stack only the repetitions where a layer is sampled.
 
-    `forward(layer, x)` is the layer's output.
+    `forward(index, layer, x)` is the layer's output; None: inputs are not wanted, and not computed.
     """
     i = 0
     for part in chain.parts:
@@ -61,14 +61,15 @@ def visit(
         at = 0  # the repetition that x is the input of
         chosen = {(k - i) // len(block) for k in sampled if i <= k < i + len(block) * depth}
         for n in range(depth) if depth <= CHECKED_REPETITIONS else sorted(chosen):
-            if at < n:
+            if forward is not None and at < n:
                 x = _through(part, x, at, n)
             for j in range(len(block)):
                 one = part.layer(n, j) if isinstance(part, Stack) else part
-                yield i + n * len(block) + j, one, x
-                x = forward(one, x)
+                here = i + n * len(block) + j
+                yield here, one, x
+                x = x if forward is None else forward(here, one, x)
             at = n + 1
-        if at < depth:
+        if forward is not None and at < depth:
             x = _through(part, x, at, depth)
         i += len(block) * depth
 

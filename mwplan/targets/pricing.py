@@ -124,6 +124,7 @@ class Compiler:
         self.target = target
         self.pool = ThreadPoolExecutor(workers or os.cpu_count() or 1, thread_name_prefix="compile")
         self.known: dict[str, Future[Compiled]] = {}
+        self.named: dict[str, Future[Compiled]] = {}  # the same, without lowering
         self.progress = progress or (lambda done, started: None)
         self.done = 0
         self._lock = threading.Lock()
@@ -143,10 +144,11 @@ class Compiler:
             found: list[Any] = trees.tie(alone.function(*trees.tie(leaves)))
             return found
 
-        handle = Compiling(alone, self.started(between, alone.inputs))
+        handle = Compiling(alone, self.started(between, alone.inputs, name=alone.digest))
         if self.target.platform == "gpu" and _function(operation) in _FORWARD and writes(alone.jaxpr.jaxpr):
             last = LastUser(alone, (), alone.result)
-            passing = CompilingSaving(handle, last, self.started(last.step, *last.shapes))
+            name = last.digest and f"last user {last.digest}"
+            passing = CompilingSaving(handle, last, self.started(last.step, *last.shapes, name=name))
             return dataclasses.replace(handle, passing=passing)
         return handle
 
@@ -162,7 +164,8 @@ class Compiler:
         """What the operation needs less where it is the last user of `dead`, leaves of its arguments, and
         `temporary`, leaves of its result, are no results of the step."""
         last = LastUser(handle.alone, dead, temporary)
-        future = self.started(last.step, *last.shapes) if last.worth else None
+        name = last.digest and f"last user {last.digest}"
+        future = self.started(last.step, *last.shapes, name=name) if last.worth else None
         return CompilingSaving(handle, last, future)
 
     def together(self, *handles: Compiling, free: bool = False) -> _Pair | None:
@@ -208,15 +211,20 @@ class Compiler:
     def derive(self, handle: Compiling, base: Compiling, more: Compiling) -> None:
         """Nothing: each operation's time is modelled."""
 
-    def started(self, function: Callable[..., Any], *given: Any) -> Future[Compiled]:
+    def started(self, function: Callable[..., Any], *given: Any, name: str | None = None) -> Future[Compiled]:
         """The compilation of `function(*given)`, in another thread, unless it is known; `function`, or what
-        `jax.jit` made of one."""
-        lowered = program.lower(function, given, self.target)
-        name = program.key(lowered, self.target, self.target.compiler_options)
+        `jax.jit` made of one. `name`: of the program; one that had it already is not even lowered."""
         with self._lock:
-            if name not in self.known:
-                self.known[name] = self.pool.submit(self._made, name, lowered)
-            return self.known[name]
+            if name in self.named:
+                return self.named[name]
+        lowered = program.lower(function, given, self.target)
+        key = program.key(lowered, self.target, self.target.compiler_options)
+        with self._lock:
+            if key not in self.known:
+                self.known[key] = self.pool.submit(self._made, key, lowered)
+            if name is not None:
+                self.named[name] = self.known[key]
+            return self.known[key]
 
     def _made(self, name: str, lowered: Any) -> Compiled:
         try:
