@@ -6,6 +6,7 @@ other."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -181,7 +182,11 @@ class Traced:
 
     def nbytes(self, value: int) -> int:
         """Bytes of a value."""
-        return trees.nbytes(self.avals[value])
+        return self._sizes[value]
+
+    @functools.cached_property
+    def _sizes(self) -> list[int]:
+        return [trees.nbytes(aval) for aval in self.avals]
 
 
 @dataclass
@@ -387,8 +392,8 @@ def programs(params: Any) -> Iterator[Jaxpr]:
 
 
 def check_effects(jaxpr: Jaxpr) -> None:
-    """Raises `ArgumentError` for side effects, wherever they stand. `jax.pure_callback` has none: JAX, too, may
-    call it twice, or not at all."""
+    """Raises `ArgumentError` for side effects, wherever they stand. `jax.pure_callback` has none: JAX, too,
+    may call it twice, or not at all."""
     waiting = [jaxpr]
     while waiting:
         for eqn in waiting.pop().eqns:
