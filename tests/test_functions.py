@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.experimental
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -209,8 +210,43 @@ def test_scans_of_all_kinds() -> None:
     params, args = jax.tree.map(jnp.asarray, (params, args))
     found = assert_gradient(_scans, params, *args, has_aux=True)
     chain, _, _ = found.build(params, *args)
-    assert [part.depth for part in chain.parts if isinstance(part, mw.Stack)] == [5, 3]
+    assert [part.depth for part in chain.parts if isinstance(part, mw.Stack)] == [5, 3, 5]
     assert_gradient(_scans, params, *args, has_aux=True, most=2)
+
+
+def _masked(params: PyTree, x: Any, masks: Any, key: Any) -> Any:
+    """Weights with masks, noise and steps, made for all layers at once: a loop forwards, one backwards, and
+    layers of their own."""
+    scale = jnp.where(masks, jnp.exp(params["scale"])[:, None] * params["w"], 0.0)
+    noisy = params["w"] + 0.01 * jax.random.normal(key, params["w"].shape)
+    own = [w * mask for w, mask in zip(params["own"], masks)]
+
+    def body(x: Any, row: Any) -> tuple[Any, None]:
+        w, mask, step, noisy = row
+        return x + jnp.tanh(x @ jnp.where(mask, w, 0)) @ (noisy * mask) / step, None
+
+    rows = (scale, masks, jnp.arange(1.0, 5.0), noisy)
+    for reverse in (False, True):
+        x, _ = jax.lax.scan(body, x, rows, reverse=reverse)
+    for w in own:
+        x = jnp.tanh(x @ w) + jnp.sin(x)
+    return jnp.mean(x**2)
+
+
+def test_weights_made_of_parameters_and_data_are_no_activations() -> None:
+    r = np.random.default_rng(1)
+    params = {"w": r.normal(size=(4, 6, 6)), "scale": r.normal(size=(4, 6)), "own": r.normal(size=(4, 6, 6))}
+    params = {**params, "own": [*params["own"]]}
+    args = (r.normal(size=(5, 6)), r.normal(size=(4, 6, 6)) > 0, jax.random.key(0))
+    params, args = jax.tree.map(jnp.asarray, (params, args))
+    found = assert_gradient(_masked, params, *args)
+    chain, _, _ = found.build(params, *args)
+    assert [part.depth for part in chain.parts if isinstance(part, mw.Stack)] == [4, 4]
+    avals = found.flow.traced.avals
+    largest = max(
+        avals[v].size for piece in found.plan.pieces for v in piece.crosses if v in found.flow.carrying
+    )
+    assert largest <= 5 * 6  # activations cross the cuts, and no weights
 
 
 def _frozen(params: PyTree, x: Any, key: Any) -> tuple[Any, PyTree]:
@@ -310,6 +346,15 @@ def _of_parameters_alone(params: PyTree) -> Any:
     return jnp.sum(x)
 
 
+def _asked(params: PyTree, x: Any) -> Any:
+    """Callbacks that are pure, of data and of activations: what checks of values are made of."""
+    x = jnp.tanh(jax.pure_callback(np.sin, x, x) @ params["w"])
+    bad = jax.pure_callback(
+        lambda x: np.isnan(x).any(), jax.ShapeDtypeStruct((), bool), jax.lax.stop_gradient(x)
+    )
+    return jnp.mean(jnp.where(bad, jnp.nan, x @ params["w"]) ** 2)
+
+
 W = np.random.default_rng(0)
 CASES: list[tuple[str, Any, PyTree, tuple[Any, ...]]] = [
     ("control", _control, {"a": W.normal(size=(5, 5)), "b": W.normal(size=(5, 5))}, (W.normal(size=(3, 5)),)),
@@ -326,6 +371,7 @@ CASES: list[tuple[str, Any, PyTree, tuple[Any, ...]]] = [
         "of parameters alone", _of_parameters_alone,
         {"x": W.normal(size=(3, 4)), "w": W.normal(size=(5, 4, 4))}, (),
     ),
+    ("pure callbacks", _asked, {"w": W.normal(size=(6, 6))}, (W.normal(size=(7, 6)),)),
     ("the parameter itself", lambda p: p, W.normal(), ()),
     ("an elementwise loss", lambda p, x: p["a"] * x, {"a": W.normal(), "b": W.normal()}, (2.0,)),
 ]  # fmt: skip
@@ -367,7 +413,7 @@ def test_errors_say_what_is_wrong() -> None:
     with pytest.raises(mw.ArgumentError, match=r"jax\.debug\.print"):
         mw.cut(lambda p, x: (jax.debug.print("{}", x), jnp.sum(x @ p["w"]))[1], p, x)
     with pytest.raises(mw.ArgumentError, match="callback"):
-        mw.cut(lambda p, x: jnp.sum(jax.pure_callback(np.sin, x, x) @ p["w"]), p, x)
+        mw.cut(lambda p, x: jnp.sum(jax.experimental.io_callback(np.sin, x, x) @ p["w"]), p, x)
     with pytest.raises(mw.ArgumentError, match=r"jax\.lax\.cond"):
         mw.cut(lambda p, x: jnp.sum(x @ p["w"] if x.sum() > 0 else x), p, x)
     with pytest.raises(mw.ArgumentError, match="most=0"):

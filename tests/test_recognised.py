@@ -82,6 +82,15 @@ def conv(x: Any, w: Any, layout: tuple[str, str, str] = ("NHWC", "HWIO", "NHWC")
     return jax.lax.conv_general_dilated(x, w, (1, 1), kw.pop("pad", "SAME"), dimension_numbers=layout, **kw)
 
 
+def half_coupling(x: Any, which: tuple[int, ...]) -> Any:
+    """An additive coupling of one half (its slice written twice), or of both by different branches."""
+    a = x[..., :3] + jax.nn.softmax(x[..., 3:] * jnp.tanh(x[..., 3:])) if 0 in which else x[..., :3]
+    b = x[..., 3:]
+    if 1 in which:
+        b = b + jax.nn.gelu((a if 0 in which else x[..., :3]) @ W[:3, :3])
+    return jnp.concatenate([a, b], -1)
+
+
 W, B, V = noise(1, (6, 6)) / 3 + jnp.eye(6), noise(2, (6,)), noise(3, (3, 3, 6, 6)) / 20
 V = V.at[1, 1].add(jnp.eye(6))
 SPELLINGS: dict[str, tuple[Any, tuple[int, ...], str]] = {
@@ -117,6 +126,9 @@ SPELLINGS: dict[str, tuple[Any, tuple[int, ...], str]] = {
         lambda x: jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID"),
         (2, 4, 5, 6), "MaxPool",
     ),
+    "first half": (lambda x: half_coupling(x, (0,)), (4, 6), "Coupling"),
+    "second half": (lambda x: half_coupling(x, (1,)), (4, 6), "Coupling"),
+    "halves of two kinds": (lambda x: half_coupling(x, (0, 1)), (4, 6), "Coupling"),
     "half tanh": (lambda x: 0.3 * x + 0.7 * jnp.tanh(x), (4, 6), "Smooth"),
 }  # fmt: skip
 
@@ -124,9 +136,13 @@ SPELLINGS: dict[str, tuple[Any, tuple[int, ...], str]] = {
 @pytest.mark.parametrize("name", SPELLINGS)
 def test_other_spellings(name: str) -> None:
     function, shape, layer = SPELLINGS[name]
-    found, why = recognised(function, trees.struct(noise(5, shape)))
+    x = noise(5, shape)
+    found, why = recognised(function, trees.struct(x))
     assert found is not None, why
     assert type(found).__name__ == layer
+    if layer == "Coupling":
+        assert problem(function, found, x) is None
+        assert {type(one).__name__ for one in rules.invert_rules(found, x)} >= {"CouplingInverse"}
 
 
 NOT_LAYERS: dict[str, Any] = {
@@ -135,6 +151,7 @@ NOT_LAYERS: dict[str, Any] = {
     "a product of activations": lambda x: x @ x.T,
     "the larger twice": lambda x: jnp.concatenate([jnp.maximum(x[:, :3], x[:, 3:])] * 2, -1),
     "variance of another": lambda x: (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(0) + 1e-3),
+    "a half of itself": lambda x: jnp.concatenate([x[:, :3] + jnp.sin(x[:, :3]), x[:, 3:]], -1),
     "a precision": lambda x: jnp.dot(x, W, precision="highest"),
     "a gradient of its own": lambda x: _clipped(x @ W),
 }

@@ -197,7 +197,7 @@ def cut(
     stands in a `jax.checkpoint` stays one operation, with its policy; `most`, pieces.
     **Returns:** a `Cut`: `print` shows the pieces.
     **Raises:** `ArgumentError` for a loss that is not a real scalar or does not depend on `params`, for side
-    effects and callbacks, where Python branches on values, and where there is no place to cut.
+    effects, where Python branches on values, and where there is no place to cut.
 
     >>> loss = lambda params, x: jnp.mean(jnp.tanh(jnp.tanh(x @ params["a"]) @ params["b"]) ** 2)
     >>> params, x = {"a": jnp.eye(64), "b": jnp.eye(64)}, jnp.ones((256, 64))

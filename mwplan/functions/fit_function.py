@@ -78,7 +78,14 @@ class FittedFunction:
     def step(self, params: PyTree, *args: Any) -> tuple[tuple[Any, execute.Report], PyTree]:
         """`((value, report), grads)`: what the function returned, the runs' error report, and gradients like
         `params` (None for what is no array of floating-point numbers). Raises `ArgumentError` for arguments
-        of other shapes than those it was compiled for."""
+        of other shapes than those it was compiled for, and within `jax.jit`, `jax.vmap` or a loop, where
+        `value_and_grad` belongs."""
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((params, args))):
+            raise ArgumentError(
+                "`fitted.step` is a compiled program, and was called with arrays that JAX is tracing (within "
+                "`jax.jit`, `jax.grad`, `jax.vmap`, `jax.lax.scan`): use `fitted.value_and_grad` there, and "
+                "compile the whole with `mw.jit`"
+            )
         out: tuple[tuple[Any, execute.Report], PyTree] = self.fitted.step(*split(self.cut, params, args))
         return out
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mwplan.functions.gradients import dependents, gradients
-from mwplan.functions.order import cheap, hoisted, late
+from mwplan.functions.order import cheap, hoisted, late, weights
 from mwplan.functions.tracing import ALIAS, Step, Traced
 
 
@@ -103,7 +103,7 @@ def analyse(traced: Traced) -> Flow:
     rows = {row for region in traced.regions for row in region.rows}
     of_params = dependents(traced.steps, differentiated, traced.regions)
     of_data = dependents(traced.steps, set(range(traced.sources)) - differentiated, traced.regions)
-    both = of_params & of_data
+    both = (of_params & of_data) - weights(traced, of_params, of_data)
     before = hoisted(traced, of_params, of_data)
     prologue = [step for i, step in enumerate(traced.steps) if i in before]
     sources = set(range(traced.sources)) | rows | {v for step in prologue for v in step.outputs}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from mwplan.functions.expressions import branch
@@ -11,13 +11,16 @@ from mwplan.functions.match_linear import joined, part_start, parts_of
 from mwplan.functions.registry import recognises
 from mwplan.functions.stretches import Graph, Operation
 from mwplan.functions.tracing import ALIAS
-from mwplan.layers.coupling import Coupling
+from mwplan.layers.coupling import Coupling, Nothing
 from mwplan.layers.shapes import Concatenate
+
+_Is = Callable[[Operation], bool]
 
 
 @recognises("concatenate")
 def coupling(y: Operation) -> Any:
-    """`x1, x2 = split(x)`, `y1 = x1 + f(x2)`, `y2 = x2 + g(y1)`, `concatenate([y1, y2])`."""
+    """`x1, x2 = split(x)`, `y1 = x1 + f(x2)`, `y2 = x2 + g(y1)`, `concatenate([y1, y2])`; or one of the two
+    sums alone, the other half as it is."""
     parts = joined(y)
     if parts is None or len(parts) != 2 or len(y.graph.inputs) != 1:
         return None
@@ -30,13 +33,26 @@ def coupling(y: Operation) -> Any:
         return one.shape[-1] == half and part_start(one, x) == start
 
     y1, y2 = parts
-    for x1, a in _sums(y1):
-        for x2, b in _sums(y2):
-            if is_half(x1, 0) and is_half(x2, half):
-                f = _branch(a, lambda one: is_half(one, half))
-                g = _branch(b, lambda one: one is y1)
-                if f is not None and g is not None:
-                    return Coupling(f, g)
+    f = _added(y1, lambda one: is_half(one, 0), lambda one: is_half(one, half))
+
+    def is_y1(one: Operation) -> bool:
+        return one is y1 or (f is NOTHING and is_half(one, 0))
+
+    g = _added(y2, lambda one: is_half(one, half), is_y1)
+    return None if f is None or g is None or (f is g is NOTHING) else Coupling(f, g)
+
+
+#: The branch of a half that stays as it is.
+NOTHING = Nothing()
+
+
+def _added(y: Operation, is_own: _Is, is_other: _Is) -> Any:
+    """The branch `f` where `y` is a half plus `f` of the other; `NOTHING` where it is the half; else None."""
+    if is_own(y):
+        return NOTHING
+    for own, rest in _sums(y):
+        if is_own(own) and (found := _branch(rest, is_other)) is not None:
+            return found
     return None
 
 

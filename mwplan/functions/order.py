@@ -66,6 +66,21 @@ def _makers(traced: Traced, values: Sequence[int]) -> list[int]:
     return found
 
 
+def weights(traced: Traced, of_params: set[int], of_data: set[int]) -> set[int]:
+    """What is made of parameters element by element, though of data too, in no larger a shape: weights with a
+    mask, with noise, in steps. They are no activations."""
+    both = of_params & of_data
+    found = of_params - both
+    for step in traced.steps:
+        if step.primitive.name not in ELEMENTWISE | SHAPES or both.isdisjoint(step.outputs):
+            continue
+        size = sum(traced.avals[v].size for v in step.outputs)
+        largest = max((traced.avals[v].size for v in step.read if v in found), default=0)
+        if largest >= size and all(v in found or v not in both for v in step.read):
+            found.update(step.outputs)
+    return found & both
+
+
 def cheap(steps: Sequence[tuple[Step, bool]], sources: set[int], loss: Any) -> dict[int, Step]:
     """The cheap values and the operations that make them."""
     cost: dict[int, int] = dict.fromkeys(sources, 0)

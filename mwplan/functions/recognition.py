@@ -20,7 +20,7 @@ import jax
 
 from mwplan.functions import match_activations, match_linear, match_norms, match_pairs  # noqa: F401 (register)
 from mwplan.functions.registry import MATCHERS
-from mwplan.functions.stretches import Graph, Operation, Weight
+from mwplan.functions.stretches import SEEN_THROUGH, Graph, Operation, Weight
 from mwplan.functions.tracing import Step
 from mwplan.network import rules
 
@@ -142,10 +142,18 @@ def recognise(listing: Listing, start: int, stop: int) -> list[Found]:
     return found
 
 
+#: What makes the results of a layer of more than one array, by how many it takes and makes.
+_LAST = {(2, 2): ("add",), (1, 2): ("slice", "split"), (2, 1): ("concatenate",)}
+
+
 def _longest(listing: Listing, start: int, stop: int) -> Found | None:
     walk = _Walk(listing, start, stop)
     graphs: dict[tuple[int, ...], Graph] = {}
     for end, inputs, results in reversed(walk.ends):
+        last = _LAST.get((len(inputs), len(results)), MATCHERS)
+        names = [listing.makers[v].primitive.name for v in results]
+        if not all(name in last or name in SEEN_THROUGH for name in names):
+            continue
         if inputs not in graphs:
             graphs[inputs] = Graph(listing.makers, listing.avals, inputs, walk.dependent)
         made = [graphs[inputs].at(v) for v in results]

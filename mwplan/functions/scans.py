@@ -1,9 +1,10 @@
 """Scans over stacked layers, opened: their body stands in the list of operations once, as a region.
 
 A `lax.scan` repeats its body `length` times, with a row of each of its stacked arrays. Where these arrays are
-there before the chain begins (stacked parameters, keys, data) the region becomes a `mw.Stack`, and its pieces
-layers like all others; where they are computed by the layers before, where the stacked results are used, or
-the scan runs backwards, the scan stays one operation.
+there before the chain begins (stacked parameters, keys, data), or are made of such row by row (weights with
+masks, noise on weights), the region becomes a `mw.Stack`, and its pieces layers like all others. Of a scan
+that runs backwards the stacked arrays are reversed first, a copy. Where stacked arrays are computed by the
+layers before, or the stacked results are used, the scan stays one operation.
 """
 
 from __future__ import annotations
@@ -12,14 +13,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from jax import lax
+
 from mwplan.common import trees
 from mwplan.functions.gradients import dependents
 from mwplan.functions.kinds import ELEMENTWISE
-from mwplan.functions.tracing import ALIAS, CHECKPOINTS, Constant, Flat, Operand, Region, Step, Traced, needed
+from mwplan.functions.tracing import ALIAS, CHECKPOINTS, Flat, Operand, Region, Step, Traced, needed
 from mwplan.network.canonical import scan_counts
 
 #: Operations on each element that change its type at most.
-UNARY = ELEMENTWISE | {"convert_element_type", "copy", "reduce_precision", "stop_gradient"}
+EACH = ELEMENTWISE | {"convert_element_type", "copy", "reduce_precision", "stop_gradient"}
 
 
 def expand(traced: Traced, *, keep_checkpoints: bool = False) -> Traced:
@@ -69,13 +72,13 @@ class _Opener:
         consts, carries = scan_counts(params)
         closed = params["jaxpr"]
         stacked = step.inputs[consts + carries :]
-        if params["reverse"] or closed.consts or not carries or not params["length"]:
+        if closed.consts or not carries or not params["length"]:
             return None
         if not self.used.isdisjoint(step.outputs[carries:]) or not self.used.intersection(
             step.outputs[:carries]
         ):
             return None
-        if not all(isinstance(v, int) and v not in self.activations for v in stacked):
+        if not all(isinstance(v, int) and self._has_rows(v) for v in stacked):
             return None
         number = len(self.regions)
         flat = Flat(self.keep, avals=self.avals)
@@ -86,11 +89,14 @@ class _Opener:
         for one in stacked:
             assert isinstance(one, int)
             given.append(self._row(flat, one, rows))
+        reversals: list[Step] = []
+        if params["reverse"]:
+            reversals = [self._reversed(flat, step, row, rows) for row in rows]
         made = flat.walk(closed.jaxpr, (), [*step.inputs[:consts], *start, *given], step.scope)
         after = [self._alias(step, one, v, number) for one, v in zip(made[:carries], step.outputs)]
         inside = needed(flat.steps, made[:carries])
         self.regions.append(Region(depth=params["length"], carry=dict(zip(start, step.outputs)), rows=rows))
-        return [*before, *(replace(one, region=number) for one in inside), *after]
+        return [*reversals, *before, *(replace(one, region=number) for one in inside), *after]
 
     def _alias(self, step: Step, one: Operand, value: int, region: int) -> Step:
         """Another name for a value."""
@@ -99,26 +105,77 @@ class _Opener:
             scope=step.scope, context=step.context, region=region,
         )  # fmt: skip
 
-    def _row(self, flat: Flat, value: int, rows: dict[int, int]) -> int:
-        """A row of a stacked value. What was made of it element by element is made of the row instead: casts
-        of all parameters to another precision."""
+    def _has_rows(self, value: int) -> bool:
+        """Whether the rows of a stacked value are there before the chain begins, or made of such."""
+        if value not in self.activations:
+            return True
         maker = self.makers.get(value)
-        if maker is not None and maker.primitive.name in UNARY and not maker.params.get("sharding"):
-            arrays = [one for one in maker.inputs if isinstance(one, int)]
-            scalars = all(one.aval.shape == () for one in maker.inputs if isinstance(one, Constant))
-            if len(arrays) == 1 and scalars and self.avals[arrays[0]].shape == self.avals[value].shape:
-                inner = self._row(flat, arrays[0], rows)
+        if maker is None or not self._by_rows(maker):
+            return False
+        return all(self._has_rows(v) for v in maker.read if self._is_stacked(v, maker))
+
+    def _is_stacked(self, v: Operand, maker: Step) -> bool:
+        """Whether an operand of `maker` has a row for each of its result's."""
+        shape = self._shape(v)
+        if maker.primitive.name != "broadcast_in_dim":
+            return bool(shape)
+        return bool(shape) and maker.params["broadcast_dimensions"][0] == 0
+
+    def _shape(self, one: Operand) -> tuple[int, ...]:
+        aval = self.avals[one] if isinstance(one, int) else one.aval
+        return tuple(aval.shape)
+
+    def _by_rows(self, maker: Step) -> bool:
+        """Whether an operation makes each row of its result of the same row of what it reads."""
+        if maker.params.get("sharding"):
+            return False
+        shapes = [self._shape(one) for one in maker.inputs]
+        shape = self.avals[maker.outputs[0]].shape
+        if maker.primitive.name == "broadcast_in_dim":
+            stacked = self._is_stacked(maker.inputs[0], maker)
+            return len(shapes) == 1 and (not stacked or shapes[0][0] == shape[0])
+        return maker.primitive.name in EACH and all(one in ((), shape) for one in shapes)
+
+    def _row(self, flat: Flat, value: int, rows: dict[int, int]) -> int:
+        """A row of a stacked value. What is made of one array element by element is made of the row instead
+        (casts of all parameters to another precision), and so is what is the same in all rows, or is made by
+        rows of parameters and data both."""
+        maker = self.makers.get(value)
+        if maker is not None and self._by_rows(maker):
+            stacked = [one for one in maker.read if self._is_stacked(one, maker)]
+            each = maker.primitive.name in EACH
+            if value in self.activations or not stacked or (each and len(stacked) == len(maker.read) == 1):
                 out = flat.value(_row_aval(self.avals[value]))
-                inputs = tuple(inner if isinstance(one, int) else one for one in maker.inputs)
-                flat.steps.append(replace(maker, inputs=inputs, outputs=(out,)))
+                inputs = tuple(
+                    self._row(flat, one, rows) if isinstance(one, int) and one in stacked else one
+                    for one in maker.inputs
+                )
+                params = maker.params if each else _row_params(maker.params)
+                flat.steps.append(replace(maker, inputs=inputs, outputs=(out,), params=params))
                 return out
-        row = flat.value(_row_aval(self.avals[value]))
-        rows[row] = value
+        row = next((row for row, of in rows.items() if of == value), None)
+        if row is None:
+            row = flat.value(_row_aval(self.avals[value]))
+            rows[row] = value
         return row
+
+    def _reversed(self, flat: Flat, step: Step, row: int, rows: dict[int, int]) -> Step:
+        """What makes the stacked value of a row in reverse order."""
+        value, rows[row] = rows[row], flat.value(self.avals[rows[row]])
+        return Step(
+            primitive=lax.rev_p, params={"dimensions": (0,)}, inputs=(value,), outputs=(rows[row],),
+            scope=step.scope, context=step.context,
+        )  # fmt: skip
 
 
 def _row_aval(aval: Any) -> Any:
     return aval.update(shape=aval.shape[1:])
+
+
+def _row_params(params: dict[str, Any]) -> dict[str, Any]:
+    """Those of a `broadcast_in_dim`, of a row."""
+    dims = tuple(d - 1 for d in params["broadcast_dimensions"] if d)
+    return {**params, "shape": params["shape"][1:], "broadcast_dimensions": dims}
 
 
 def stacked_by(regions: Sequence[Region]) -> dict[int, int]:

@@ -24,6 +24,10 @@ from mwplan.functions.tracing import ALIAS, Constant, Operand, Step
 
 #: Operations that hand on each operand.
 _SAME = frozenset(["copy", "copy_p", "name", "optimization_barrier", "pvary", "pcast"])
+#: Operations that change nothing where types and shapes stay the same.
+_MOVES = frozenset(["reshape", "convert_element_type", "squeeze", "broadcast_in_dim", "transpose"])
+#: All that may be left out.
+SEEN_THROUGH = _SAME | _MOVES | {ALIAS.name}
 
 
 @dataclass(frozen=True)
@@ -266,7 +270,7 @@ def resolved(
             if isinstance(step.inputs[0], Constant):
                 break
             value = step.inputs[0]
-        elif name in ("reshape", "convert_element_type", "squeeze", "broadcast_in_dim", "transpose"):
+        elif name in _MOVES:
             source = step.inputs[0]
             if not isinstance(source, int) or not _unchanged(step, avals[source], avals[value]):
                 break

@@ -6,6 +6,7 @@ other."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -181,7 +182,11 @@ class Traced:
 
     def nbytes(self, value: int) -> int:
         """Bytes of a value."""
-        return trees.nbytes(self.avals[value])
+        return self._sizes[value]
+
+    @functools.cached_property
+    def _sizes(self) -> list[int]:
+        return [trees.nbytes(aval) for aval in self.avals]
 
 
 @dataclass
@@ -256,7 +261,7 @@ def trace(
 ) -> Traced:
     """The operations of `loss(params, *args)`.
 
-    **Raises:** `ArgumentError` for a loss that is not a real scalar, for side effects and callbacks, and
+    **Raises:** `ArgumentError` for a loss that is not a real scalar, for side effects, and
     where tracing fails because Python branches on values."""
     if not callable(loss):
         raise ArgumentError(
@@ -387,18 +392,22 @@ def programs(params: Any) -> Iterator[Jaxpr]:
 
 
 def check_effects(jaxpr: Jaxpr) -> None:
-    """Raises `ArgumentError` for side effects and callbacks, wherever they stand."""
+    """Raises `ArgumentError` for side effects, wherever they stand. `jax.pure_callback` has none: JAX, too,
+    may call it twice, or not at all."""
     waiting = [jaxpr]
     while waiting:
         for eqn in waiting.pop().eqns:
             name = eqn.primitive.name
-            if "callback" in name or name in ("infeed", "outfeed", "debug_print"):
+            if ("callback" in name and name != "pure_callback") or name in (
+                "infeed",
+                "outfeed",
+                "debug_print",
+            ):
                 raise ArgumentError(
                     f"`loss` calls `{name}`: a planned step may execute a part of it twice or in another "
                     "order, and has no place for "
-                    "callbacks and side effects (`jax.debug.print`, `io_callback`, `pure_callback`): return "
-                    "what you want to see "
-                    "with `has_aux=True`"
+                    "side effects (`jax.debug.print`, `io_callback`): return what you want to see with "
+                    "`has_aux=True`; what has none may be a `jax.pure_callback`"
                 )
             waiting += programs(eqn.params)
     if jaxpr.effects:

@@ -58,6 +58,15 @@ def branch_vjp(branch: Any, x: Array) -> tuple[Array, Any]:
 
 
 @layer
+class Nothing:
+    """The branch of a half that a coupling leaves as it is: zeros like the other half."""
+
+    def __call__(self, x: Array) -> Array:
+        """Zeros."""
+        return jnp.zeros_like(x)
+
+
+@layer
 class Coupling:
     """`y1 = x1 + f(x2)`, `y2 = x2 + g(y1)`, for any layers `f` and `g`.
 

@@ -86,6 +86,11 @@ class Naming:
         """As `Pricing.together`."""
         self.programs.append(named(handles))
 
+    def crossing(
+        self, forward: Alone, backward: Alone, *, ends: tuple[PyTree, PyTree], ct: PyTree, grads: PyTree
+    ) -> None:
+        """As `Pricing.crossing`."""
+
     def derive(self, handle: Alone, base: Alone, more: Alone) -> None:
         """As `Pricing.derive`."""
 
