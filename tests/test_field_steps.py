@@ -45,8 +45,11 @@ WRONG = {
     "last batch": (lambda: (network(), SHORT, SHORT), r"`x` is float32\[27, 16\].*float32\[32, 16\].*pad"),
     "labels": (lambda: (network(), FULL, SHORT), r"`args\[0\]` is float32\[27, 16\].*float32\[32, 16\]"),
     "dtype": (lambda: (network(), FULL.astype(jnp.bfloat16), FULL), r"`x` is bfloat16\[32, 16\]"),
-    "structure": (lambda: (network(), {"x": FULL}, FULL), r"`x` has the structure"),
-    "shorter chain": (lambda: (network(3), FULL, FULL), r"`chain` has the structure"),
+    "structure": (
+        lambda: (network(), {"x": FULL}, FULL),
+        r"`x` has another structure .* lacks `x` and it has `x\['x'\]` besides",
+    ),
+    "shorter chain": (lambda: (network(3), FULL, FULL), r"`chain` has another structure .* it lacks `chain"),
     "missing": (lambda: (network(), FULL), r"takes 3 arguments and got 2"),
 }
 
@@ -107,6 +110,29 @@ def test_a_functions_budget_holds_the_optimizers_state() -> None:
     assert held.profile.optimizer_bytes == state
     assert held.profile.fixed_bytes >= 2 * params["a"].nbytes + state
     assert "optimizer's state" in str(held)
+
+
+def test_a_function_says_which_argument_is_other() -> None:
+    """A forgotten one, another name, what `jax.jit` made an array of; never a whole tree."""
+
+    def loss(params: Any, x: Any, key: Any) -> Any:
+        noise = jax.random.normal(key, x.shape)
+        return jnp.mean(jnp.tanh((x + params["rate"] * noise) @ params["a"]) ** 2)
+
+    x, key = jnp.ones((128, 64)), jax.random.key(0)
+    params = {"a": jnp.eye(64), "rate": 0.1, "mode": "train"}
+    fitted = mw.fit_function(loss, params, x, key, budget="1GiB")
+    assert isinstance(fitted, mw.FittedFunction)
+    with pytest.raises(mw.ArgumentError, match="2 arguments were given, .* for 3, `params` and 2 more"):
+        fitted.step(params, x)
+    other = r"lacks `params\['a'\]` and it has `params\['b'\]` besides"
+    with pytest.raises(mw.ArgumentError, match=other):
+        fitted.step({"b": params["a"], "rate": 0.1, "mode": "train"}, x, key)
+    arrays = {"a": params["a"], "rate": params["rate"]}
+    with pytest.raises(
+        mw.ArgumentError, match=r"`params\['rate'\]` is 0\.1, part of the program.*filter_jit"
+    ):
+        mw.jit(lambda some: fitted.value_and_grad({**some, "mode": "train"}, x, key))(arrays)
 
 
 def test_what_backpropagation_would_take_is_said() -> None:

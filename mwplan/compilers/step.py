@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -47,12 +48,14 @@ class Step:
         for at, (got, want) in enumerate(zip(args, self._structs)):
             name = f"`{self._name(at)}`"
             leaves, treedef = jax.tree_util.tree_flatten_with_path(got)
-            wanted, want_treedef = jax.tree.flatten(want)
+            wanted, want_treedef = jax.tree_util.tree_flatten_with_path(want)
             other: bool = treedef != want_treedef  # type: ignore[operator]
             if other:
-                was = f"and the step was compiled for {want_treedef}"
-                return f"{name} has the structure {treedef}, {was}. {advice}"
-            for (path, leaf), struct in zip(leaves, wanted):
+                keystr, own = jax.tree_util.keystr, self._name(at)
+                keys = [[own + keystr(path) for path, _ in some] for some in (leaves, wanted)]
+                how = differ(*keys)
+                return f"{name} has another structure than the step was compiled for: {how}. {advice}"
+            for (path, leaf), (_, struct) in zip(leaves, wanted):
                 shown = [_shown(one) for one in (leaf, struct)]
                 if shown[0] == shown[1]:
                     continue
@@ -64,6 +67,19 @@ class Step:
     def _name(self, at: int) -> str:
         last = len(self.names) - 1
         return self.names[at] if at < last else f"{self.names[-1]}[{at - last}]"
+
+
+def differ(got: Sequence[str], want: Sequence[str]) -> str:
+    """How the leaves of a tree, by their names, differ from those that are wanted, in words."""
+
+    def some(names: list[str]) -> str:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        return ", ".join(f"`{name.strip('`')}`" for name in names[:3]) + more
+
+    missing, new = [one for one in want if one not in got], [one for one in got if one not in want]
+    told = [f"it lacks {some(missing)}"] if missing else []
+    told += [f"it has {some(new)} besides"] if new else []
+    return " and ".join(told) or "the leaves are the same, but not what holds them (types, static fields)"
 
 
 def _shown(leaf: Any) -> str:

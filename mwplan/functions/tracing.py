@@ -20,6 +20,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from mwplan.common import trees
 from mwplan.common.errors import ArgumentError
+from mwplan.compilers.step import differ
 
 PyTree = Any
 
@@ -118,12 +119,15 @@ class Signature:
         shape or dtype."""
         found, treedef = jax.tree.flatten((params, args))
         if treedef != self.treedef:
-            raise ArgumentError(
-                f"the arguments have the structure {treedef}, and the step was compiled for {self.treedef}: "
-                "fit the function again for other arguments"
-            )
+            raise ArgumentError(f"{self._other(params, args)}: fit the function again for other arguments")
         for i, leaf in enumerate(found):
             if i in self.fixed:
+                if isinstance(leaf, jax.core.Tracer):
+                    raise ArgumentError(
+                        f"{self.names[i]} is {self.fixed[i]!r}, part of the program that was planned, and "
+                        "`jax.jit` around it made an array of it. Let only arrays through: with Equinox "
+                        "`eqx.filter_jit(f, compiler_options=mw.compiler_options())`"
+                    )
                 if not _same(leaf, self.fixed[i]):
                     raise ArgumentError(
                         f"{self.names[i]} is {leaf!r}, and the step was compiled for {self.fixed[i]!r}: what "
@@ -140,6 +144,15 @@ class Signature:
                     f"{want.dtype}{list(want.shape)}: fit the function again for other shapes"
                 )
         return [found[i] for i in self.dynamic]
+
+    def _other(self, params: PyTree, args: tuple[Any, ...]) -> str:
+        """How the structure of such arguments differs, in words."""
+        given, count = 1 + len(args), 1 + len(self.treedef.children()[1].children())
+        if given != count:
+            also = f" and {count - 1} more" if count > 1 else " alone"
+            return f"{given} arguments were given, and the step was compiled for {count}, `params`{also}"
+        got = [_path(path) for path, _ in jax.tree_util.tree_flatten_with_path((params, args))[0]]
+        return f"the arguments are not those that the step was compiled for: {differ(got, self.names)}"
 
     def arguments(self, arrays: Sequence[Any]) -> tuple[PyTree, tuple[Any, ...]]:
         """`(params, args)` with these dynamic leaves."""
