@@ -123,7 +123,7 @@ def test_a_function_says_which_argument_is_other() -> None:
     params = {"a": jnp.eye(64), "rate": 0.1, "mode": "train"}
     fitted = mw.fit_function(loss, params, x, key, budget="1GiB")
     assert isinstance(fitted, mw.FittedFunction)
-    with pytest.raises(mw.ArgumentError, match="2 arguments were given, .* for 3, `params` and 2 more"):
+    with pytest.raises(mw.ArgumentError, match=r"2 arguments were given, .* for 3, `params` and 2 more"):
         fitted.step(params, x)
     other = r"lacks `params\['a'\]` and it has `params\['b'\]` besides"
     with pytest.raises(mw.ArgumentError, match=other):
