@@ -118,7 +118,7 @@ def test_offloading_by_hand_and_a_long_chain_with_a_tight_host() -> None:
     times = [frontier.at(frontier.least_bytes).time_ns]
     for host in (every // 8, every // 2, every):
         problem = Problem(
-            profile=profile, budget_bytes=frontier.least_bytes, host_bytes=host, time_limit_s=20.0
+            profile=profile, budget_bytes=frontier.least_bytes, host_bytes=host, time_limit_s=90.0
         )
         solution = solve(problem, frontier)
         found = replay(profile, solution.runs or ())
