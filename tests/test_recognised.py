@@ -243,7 +243,9 @@ NETS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "revnet" else []) for name in NETS]
+)
 def test_the_plan_of_a_function_is_that_of_its_layers(name: str) -> None:
     """Within 1% of the modelled time at every budget, but for one kernel more in a coupling that keeps masks;
     in as many bytes, but for what the loss, which is no known layer, keeps."""

@@ -28,7 +28,11 @@ profiles = st.builds(
 )
 
 
-@pytest.mark.parametrize("part", range(8))
+#: A quarter of the chains by default; all are slow.
+PARTS = [pytest.param(part, marks=[pytest.mark.slow] if part > 1 else []) for part in range(8)]
+
+
+@pytest.mark.parametrize("part", PARTS)
 def test_frontier_and_integer_program_equal_exhaustive_search_at_every_budget_on_1000_chains(
     part: int,
 ) -> None:

@@ -18,7 +18,9 @@ from tests.chains import random_profile, with_host
 from tests.solver_checks import distinct, repeated
 
 
-@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize(
+    "part", [pytest.param(part, marks=[pytest.mark.slow] if part > 1 else []) for part in range(4)]
+)
 def test_side_conditions_equal_exhaustive_search(part: int) -> None:
     rng = random.Random(part)
     for k in range(15):
