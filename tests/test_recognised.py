@@ -14,7 +14,7 @@ import mwplan as mw
 from mwplan import layers as ml
 from mwplan.common import trees
 from mwplan.functions.checking import problem
-from mwplan.functions.fit_function import _Gradient, _split
+from mwplan.functions.flat import Gradient, split
 from mwplan.functions.plain import recognised
 from mwplan.functions.registry import forget
 from mwplan.network import rules
@@ -283,8 +283,8 @@ def test_gradients_of_runs_over_recognised_pieces(name: str) -> None:
         options.append(usable[0].name)
     last = mw.Run(kind=mw.RunKind.STORE, start=count, stop=count + 1, options=("vjp",))
     walk = mw.Run(kind=mw.RunKind.MOONWALK, start=0, stop=count, options=tuple(options[:-1]))
-    step = mw.jit(_Gradient(found, False)(mw.Schedule(runs=(walk, last))))
-    (value, report), grads = step(*_split(found, params, args))
+    step = mw.jit(Gradient(found, False)(mw.Schedule(runs=(walk, last))))
+    (value, report), grads = step(*split(found, params, args))
     want_value, want = jax.value_and_grad(loss)(params, *args)
     np.testing.assert_allclose(value, want_value, rtol=1e-5)
     assert float(report.worst) < 1e-4
