@@ -38,7 +38,7 @@ from mwplan.targets.crossing import Crossing
 PyTree = Any
 _PIECE = 1 << 10  # bytes: parts of a workspace below leave no hole to speak of
 _ENOUGH_NS = 100_000_000  # of one program's runs, together
-_DRAWN = 1 << 20  # elements of noise: larger arrays repeat them, times do not tell
+_DRAWN = 1 << 20  # elements of noise: larger arrays repeat them, which times do not tell
 _SHORT_NS = 5_000_000  # what is over so soon may find in caches what it reads
 
 
@@ -436,10 +436,10 @@ def _compiled(lowered: Any, options: dict[str, Any]) -> Any:
 
 
 def _buffers(structs: list[Any]) -> list[Any]:
-    """New arrays of these shapes, without compiling anything for it (but for typed keys)."""
+    """New arrays of these shapes, small ones without compiling anything for it (but for typed keys)."""
     return [
         jnp.zeros(leaf.shape, leaf.dtype)
-        if trees.is_key(leaf)
+        if trees.is_key(leaf) or math.prod(leaf.shape) > _DRAWN
         else jnp.array(np.zeros(leaf.shape, leaf.dtype))
         for leaf in structs
     ]
