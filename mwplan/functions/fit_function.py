@@ -22,6 +22,9 @@ from mwplan.fitting.fitting import fit_step
 from mwplan.functions import cut as cutting
 from mwplan.functions.cut import Cut
 from mwplan.functions.policy import Policy
+from mwplan.network import sharding
+from mwplan.network.chain import fingerprint
+from mwplan.network.kept import PREFIX as KEPT
 from mwplan.plans.profiles import Profile
 from mwplan.plans.schedule import Choice, Schedule
 from mwplan.profiling import measure
@@ -134,11 +137,13 @@ def fit_function(
     **Arguments:** `loss(params, *args)`, as for `jax.value_and_grad`: a real scalar, with `has_aux` a pair of
     it and anything; `params`, a pytree: the gradient is taken of its floating-point arrays that the loss
     depends on; of the others it is zeros, and costs no time; integers, keys and what is no array have none.
-    `args`, arrays that the step will be given; what is no array among them is part of the program. `budget`,
-    bytes of the whole step or a text such as "2GiB"; `keep_checkpoints`, `most`, as `mw.cut`; `loops`,
-    whether pieces that repeat are compiled once, as a loop over stacked parameters (a copy of them and of
-    their gradients in the step; if None, where that is at most a twentieth of the budget; loops of the
-    function itself need no copy); `profile`, of the chain of pieces (measured if None); the rest as `mw.fit`.
+    `args`, arrays that the step will be given; what is no array among them is part of the program. Arrays may
+    lie on several devices (`NamedSharding`): the budget is that of one of them, and what is profiled is its
+    share of `args`, with whole parameters. `budget`, bytes of the whole step or a text such as "2GiB";
+    `keep_checkpoints`, `most`, as `mw.cut`; `loops`, whether pieces that repeat are compiled once, as a loop
+    over stacked parameters (a copy of them and of their gradients in the step; if None, where that is at most
+    a twentieth of the budget; loops of the function itself need no copy); `profile`, of the chain of pieces
+    (measured if None); the rest as `mw.fit`.
     **Returns:** a `FittedFunction`.
     **Raises:** as `mw.cut`; `InfeasibleError` where no schedule fits the budget; as `mw.fit`.
 
@@ -151,14 +156,16 @@ def fit_function(
     """
     found = cutting.cut(loss, params, *args, has_aux=has_aux, keep_checkpoints=keep_checkpoints, most=most)
     _check_concrete(params, args)
-    found = found.checked(params, *args)
+    shard, here = _of_one_device(found, loss, params, args, has_aux, keep_checkpoints, most)
+    shard = shard.checked(*here)
+    found = found.cut_like(shard)
     looped = found.looped()
     copies = 2 * looped.plan.copied_bytes(found.flow.traced.avals)
     if loops or (loops is None and copies <= COPIED * parse_bytes(budget)):
-        found = looped
+        found, shard = looped, shard.looped()
     flat = _split(found, params, args)
     if profile is None:
-        profile = profile_pieces(found, params, *args)
+        profile = _for_all(profile_pieces(shard, *here), shard, found, flat)
     gradient = _Gradient(found, has_aux)
     profile = dataclasses.replace(profile, fixed_bytes=_fixed_bytes(found, flat), optimizer_bytes=0)
     profile = profile.with_optimizer(0 if optimizer is None else state_bytes(optimizer, params))
@@ -202,6 +209,46 @@ def profile_pieces(
     else:
         profile = estimate(chain, x, device=device, wrt_input=shares, progress=progress)
     return dataclasses.replace(profile, fixed_bytes=_fixed_bytes(found, flat))
+
+
+def _of_one_device(
+    found: Cut,
+    loss: Callable[..., Any],
+    params: PyTree,
+    args: tuple[Any, ...],
+    has_aux: bool,
+    keep_checkpoints: bool,
+    most: int,
+) -> tuple[Cut, tuple[Any, ...]]:
+    """The function cut for what one device has of the arguments, and these: whole parameters and its share
+    of the others. As it is where all are on one device."""
+    if not any(map(sharding.spread, jax.tree.leaves((params, args)))):
+        return found, (params, *args)
+    params, args = sharding.gathered(params), sharding.local(args)
+    try:
+        found = cutting.cut(
+            loss, params, *args, has_aux=has_aux, keep_checkpoints=keep_checkpoints, most=most
+        )
+    except (TypeError, ValueError) as error:
+        shapes = ", ".join(str(trees.struct(leaf)) for leaf in jax.tree.leaves(args))
+        raise ArgumentError(
+            f"`args` lie on several devices, and `loss` does not take one device's share of them ({shapes}), "
+            f"which must be profiled: {error}\nSpread all arrays of the batch alike, or fit the loss of one "
+            "device's share and call `fitted.value_and_grad` within `jax.shard_map`"
+        ) from error
+    return found, (params, *args)
+
+
+def _for_all(profile: Profile, shard: Cut, found: Cut, flat: Any) -> Profile:
+    """The profile of one device's share as that of the chain for the whole arguments. Without sets of kept
+    values, whose names speak of shapes."""
+    if shard.flow is found.flow:
+        return profile
+    layers = tuple(
+        dataclasses.replace(one, store=tuple(way for way in one.store if not way.name.startswith(KEPT)))
+        for one in profile.layers
+    )
+    return dataclasses.replace(profile, layers=layers, fingerprint=fingerprint(found.build_flat(*flat)[0]))
 
 
 @dataclass(frozen=True)
@@ -250,10 +297,10 @@ def _check_concrete(params: PyTree, args: tuple[Any, ...]) -> None:
 
 
 def _fixed_bytes(cut: Cut, flat: tuple[list[Any], list[Any], list[Any]]) -> int:
-    """Bytes of the arguments, of the gradients and of what the function returns."""
+    """Bytes on each device of the arguments, of the gradients and of what the function returns."""
     results = cut.flow.traced.outputs
     made = sum(cut.flow.traced.nbytes(v) for v in {*results} if isinstance(v, int))
-    return trees.nbytes(flat) + trees.nbytes(trees.parameters(flat[0])) + made
+    return sharding.local_bytes(flat) + sharding.local_bytes(trees.parameters(flat[0])) + made
 
 
 def _narrowest(cut: Cut) -> str:
