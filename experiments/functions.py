@@ -124,7 +124,7 @@ def _fit(case: published.Case, profile: Profile, budget: int, want: list[Any]) -
         budget = (error.least_bytes or 0) - profile.fixed_bytes
         step = fitted()
     (_, report), grads = step.step(case.params, *case.args)
-    same_tree = jax.tree.structure(grads) == jax.tree.structure(
+    same_tree: bool = jax.tree.structure(grads) == jax.tree.structure(  # type: ignore[operator]
         jax.tree.map(lambda leaf: leaf if trees.is_inexact(leaf) else None, case.params)
     )
     differences = [

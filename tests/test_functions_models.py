@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 
 import mwplan as mw
+from experiments import published
+from mwplan.common import trees
 from tests import functions, models
 from tests.test_functions import PyTree, assert_fits, assert_gradient
 
@@ -110,3 +112,24 @@ def test_weights_made_of_parameters_and_data_are_no_activations() -> None:
         avals[v].size for piece in found.plan.pieces for v in piece.crosses if v in found.flow.carrying
     )
     assert largest <= 5 * 6  # activations cross the cuts, and no weights
+
+
+QUICK = ("equinox_lstm", "optax_ctc")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in published.MODELS]
+)
+def test_published_models(name: str) -> None:
+    """As they are: those that are installed. They are fitted by `python -m experiments.functions`."""
+    assert published.glue(name) <= 3
+    if lacking := published.missing(name):
+        pytest.skip(f"not installed: {', '.join(lacking)}")
+    case = published.MODELS[name][0]()
+    arrays, static = eqx.partition(case.params, trees.is_array)
+    assert_gradient(
+        lambda arrays, *args: case.loss(eqx.combine(arrays, static), *args),
+        arrays,
+        *case.args,
+        has_aux=case.has_aux,
+    )
