@@ -113,10 +113,12 @@ def _fit(case: published.Case, profile: Profile, budget: int, want: list[Any]) -
     asked = budget
 
     def fitted() -> mw.FittedFunction:
-        return mw.fit_function(
+        found = mw.fit_function(
             case.loss, case.params, *case.args,
             has_aux=case.has_aux, profile=profile, budget=profile.fixed_bytes + budget,
         )  # fmt: skip
+        assert isinstance(found, mw.FittedFunction)
+        return found
 
     try:
         step = fitted()
@@ -124,7 +126,7 @@ def _fit(case: published.Case, profile: Profile, budget: int, want: list[Any]) -
         budget = (error.least_bytes or 0) - profile.fixed_bytes
         step = fitted()
     (_, report), grads = step.step(case.params, *case.args)
-    same_tree = jax.tree.structure(grads) == jax.tree.structure(
+    same_tree: bool = jax.tree.structure(grads) == jax.tree.structure(  # type: ignore[operator]
         jax.tree.map(lambda leaf: leaf if trees.is_inexact(leaf) else None, case.params)
     )
     differences = [

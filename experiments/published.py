@@ -168,7 +168,7 @@ def linen_scanned() -> Case:
         @nn.compact
         def __call__(self, tokens: Any) -> Any:
             x = nn.Embed(50, 32, **kind)(tokens)
-            rngs = {"params": True, "dropout": True}
+            rngs: dict[Any, bool] = {"params": True, "dropout": True}
             x, _ = nn.scan(nn.remat(Block), {"params": 0}, split_rngs=rngs, length=6)()(x, None)
             return nn.Dense(50, **kind)(x)
 
@@ -262,7 +262,7 @@ def bijx_realnvp() -> Case:
     from flax import nnx
 
     flow = bijx.Transformed(bijx.IndependentNormal((8,)), bijx.realnvp_flow(8, rngs=nnx.Rngs(0)))
-    graph, params, rest = nnx.split(flow, nnx.Param, ...)  # glue
+    graph, params, rest = nnx.split(flow, nnx.Param, ...)  # type: ignore[misc]  # glue
 
     def loss(params: PyTree, rest: PyTree, x: Any) -> Any:
         flow = nnx.merge(graph, params, rest)  # glue

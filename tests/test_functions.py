@@ -214,41 +214,6 @@ def test_scans_of_all_kinds() -> None:
     assert_gradient(_scans, params, *args, has_aux=True, most=2)
 
 
-def _masked(params: PyTree, x: Any, masks: Any, key: Any) -> Any:
-    """Weights with masks, noise and steps, made for all layers at once: a loop forwards, one backwards, and
-    layers of their own."""
-    scale = jnp.where(masks, jnp.exp(params["scale"])[:, None] * params["w"], 0.0)
-    noisy = params["w"] + 0.01 * jax.random.normal(key, params["w"].shape)
-    own = [w * mask for w, mask in zip(params["own"], masks)]
-
-    def body(x: Any, row: Any) -> tuple[Any, None]:
-        w, mask, step, noisy = row
-        return x + jnp.tanh(x @ jnp.where(mask, w, 0)) @ (noisy * mask) / step, None
-
-    rows = (scale, masks, jnp.arange(1.0, 5.0), noisy)
-    for reverse in (False, True):
-        x, _ = jax.lax.scan(body, x, rows, reverse=reverse)
-    for w in own:
-        x = jnp.tanh(x @ w) + jnp.sin(x)
-    return jnp.mean(x**2)
-
-
-def test_weights_made_of_parameters_and_data_are_no_activations() -> None:
-    r = np.random.default_rng(1)
-    params = {"w": r.normal(size=(4, 6, 6)), "scale": r.normal(size=(4, 6)), "own": r.normal(size=(4, 6, 6))}
-    params = {**params, "own": [*params["own"]]}
-    args = (r.normal(size=(5, 6)), r.normal(size=(4, 6, 6)) > 0, jax.random.key(0))
-    params, args = jax.tree.map(jnp.asarray, (params, args))
-    found = assert_gradient(_masked, params, *args)
-    chain, _, _ = found.build(params, *args)
-    assert [part.depth for part in chain.parts if isinstance(part, mw.Stack)] == [4, 4]
-    avals = found.flow.traced.avals
-    largest = max(
-        avals[v].size for piece in found.plan.pieces for v in piece.crosses if v in found.flow.carrying
-    )
-    assert largest <= 5 * 6  # activations cross the cuts, and no weights
-
-
 def _frozen(params: PyTree, x: Any, key: Any) -> tuple[Any, PyTree]:
     """Integers, keys, frozen arrays, a number and functions among the parameters, dropout, and results of
     every kind."""

@@ -66,6 +66,25 @@ class Cut:
         wrong = problems(self.plan, chain, x)
         return replace(self, plan=self.plan.without(wrong)) if wrong else self
 
+    def cut_like(self, other: Cut) -> Cut:
+        """Cut and recognised as `other` is, which is of the same function at arguments of other shapes.
+        Raises `ArgumentError` where that does other operations."""
+        if other is self or other.plan is self.plan:
+            return self
+        if [step.primitive for step in self.flow.steps] != [step.primitive for step in other.flow.steps]:
+            raise ArgumentError(
+                f"the function does {len(self.flow.steps)} operations for the whole arguments and "
+                f"{len(other.flow.steps)} for one device's share of them, which must be the same to be "
+                "planned: fit the loss of one device's share, and call `fitted.value_and_grad` within "
+                "`jax.shard_map`"
+            )
+        if other.flow is self.flow:
+            return other
+        starts = [piece.start for piece in other.plan.pieces[1:]]
+        plan = assemble(self.flow, starts, find(self.flow))
+        wrong = {i: piece.why for i, piece in enumerate(other.plan.pieces) if not piece.layers}
+        return replace(self, plan=plan.without(wrong))
+
     def reasons(self) -> list[str]:
         """Of each piece what it is recognised as, or what stood in the way."""
         return [

@@ -24,6 +24,9 @@ from mwplan.functions.cut import Cut
 from mwplan.functions.flat import Gradient, fixed_bytes, plain, split
 from mwplan.functions.policy import Policy
 from mwplan.functions.remote_function import RemoteFunction
+from mwplan.network import sharding
+from mwplan.network.chain import fingerprint
+from mwplan.network.kept import PREFIX as KEPT
 from mwplan.plans.profiles import Profile
 from mwplan.plans.schedule import Choice, Schedule, check_allowed
 from mwplan.profiling import measure
@@ -139,12 +142,14 @@ def fit_function(
     **Arguments:** `loss(params, *args)`, as for `jax.value_and_grad`: a real scalar, with `has_aux` a pair of
     it and anything; `params`, a pytree: the gradient is taken of its floating-point arrays that the loss
     depends on; of the others it is zeros, and costs no time; integers, keys and what is no array have none.
-    `args`, arrays that the step will be given; what is no array among them is part of the program. `budget`,
-    bytes of the whole step or a text such as "2GiB"; `keep_checkpoints`, `most`, as `mw.cut`; `loops`,
-    whether pieces that repeat are compiled once, as a loop over stacked parameters (a copy of them and of
-    their gradients in the step; if None, where that is at most a twentieth of the budget; loops of the
-    function itself need no copy); `profile`, of the chain of pieces (measured if None); the rest as `mw.fit`,
-    `device` too: for another than the attached one, `params` and `args` may be shapes.
+    `args`, arrays that the step will be given; what is no array among them is part of the program. Arrays may
+    lie on several devices (`NamedSharding`): the budget is that of one of them, and what is profiled is its
+    share of `args`, with whole parameters. `budget`, bytes of the whole step or a text such as "2GiB";
+    `keep_checkpoints`, `most`, as `mw.cut`; `loops`, whether pieces that repeat are compiled once, as a loop
+    over stacked parameters (a copy of them and of their gradients in the step; if None, where that is at most
+    a twentieth of the budget; loops of the function itself need no copy); `profile`, of the chain of pieces
+    (measured if None); the rest as `mw.fit`, `device` too: for another than the attached one, `params` and
+    `args` may be shapes.
     **Returns:** a `FittedFunction`; for another `device` a `RemoteFunction`, whose step runs there alone.
     **Raises:** as `mw.cut`; `InfeasibleError` where no schedule fits the budget; as `mw.fit`.
 
@@ -160,14 +165,17 @@ def fit_function(
     if device is not None:
         check_untimed(tune, device)
         target_of(device).place()
-    found = found if trees.only_shapes((params, args)) else found.checked(params, *args)
+    shard, here = _of_one_device(found, loss, params, args, has_aux, keep_checkpoints, most)
+    shard = shard if trees.only_shapes(here) else shard.checked(*here)
+    found = found.cut_like(shard)
     looped = found.looped()
     copies = 2 * looped.plan.copied_bytes(found.flow.traced.avals)
     loops = copies <= COPIED * parse_bytes(budget) if loops is None else loops
-    found = looped if loops else found
+    if loops:
+        found, shard = looped, shard.looped()
     flat = split(found, params, args)
     if profile is None:
-        profile = profile_pieces(found, params, *args, device=device)
+        profile = _for_all(profile_pieces(shard, *here, device=device), shard, found, flat)
     gradient = Gradient(found, has_aux)
     profile = dataclasses.replace(profile, fixed_bytes=fixed_bytes(found, flat), optimizer_bytes=0)
     profile = profile.with_optimizer(0 if optimizer is None else state_bytes(optimizer, params))
@@ -212,6 +220,46 @@ def profile_pieces(
     else:
         profile = estimate(chain, x, device=device, wrt_input=shares, progress=progress)
     return dataclasses.replace(profile, fixed_bytes=fixed_bytes(found, flat))
+
+
+def _of_one_device(
+    found: Cut,
+    loss: Callable[..., Any],
+    params: PyTree,
+    args: tuple[Any, ...],
+    has_aux: bool,
+    keep_checkpoints: bool,
+    most: int,
+) -> tuple[Cut, tuple[Any, ...]]:
+    """The function cut for what one device has of the arguments, and these: whole parameters and its share
+    of the others. As it is where all are on one device."""
+    if not any(map(sharding.spread, jax.tree.leaves((params, args)))):
+        return found, (params, *args)
+    params, args = sharding.gathered(params), sharding.local(args)
+    try:
+        found = cutting.cut(
+            loss, params, *args, has_aux=has_aux, keep_checkpoints=keep_checkpoints, most=most
+        )
+    except (TypeError, ValueError) as error:
+        shapes = ", ".join(str(trees.struct(leaf)) for leaf in jax.tree.leaves(args))
+        raise ArgumentError(
+            f"`args` lie on several devices, and `loss` does not take one device's share of them ({shapes}), "
+            f"which must be profiled: {error}\nSpread all arrays of the batch alike, or fit the loss of one "
+            "device's share and call `fitted.value_and_grad` within `jax.shard_map`"
+        ) from error
+    return found, (params, *args)
+
+
+def _for_all(profile: Profile, shard: Cut, found: Cut, flat: Any) -> Profile:
+    """The profile of one device's share as that of the chain for the whole arguments. Without sets of kept
+    values, whose names speak of shapes."""
+    if shard.flow is found.flow:
+        return profile
+    layers = tuple(
+        dataclasses.replace(one, store=tuple(way for way in one.store if not way.name.startswith(KEPT)))
+        for one in profile.layers
+    )
+    return dataclasses.replace(profile, layers=layers, fingerprint=fingerprint(found.build_flat(*flat)[0]))
 
 
 def _check_concrete(params: PyTree, args: tuple[Any, ...], *, shapes: bool = False) -> None:

@@ -12,6 +12,7 @@ import jax
 from mwplan.common import trees
 from mwplan.execution import execute
 from mwplan.functions.cut import Cut
+from mwplan.network import sharding
 from mwplan.plans.schedule import Schedule
 
 PyTree = Any
@@ -65,10 +66,10 @@ def split(cut: Cut, params: PyTree, args: tuple[Any, ...]) -> Flat:
 
 
 def fixed_bytes(cut: Cut, flat: Flat) -> int:
-    """Bytes of the arguments, of the gradients and of what the function returns."""
+    """Bytes on each device of the arguments, of the gradients and of what the function returns."""
     results = cut.flow.traced.outputs
     made = sum(cut.flow.traced.nbytes(v) for v in {*results} if isinstance(v, int))
-    return trees.nbytes(flat) + trees.nbytes(trees.parameters(flat[0])) + made
+    return sharding.local_bytes(flat) + sharding.local_bytes(trees.parameters(flat[0])) + made
 
 
 def _first(y: tuple[Any, ...]) -> tuple[Any, Any]:

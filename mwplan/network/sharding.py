@@ -57,11 +57,11 @@ def _on_one_device(a: Any) -> Any:
 
 
 def local_bytes(tree: PyTree) -> int:
-    """Bytes of the arrays of `tree` on each device."""
+    """Bytes of the arrays of `tree` (or shapes, of what is whole) on each device."""
     return sum(
         trees.nbytes(jax.ShapeDtypeStruct(shard_shape(leaf), leaf.dtype))
         for leaf in jax.tree.leaves(tree)
-        if trees.is_array(leaf) and math.prod(leaf.shape)
+        if hasattr(leaf, "shape") and hasattr(leaf, "dtype") and math.prod(leaf.shape)
     )
 
 
