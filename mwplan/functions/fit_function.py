@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -184,20 +185,13 @@ def fit_function(
         "max_attempts": max_attempts, "say": say,
     }  # fmt: skip
     backpropagation = plain(found, loss, has_aux)
-    try:
+    with _naming_pieces(found):
         if device is not None:
             fit = remote.fit_step(gradient, backpropagation, flat, profile, device=device, **asked)
             return RemoteFunction(
                 fit=fit, has_aux=has_aux, keep_checkpoints=keep_checkpoints, most=most, looped=loops
             )
         fitted = fit_step(gradient, flat, profile, tune=tune, plain=backpropagation, **asked)
-    except InfeasibleError as error:
-        raise InfeasibleError(
-            f"{error}\n{_narrowest(found)}",
-            budget_bytes=error.budget_bytes,
-            least_bytes=error.least_bytes,
-            binding=error.binding,
-        ) from error
     return FittedFunction(cut=found, fitted=fitted, has_aux=has_aux)
 
 
@@ -270,6 +264,20 @@ def _check_concrete(params: PyTree, args: tuple[Any, ...], *, shapes: bool = Fal
             "`params` and `args` must be concrete arrays, to be measured: not shapes (which are enough with "
             "`device=`), nor traced by `jax.jit`"
         )
+
+
+@contextlib.contextmanager
+def _naming_pieces(cut: Cut) -> Iterator[None]:
+    """A context in which an `InfeasibleError` also says where the pieces need most."""
+    try:
+        yield
+    except InfeasibleError as error:
+        raise InfeasibleError(
+            f"{error}\n{_narrowest(cut)}",
+            budget_bytes=error.budget_bytes,
+            least_bytes=error.least_bytes,
+            binding=error.binding,
+        ) from error
 
 
 def _narrowest(cut: Cut) -> str:
