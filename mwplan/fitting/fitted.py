@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from mwplan import planning
 from mwplan.common.sizes import show_bytes, show_ns
 from mwplan.execution.execute import Arrangement
+from mwplan.fitting.plain import Plain
 from mwplan.plans.profiles import Profile
 from mwplan.plans.schedule import Schedule, kept
 from mwplan.report.content import CompiledPeak
@@ -55,13 +56,14 @@ class Fitted:
     profile: Profile
     temporary_bytes: int
     attempts: tuple[Attempt, ...]
-    plain: Callable[[], int | None] = field(default=lambda: None, compare=False, repr=False)
+    plain: Plain | None = field(default=None, compare=False, repr=False)
 
     @property
     def plain_bytes(self) -> int | None:
-        """Temporaries of plain backpropagation, as it is compiled here; None for arrays on several devices.
-        **Cost:** a compilation, when it is first asked for or printed."""
-        return self.plain()
+        """Temporaries of plain backpropagation, as it is compiled here; None for arrays on several devices,
+        and where it does not compile. **Cost:** a compilation, when it is first asked for; on CPUs, where it
+        is a fast one, printing asks too."""
+        return None if self.plain is None else self.plain.temporary_bytes()
 
     @property
     def arrangement(self) -> Arrangement:
@@ -104,7 +106,7 @@ class Fitted:
 
     def __str__(self) -> str:
         total, plan = self.profile.fixed_bytes + self.temporary_bytes, self.schedule
-        plain = self.plain_bytes
+        plain = self.plain_bytes if self.plain is not None and self.plain.cheap else None
         used = ", ".join(f"{s.value} {count}" for s, count in plan.counts.items())
         budget = "" if plan.budget_bytes is None else f", of a budget of {show_bytes(plan.budget_bytes)}"
         return "\n".join(

@@ -19,7 +19,7 @@ from mwplan.execution.updates import Optimizer, state_bytes
 from mwplan.fitting import remote, tuning
 from mwplan.fitting.fitted import Fitted
 from mwplan.fitting.losses import with_loss
-from mwplan.fitting.plain import backpropagation, compiled_bytes
+from mwplan.fitting.plain import Plain, backpropagation
 from mwplan.fitting.remote import RemoteFit
 from mwplan.fitting.search import WORTHWHILE, Compiler, Plans, Search
 from mwplan.network import sharding
@@ -138,7 +138,7 @@ def fit_step(
     _check_counts(max_attempts, tune)
     budget_bytes, chosen = parse_bytes(budget), check_allowed(allowed)
     fitter = _Fitter(
-        compiler=Compiler(gradient, args, profile, names, compiled_bytes(plain, args)),
+        compiler=Compiler(gradient, args, profile, names, plain and Plain(plain, args)),
         plans=functools.cache(lambda allowed: Plans.of(profile, max_error, allowed, thin, regular)),
         budget=budget,
         max_error=max_error,

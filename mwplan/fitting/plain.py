@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
-from mwplan.common import trees
+from mwplan.common import platforms, trees
 from mwplan.compilers import compiling
 from mwplan.network import sharding
 from mwplan.network.chain import Chain
@@ -25,16 +25,30 @@ def backpropagation(loss: Callable[..., Any], has_aux: bool, wrt_input: bool) ->
     return jax.value_and_grad(plain, argnums=(0, 1) if wrt_input else 0, has_aux=has_aux, allow_int=True)
 
 
-def compiled_bytes(plain: Callable[..., Any] | None, args: tuple[Any, ...]) -> Callable[[], int | None]:
-    """What asks for the temporaries of `plain(*args)`, which is compiled once, when it is first asked; None
-    without `plain`, or where arrays may lie on several devices. It keeps shapes alone."""
-    if plain is None or sharding.may_be_spread():
-        return lambda: None
-    shapes = trees.struct(args)
+class Plain:
+    """What plain backpropagation takes, compiled when it is first asked for. It keeps shapes alone.
 
-    @functools.cache
-    def needs() -> int:
-        lowered: Any = jax.jit(lambda *args: plain(*args)).lower(*shapes)
-        return compiling.temporaries(lowered.compile(compiling.memory_options() or None))
+    **Attributes:** `cheap`: whether that is known, or soon will be: on a CPU, where nothing of the program has
+    to be optimised for it; accelerators try kernels meanwhile."""
 
-    return needs
+    def __init__(self, step: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        self.step, self.shapes = step, trees.struct(args)
+        self.spread = sharding.may_be_spread()
+        self._asked = False
+        self._bytes: int | None = None
+
+    @property
+    def cheap(self) -> bool:
+        """As the attribute."""
+        return self._asked or platforms.platform() == "cpu"
+
+    def temporary_bytes(self) -> int | None:
+        """Its temporaries; None where arrays may lie on several devices, or it does not compile here, as where
+        it does not fit."""
+        if not self._asked and not self.spread:
+            lowered: Any = jax.jit(lambda *args: self.step(*args)).lower(*self.shapes)
+            with contextlib.suppress(jax.errors.JaxRuntimeError):
+                compiled = lowered.compile(compiling.memory_options() or None)
+                self._bytes = compiling.temporaries(compiled)
+        self._asked = True
+        return self._bytes

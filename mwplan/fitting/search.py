@@ -16,6 +16,7 @@ from mwplan.compilers.compiling import jit, temporaries
 from mwplan.compilers.step import Step
 from mwplan.execution.execute import Arrangement
 from mwplan.fitting.fitted import Attempt, Fitted
+from mwplan.fitting.plain import Plain
 from mwplan.plans.profiles import Profile
 from mwplan.plans.schedule import Run, Schedule, Status, Strategy
 
@@ -25,13 +26,13 @@ WORTHWHILE = 0.02  # a share: of time by which another plan must be faster, of m
 @dataclass(frozen=True)
 class Compiler:
     """Makes a compiled step of `gradient(schedule, arrangement=...)` for `args`; each is made once. `names`,
-    of the arguments, as `Step` has them; `plain`, temporaries of plain backpropagation."""
+    of the arguments, as `Step` has them; `plain`, backpropagation."""
 
     gradient: Callable[..., Callable[..., Any]]
     args: tuple[Any, ...]
     profile: Profile
     names: tuple[str, ...] = ("args",)
-    plain: Callable[[], int | None] = lambda: None
+    plain: Plain | None = None
     made: dict[tuple[tuple[Run, ...], Arrangement], Fitted] = field(default_factory=dict)
 
     def __call__(self, schedule: Schedule, arrangement: Arrangement, budget_bytes: int) -> Fitted:
