@@ -28,8 +28,8 @@ def backpropagation(loss: Callable[..., Any], has_aux: bool, wrt_input: bool) ->
 class Plain:
     """What plain backpropagation takes, compiled when it is first asked for. It keeps shapes alone.
 
-    **Attributes:** `cheap`: whether that is known, or soon will be: on a CPU, where nothing of the program has
-    to be optimised for it; accelerators try kernels meanwhile."""
+    **Attributes:** `cheap`: whether that is known, or soon will be: on a CPU, where nothing of the program
+    has to be optimised for it; accelerators try kernels meanwhile."""
 
     def __init__(self, step: Callable[..., Any], args: tuple[Any, ...]) -> None:
         self.step, self.shapes = step, trees.struct(args)
@@ -43,8 +43,8 @@ class Plain:
         return self._asked or platforms.platform() == "cpu"
 
     def temporary_bytes(self) -> int | None:
-        """Its temporaries; None where arrays may lie on several devices, or it does not compile here, as where
-        it does not fit."""
+        """Its temporaries; None where arrays may lie on several devices, or it does not compile here, as
+        where it does not fit."""
         if not self._asked and not self.spread:
             lowered: Any = jax.jit(lambda *args: self.step(*args)).lower(*self.shapes)
             with contextlib.suppress(jax.errors.JaxRuntimeError):
