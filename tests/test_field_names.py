@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -65,7 +66,8 @@ NETWORKS = {
 
 
 @pytest.mark.parametrize("kind", NETWORKS)
-def test_what_is_measured_once(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_measured_once(kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # what other tests measured is not known
     make, distinct = NETWORKS[kind]
     counted: list[Any] = []
     priced = estimating.measure_layer
