@@ -11,7 +11,7 @@ WORKERS ?= 2
 ARGS ?=
 PYTEST := -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test test-slow test-newest test-targets docs lint format types check clean
+.PHONY: demo test test-slow test-newest test-targets targets docs lint format types check clean
 
 # A failed or interrupted install must not leave a stamp, or the next make would trust a broken environment.
 $(VENV)/.installed: pyproject.toml
@@ -62,6 +62,9 @@ test-targets: $(TARGETS)/.installed
 	JAX_PLATFORMS=cpu $(TARGETS)/bin/python $(PYTEST) tests/test_targets.py tests/test_targets_pricing.py \
 	  tests/test_peak.py tests/test_remote.py tests/test_experiments_targets.py tests/test_field_targets.py \
 	  tests/test_barriers.py $(ARGS)
+
+# Their environment alone.
+targets: $(TARGETS)/.installed
 
 $(TARGETS)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

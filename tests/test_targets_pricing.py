@@ -150,7 +150,7 @@ def test_a_profile_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         return jnp.mean(y**2)
 
     compiled = targets.compile(mw.value_and_grad(loss, schedule), net, x, target="h200")
-    assert compiled.temporary_bytes == pytest.approx(schedule.peak_bytes, rel=0.02)
+    assert 0.95 < compiled.temporary_bytes / schedule.peak_bytes < 1.02
     assert compiled.modelled_ns == pytest.approx(schedule.time_ns, rel=0.35)
 
 
