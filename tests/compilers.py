@@ -20,9 +20,9 @@ def needs(name: str) -> pytest.MarkDecorator:
 GPU, TPU = needs("h200"), needs("v5e")
 
 #: XLA:CPU of JAX 0.12 packs the buffers of these programs otherwise, up to three activations above what is
-#: alive by the ledger. Strict: a test that passes there is to lose the mark.
+#: alive by the ledger. Not strict: plans depend on measured times, and some have no gaps.
 GAPS_ON_NEWEST = pytest.mark.xfail(
     shutil.which("nvidia-smi") is None and jax.__version_info__ >= (0, 12),
     reason="XLA:CPU of JAX 0.12 leaves gaps between buffers that are not predicted",
-    strict=True,
+    strict=False,
 )

@@ -195,6 +195,7 @@ def test_a_quicker_plan_is_looked_for_where_fragmentation_costs_time(
     assert "was compiled: for fragmentation it needs 1 B more" in str(plan)
 
 
+@GAPS_ON_NEWEST
 def test_fewer_strategies_may_fit_where_all_do_not(
     profile: mw.Profile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
