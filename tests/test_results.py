@@ -15,6 +15,7 @@ RESULTS = ROOT / "results"
 #: Names of networks, in the table and in the records.
 NAMES = {
     "GPT, 6 blocks": "gpt 6", "GPT, 12 blocks": "gpt 12", "the same in bfloat16": "gpt-bf16 12",
+    "ViT-B": "vit-b 12",
     "MaxMin CNN, 16 blocks": "maxmin 16",
     "ResNet, 16 blocks": "resnet 16", "RevNet, 16 blocks": "revnet 16", "GPT, 16 blocks": "gpt 16",
     "strided CNN, 16 blocks": "strided 16", "1-Lipschitz CNN, 512 blocks": "lipschitz 512",
