@@ -12,7 +12,7 @@ import pytest
 
 import mwplan as mw
 from mwplan import targets
-from mwplan.layers import Dense, MaxMin, Sequential, Smooth
+from mwplan.layers import Coupling, Dense, MaxMin, Sequential, Smooth
 from mwplan.network import operations
 from mwplan.network.rules import VjpStore
 from mwplan.profiling import estimating
@@ -152,6 +152,32 @@ def test_a_profile_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = targets.compile(mw.value_and_grad(loss, schedule), net, x, target="h200")
     assert 0.95 < compiled.temporary_bytes / schedule.peak_bytes < 1.02
     assert compiled.modelled_ns == pytest.approx(schedule.time_ns, rel=0.35)
+
+
+@GPU
+def test_halves_that_are_kept_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A coupling needs one half of its input and the other of its output: together one activation a layer."""
+    keys = jax.random.split(jax.random.key(0), 6)
+    net = mw.Chain(
+        [
+            Coupling(*(Sequential((Dense.init(k, 64, 64), jnp.tanh)) for k in pair))
+            for pair in keys.reshape(3, 2)
+        ]
+    )
+    half = jax.ShapeDtypeStruct((8192, 64), jnp.float32)
+    profile = mw.estimate(jax.eval_shape(lambda n: n, net), (half, half), device="h200")
+    for option in profile.layers[1].store:
+        kept = (
+            option.residual_bytes + (option.keeps_input + option.keeps_output) * profile.activation_bytes[1]
+        )
+        assert kept >= 0.99 * profile.activation_bytes[1], option
+
+    def loss(y: Any) -> Any:
+        return jnp.mean((y[0] - y[1]) ** 2)
+
+    for schedule in (mw.plan(profile, budget="1GiB"), mw.plan(profile, budget="20MiB")):
+        compiled = targets.compile(mw.value_and_grad(loss, schedule), net, (half, half), target="h200")
+        assert 0.9 < compiled.temporary_bytes / schedule.peak_bytes < 1.02
 
 
 @TPU

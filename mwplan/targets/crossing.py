@@ -25,12 +25,16 @@ from mwplan.targets.program import Compiled
 
 PyTree = Any
 _ROW = 1 << 10
+#: Of an input or an output: what must be kept so that it counts as kept whole, and not as so many bytes more,
+#: such as one of a coupling's two halves, or a mask that is made of it.
+WHOLE = 5 / 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kept:
-    """What crosses: bytes beside the layer's input and output, and whether these do; `needs_bytes`, the most
-    that either pass needs, its input, output and cotangents counted, and gradients of parameters."""
+    """What crosses: bytes beside the layer's input and output, and whether these do; of one that does in part,
+    that part is among the bytes. `needs_bytes`, the most that either pass needs, its input, output and
+    cotangents counted, and gradients of parameters."""
 
     residual_bytes: int
     keeps_input: bool
@@ -75,15 +79,15 @@ class Crossing:
         def crossing(one: Future[Compiled]) -> int:
             return max(0, one.result().temporary_bytes - self.pause_bytes)
 
-        residual, sums = crossing(self.neither), self.pause_bytes // 256
-        x, y = (
-            one is not None and crossing(one) - residual > nbytes // 2
-            for one, nbytes in zip((self.with_x, self.with_y), self.end_bytes)
-        )
-        if abs(residual - told_bytes) <= sums:
+        found, sums = crossing(self.neither), self.pause_bytes // 256
+        parts = [0 if one is None else crossing(one) - found for one in (self.with_x, self.with_y)]
+        x, y = (part > WHOLE * nbytes for part, nbytes in zip(parts, self.end_bytes))
+        residual = found
+        if abs(found - told_bytes) <= sums:
             residual = told_bytes
-        elif residual <= sums:
-            residual = min(residual, told_bytes)
+        elif found <= sums:
+            residual = min(found, told_bytes)
+        residual += sum(part for part, whole in zip(parts, (x, y)) if not whole and part > sums)
         needs = self.all.result().temporary_bytes
         return Kept(residual_bytes=residual, keeps_input=x, keeps_output=y, needs_bytes=needs)
 
