@@ -32,8 +32,8 @@ WHOLE = 5 / 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kept:
-    """What crosses: bytes beside the layer's input and output, and whether these do; of one that does in part,
-    that part is among the bytes. `needs_bytes`, the most that either pass needs, its input, output and
+    """What crosses: bytes beside the layer's input and output, and whether these do; of one that does in part
+    the part is among the bytes. `needs_bytes`, the most that either pass needs, its input, output and
     cotangents counted, and gradients of parameters."""
 
     residual_bytes: int
