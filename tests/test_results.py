@@ -15,11 +15,14 @@ RESULTS = ROOT / "results"
 #: Names of networks, in the table and in the records.
 NAMES = {
     "GPT, 6 blocks": "gpt 6", "GPT, 12 blocks": "gpt 12", "the same in bfloat16": "gpt-bf16 12",
-    "ViT-B": "vit-b 12",
+    "ViT-B": "vit-b 12", "ResNet-50": "resnet50 16", "RevNet, 32 blocks": "revnet 32",
+    "1-Lipschitz CNN, 64 blocks": "lipschitz 64",
     "MaxMin CNN, 16 blocks": "maxmin 16",
     "ResNet, 16 blocks": "resnet 16", "RevNet, 16 blocks": "revnet 16", "GPT, 16 blocks": "gpt 16",
     "strided CNN, 16 blocks": "strided 16", "1-Lipschitz CNN, 512 blocks": "lipschitz 512",
 }  # fmt: skip
+#: Blocks of the networks of `experiments.targets` that do not have 12.
+BLOCKS = {"resnet50": 16, "revnet": 32, "lipschitz": 64}
 Row = tuple[str, str, str, str, str]
 
 
@@ -61,7 +64,8 @@ def compiled() -> Iterator[tuple[str, float, float, float | None]]:
             continue
         fit = [row["modelled_ns"] for row in others if row["temporary_bytes"] <= one["temporary_bytes"]]
         memory, time = (one[key] / plain[key] for key in ("temporary_bytes", "modelled_ns"))
-        yield f"{one['network']} 12", memory, time, one["modelled_ns"] / min(fit) if fit else None
+        name = f"{one['network']} {BLOCKS.get(one['network'], 12)}"
+        yield name, memory, time, one["modelled_ns"] / min(fit) if fit else None
 
 
 def measured() -> Iterator[tuple[str, float, float, float | None]]:
