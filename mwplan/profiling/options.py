@@ -25,6 +25,7 @@ from mwplan.profiling.carrying import Place
 from mwplan.targets.crossing import Crossing, Kept
 
 PyTree = Any
+_SLACK = 256  # parts of a time, or of bytes: by one of them scalars and rounding may differ
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,7 +138,8 @@ def checked_rules(one: PyTree, x: PyTree) -> tuple[list[rules.VijpRule], list[ru
 
 def _without_lesser(options: list[StoreOption], derived: set[str]) -> tuple[StoreOption, ...]:
     """Without the `derived` ones that no budget would use: another is as fast, keeps as little, and needs as
-    little at every moment. And without the last, what `jax.vjp` keeps, where another option keeps the same
+    little at every moment, but for `_SLACK`: their barriers also keep the compiler from making anything again
+    across layers. And without the last, what `jax.vjp` keeps, where another option keeps the same
     and needs less beside it: which of two such programs is the faster, times do not tell. Less by more than
     scalars and padding, of which an estimate knows nothing."""
 
@@ -154,7 +156,8 @@ def _without_lesser(options: list[StoreOption], derived: set[str]) -> tuple[Stor
     for at, one in enumerate(options):
         others = [*some, *options[at + 1 :]]
         used = one.name not in derived or not any(
-            all(a <= b for a, b in zip(needs(other), needs(one), strict=True)) for other in others
+            all(a <= b + b // _SLACK for a, b in zip(needs(other), needs(one), strict=True))
+            for other in others
         )
         some += [one] * used
     *others, last = some
