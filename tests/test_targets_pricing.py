@@ -177,7 +177,7 @@ def test_halves_that_are_kept_count(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for schedule in (mw.frontier(profile).at(budget) for budget in ("1GiB", "26MiB")):
         compiled = targets.compile(mw.value_and_grad(loss, schedule), net, (half, half), target="h200")
-        assert 0.9 < compiled.temporary_bytes / schedule.peak_bytes < 1.02
+        assert 0.8 < compiled.temporary_bytes / schedule.peak_bytes < 1.02
 
 
 @TPU
