@@ -74,6 +74,17 @@ def test_a_stored_step_for_a_gpu_has_one_barrier_an_operation_backward() -> None
     assert found["cpu"] >= 1 + 2 * 2 * len(net)
 
 
+def test_a_recomputed_stretch_for_a_gpu_has_one_barrier_before_it_and_one_behind() -> None:
+    """Neither does the forward pass begin before the cotangent is there, nor the cotangent's way back before
+    the activations are there again."""
+    net, x, _ = network()
+    stored = alike(RunKind.STORE, "vjp", len(net))
+    again = Run(kind=RunKind.RECOMPUTE, start=0, stop=3, inner=stored[:3])
+    step = mw.value_and_grad(mean_square, Schedule(runs=(again, *stored[3:])))
+    with platforms.lowering_for("gpu"):
+        assert count(lambda net, x: step(net, x), net, x) == 3 + len(net)
+
+
 @pytest.mark.parametrize("name", POLICIES)
 def test_gradients_do_not_depend_on_barriers(name: str) -> None:
     net, x, schedule = network()

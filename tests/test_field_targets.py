@@ -69,7 +69,9 @@ def test_what_is_written_into_waits_for_its_turn(name: str) -> None:
 
 
 @GPU
-@pytest.mark.parametrize("kind", ["zeros.at.set", "sort", "map", "gelu", "gather", "glu"])
+@pytest.mark.parametrize(
+    "kind", ["zeros.at.set", "sort", "map", "gelu", "gather", "glu", "convolution, bias"]
+)
 def test_compiled_temporaries_are_those_predicted(kind: str) -> None:
     point = {"kind": kind, "target": "h200"}
     for name, row in layer_kinds.measure(point)["rows"].items():

@@ -16,7 +16,8 @@ needs others:
    operation wait for one another, and so do all its results.
 
 XLA:GPU orders kernels for memory, and needs the first two (measured: `results/barriers`): so all that is
-elementwise fuses across layers, forward and backward, as in backpropagation. Two kinds of operations need the
+elementwise fuses across layers, forward and backward, as in backpropagation. Where a stretch is done again
+one more barrier lets its last layer's backward pass wait for that layer's input. Two kinds of operations need the
 third there too: one that rebuilds an activation from a layer's output, which can begin long before the
 cotangent is there; and one that writes into constants (the zeros of a scatter, a loop's stacked results), for
 these would be there from the start of the program (measured: `results/prediction`, up to four times the
@@ -154,6 +155,12 @@ def starts_early(perform: Performer) -> bool:
     """Whether an operation may begin before all its arguments are there, so that a forward pass that is done
     again must be made to wait for the cotangent that wants it."""
     return isinstance(perform, Barriers) and not perform.backward.arguments
+
+
+def done_early(perform: Performer) -> bool:
+    """Whether an operation backward has an end, but may begin before all its arguments are there: the last
+    layer of a stretch that is done again, by its cotangent alone, long before its activation."""
+    return starts_early(perform) and isinstance(perform, Barriers) and perform.backward.results
 
 
 def kept(perform: Performer, y: Any) -> Any:

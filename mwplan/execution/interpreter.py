@@ -14,7 +14,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from mwplan.execution import inversion, moonwalk, repeats, scans, taped
+from mwplan.execution import barriers, inversion, moonwalk, repeats, scans, taped
 from mwplan.execution.repeats import Part, Repeat
 from mwplan.execution.taped import Taped
 from mwplan.execution.walker import Walker
@@ -142,4 +142,7 @@ class Interpreter(Walker):
         self.wait(run.start, box)
         kept = self.forward(run.inner, depth + 1)
         self.release(run.stop)
+        if barriers.done_early(self.perform):
+            # Nor from beginning with the cotangent: a product's, by its input, needs no activation.
+            self.wait_for_cotangent(run.stop - 1, box)
         self.backward(run.inner, kept, box, depth + 1)

@@ -79,6 +79,11 @@ class Walker:
         self.x[position], box[0] = self.gate((self.x[position], box[0]))
         self.x[position] = trees.after(self.x[position], box[0])
 
+    def wait_for_cotangent(self, position: int, box: list[PyTree]) -> None:
+        """Makes the cotangent in `box` wait for `x_position`, if that is there."""
+        if position in self.x:
+            self.x[position], box[0] = self.gate((self.x[position], box[0]))
+
     # -- layers and their gradients
     # -----------------------------------------------------------------------------------------------
 
