@@ -17,17 +17,17 @@ needs others:
 
 XLA:GPU orders kernels for memory, and needs the first two (measured: `results/barriers`): so all that is
 elementwise fuses across layers, forward and backward, as in backpropagation. Where a stretch is done again
-one more barrier lets its last layer's backward pass wait for that layer's input. Two kinds of operations need the
-third there too: one that rebuilds an activation from a layer's output, which can begin long before the
+one more barrier lets its last layer's backward pass wait for that layer's input. Two kinds of operations need
+the third there too: one that rebuilds an activation from a layer's output, which can begin long before the
 cotangent is there; and one that writes into constants (the zeros of a scatter, a loop's stacked results), for
 these would be there from the start of the program (measured: `results/prediction`, up to four times the
 memory planned). Two kinds of arrays have a barrier of their own there, which part nothing that would not be
 written anyway: a layer's output that is kept for the backward pass and read by the next layer (XLA may keep
 beside it what it was made of), and what an operation backward writes side by side for several products (XLA
-may write it again for each). XLA:TPU removes barriers before it orders instructions: they keep what they
-part from being merged and from being fused, and nothing waits. Its steps have none around operations; what
-must wait depends on a number of what it waits for (`trees.after`). XLA:CPU orders for concurrency and needs
-all three everywhere.
+may write it again for each). XLA:TPU removes barriers before it orders instructions: they keep what they part
+from being merged and from being fused, and nothing waits. Its steps have none around operations; what must
+wait depends on a number of what it waits for (`trees.after`). XLA:CPU orders for concurrency and needs all
+three everywhere.
 """
 
 from __future__ import annotations
