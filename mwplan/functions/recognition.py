@@ -77,15 +77,32 @@ class Listing:
         """What makes each value."""
         return {**self.recipes, **{v: step for step in self.steps for v in step.outputs}}
 
+    def alike(self, a: int, b: int) -> bool:
+        """Whether two values are made by operations of the list, and of one shape and type."""
+        made = all(v in self.makers and v not in self.recipes for v in (a, b))
+        return made and all(
+            getattr(self.avals[a], f) == getattr(self.avals[b], f) for f in ("shape", "dtype")
+        )
+
+
+#: A stretch's end, its inputs and its results.
+_End = tuple[int, tuple[int, ...], tuple[int, ...]]
+
 
 class _Walk:
-    """The stretches from one position on; `ends`, of each its end, inputs and results, shortest first;
-    `dependent`, what depends on inputs."""
+    """The stretches from one position on; `ends`, of each its end, inputs and results, shortest first, those
+    that hand one of their inputs on before the others; `dependent`, what depends on inputs."""
 
     def __init__(self, listing: Listing, start: int, stop: int) -> None:
         self.listing = listing
         self.dependent: set[int] = set()
-        self.ends: list[tuple[int, tuple[int, ...], tuple[int, ...]]] = []
+        whole: list[_End] = []
+        halves: list[_End] = []
+        self._go(start, stop, whole, halves)
+        self.ends = [*halves, *whole]
+
+    def _go(self, start: int, stop: int, whole: list[_End], halves: list[_End]) -> None:
+        listing = self.listing
         inputs: list[int] = []
         besides: set[int] = set()
         alive: set[int] = set()
@@ -103,8 +120,11 @@ class _Walk:
                     besides.discard(v)
             if besides or not inputs or not 1 <= len(alive) <= 2:
                 continue
-            if all(dies.get(v, -1) <= at for v in inputs):
-                self.ends.append((at + 1, tuple(inputs), tuple(sorted(alive))))
+            kept = [v for v in inputs if dies.get(v, -1) > at]
+            if len(kept) == len(alive) == 1 and len(inputs) == 2 and listing.alike(*alive, *kept):
+                halves.append((at + 1, tuple(inputs), (*alive, *kept)))
+            if not kept:
+                whole.append((at + 1, tuple(inputs), tuple(sorted(alive))))
                 if at - start > SHORT:
                     return
 
@@ -151,7 +171,7 @@ def _longest(listing: Listing, start: int, stop: int) -> Found | None:
     graphs: dict[tuple[int, ...], Graph] = {}
     for end, inputs, results in reversed(walk.ends):
         last = _LAST.get((len(inputs), len(results)), MATCHERS)
-        names = [listing.makers[v].primitive.name for v in results]
+        names = [listing.makers[v].primitive.name for v in results if v not in inputs]
         if not all(name in last or name in SEEN_THROUGH for name in names):
             continue
         if inputs not in graphs:
@@ -175,6 +195,9 @@ def _longest(listing: Listing, start: int, stop: int) -> Found | None:
 def _match(graph: Graph, made: Sequence[Operation]) -> Any:
     """`(layer, inputs, results)`, or None."""
     xs = tuple(map(graph.at, graph.inputs))
+    if len(xs) == len(made) == 2 and made[1].is_input:
+        found = None if made[0].is_input or made[0].is_weight else match_pairs.half(*made)
+        return None if found is None else (found[0], (found[1], made[1]), tuple(made))
     if any(one.is_input or one.is_weight for one in made):
         return None
     if len(xs) == len(made) == 1:
