@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from mwplan.functions.finding import tiled, why_not
 from mwplan.functions.flow import Flow
@@ -34,7 +35,9 @@ class _Assembler:
     def __init__(self, flow: Flow, bounds: Sequence[int], found: Sequence[Found]) -> None:
         self.flow, self.bounds, self.found = flow, bounds, found
         self.count = len(bounds) - 1
-        self.born, self.dies = flow.lifetimes()
+        self.born, dies = flow.lifetimes()
+        # Values, and the operations that make them and that read them last.
+        self.alive = np.asarray([[v, first, dies.get(v, -1)] for v, first in self.born.items()]).T
         self.uses: dict[int, list[tuple[int, int]]] = {}
         for i, read in enumerate(flow.reads):
             for j, v in enumerate(read):
@@ -92,7 +95,7 @@ class _Assembler:
         if k == self.count - 1:
             return tuple(self.flow.results())
         at, region, following = self.bounds[k + 1], self.regions[k], self.regions[k + 1]
-        values = {v for v, first in self.born.items() if first < at <= self.dies.get(v, -1)}
+        values = {*self.alive[0][(self.alive[1] < at) & (at <= self.alive[2])].tolist()}
         if region < 0:
             values |= {v for v in self.carried if self.readers[v][-1] > k}
             # Before a loop also what the loop carries and never reads.
