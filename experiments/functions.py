@@ -49,11 +49,12 @@ MAX_ERROR, ROUNDS = 1e-4, 16
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """`models`, of `experiments.published`; `shares` of the way from the least budget to backpropagation;
-    `target`, a device to compare functions with layers for, or none."""
+    `target`, a device to compare functions with layers for, or none; `networks`, which."""
 
     models: tuple[str, ...] = tuple(published.MODELS)
     shares: tuple[float, ...] = (0.6, 0.4, 0.05)
     target: str = ""
+    networks: tuple[str, ...] = ("lipschitz", "revnet")
     executor: str = "processes"
     workers: int = 1
     out: Path = record.RESULTS / "functions"
@@ -204,7 +205,7 @@ def main(config: Config) -> None:
     if config.target:
         from experiments import function_layers
 
-        function_layers.main(config.target, config.out)
+        function_layers.main(config.target, config.out, config.networks)
         return
     models = []
     for model in config.models:
