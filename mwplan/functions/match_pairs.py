@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from mwplan.functions.expressions import branch
+from mwplan.functions.kinds import ELEMENTWISE, SHAPES
 from mwplan.functions.match_linear import joined, part_start, parts_of, sequence
 from mwplan.functions.registry import recognises
 from mwplan.functions.stretches import Graph, Operation
@@ -65,6 +66,8 @@ def swapped(y: Operation) -> Any:
     return Swap() if x.shape == y.shape and halves == [half, 0] else None
 
 
+#: Operations that are not worth a coupling.
+SIMPLE = ELEMENTWISE | SHAPES | {"input"}
 #: The branch of a half that stays as it is.
 NOTHING = Nothing()
 
@@ -147,9 +150,12 @@ def pair(made: Sequence[Operation]) -> tuple[Any, tuple[Operation, Operation], t
 
 
 def half(made: Operation, kept: Operation) -> Any:
-    """The coupling of two arrays `(x1, kept)` that makes `x1 + f(kept)` and hands `kept` on; else None."""
+    """The coupling of two arrays `(x1, kept)` that makes `x1 + f(kept)` and hands `kept` on, and the first of
+    these; else None. An `f` that is elementwise does not count: every skip that is added would be one."""
     graph = made.graph
     (x1,) = (one for one in map(graph.at, graph.inputs) if one is not kept)
+    if all(one.name in SIMPLE for one in made.walk()):
+        return None
     f = _added(made, lambda one: one is x1, lambda one: one is kept)
     return None if f is None or f is NOTHING or made.shape != kept.shape else (Coupling(f, NOTHING), x1)
 
