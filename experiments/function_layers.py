@@ -6,7 +6,7 @@ there, and planned for the same bytes of temporaries. Times are modelled."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -136,10 +136,10 @@ def compare(name: str, target: str, size: Size) -> list[dict[str, Any]]:
     return rows
 
 
-def main(target: str, out: Path, size: Size = Size()) -> None:
+def main(target: str, out: Path, networks: Sequence[str], size: Size = Size()) -> None:
     """Estimates, prints and saves."""
     console = record.console()
-    rows = [row for name in NETWORKS for row in compare(name, target, size)]
+    rows = [row for name in networks for row in compare(name, target, size)]
     made = Table(
         title=f"modelled time of a step's layers on {target}", title_justify="left", box=rich.box.SIMPLE
     )

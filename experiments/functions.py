@@ -1,10 +1,11 @@
 """Published models, unmodified, fitted to budgets: `python -m experiments.functions`.
 
-Of each model of `experiments.published`, in float64: the compiled temporaries of plain `jax.value_and_grad`
-and of the least of two `jax.checkpoint`s of the whole loss (all recomputed; products saved), and of
-`mw.fit_function` at three budgets on the way from the least that a plan is predicted to need to
-backpropagation; beside them what was predicted, and the largest difference of a gradient from JAX's, relative
-to the largest entry of its array. Where nothing fits, the least that does is named and taken.
+Of each model of `experiments.published`, in float64: the compiled temporaries of plain `jax.value_and_grad`,
+of the least of two `jax.checkpoint`s of the whole loss (all recomputed; products saved) and of one around
+every block (piece of the cut), and of `mw.fit_function` at three budgets on the way from the least that a
+plan is predicted to need to backpropagation; beside them what was predicted, and the largest difference of a
+gradient from JAX's, relative to the largest entry of its array. Where nothing fits, the least that does is
+named and taken. The plan that fits what checkpoints around every block take is timed in turn with them.
 
 With `--target h200`: a RevNet and a Lipschitz CNN written in `jax.lax` calls against the same written with
 `mwplan.layers`, at real sizes: modelled times of plans at equal budgets (`experiments.function_layers`).
@@ -15,6 +16,8 @@ Models are computed by processes of their own; finished ones are kept. Writes re
 from __future__ import annotations
 
 import math
+import statistics
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,22 +29,32 @@ from rich.table import Table
 
 import mwplan as mw
 from experiments import published, record, sweep
+from mwplan import planning
 from mwplan.common import trees
 from mwplan.common.sizes import show_bytes
+from mwplan.compilers.compiling import temporaries
 from mwplan.functions.fit_function import profile_pieces
+from mwplan.functions.policy import Policy
 from mwplan.plans.profiles import Profile
+from mwplan.solvers import baselines
+from mwplan.solvers.problem import Problem
 
 PyTree = Any
+#: Of `jax.checkpoint`: everything is recomputed; products are saved.
+POLICIES = (None, jax.checkpoint_policies.dots_saveable)
+#: As of `mw.fit_function`; steps of each program that are timed, the first a warm-up.
+MAX_ERROR, ROUNDS = 1e-4, 16
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """`models`, of `experiments.published`; `shares` of the way from the least budget to backpropagation;
-    `target`, a device to compare functions with layers for, or none."""
+    `target`, a device to compare functions with layers for, or none; `networks`, which."""
 
     models: tuple[str, ...] = tuple(published.MODELS)
     shares: tuple[float, ...] = (0.6, 0.4, 0.05)
     target: str = ""
+    networks: tuple[str, ...] = ("lipschitz", "revnet")
     executor: str = "processes"
     workers: int = 1
     out: Path = record.RESULTS / "functions"
@@ -58,12 +71,14 @@ def measure(point: sweep.Point) -> dict[str, Any]:
     found = found.checked(case.params, *case.args)
     profile = profile_pieces(found, case.params, *case.args, progress=False)
     least = mw.frontier(profile).points[0][0] - profile.fixed_bytes
+    whole = [_compiled(case, inexact, back, _checkpoint(case.loss, policy)) for policy in POLICIES]
     return {
         "glue": published.glue(point["model"]),
         "operations": len(found.flow.steps),
         "pieces": len(found),
         "backpropagation": backpropagation,
-        "checkpoint": _checkpointed(case, inexact, back),
+        "checkpoint": min(map(temporaries, whole)),
+        "blocks": _every_block(case, found, profile, inexact, back),
         "least": least,
         "fits": [
             _fit(case, profile, int(least + share * max(backpropagation - least, 0)), want)
@@ -84,47 +99,85 @@ def _inexact(case: published.Case) -> tuple[list[Any], Any]:
     return [leaves[i] for i in where], back
 
 
-def _compiled(case: published.Case, inexact: list[Any], back: Any, loss: Any) -> Any:
+def _compiled(case: published.Case, inexact: list[Any], back: Any, loss: Any, jit: Any = mw.jit) -> Any:
+    """The gradient step, by default with the option that `jax.checkpoint` needs on CPUs."""
     step = jax.value_and_grad(lambda p, *args: loss(back(p), *args), has_aux=case.has_aux)
-    return jax.jit(step).lower(inexact, *case.args).compile()
+    return jit(step).lower(inexact, *case.args).compile()
+
+
+def _checkpoint(loss: Any, policy: Any) -> Any:
+    """The loss in a checkpoint; what is no array among its parameters is part of it."""
+
+    def checkpointed(params: PyTree, *args: Any) -> Any:
+        leaves, treedef = jax.tree.flatten(params)
+        where = [i for i, leaf in enumerate(leaves) if trees.is_array(leaf)]
+
+        def of(arrays: list[Any], *args: Any) -> Any:
+            mine = dict(zip(where, arrays, strict=True))
+            return loss(
+                jax.tree.unflatten(treedef, [mine.get(i, leaf) for i, leaf in enumerate(leaves)]), *args
+            )
+
+        return jax.checkpoint(of, policy=policy)([leaves[i] for i in where], *args)
+
+    return checkpointed
 
 
 def _backpropagation(case: published.Case, inexact: list[Any], back: Any) -> tuple[int, list[Any]]:
     """The compiled temporaries, and the gradients."""
-    compiled = _compiled(case, inexact, back, case.loss)
+    compiled = _compiled(case, inexact, back, case.loss, jax.jit)
     _, grads = compiled(inexact, *case.args)
-    return compiled.memory_analysis().temp_size_in_bytes, grads
+    return temporaries(compiled), grads
 
 
-def _checkpointed(case: published.Case, inexact: list[Any], back: Any) -> int:
-    """The least compiled temporaries of checkpoints of the whole loss."""
+def _every_block(
+    case: published.Case, found: mw.Cut, profile: Profile, inexact: list[Any], back: Any
+) -> dict[str, Any]:
+    """`jax.checkpoint` around every piece: its compiled temporaries, and how long the plan fitted to these
+    takes, relative to it, timed in turn."""
+    each = baselines.recompute_each(Problem(profile=profile, max_error=MAX_ERROR))
+    schedule = planning.scheduled(profile, each, MAX_ERROR)
+    policy = Policy(cut=found, schedule=schedule, has_aux=case.has_aux)
+    compiled = _compiled(case, inexact, back, policy)
+    try:
+        step = _fitted(case, profile, temporaries(compiled))
+    except mw.InfeasibleError as error:
+        return {"temporaries": temporaries(compiled), "infeasible": error.least_bytes}
+    seconds: list[list[float]] = [[], []]
+    for _ in range(ROUNDS):
+        for samples, run, args in (
+            (seconds[0], compiled, (inexact, *case.args)),
+            (seconds[1], step.step, (case.params, *case.args)),
+        ):
+            start = time.perf_counter()
+            jax.block_until_ready(run(*args))
+            samples.append(time.perf_counter() - start)
+    return {
+        "temporaries": temporaries(compiled),
+        "plan": step.temporary_bytes,
+        "seconds": seconds,
+        "ratio": statistics.median(b / a for a, b in list(zip(*seconds))[1:]),
+    }
 
-    def needs(policy: Any) -> int:
-        def loss(params: list[Any], *args: Any) -> Any:
-            return jax.checkpoint(lambda p, *args: case.loss(back(p), *args), policy=policy)(params, *args)
 
-        return int(_compiled(case, inexact, lambda p: p, loss).memory_analysis().temp_size_in_bytes)
-
-    return min(map(needs, (None, jax.checkpoint_policies.dots_saveable)))
+def _fitted(case: published.Case, profile: Profile, budget: int) -> mw.FittedFunction:
+    """The step fitted to `budget` bytes of temporaries."""
+    found = mw.fit_function(
+        case.loss, case.params, *case.args,
+        has_aux=case.has_aux, profile=profile, budget=profile.fixed_bytes + budget,
+    )  # fmt: skip
+    assert isinstance(found, mw.FittedFunction)
+    return found
 
 
 def _fit(case: published.Case, profile: Profile, budget: int, want: list[Any]) -> dict[str, Any]:
-    """The step fitted to `budget` bytes of temporaries."""
+    """What the step fitted to `budget` bytes of temporaries takes, and what it computes."""
     asked = budget
-
-    def fitted() -> mw.FittedFunction:
-        found = mw.fit_function(
-            case.loss, case.params, *case.args,
-            has_aux=case.has_aux, profile=profile, budget=profile.fixed_bytes + budget,
-        )  # fmt: skip
-        assert isinstance(found, mw.FittedFunction)
-        return found
-
     try:
-        step = fitted()
+        step = _fitted(case, profile, budget)
     except mw.InfeasibleError as error:
         budget = (error.least_bytes or 0) - profile.fixed_bytes
-        step = fitted()
+        step = _fitted(case, profile, budget)
     (_, report), grads = step.step(case.params, *case.args)
     same_tree: bool = jax.tree.structure(grads) == jax.tree.structure(  # type: ignore[operator]
         jax.tree.map(lambda leaf: leaf if trees.is_inexact(leaf) else None, case.params)
@@ -152,7 +205,7 @@ def main(config: Config) -> None:
     if config.target:
         from experiments import function_layers
 
-        function_layers.main(config.target, config.out)
+        function_layers.main(config.target, config.out, config.networks)
         return
     models = []
     for model in config.models:
@@ -178,7 +231,7 @@ def table(rows: list[dict[str, Any]], shares: tuple[float, ...]) -> Table:
     raised."""
     made = Table(title="temporaries of the compiled step", title_justify="left", box=rich.box.SIMPLE)
     made.add_column("model")
-    for column in ("glue", "gradient", "backpropagation", "checkpoint"):
+    for column in ("glue", "gradient", "backpropagation", "checkpoint", "every block", "plan's time"):
         made.add_column(column, justify="right")
     for share in shares:
         made.add_column(f"plan at {share:g}", justify="right")
@@ -186,7 +239,9 @@ def table(rows: list[dict[str, Any]], shares: tuple[float, ...]) -> Table:
     for row in rows:
         fits = row["fits"]
         cells = [str(row["glue"]), f"{max(one['difference'] for one in fits):.0e}"]
-        cells += [show_bytes(row["backpropagation"]), show_bytes(row["checkpoint"])]
+        cells += [show_bytes(row[name]) for name in ("backpropagation", "checkpoint")]
+        cells.append(show_bytes(row["blocks"]["temporaries"]))
+        cells.append(f"{row['blocks']['ratio']:.2f}" if "ratio" in row["blocks"] else "none fits")
         for one in fits:
             raised = "*" if one["budget"] > one["asked"] else ""
             cells += [show_bytes(one["compiled"]) + raised, show_bytes(one["predicted"])]

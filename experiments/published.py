@@ -139,6 +139,25 @@ def haiku_mobilenet() -> Case:
             x, is_training=True
         )
 
+    return _haiku_classifier(forward)
+
+
+def haiku_resnet() -> Case:
+    """Haiku's ResNet v2, with batch normalisation's state."""
+    import haiku as hk
+
+    def forward(x: Any) -> Any:
+        return hk.nets.ResNet(
+            (1, 1, 1, 1), 10, resnet_v2=True, bottleneck=False, channels_per_group=(16, 16, 32, 32),
+            use_projection=(True,) * 4,
+        )(x, is_training=True)  # fmt: skip
+
+    return _haiku_classifier(forward)
+
+
+def _haiku_classifier(forward: Any) -> Case:
+    import haiku as hk
+
     net = hk.transform_with_state(forward)
     images = _normal(1, 8, 32, 32, 3)
     params, state = net.init(jax.random.key(0), images)
@@ -316,6 +335,7 @@ MODELS: dict[str, tuple[Callable[[], Case], tuple[str, ...]]] = {
     "equimo_vit": (equimo_vit, ("equimo",)),
     "equimo_convnext": (equimo_convnext, ("equimo",)),
     "haiku_mobilenet": (haiku_mobilenet, ("haiku", "optax")),
+    "haiku_resnet": (haiku_resnet, ("haiku", "optax")),
     "linen_scanned": (linen_scanned, ("flax", "optax")),
     "penzai_neox": (penzai_neox, ("penzai", "optax")),
     "flowjax_autoregressive": (flowjax_autoregressive, ("flowjax",)),

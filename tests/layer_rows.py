@@ -144,6 +144,7 @@ ROWS = {
     "flatten": Row(lambda: ml.Flatten(2), (3, 4), ("move",)),
     "reshape": Row(lambda: ml.Reshape((3, 4), (2, 6)), (3, 4), ("move",)),
     "permute": Row(lambda: ml.Permute((2, 0, 1)), (2, 3, 4), ("move",)),
+    "swap": Row(lambda: ml.Swap(), (3, 4), ("move",)),
     "space-to-depth": Row(lambda: ml.SpaceToDepth((2, 3)), (4, 6, 2), ("move",)),
     "pad-channels": Row(lambda: ml.PadChannels(2), (3, 4), ("padded",)),
     "orthogonal": Row(lambda: ml.OrthogonalDense.init(K(1), 6, 6), (6,), ("jvp",)),

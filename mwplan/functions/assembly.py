@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from mwplan.functions.finding import tiled, why_not
 from mwplan.functions.flow import Flow
@@ -23,7 +24,8 @@ from mwplan.functions.stretches import Weight
 from mwplan.functions.tracing import ALIAS, Step
 
 #: Sources that so many pieces read, or more, cross the cuts between them; those of fewer are held by each of
-#: these pieces.
+#: these pieces. Those of layers that can be passed are held by more, if their gradients, which are added up
+#: at the end, take no more than an activation that these layers take.
 SHARED_BY = 3
 
 
@@ -33,7 +35,9 @@ class _Assembler:
     def __init__(self, flow: Flow, bounds: Sequence[int], found: Sequence[Found]) -> None:
         self.flow, self.bounds, self.found = flow, bounds, found
         self.count = len(bounds) - 1
-        self.born, self.dies = flow.lifetimes()
+        self.born, dies = flow.lifetimes()
+        # Values, and the operations that make them and that read them last.
+        self.alive = np.asarray([[v, first, dies.get(v, -1)] for v, first in self.born.items()]).T
         self.uses: dict[int, list[tuple[int, int]]] = {}
         for i, read in enumerate(flow.reads):
             for j, v in enumerate(read):
@@ -55,6 +59,22 @@ class _Assembler:
             if v not in self.rows and (len(pieces) >= SHARED_BY or any(self.regions[k] >= 0 for k in pieces))
         }
 
+        self.carried -= {v for v in self.carried if self._held_by_layers(v)}
+
+    def _held_by_layers(self, v: int) -> bool:
+        """Whether a source that many pieces read is a small weight of layers that can be passed."""
+        pieces, traced = self.readers[v], self.flow.traced
+        if v not in self.flow.carrying or any(self.regions[k] >= 0 for k in pieces):
+            return False
+        room = (len(pieces) - 1) * traced.nbytes(v)
+        for k in pieces:
+            some = tiled(self.found, self.bounds[k], self.bounds[k + 1])
+            if not some or any(why_not(one, traced.avals) is not None for one in some):
+                return False
+            if any(v in one.inputs or sum(map(traced.nbytes, one.inputs)) < room for one in some):
+                return False
+        return True
+
     def piece_at(self, step: int) -> int:
         """The piece in which an operation stands; results are made in the last."""
         return min(bisect.bisect_right(self.bounds, step), self.count) - 1
@@ -75,7 +95,7 @@ class _Assembler:
         if k == self.count - 1:
             return tuple(self.flow.results())
         at, region, following = self.bounds[k + 1], self.regions[k], self.regions[k + 1]
-        values = {v for v, first in self.born.items() if first < at <= self.dies.get(v, -1)}
+        values = {*self.alive[0][(self.alive[1] < at) & (at <= self.alive[2])].tolist()}
         if region < 0:
             values |= {v for v in self.carried if self.readers[v][-1] > k}
             # Before a loop also what the loop carries and never reads.
@@ -167,7 +187,7 @@ class _Assembler:
         reasons = [why for one in some if (why := why_not(one, avals)) is not None]
         if reasons:
             return (), reasons[0]
-        if {*some[-1].results} != {*results}:
+        if {*some[-1].results} - {*some[0].inputs} != {*results}:
             return (), "what it computes beside its result is needed too"
         if any(v in reads for one in some for w in one.weights for v in self._read_for(w, k)):
             return (), "its weights cross the cuts, as three or more pieces read them"

@@ -19,7 +19,7 @@ from mwplan.functions.finding import find, runs
 from mwplan.functions.flow import Flow, analyse
 from mwplan.functions.piece_chain import PieceSpec, Plan
 from mwplan.functions.programs import evaluate
-from mwplan.functions.scans import expand, stacked_by
+from mwplan.functions.scans import expand, in_rows, stacked_by
 from mwplan.functions.tracing import Constant, Traced, trace
 from mwplan.network.chain import Chain
 
@@ -112,13 +112,14 @@ class Cut:
         if trees.only_shapes((params, data)):
             return self._shapes(list(params), list(data), list(captured))
         arrays = [*params, *data]
-        order = sorted(self.flow.differentiated)
+        order, sources = sorted(self.flow.differentiated), self.flow.traced.sources
 
         def leaves(diff: list[Any]) -> tuple[list[Any], list[Any]]:
             env = dict(enumerate([*arrays, *captured]))
             env.update(zip(order, diff))
             evaluate(self.flow.prologue, env, ())
-            env.update({row: env[v] for row, v in stacked_by(self.flow.traced.regions).items()})
+            rows = stacked_by(self.flow.traced.regions).items()
+            env.update({row: env[v] if v < sources else in_rows(env[v]) for row, v in rows})
             return self.plan.leaves(env)
 
         found, pull, rest = jax.vjp(leaves, [arrays[v] for v in order], has_aux=True)

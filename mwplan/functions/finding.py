@@ -17,7 +17,7 @@ from mwplan.layers.coupling import Coupling
 from mwplan.layers.sequential import Sequential
 
 #: Layers that only move numbers: no reason to cut.
-MOVING = (shapes.Reshape, shapes.Permute, shapes.Flatten, shapes.Split, shapes.Concatenate)
+MOVING = (shapes.Reshape, shapes.Permute, shapes.Flatten, shapes.Split, shapes.Concatenate, shapes.Swap)
 
 #: What may be alive at the start of layers that are cut around, in units of their input.
 MOST_CARRIED = 1.5
@@ -86,7 +86,7 @@ def runs(flow: Flow, found: Sequence[Found]) -> list[list[Found]]:
     for one in found:
         if why_not(one, flow.traced.avals) is not None:
             continue
-        adjacent = out and out[-1][-1].stop == one.start and out[-1][-1].results == one.inputs
+        adjacent = out and out[-1][-1].stop == one.start and {*out[-1][-1].results} == {*one.inputs}
         same = adjacent and flow.steps[one.start].region == flow.steps[out[-1][-1].start].region
         if same:
             out[-1].append(one)
@@ -122,7 +122,12 @@ def _trimmed(run: list[Found]) -> list[Found]:
 
 def _pays(run: list[Found]) -> bool:
     layers = [one for one in run if not _moves(one.layer)]
-    return len(layers) >= LEAST_LAYERS or any(isinstance(one.layer, Coupling) for one in layers)
+    return len(layers) >= LEAST_LAYERS or any(_couples(one.layer) for one in layers)
+
+
+def _couples(layer: Any) -> bool:
+    """Whether a layer is a coupling, or one of exchanged halves."""
+    return isinstance(layer, Coupling) or (isinstance(layer, Sequential) and any(map(_couples, layer.layers)))
 
 
 def tiled(found: Sequence[Found], start: int, stop: int) -> list[Found]:

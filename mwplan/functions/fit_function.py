@@ -22,7 +22,7 @@ from mwplan.fitting.fitted import Attempt, Fitted
 from mwplan.fitting.fitting import check_untimed, fit_step
 from mwplan.functions import cut as cutting
 from mwplan.functions.cut import Cut
-from mwplan.functions.flat import Gradient, fixed_bytes, plain, split
+from mwplan.functions.flat import Gradient, copied_bytes, fixed_bytes, plain, split
 from mwplan.functions.policy import Policy
 from mwplan.functions.remote_function import RemoteFunction
 from mwplan.network import sharding
@@ -213,7 +213,11 @@ def profile_pieces(
         profile = measure.profile(chain, x, wrt_input=shares, progress=progress)
     else:
         profile = estimate(chain, x, device=device, wrt_input=shares, progress=progress)
-    return dataclasses.replace(profile, fixed_bytes=fixed_bytes(found, flat))
+    return dataclasses.replace(
+        profile,
+        fixed_bytes=fixed_bytes(found, flat),
+        carried_bytes=profile.carried_bytes + copied_bytes(found, flat),
+    )
 
 
 def _of_one_device(

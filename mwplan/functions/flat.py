@@ -3,6 +3,7 @@ what it closes over."""
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,9 @@ import jax
 
 from mwplan.common import trees
 from mwplan.execution import execute
+from mwplan.functions.assembly import SHARED_BY
 from mwplan.functions.cut import Cut
+from mwplan.functions.kinds import SLICES
 from mwplan.network import sharding
 from mwplan.plans.schedule import Schedule
 
@@ -70,6 +73,34 @@ def fixed_bytes(cut: Cut, flat: Flat) -> int:
     results = cut.flow.traced.outputs
     made = sum(cut.flow.traced.nbytes(v) for v in {*results} if isinstance(v, int))
     return sharding.local_bytes(flat) + sharding.local_bytes(trees.parameters(flat[0])) + made
+
+
+def copied_bytes(cut: Cut, flat: Flat) -> int:
+    """Bytes of what is computed of the arguments before the chain and held for its whole length: stacked
+    arrays in another order, other bits of floating-point data, parameters stacked for a loop, of these the
+    gradients too; and the gradients of weights that several layers share. Not counted are parts of an
+    argument, which are taken where they are read, and what the last piece alone holds, between whose two
+    passes nothing else happens."""
+
+    def held(flat: Flat) -> tuple[Any, list[Any]]:
+        chain, x, _ = cut.build_flat(*flat)
+        parts = chain.parts[:-1]
+        return (parts, x), [*trees.parameters(parts), *(trees.parameters(x) if cut.plan.shares else [])]
+
+    jaxpr = jax.make_jaxpr(held)(flat).jaxpr
+    makers = {var: eqn for eqn in jaxpr.eqns for var in eqn.outvars}
+
+    def computed(var: Any) -> bool:
+        while var in makers and makers[var].primitive.name in SLICES:
+            var = makers[var].invars[0]
+        return var in makers
+
+    count = len(jax.tree.leaves(jax.eval_shape(held, flat)[0]))
+    made = {var for var in jaxpr.outvars[:count] if computed(var)}
+    twice = made.intersection(jaxpr.outvars[count:])
+    uses = collections.Counter(jaxpr.outvars[count:])
+    more = sum((n - 1) * trees.nbytes(var.aval) for var, n in uses.items() if n >= SHARED_BY)
+    return more + sum(trees.nbytes(var.aval) for some in (made, twice) for var in some)
 
 
 def _first(y: tuple[Any, ...]) -> tuple[Any, Any]:

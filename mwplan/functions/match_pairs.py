@@ -7,12 +7,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from mwplan.functions.expressions import branch
-from mwplan.functions.match_linear import joined, part_start, parts_of
+from mwplan.functions.kinds import ELEMENTWISE, SHAPES
+from mwplan.functions.match_linear import joined, part_start, parts_of, sequence
 from mwplan.functions.registry import recognises
 from mwplan.functions.stretches import Graph, Operation
 from mwplan.functions.tracing import ALIAS
 from mwplan.layers.coupling import Coupling, Nothing
-from mwplan.layers.shapes import Concatenate
+from mwplan.layers.shapes import Concatenate, Swap
 
 _Is = Callable[[Operation], bool]
 
@@ -20,28 +21,53 @@ _Is = Callable[[Operation], bool]
 @recognises("concatenate")
 def coupling(y: Operation) -> Any:
     """`x1, x2 = split(x)`, `y1 = x1 + f(x2)`, `y2 = x2 + g(y1)`, `concatenate([y1, y2])`; or one of the two
-    sums alone, the other half as it is."""
+    sums alone, the other half as it is. Either half may be first, on both sides."""
     parts = joined(y)
     if parts is None or len(parts) != 2 or len(y.graph.inputs) != 1:
         return None
     x = y.graph.at(y.graph.inputs[0])
-    half = y.shape[-1] // 2
     if x.shape != y.shape or parts[0].shape != parts[1].shape:
         return None
+    halves = (0, y.shape[-1] // 2)
+    for starts in (halves, halves[::-1]):
+        for made in (parts, parts[::-1]):
+            found = _coupled(made, x, starts)
+            if found is not None:
+                before, after = (Swap() if a != b else None for a, b in ((starts, halves), (made, parts)))
+                return sequence(before, found, after)
+    return None
+
+
+def _coupled(made: Sequence[Operation], x: Operation, starts: tuple[int, ...]) -> Any:
+    """The coupling of the halves of `x` that begin at `starts`, first and second, which makes these; else
+    None."""
+    (y1, y2), (first, second) = made, starts
 
     def is_half(one: Operation, start: int) -> bool:
-        return one.shape[-1] == half and part_start(one, x) == start
+        return one.shape[-1] == y1.shape[-1] and part_start(one, x) == start
 
-    y1, y2 = parts
-    f = _added(y1, lambda one: is_half(one, 0), lambda one: is_half(one, half))
+    f = _added(y1, lambda one: is_half(one, first), lambda one: is_half(one, second))
 
     def is_y1(one: Operation) -> bool:
-        return one is y1 or (f is NOTHING and is_half(one, 0))
+        return one is y1 or (f is NOTHING and is_half(one, first))
 
-    g = _added(y2, lambda one: is_half(one, half), is_y1)
+    g = _added(y2, lambda one: is_half(one, second), is_y1)
     return None if f is None or g is None or (f is g is NOTHING) else Coupling(f, g)
 
 
+@recognises("concatenate")
+def swapped(y: Operation) -> Any:
+    """The halves of an array, exchanged."""
+    parts = joined(y)
+    if parts is None or len(parts) != 2 or len(y.graph.inputs) != 1:
+        return None
+    x, half = y.graph.at(y.graph.inputs[0]), y.shape[-1] // 2
+    halves = [one.shape[-1] == half and part_start(one, x) for one in parts]
+    return Swap() if x.shape == y.shape and halves == [half, 0] else None
+
+
+#: Operations that are not worth a coupling.
+SIMPLE = ELEMENTWISE | SHAPES | {"input"}
 #: The branch of a half that stays as it is.
 NOTHING = Nothing()
 
@@ -121,6 +147,17 @@ def pair(made: Sequence[Operation]) -> tuple[Any, tuple[Operation, Operation], t
                 if f is not None and g is not None:
                     return Coupling(f, g), (x1, x2), (y1, y2)
     return nothing
+
+
+def half(made: Operation, kept: Operation) -> Any:
+    """The coupling of two arrays `(x1, kept)` that makes `x1 + f(kept)` and hands `kept` on, and the first of
+    these; else None. An `f` that is elementwise does not count: every skip that is added would be one."""
+    graph = made.graph
+    (x1,) = (one for one in map(graph.at, graph.inputs) if one is not kept)
+    if all(one.name in SIMPLE for one in made.walk()):
+        return None
+    f = _added(made, lambda one: one is x1, lambda one: one is kept)
+    return None if f is None or f is NOTHING or made.shape != kept.shape else (Coupling(f, NOTHING), x1)
 
 
 def apart(made: Sequence[Operation]) -> Any:

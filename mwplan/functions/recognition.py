@@ -77,43 +77,73 @@ class Listing:
         """What makes each value."""
         return {**self.recipes, **{v: step for step in self.steps for v in step.outputs}}
 
+    @functools.cached_property
+    def last(self) -> list[int]:
+        """Of every value the last step that reads it, or -1."""
+        return [self.dies.get(v, -1) for v in range(len(self.avals))]
+
+    @functools.cached_property
+    def forbidden(self) -> list[bool]:
+        """The steps that read what no layer may."""
+        return [not self.barred.isdisjoint(step.read) for step in self.steps]
+
+    def alike(self, a: int, b: int) -> bool:
+        """Whether two values are made by operations of the list, and of one shape and type."""
+        made = all(v in self.makers and v not in self.recipes for v in (a, b))
+        return made and all(
+            getattr(self.avals[a], f) == getattr(self.avals[b], f) for f in ("shape", "dtype")
+        )
+
+
+#: A stretch's end, its inputs and its results.
+_End = tuple[int, tuple[int, ...], tuple[int, ...]]
+
 
 class _Walk:
-    """The stretches from one position on; `ends`, of each its end, inputs and results, shortest first;
-    `dependent`, what depends on inputs."""
+    """The stretches from one position on; `ends`, of each its end, inputs and results, shortest first, those
+    that hand one of their inputs on before the others; `dependent`, what depends on inputs."""
 
     def __init__(self, listing: Listing, start: int, stop: int) -> None:
         self.listing = listing
         self.dependent: set[int] = set()
-        self.ends: list[tuple[int, tuple[int, ...], tuple[int, ...]]] = []
+        whole: list[_End] = []
+        halves: list[_End] = []
+        self._go(start, stop, whole, halves)
+        self.ends = [*halves, *whole]
+
+    def _go(self, start: int, stop: int, whole: list[_End], halves: list[_End]) -> None:
+        listing = self.listing
         inputs: list[int] = []
         besides: set[int] = set()
         alive: set[int] = set()
-        dies = listing.dies
+        last = listing.last
         reach = LONG if listing.alive[start] <= 2 else SHORT
         for at in range(start, min(stop, start + reach)):
             step, read = listing.steps[at], listing.reads[at]
-            if not self._reads(step, read, inputs, besides):
+            if listing.forbidden[at] or not self._reads(step, read, inputs, besides):
                 return
             of = alive if self.depends else besides
-            of.update(v for v in step.outputs if dies.get(v, -1) > at)
+            for v in step.outputs:
+                if last[v] > at:
+                    of.add(v)
             for v in read:
-                if dies.get(v, -1) <= at:
+                if last[v] <= at:
                     alive.discard(v)
                     besides.discard(v)
             if besides or not inputs or not 1 <= len(alive) <= 2:
                 continue
-            if all(dies.get(v, -1) <= at for v in inputs):
-                self.ends.append((at + 1, tuple(inputs), tuple(sorted(alive))))
+            kept = [v for v in inputs if last[v] > at]
+            if not kept:
+                whole.append((at + 1, tuple(inputs), tuple(sorted(alive))))
                 if at - start > SHORT:
                     return
+            elif len(kept) == len(alive) == 1 and len(inputs) == 2 and listing.alike(*alive, *kept):
+                halves.append((at + 1, tuple(inputs), (*alive, *kept)))
 
     def _reads(self, step: Step, read: Sequence[int], inputs: list[int], besides: set[int]) -> bool:
         """Whether a layer may go on with an operation; `depends`, whether that depends on its inputs."""
         one = self.listing
         self.depends = False
-        if one.barred and not one.barred.isdisjoint(step.read):
-            return False
         for v in read:
             if v in self.dependent:
                 self.depends = True
@@ -151,7 +181,7 @@ def _longest(listing: Listing, start: int, stop: int) -> Found | None:
     graphs: dict[tuple[int, ...], Graph] = {}
     for end, inputs, results in reversed(walk.ends):
         last = _LAST.get((len(inputs), len(results)), MATCHERS)
-        names = [listing.makers[v].primitive.name for v in results]
+        names = [listing.makers[v].primitive.name for v in results if v not in inputs]
         if not all(name in last or name in SEEN_THROUGH for name in names):
             continue
         if inputs not in graphs:
@@ -175,6 +205,9 @@ def _longest(listing: Listing, start: int, stop: int) -> Found | None:
 def _match(graph: Graph, made: Sequence[Operation]) -> Any:
     """`(layer, inputs, results)`, or None."""
     xs = tuple(map(graph.at, graph.inputs))
+    if len(xs) == len(made) == 2 and made[1].is_input:
+        found = None if made[0].is_input or made[0].is_weight else match_pairs.half(*made)
+        return None if found is None else (found[0], (found[1], made[1]), tuple(made))
     if any(one.is_input or one.is_weight for one in made):
         return None
     if len(xs) == len(made) == 1:
@@ -207,9 +240,9 @@ def of(values: Sequence[Any]) -> Any:
 
 def _fits(layer: Any, takes: Sequence[Operation], gives: Sequence[Operation]) -> bool:
     """Whether the layer takes such arrays and gives arrays of the shapes and types that the operations do."""
-    given, wanted = ([(one.shape, str(one.dtype)) for one in some] for some in (takes, gives))
+    given, wanted = ([(one.shape, one.dtype) for one in some] for some in (takes, gives))
     leaves, treedef = jax.tree.flatten(structs(layer))
-    shapes = tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)
+    shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
     return bool(_results(treedef, shapes, tuple(given)) == tuple(wanted))
 
 
@@ -220,15 +253,15 @@ def _results(treedef: Any, shapes: tuple[Any, ...], given: tuple[Any, ...]) -> A
         y = jax.eval_shape(lambda layer, x: layer(x), layer, of([jax.ShapeDtypeStruct(*x) for x in given]))
     except Exception:  # a matcher's layer may refuse in any way
         return None
-    return tuple((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(y))
+    return tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(y))
 
 
 def passable(layer: Any, x: Any) -> str | None:
     """None where a layer of shapes has a vijp, a fragment smaller than the whole, or an inverse at inputs
     like `x`; else the reason why it has none."""
     leaves, treedef = jax.tree.flatten(layer)
-    shapes = tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)
-    given = tuple((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(x))
+    shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+    given = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(x))
     reason: str | None = _passable(treedef, shapes, given)
     return reason
 

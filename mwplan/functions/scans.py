@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from mwplan.common import trees
 from mwplan.functions.gradients import dependents
@@ -181,3 +182,11 @@ def _row_params(params: dict[str, Any]) -> dict[str, Any]:
 def stacked_by(regions: Sequence[Region]) -> dict[int, int]:
     """Of every row, the stacked value."""
     return {row: value for region in regions for row, value in region.rows.items()}
+
+
+def in_rows(stacked: Any) -> Any:
+    """A stacked value that was computed, one row after the other in memory. In whatever layout the compiler
+    made it (a transpose is but another layout), each loop that wants the other would have a copy."""
+    if trees.is_key(stacked):
+        return stacked
+    return with_layout_constraint(stacked, Layout(tuple(range(stacked.ndim))))

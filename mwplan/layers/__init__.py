@@ -12,7 +12,16 @@ from mwplan.layers.paraunitary import ParaunitaryConv
 from mwplan.layers.pooling import AveragePool, MaxPool
 from mwplan.layers.residual import Residual
 from mwplan.layers.sequential import Sequential
-from mwplan.layers.shapes import Concatenate, Flatten, PadChannels, Permute, Reshape, SpaceToDepth, Split
+from mwplan.layers.shapes import (
+    Concatenate,
+    Flatten,
+    PadChannels,
+    Permute,
+    Reshape,
+    SpaceToDepth,
+    Split,
+    Swap,
+)
 from mwplan.layers.smooth import Smooth
 from mwplan.network.layer import layer, static
 
@@ -42,6 +51,7 @@ __all__ = [
     "Smooth",
     "SpaceToDepth",
     "Split",
+    "Swap",
     "layer",
     "refresh",
     "static",

@@ -1,5 +1,5 @@
-"""Layers that move numbers and change none: flatten, reshape, permute, split, concatenate, space to depth,
-channel padding.
+"""Layers that move numbers and change none: flatten, reshape, permute, split, concatenate, swap, space to
+depth, channel padding.
 
 All act on trailing axes and accept any leading ones. Their transposes are their inverses, so the vijp is the
 layer itself applied to the cotangent: exact, no residuals, growth 1.
@@ -187,6 +187,28 @@ class Concatenate(_Moves):
     def undo(self, y: Array, shape: tuple[int, ...]) -> Any:
         """The inverse, for parts of the sizes `shape`."""
         return tuple(jnp.split(y, list(itertools.accumulate(shape))[:-1], -1))
+
+
+@layer
+class Swap(_Moves):
+    """Exchanges the halves of the last axis.
+
+    >>> mw.layers.Swap()(jnp.arange(4.0)).tolist()
+    [2.0, 3.0, 0.0, 1.0]
+    """
+
+    def linear(self, x: Array) -> Array:
+        """The layer itself."""
+        if x.ndim < 1 or x.shape[-1] % 2:
+            raise ArgumentError(
+                f"`x.shape={x.shape}`: Swap needs an even number of channels on the last axis"
+            )
+        half = x.shape[-1] // 2
+        return jnp.concatenate([x[..., half:], x[..., :half]], -1)
+
+    def undo(self, y: Array, shape: tuple[int, ...]) -> Array:
+        """The inverse, which is the layer."""
+        return self.linear(y)
 
 
 @layer

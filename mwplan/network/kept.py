@@ -385,21 +385,30 @@ def store_rules(layer: PyTree, x: PyTree, name: str) -> tuple[rules.StoreRule, .
 def applied(layer: PyTree, x: PyTree, name: str) -> PyTree:
     """`layer(x)`, of which the derivative keeps what the rule of that `name` keeps."""
     rule = KeepStore(name)
+    leaves, treedef = jax.tree.flatten(layer)
+    where = [i for i, leaf in enumerate(leaves) if _is_array(leaf) and not trees.is_inexact(leaf)]
+
+    def whole(params: list[Any], others: list[Any]) -> PyTree:
+        # Arguments, all of them: they may be traced, and a `jax.custom_vjp` must not close over such.
+        mine = dict(zip(where, others, strict=True))
+        one = jax.tree.unflatten(treedef, [mine.get(i, leaf) for i, leaf in enumerate(leaves)])
+        return trees.with_parameters(one, params)
 
     @jax.custom_vjp
-    def call(params: list[Any], x: PyTree) -> PyTree:
-        return trees.with_parameters(layer, params)(x)
+    def call(params: list[Any], others: list[Any], x: PyTree) -> PyTree:
+        return whole(params, others)(x)
 
-    def forward(params: list[Any], x: PyTree) -> tuple[PyTree, Any]:
-        y, held = rule.forward(trees.with_parameters(layer, params), x)
-        return y, (params, held)
+    def forward(params: list[Any], others: list[Any], x: PyTree) -> tuple[PyTree, Any]:
+        y, held = rule.forward(whole(params, others), x)
+        return y, (params, others, held)
 
-    def backward(kept: Any, ct_out: PyTree) -> tuple[list[Any], PyTree]:
-        params, held = kept
-        return rule.backward(trees.with_parameters(layer, params), held, ct_out)
+    def backward(kept: Any, ct_out: PyTree) -> tuple[list[Any], None, PyTree]:
+        params, others, held = kept
+        grads, ct_in = rule.backward(whole(params, others), held, ct_out)
+        return grads, None, ct_in
 
     call.defvjp(forward, backward)
-    return call(trees.parameters(layer), x)
+    return call(trees.parameters(layer), [leaves[i] for i in where], x)
 
 
 def _arrays(tree: PyTree) -> list[Any]:

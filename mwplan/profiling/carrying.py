@@ -96,11 +96,15 @@ def carrying(chain: Chain, structs: Sequence[PyTree], *, wrt_input: bool) -> Car
             sizes[root], last[root] = trees.nbytes(leaf), i
     length = {root: stop - root[0] for root, stop in last.items() if stop > root[0]}
     made = {root: n for root, n in length.items() if root[0] > 0}
+    always = {
+        root: sizes[root] * (1 + trees.is_inexact(jax.tree.leaves(structs[root[0]])[root[1]]))
+        for root in made
+    }  # with its cotangent
 
     def least(once: int) -> float:
         fixed = {root for root in length if root not in made or made[root] >= once}
         counted = [sum(sizes[root] for root in {*roots} - fixed) for roots in carried.roots[1:]]
-        taken = sum(sizes[root] for root in fixed if root in made)
+        taken = sum(always[root] for root in fixed if root in made)
         return taken + 2 * math.sqrt(sum(counted) * max(counted))
 
     once = min([*sorted({*made.values()}), len(structs)], key=least) if made else 0
@@ -109,6 +113,5 @@ def carrying(chain: Chain, structs: Sequence[PyTree], *, wrt_input: bool) -> Car
         Boundary(frozenset(k for k, root in enumerate(roots) if root in fixed), idle)
         for roots, idle in zip(carried.roots, carried.idle)
     )
-    twice = {root for root in fixed if trees.is_inexact(jax.tree.leaves(structs[root[0]])[root[1]])}
-    always = sum(sizes[root] * (1 + (root in twice)) for root in fixed & made.keys())
-    return Carrying(carried, boundaries, always)
+    taken = sum(bytes_ for root, bytes_ in always.items() if root in fixed)
+    return Carrying(carried, boundaries, taken)
