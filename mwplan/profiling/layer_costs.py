@@ -41,7 +41,8 @@ class Costs:
     def __init__(self, figures: Figures, one: PyTree, x: PyTree) -> None:
         self.figures = figures
         walks, inverses = checked_rules(one, x)
-        self.moonwalk = list(zip(walks, figures.moonwalk, strict=True))
+        options = {one.name: one for one in figures.moonwalk}  # without what is of no use
+        self.moonwalk = [(rule, options[rule.name]) for rule in walks if rule.name in options]
         self.invert = list(zip(inverses, figures.invert, strict=True))
         self.errors: dict[Name, tuple[float, ...]] = {}
         self.growths: dict[Name, list[float]] = {}  # of inverses, layer after layer

@@ -25,6 +25,9 @@ from mwplan.profiling.carrying import Place
 from mwplan.targets.crossing import Crossing, Kept
 
 PyTree = Any
+#: Of a layer's input and output together: what a whole fragment must hold more than a store does to be left
+#: out, unpriced. One output more is held where a run is divided; the rest is a margin.
+_ENDS_SPARED = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +100,25 @@ class Options:
         self.derived = {rule.name for rule in derived}
         self.stores = {**dict(own), **derived, last: whole}
         for i, rule in enumerate(self.vijps):
-            self.walks[i] = self.walks[i] or _MoonwalkPrograms(self, rule)
+            if self.walks[i] is None and not self._useless(rule):
+                self.walks[i] = _MoonwalkPrograms(self, rule)
+
+    def _useless(self, rule: rules.VijpRule) -> bool:
+        """Whether no plan would take the layer through a moonwalk run by this rule, a whole fragment: a run on
+        either side of it, and a store that keeps less, hold less than one run. And take less time: the
+        layer's reverse is most of its vjp, and its advance makes again what that needs, while a store that
+        keeps less makes it again once and has the vjp besides."""
+        if type(rule) is not rules.WholeFragment:
+            return False
+        args = (self.layer, self.x)
+        held = jax.eval_shape(functools.partial(operations.forward, rule=rule), *args)[1]
+        margin = _ENDS_SPARED * (trees.nbytes(self.x) + trees.nbytes(self.y))
+        return any(
+            programs.name in self.derived
+            and programs.held.keeps_input <= held.keeps_input
+            and new_bytes(programs.held) + margin <= new_bytes(held)
+            for programs in self.stores.values()
+        )
 
     def sketched(self) -> Priced:
         """The sketch of what the last layer of a run rebuilds."""
