@@ -27,7 +27,7 @@ from mwplan.targets.crossing import Crossing, Kept
 PyTree = Any
 #: Of a layer's input and output together: what a whole fragment must hold more than a store does to be left
 #: out, unpriced. One output more is held where a run is divided; the rest is a margin.
-_ENDS_SPARED = 4
+_ENDS_SPARED = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,10 +104,10 @@ class Options:
                 self.walks[i] = _MoonwalkPrograms(self, rule)
 
     def _useless(self, rule: rules.VijpRule) -> bool:
-        """Whether no plan would take the layer through a moonwalk run by this rule, a whole fragment: a run on
-        either side of it, and a store that keeps less, hold less than one run. And take less time: the
-        layer's reverse is most of its vjp, and its advance makes again what that needs, while a store that
-        keeps less makes it again once and has the vjp besides."""
+        """Whether no plan would take the layer through a moonwalk run by this rule, a whole fragment, since
+        runs on either side of it, and a store that keeps less, hold less than one run. And take less time:
+        the layer's reverse is most of its vjp, and its advance makes again what that needs, while a store
+        that keeps less makes it again once and has the vjp besides."""
         if type(rule) is not rules.WholeFragment:
             return False
         args = (self.layer, self.x)
