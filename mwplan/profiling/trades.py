@@ -15,8 +15,8 @@ From the layer's joint program (`mwplan.network.kept`) and the figures of a devi
    reductions and what is made of them in one kernel (softmax, norms), only its arithmetic and a launch, but
    keeping a value from the midst of such a kernel makes it two.
 3. **Few.** What no budget would use is dropped, and so is what saves less than a quarter of an activation; of
-   what remains those that matter most to the staircase, `MOST` at most, the one that keeps least, and the one
-   that takes least in all while its layer is differentiated.
+   what remains those that matter most to the staircase, `MOST` at most (on TPUs `MOST_ON_TPUS`), the one
+   that keeps least, and the one that takes least in all while its layer is differentiated.
 
 Bits count an eighth of a byte: masks are packed.
 """
