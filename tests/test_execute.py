@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 import mwplan as mw
 from mwplan.compilers import compiling
 from mwplan.layers import Dense, LeakyReLU, MaxMin, layer
+from mwplan.network import rules
 from mwplan.plans.schedule import Run, RunKind, Schedule
 from tests.helpers import mean_square, mlp, random_runs, relative_error, segments, small_cnn, store_all
 
@@ -199,8 +200,6 @@ def test_the_report_asks_for_no_more_of_the_last_sweep() -> None:
 
 def test_invert_runs_report_too() -> None:
     chain, x = mlp(4), jax.random.normal(jax.random.key(0), (16, 8))
-    from mwplan.network import rules
-
     names = tuple(rules.invert_rules(one, x)[0].name for one in chain)
     plan = schedule_of(Run(kind=RunKind.INVERT, start=0, stop=8, options=names))
     (_, report), grads = mw.jit(mw.value_and_grad(mean_square, plan))(chain, x)
@@ -211,6 +210,7 @@ def test_invert_runs_report_too() -> None:
     (_, other), _ = mw.jit(mw.value_and_grad(mean_square, scaled))(chain, x)
     want = np.hypot(100 * report.discrepancy, np.sqrt(0.01 * report.discrepancy))
     np.testing.assert_allclose(other.discrepancy, want, rtol=1e-4)
+    assert str(report).startswith("estimated relative error of the gradients, by run:\n  layers 1 to ")
     with pytest.raises(mw.ArgumentError, match="report_scales"):
         dataclasses.replace(plan, report_scales=((1.0, 0.0),) * 2)
 

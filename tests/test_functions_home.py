@@ -13,9 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import mwplan as mw
 from tests import functions
+from tests.helpers import relative_error
 
 PyTree = Any
 
@@ -177,3 +179,25 @@ def test_batches_on_a_mesh() -> None:
     env = {**os.environ, "XLA_FLAGS": flags.strip(), "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)}
     run = subprocess.run([sys.executable, "-c", MESH], capture_output=True, text=True, cwd=root, env=env)
     assert run.returncode == 0, run.stderr[-3000:]
+
+
+def test_what_the_loss_writes_into_its_arguments_and_does_not_return_is_named() -> None:
+    """Running averages of a module of Flax NNX, which is a tree that can be written to."""
+    model, x = nnx.BatchNorm(4, rngs=nnx.Rngs(0)), jax.random.normal(jax.random.key(0), (64, 4))
+
+    def loss(model: nnx.BatchNorm, x: jax.Array) -> jax.Array:
+        return jnp.mean(jnp.tanh(model(x)) ** 2)
+
+    def whole(model: nnx.BatchNorm, x: jax.Array) -> Any:
+        return loss(model, x), nnx.state(model, nnx.BatchStat)
+
+    says = r"changes `params.mean.value`, `params.var.value` and does not return it.*has_aux=True"
+    with pytest.warns(UserWarning, match=says):
+        mw.cut(loss, model, x)
+    fitted = mw.fit_function(whole, model, x, budget="1MiB", has_aux=True)
+    ((_, averages), report), grads = fitted.step(model, x)
+    nnx.update(model, averages)
+    assert relative_error(model.mean[...], 0.01 * jnp.mean(x, 0)) < 1e-5
+    assert jax.tree.structure(grads) == jax.tree.structure(model)
+    assert str(report).startswith("nothing was rebuilt")
+    assert "the budget has room for it, no plan is needed" in str(fitted)

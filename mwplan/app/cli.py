@@ -98,8 +98,8 @@ def _backpropagation(profile: Profile) -> str:
     """What `jax.grad` would take, in words."""
     total = profile.fixed_bytes + profile.stored_bytes
     return (
-        f"backpropagation: up to {show_bytes(profile.stored_bytes)} temporaries, with all that `jax.vjp` "
-        f"keeps, {show_bytes(total)} in all"
+        f"backpropagation: {show_bytes(profile.stored_bytes)} temporaries by prediction, with all that "
+        f"`jax.vjp` keeps, {show_bytes(total)} in all"
     )
 
 

@@ -95,6 +95,17 @@ class Report:
         linear, kink = jnp.asarray(scales, found.dtype).reshape(-1, 2).T
         return cls(jnp.hypot(linear * found, jnp.sqrt(kink * found)), runs)
 
+    def __str__(self) -> str:
+        if not self.runs:
+            return "nothing was rebuilt: the gradients are those of `jax.grad`, to rounding"
+        if isinstance(self.discrepancy, jax.core.Tracer) or jnp.ndim(self.discrepancy) != 1:
+            return repr(self)
+        rows = [
+            f"  layers {one.start + 1} to {one.stop}, {one.kind.value}: {one.discrepancy:.1e}"
+            for one in self.table()
+        ]
+        return "\n".join(["estimated relative error of the gradients, by run:", *rows])
+
     @property
     def worst(self) -> Float[Array, ""]:
         """The largest discrepancy; 0 if no run reconstructs anything."""

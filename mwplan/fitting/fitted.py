@@ -104,20 +104,27 @@ class Fitted:
         known = planning.frontier_for(self.profile, self.schedule) if frontier is None else frontier
         return known.report(to, self.schedule, plans=plans, title=title, compiled=compiled, measured=measured)
 
+    def _beside(self, plain_bytes: int) -> str:
+        """What plain backpropagation takes, in words, and whether the budget has room for it."""
+        fits = self.profile.fixed_bytes + plain_bytes <= (self.schedule.budget_bytes or 0)
+        also = ": the budget has room for it, no plan is needed" if fits else ""
+        return f"  plain `jax.grad` takes {show_bytes(plain_bytes)} temporaries{also}"
+
     def __str__(self) -> str:
         total, plan = self.profile.fixed_bytes + self.temporary_bytes, self.schedule
-        plain = self.plain_bytes if self.plain is not None and self.plain.cheap else None
+        plain = None if self.plain is None else self.plain.known_bytes()
         used = ", ".join(f"{s.value} {count}" for s, count in plan.counts.items())
         budget = "" if plan.budget_bytes is None else f", of a budget of {show_bytes(plan.budget_bytes)}"
+        programs = "1 program" if len(self.attempts) == 1 else f"{len(self.attempts)} programs"
         return "\n".join(
             (
                 f"compiled step of {len(plan)} layers ({used}) on {self.profile.device}",
                 f"  measured {show_bytes(total)} = {show_fixed(self.profile)}"
                 f" + {show_bytes(self.temporary_bytes)} temporaries{budget}",
                 f"  predicted {show_bytes(plan.peak_bytes)} temporaries, {show_ns(plan.time_ns)}, error "
-                f"{plan.error:.1e}; {len(self.attempts)} programs compiled",
-                *([] if plain is None else [f"  plain `jax.grad` takes {show_bytes(plain)} temporaries"]),
-                f"  stored: {kept(plan) or 'nothing'}",
+                f"{plan.error:.1e}; {programs} compiled",
+                *([] if plain is None else [self._beside(plain)]),
+                f"  stored ones keep: {kept(plan) or 'nothing is stored'}",
                 "  call `(value, report), grads = fitted.step(chain, x, *args)`; `print(fitted.schedule)` "
                 "shows the plan",
             )

@@ -42,6 +42,10 @@ class Plain:
         """As the attribute."""
         return self._asked or platforms.platform() == "cpu"
 
+    def known_bytes(self) -> int | None:
+        """Its temporaries where they are cheap to know; None elsewhere."""
+        return self.temporary_bytes() if self.cheap else None
+
     def temporary_bytes(self) -> int | None:
         """Its temporaries; None where arrays may lie on several devices, or it does not compile here, as
         where it does not fit."""

@@ -190,7 +190,7 @@ class RemoteFit:
         return "\n".join(
             (
                 f"step of {len(plan)} layers ({used}) compiled for {self.target}, which is not attached",
-                f"  stored: {kept(plan) or 'nothing'}",
+                f"  stored ones keep: {kept(plan) or 'nothing is stored'}",
                 f"  {show_bytes(total)} = {show_fixed(self)}"
                 f" + {show_bytes(self.temporary_bytes)} temporaries{budget}",
                 f"  modelled {show_ns(self.modelled_ns)} ({bounds}); {plain}",

@@ -14,7 +14,7 @@ from mwplan.common.errors import InfeasibleError
 from mwplan.common.sizes import show_bytes, show_ns
 from mwplan.compilers.compiling import jit, temporaries
 from mwplan.compilers.step import Step
-from mwplan.execution.execute import Arrangement
+from mwplan.execution.execute import PLAIN, Arrangement
 from mwplan.fitting.fitted import Attempt, Fitted
 from mwplan.fitting.plain import Plain
 from mwplan.plans.profiles import Profile
@@ -62,6 +62,15 @@ class Compiler:
         )
 
 
+def _in_words(schedule: Schedule, arrangement: Arrangement) -> str:
+    """A program's plan for people."""
+    if arrangement == PLAIN:
+        recomputed = Strategy.RECOMPUTE in schedule.strategies
+        return "`jax.checkpoint` on every layer" if recomputed else "plain backpropagation"
+    used = ", ".join(f"{one.value} {count}" for one, count in schedule.counts.items())
+    return f"a plan ({used}), predicted {show_bytes(schedule.peak_bytes)}"
+
+
 class Search:
     """Compiles schedules for one budget, one after another, and remembers what each needed.
 
@@ -91,20 +100,19 @@ class Search:
         return None
 
     def tried(self, schedule: Schedule, arrangement: Arrangement = 0) -> Fitted | None:
-        """Its program, if that fits."""
+        """Its program, if that fits; says how much it takes."""
         made = self.compiler(schedule, arrangement, self.budget_bytes)
         needs = made.temporary_bytes
         self.attempts.append(made.attempts[-1])
         if not arrangement:
             self._needs[schedule.runs] = needs
-        if needs <= self.room:
-            return made
+        fits = needs <= self.room
+        above = "within" if fits else f"{show_bytes(needs - self.room)} above"
         self.say(
-            f"a schedule of {show_bytes(schedule.peak_bytes)} temporaries needs {show_bytes(needs)} "
-            f"compiled, {show_bytes(needs - self.room)} above the budget, which leaves "
-            f"{show_bytes(max(0, self.room))} for them"
+            f"{_in_words(schedule, arrangement)}: compiled, {show_bytes(needs)} of temporaries, {above} the "
+            f"{show_bytes(max(0, self.room))} that the budget leaves for them"
         )
-        return None
+        return made if fits else None
 
     def baselines(self, candidates: Iterable[tuple[Schedule, Arrangement]], budget: int | str) -> Fitted:
         """The first of these that fits: what is compiled whatever the budget, when nothing else fits.
@@ -117,11 +125,13 @@ class Search:
             if (found := self.tried(schedule, arrangement)) is not None:
                 return found
             needs.append(self.attempts[-1].measured_bytes)
-        least = min(needs) + self.compiler.profile.fixed_bytes
+        fixed, plain = self.compiler.profile.fixed_bytes, self.compiler.plain
+        least, whole = min(needs) + fixed, None if plain is None else plain.known_bytes()
+        beside = "" if whole is None else f". Plain `jax.grad` needs {show_bytes(whole + fixed)}"
         raise InfeasibleError(
             f"`budget={budget!r}` ({self.budget_bytes:_} bytes): of the {len(self.attempts)} programs that "
             "were compiled none fits, nor do plain backpropagation and the recomputation of every layer. The "
-            f"smallest needs {least:_} bytes ({show_bytes(least)}): raise the budget to that",
+            f"smallest needs {least:_} bytes ({show_bytes(least)}): raise the budget to that{beside}",
             budget_bytes=self.budget_bytes,
             least_bytes=least,
         )

@@ -173,7 +173,7 @@ class Cut:
     def table(self) -> str:
         """The pieces, one a line: what each is called, how many operations it has, the bytes that it makes,
         of its parameters, and that cross the cut after it; pieces that are the same program have the same
-        letter."""
+        letter. Below, why pieces are not known layers."""
         letters: dict[Any, str] = {}
         rows = [
             ("piece", "times", "program", "operations", "makes", "parameters", "crosses", "layer", "name")
@@ -197,8 +197,11 @@ class Cut:
         lines = ["  ".join([*(c.rjust(w) for c, w in zip(row, widths)), row[-1]]) for row in rows]
         pieces, operations = len(self.plan.pieces), len(self.flow.steps)
         head = f"{pieces} pieces of {len(letters)} kinds, {operations} operations"
-        whys = {piece.why: letters[piece.program] for piece in reversed(self.plan.pieces) if piece.why}
-        notes = [f"{letter}: not recognised: {why}" for why, letter in reversed(whys.items())]
+        whys: dict[str, dict[str, None]] = {}
+        for piece in self.plan.pieces:
+            if piece.why:
+                whys.setdefault(piece.why, {})[letters[piece.program]] = None
+        notes = [f"{', '.join(some)}: not recognised: {why}" for why, some in whys.items()]
         return "\n".join([head, *lines, *notes])
 
 

@@ -111,8 +111,9 @@ class FittedFunction:
 
     def __str__(self) -> str:
         first, *rest = str(self.fitted).splitlines()[:-1]
-        call = "  call `(value, report), grads = fitted.step(params, *args)`; `print(fitted.cut)` shows them"
-        return "\n".join([first.replace(" layers ", " pieces "), *rest, call])
+        call = "call `(value, report), grads = fitted.step(params, *args)`"
+        last = f"  {call}; `print(fitted.cut)` shows the pieces"
+        return "\n".join([first.replace(" layers ", " pieces "), *rest, last])
 
 
 def fit_function(
@@ -175,15 +176,14 @@ def fit_function(
     if loops:
         found, shard = looped, shard.looped()
     flat = split(found, params, args)
+    say(f"cut into {len(found)} pieces of {len({one.program for one in found.plan.pieces})} kinds")
     if profile is None:
         profile = _for_all(profile_pieces(shard, *here, device=device), shard, found, flat)
     gradient = Gradient(found, has_aux)
     profile = dataclasses.replace(profile, fixed_bytes=fixed_bytes(found, flat), optimizer_bytes=0)
     profile = profile.with_optimizer(0 if optimizer is None else state_bytes(optimizer, params))
-    asked: dict[str, Any] = {
-        "budget": budget, "max_error": max_error, "allowed": check_allowed(allowed),
-        "max_attempts": max_attempts, "say": say,
-    }  # fmt: skip
+    asked: dict[str, Any] = {"budget": budget, "max_error": max_error, "allowed": check_allowed(allowed)}
+    asked |= {"max_attempts": max_attempts, "say": say}
     backpropagation = plain(found, loss, has_aux)
     with _naming_pieces(found):
         if device is not None:
@@ -277,7 +277,7 @@ def _naming_pieces(cut: Cut) -> Iterator[None]:
             budget_bytes=error.budget_bytes,
             least_bytes=error.least_bytes,
             binding=error.binding,
-        ) from error
+        ) from None
 
 
 def _narrowest(cut: Cut) -> str:

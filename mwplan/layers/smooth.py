@@ -173,6 +173,7 @@ class SmoothInverse(InvertRule):
         """`x`, in the dtype of `y`."""
         wide = widen(y)
         low, high = layer.bounds
+        rounding = 8 * float(jnp.finfo(wide.dtype).eps) / low
         rise = wide - layer(jnp.zeros((), wide.dtype))
         ends = rise / low, rise / high
 
@@ -181,7 +182,10 @@ class SmoothInverse(InvertRule):
             excess = layer(x) - wide
             left, right = jnp.where(excess <= 0, x, left), jnp.where(excess > 0, x, right)
             moved = x - excess / layer.derivative(x)
-            inside = (moved >= left) & (moved <= right)
+            # A compiler may compute `excess` twice and round it otherwise: at the solution, where only its
+            # sign's noise is left, a step across the end that was just set must not send `x` away again.
+            slack = rounding * (jnp.abs(x) + jnp.abs(wide))
+            inside = (moved >= left - slack) & (moved <= right + slack)
             return jnp.where(inside, moved, (left + right) / 2), left, right
 
         left, right = jnp.minimum(*ends), jnp.maximum(*ends)

@@ -268,7 +268,7 @@ class Profile:
                 f"  fixed {show_bytes(self.fixed_bytes)}: {self.fixed_parts}",
                 f"  layers' outputs {show_bytes(sum(self.activation_bytes[1:]))} in all, the largest "
                 f"{show_bytes(max(self.activation_bytes[1:]))}",
-                f"  backpropagation up to {show_bytes(self.stored_bytes)} temporaries, with all that "
+                f"  backpropagation {show_bytes(self.stored_bytes)} temporaries by prediction, with all that "
                 "`jax.vjp` keeps",
                 f"  forward {show_ns(sum(layer.forward_ns for layer in self.layers))}",
                 "  for `mw.plan(profile, budget)` or `mw.frontier(profile)`; `profile.layers` has the "

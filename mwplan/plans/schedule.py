@@ -341,15 +341,28 @@ def _backpropagation(schedule: Schedule) -> list[str]:
     size = schedule.stored_bytes
     if not size:
         return []
-    all_of_it = f"up to {show_bytes(size)} temporaries, with all that `jax.vjp` keeps"
+    all_of_it = f"{show_bytes(size)} temporaries by prediction, with all that `jax.vjp` keeps"
     return [f"backpropagation  {all_of_it}; the plan takes {schedule.peak_bytes / size:.2f} of it"]
+
+
+def proof(schedule: Schedule) -> str:
+    """What is known of the schedule among all others for its budget, in words."""
+    if schedule.status is Status.OPTIMAL:
+        return "optimal: no schedule of the plan space is faster within the budget"
+    if not schedule.bound_ns:
+        return f"{schedule.status.value}: there is no bound on how much faster another might be"
+    return f"{schedule.status.value}, at most {schedule.gap:.2%} above the optimum"
+
+
+#: What the store options of every layer are called for people.
+_KEPT = {"vjp": "all that `jax.vjp` keeps", "nothing": "their input alone"}
 
 
 def kept(schedule: Schedule) -> str:
     """What the STORE runs keep, those within recomputed stretches too: how many of each option, the sets of
-    values that were computed for the plan (`keep:...`) as one."""
-    runs = [run for run in walk(schedule.runs) if run.kind is RunKind.STORE]
-    names = Counter("some values" if ":" in run.options[0] else run.options[0] for run in runs)
+    values that were computed for the plan (`keep:...`) as one. "Their input alone": as `jax.checkpoint`."""
+    options = [run.options[0] for run in walk(schedule.runs) if run.kind is RunKind.STORE]
+    names = Counter("some values" if ":" in one else _KEPT.get(one, one) for one in options)
     return ", ".join(f"{name} {count}" for name, count in names.most_common())
 
 
@@ -359,7 +372,7 @@ def describe(schedule: Schedule) -> str:
     lines = [
         f"{len(schedule)} layers: {legend or 'strategies not stated'}",
         *textwrap.wrap(strip(schedule), 96, initial_indent="  ", subsequent_indent="  "),
-        *([f"stored           {stored}"] if (stored := kept(schedule)) else []),
+        *([f"stored ones keep {stored}"] if (stored := kept(schedule)) else []),
         f"predicted peak   {show_bytes(schedule.total_bytes)}"
         f" = {show_bytes(schedule.fixed_bytes)} fixed + {show_bytes(schedule.peak_bytes)} temporaries"
         + ("" if schedule.budget_bytes is None else f"; budget {show_bytes(schedule.budget_bytes)}"),
@@ -369,12 +382,7 @@ def describe(schedule: Schedule) -> str:
         f"predicted time   {show_ns(schedule.time_ns)}",
         f"predicted error  {schedule.error:.1e} relative (tolerance {schedule.max_error:.0e})",
     ]
-    if schedule.status is Status.OPTIMAL:
-        lines.append("proof            optimal: no schedule of the plan space is faster within the budget")
-    else:
-        lines.append(
-            f"proof            {schedule.status.value}, at most {schedule.gap:.2%} above the optimum"
-        )
+    lines.append(f"proof            {proof(schedule)}")
     if schedule.least_bytes is not None:
         lines.append(f"least budget     {show_bytes(schedule.least_bytes)}")
     if schedule.binding:
