@@ -112,13 +112,10 @@ class Options:
             return False
         args = (self.layer, self.x)
         held = jax.eval_shape(functools.partial(operations.forward, rule=rule), *args)[1]
+        kept = new_bytes(held) + held.keeps_input * trees.nbytes(self.x)
         margin = _ENDS_SPARED * (trees.nbytes(self.x) + trees.nbytes(self.y))
-        return any(
-            programs.name in self.derived
-            and programs.held.keeps_input <= held.keeps_input
-            and new_bytes(programs.held) + margin <= new_bytes(held)
-            for programs in self.stores.values()
-        )
+        derived = (programs for programs in self.stores.values() if programs.name in self.derived)
+        return any(programs.kept_bytes + margin <= kept for programs in derived)
 
     def sketched(self) -> Priced:
         """The sketch of what the last layer of a run rebuilds."""
