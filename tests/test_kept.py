@@ -145,7 +145,8 @@ def test_blocks_are_not_carried_through_moonwalk_runs() -> None:
     """A whole fragment of a block holds more than to store it by less; of one function it may be of use."""
     net, x = mw.Chain([block(64, 256), jnp.tanh]), jax.ShapeDtypeStruct((8, 512, 64), jnp.float32)
     profile = mw.estimate(net, x, device="laptop")
-    assert [[one.name for one in layer.moonwalk] for layer in profile.layers] == [[], ["whole_input", "whole"]]
+    names = [[one.name for one in layer.moonwalk] for layer in profile.layers]
+    assert names == [[], ["whole_input", "whole"]]
 
 
 def test_what_is_kept_is_the_set() -> None:
