@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 
 import mwplan as mw
 from mwplan import layers as ml
-from mwplan.common import trees
+from mwplan.common import platforms, trees
 from mwplan.network import kept, operations, residuals, rules
 from mwplan.network.layer import layer
 from mwplan.plans.schedule import Run, RunKind, Schedule
@@ -117,6 +117,28 @@ def test_any_set_gives_the_gradients_of_jax(name: str) -> None:
             if not trees.is_float0(a):
                 tolerance = 0.05 if name == "half" else 1e-5
                 np.testing.assert_allclose(a.astype(float), b.astype(float), atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("name", ["nothing", "", "0"])
+def test_on_tpus_what_is_made_again_depends_on_the_cotangent(name: str) -> None:
+    """Barriers make nothing wait there. The gradients are the same."""
+    one, x = LAYERS["block"]()
+    whole = kept.joint(one, x)
+    some = tuple(int(number) for number in name if number.isdigit())
+    rule = rules.SMALLER[1] if name == "nothing" else kept.KeepStore(whole.name(some))
+    y, held = operations.forward(one, x, rule=rule)
+
+    def backward(held: Any, ct: Any) -> Any:
+        shared = (x if held.keeps_input else None), (y if held.keeps_output else None)
+        return operations.store_backward(one, held, *shared, ct, rule=rule)
+
+    want, ct = backward(held, cotangents(y)), cotangents(y)
+    assert "is_finite" not in str(jax.make_jaxpr(backward)(held, ct))
+    with platforms.lowering_for("tpu"):
+        assert "is_finite" in str(jax.make_jaxpr(backward)(held, ct))
+        got = backward(held, ct)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_what_is_kept_is_the_set() -> None:

@@ -117,6 +117,7 @@ def vit_b(keys: Keys, width: int = 768, side: int = 224, patch: int = 16, depth:
 #: By name.
 NETWORKS: dict[str, Network] = {
     "gpt": _of_zoo(model="gpt", depth=12, width=768, batch=8, resolution=1024),
+    "gpt-2-blocks": _of_zoo(model="gpt", depth=2, width=768, batch=8, resolution=1024),
     "gpt-bf16": _of_zoo(jnp.bfloat16, model="gpt", depth=12, width=768, batch=8, resolution=1024),
     "resnet50": Network(resnet50, *_images(64, 224, 3)),
     "resnet50-bf16": Network(resnet50, *_images(64, 224, 3), jnp.bfloat16),

@@ -331,7 +331,8 @@ class KeepStore(rules.StoreRule):
 
     **Residuals:** those values, and the input's leaves from which something is made again or that the
     backward pass reads. A barrier keeps what is made again from being merged with what it was, and from
-    beginning before the cotangent is there, as that of `jax.checkpoint` does.
+    beginning before the cotangent is there, as that of `jax.checkpoint` does; on TPUs, where nothing waits
+    for barriers, what it is made from depends on the cotangent.
     """
 
     name: str
@@ -360,7 +361,7 @@ class KeepStore(rules.StoreRule):
         given = [*_arrays(layer), *residuals.inputs, *residuals.values]
         if divided.again:
             behind, ct = trees.tie(([given[i] for i in divided.tied], ct))
-            for i, leaf in zip(divided.tied, behind, strict=True):
+            for i, leaf in zip(divided.tied, trees.after(behind, ct), strict=True):
                 given[i] = leaf
         out = jaxpr_as_fun(whole.with_foreign(divided.backward, residuals.foreign))(*given, *ct)
         grads, rest = list(out[: whole.counts[4]]), iter(out[whole.counts[4] :])

@@ -211,7 +211,13 @@ class VjpStore(StoreRule):
         return value_and_vjp(layer, x, self.policy)
 
     def backward(self, layer: PyTree, residuals: PyTree, ct_out: PyTree) -> tuple[list[Any], PyTree]:
-        """Applies the vjp."""
+        """Applies the vjp. On TPUs what is recomputed waits for the cotangent, as it does elsewhere by the
+        barrier of `jax.checkpoint`."""
+        if self.policy is not None:
+            own = {id(leaf) for leaf in jax.tree.leaves(layer)}
+            residuals = jax.tree.map(
+                lambda leaf: leaf if id(leaf) in own else trees.after(leaf, ct_out), residuals
+            )
         params, ct_in = residuals(ct_out)
         return params, ct_in
 

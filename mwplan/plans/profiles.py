@@ -213,6 +213,7 @@ class Profile:
     `activation_bytes`, `cotangent_bytes`, `sweep_cotangent_bytes` have one entry per position 0..L.
     `fixed_bytes` are the arguments and outputs of the gradient step: parameters, input, gradients; and what
     is there beside the step, `optimizer_bytes` of it the optimizer's state (`with_optimizer`).
+    Sets of kept values that another option is as good as are not in `layers`.
     `carried_bytes`: temporaries that are alive all the time, and in no other entry: what layers hand on as it
     is (docs/accounting.md). `fingerprint` identifies the chain's structure and input shapes; a schedule made
     from this profile carries it on. `first_touch_mib_ns`: what a step pays for each MiB of its temporaries

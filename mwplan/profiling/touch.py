@@ -16,6 +16,7 @@ from mwplan.compilers.compiling import options_of
 
 _KEPT = 32 << 20  # bytes: glibc's largest threshold, up to which it keeps freed blocks
 _RUNS = 5
+_PAGE = 1 << 12  # bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,11 +48,16 @@ def _mib_ns(size: int) -> int:
 
     def filled(value: Any) -> tuple[Any, Any]:
         array = jax.lax.optimization_barrier(jnp.broadcast_to(value, (size // 4,)))
-        return array, jnp.sum(array)
+        return array, jnp.sum(array[:: _PAGE // 4])  # each page is read, and little else done
 
     one = jnp.ones((), jnp.float32)  # 4 bytes, with `jax_enable_x64` too
     temporary = jax.jit(lambda v: filled(v)[1], compiler_options=options_of() or None)
-    given = jax.jit(lambda buffer, v: filled(v), donate_argnums=0, keep_unused=True)
+    given = jax.jit(
+        lambda buffer, v: filled(v),
+        donate_argnums=0,
+        keep_unused=True,
+        compiler_options=options_of() or None,
+    )
     buffer = jnp.zeros(size // 4, jnp.float32)
     taken: tuple[list[int], list[int]] = [], []
     for _ in range(2 + _RUNS):

@@ -15,8 +15,8 @@ From the layer's joint program (`mwplan.network.kept`) and the figures of a devi
    reductions and what is made of them in one kernel (softmax, norms), only its arithmetic and a launch, but
    keeping a value from the midst of such a kernel makes it two.
 3. **Few.** What no budget would use is dropped, and so is what saves less than a quarter of an activation; of
-   what remains those that matter most to the staircase, `MOST` at most, the one that keeps least, and the one
-   that takes least in all while its layer is differentiated.
+   what remains those that matter most to the staircase, `MOST` at most (on TPUs `MOST_ON_TPUS`), the one
+   that keeps least, and the one that takes least in all while its layer is differentiated.
 
 Bits count an eighth of a byte: masks are packed.
 """
@@ -36,11 +36,13 @@ from mwplan.network import operations, rules
 from mwplan.network.axes import WithAxes
 from mwplan.network.kept import Joint, KeepStore, joint
 from mwplan.profiling import costs, programs
-from mwplan.targets.devices import Device, GpuChip
+from mwplan.targets.devices import Device, GpuChip, TpuChip
 
 PyTree = Any
 #: Sets of kept values that a layer offers at most: each has two programs to be compiled.
 MOST = 5
+#: The same where each program takes a compiler ten to twenty seconds, as TPUs' does.
+MOST_ON_TPUS = 3
 #: Of an activation: what a set must save more than the next.
 LEAST_SAVED = 0.25
 #: Of that: what the set of the fewest bytes must save, so that a plan fits wherever `jax.checkpoint` on every
@@ -83,14 +85,15 @@ def store_rules(
     # `jax.checkpoint` cannot keep complex numbers.
     plain = not any(jnp.issubdtype(v.aval.dtype, jnp.complexfloating) for v in whole.values)
     known = {products: rules.SMALLER[0], (): rules.SMALLER[1]} if plain else {}
+    most = MOST_ON_TPUS if isinstance(device.chip, TpuChip) else MOST
     return tuple(
         known.get(one.kept) or KeepStore(whole.name(one.kept))
-        for one in thinned(found, below=below, step=step)
+        for one in thinned(found, below=below, step=step, most=most)
     )
 
 
-def thinned(found: Sequence[Trade], *, below: int, step: float) -> list[Trade]:
-    """Of the Pareto set those that save `step` bytes or more, against `below` and one another: `MOST` that
+def thinned(found: Sequence[Trade], *, below: int, step: float, most: int = MOST) -> list[Trade]:
+    """Of the Pareto set those that save `step` bytes or more, against `below` and one another: `most` that
     change the staircase of time against bytes most, with the last of it; that which keeps least, and that
     which needs least while it is made again."""
     stairs: list[Trade] = []
@@ -98,7 +101,7 @@ def thinned(found: Sequence[Trade], *, below: int, step: float) -> list[Trade]:
         last = stairs[-1].nbytes if stairs else below
         if one.nbytes + step <= last:
             stairs.append(one)
-    while len(stairs) > MOST:
+    while len(stairs) > most:
         lost = [
             (stairs[i + 1].time_ns - stairs[i].time_ns)
             * ((stairs[i - 1].nbytes if i else below) - one.nbytes)
