@@ -41,7 +41,7 @@ def test_the_code_runs_and_prints_what_it_says(page: Path, capsys: pytest.Captur
     for (kind, code), (after, shown) in zip(blocks, [*blocks[1:], ("python", "")]):
         if kind != "python":
             continue
-        exec(compile(code, str(page), "exec"), namespace)
+        exec(compile(code, str(page), "exec", dont_inherit=True), namespace)
         printed = [line for line in capsys.readouterr().out.splitlines() if line.strip()]
         assert bool(printed) == (after == "")  # what is printed is shown after it
         said = {line.split()[0] for line in shown.splitlines() if line.strip()}

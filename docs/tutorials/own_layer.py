@@ -57,8 +57,9 @@ class Reflections:
 
 # %% [markdown]
 # A rule is a small frozen dataclass with a name, by which schedules know it. `forward` and `reverse` have
-# defaults: what `jax.vjp` with respect to the input keeps, which is nothing for a linear layer. `rebuild` is
-# the vijp. Products within it ask for full precision, because a GPU would round them to ten bits.
+# defaults: what `jax.vjp` with respect to the input keeps, which is nothing for a linear layer (below is one
+# that is not linear). `rebuild` is the vijp. Products within it ask for full precision, because a GPU would
+# round them to ten bits.
 
 
 # %%
@@ -116,6 +117,49 @@ print(f"local error {local:.0e}, growth {factor:.2f}")
 
 # %%
 print(mw.explain(one, x))
+
+# %% [markdown]
+# ## A layer that is not linear
+#
+# For such a layer the default `forward` keeps what `jax.vjp` does, more than the input. The input is there
+# anyway, so a rule should keep that alone, and `reverse` differentiate from it.
+
+
+# %%
+@layer
+class Squash:
+    """`y = x / 5 + tanh(x)`, elementwise."""
+
+    def __call__(self, x):
+        return x / 5 + jnp.tanh(x)
+
+    def slope(self, x):
+        return 1 / 5 + 1 - jnp.tanh(x) ** 2
+
+    def vijp_rules(self, x: Any) -> list[VijpRule]:
+        return [ByItsInput()]
+
+
+@dataclass(frozen=True)
+class ByItsInput(VijpRule):
+    """The cotangent over the slope, which is at least a fifth."""
+
+    name: str = "by_its_input"
+
+    def forward(self, layer, x):
+        return layer(x), x
+
+    def reverse(self, layer, x, ct_out):
+        return ct_out * layer.slope(x), ()
+
+    def rebuild(self, layer, x, ct_in, fragment):
+        return ct_in / layer.slope(x)
+
+
+print(mw.explain(Squash(), x))
+y, vjp_fn = jax.vjp(Squash(), x)
+rebuilt = mw.vijp(Squash(), x)[1](*vjp_fn(ct_out))
+assert jnp.allclose(rebuilt, ct_out, atol=1e-5)
 
 # %% [markdown]
 # ## In a network

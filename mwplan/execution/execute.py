@@ -97,9 +97,11 @@ class Report:
 
     def __str__(self) -> str:
         if not self.runs:
-            return "nothing was rebuilt: the gradients are those of `jax.grad`, to rounding"
+            return "gradients are those of `jax.grad`, to rounding: nothing was rebuilt"
         if isinstance(self.discrepancy, jax.core.Tracer) or jnp.ndim(self.discrepancy) != 1:
             return repr(self)
+        if not jnp.any(self.discrepancy):
+            return "gradients are those of `jax.grad`, to rounding: what was rebuilt is exact"
         rows = [
             f"  layers {one.start + 1} to {one.stop}, {one.kind.value}: {one.discrepancy:.1e}"
             for one in self.table()

@@ -262,7 +262,7 @@ def _unknown(flow: Flow, found: Sequence[Found], start: int, stop: int) -> str:
     for i in range(start, stop):
         name = flow.steps[i].primitive.name
         if i not in inside and flow.steps[i].primitive is not ALIAS:
-            return f"it is not known layers alone, one after another: `{name}` belongs to no such run"
+            return f"it contains `{name}`, which is in no run of known layers"
     if cut:
         return f"it is a part of a {type(cut[0].layer).__name__}"
     return "its layers do not follow one after another"

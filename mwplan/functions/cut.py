@@ -197,7 +197,8 @@ class Cut:
         widths = [max(len(row[j]) for row in rows) for j in range(len(rows[0]) - 1)]
         lines = ["  ".join([*(c.rjust(w) for c, w in zip(row, widths)), row[-1]]) for row in rows]
         pieces, operations = len(self.plan.pieces), len(self.flow.steps)
-        head = f"{pieces} pieces of {len(letters)} kinds, {operations} operations"
+        loops = "" if pieces == len(self) else f" ({pieces} here, as loops repeat some)"
+        head = f"{len(self)} pieces{loops} of {len(letters)} kinds, {operations} operations"
         whys: dict[str, dict[str, None]] = {}
         for piece in self.plan.pieces:
             if piece.why:

@@ -300,7 +300,7 @@ def _narrowest(cut: Cut) -> str:
             f"{most}. What can be planned is what is kept of it"
         )
     return (
-        f"The function was cut into {len(pieces)} pieces; piece {pieces.index(piece) + 1} ({piece.label}) "
+        f"The function was cut into {len(cut)} pieces; number {pieces.index(piece) + 1} ({piece.label}) "
         "makes most, "
         f"{show_bytes(piece.made_bytes)}; {most}: `print(mw.cut(loss, params, *args))` shows all"
     )

@@ -290,10 +290,15 @@ def explain(layer: Callable[[PyTree], PyTree], x: PyTree) -> Explanation:
             way = _way("INVERT", inversion, layer, x, reason)
             ways.append(dataclasses.replace(way, shares="output"))
     if not inversions:
-        ways.append(
-            Way(strategy="INVERT", option="", reason=f"{layer_name(layer)} has no inverse for these shapes")
-        )
+        ways.append(Way(strategy="INVERT", option="", reason=_no_inverse(layer)))
     return Explanation(layer=name, output_bytes=trees.nbytes(output), ways=tuple(ways))
+
+
+def _no_inverse(layer: PyTree) -> str:
+    """Why a layer offers none."""
+    if not hasattr(layer, "invert_rules"):
+        return f"{layer_name(layer)} defines no `invert_rules`"
+    return f"{layer_name(layer)} has no inverse for these shapes"
 
 
 def _way(

@@ -241,7 +241,8 @@ class Frontier:
             f"{'' if proved else 'found (the frontier is thinned, so a smaller one may exist) '}needs "
             f"{least:_} bytes ({show_bytes(least)}, of which "
             f"{show_bytes(self.profile.fixed_bytes)} are {self.profile.fixed_parts}), in {binding}. "
-            f"Raise the budget to that, or lower the batch size{self._more_allowed()}",
+            f"Raise the budget to that, or lower the batch size{self._more_allowed()}. This is "
+            "by prediction: `mw.fit` compiles, and may need less",
             budget_bytes=budget_bytes,
             least_bytes=least,
             binding=binding,

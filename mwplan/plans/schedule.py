@@ -341,8 +341,7 @@ def _backpropagation(schedule: Schedule) -> list[str]:
     size = schedule.stored_bytes
     if not size:
         return []
-    all_of_it = f"{show_bytes(size)} temporaries by prediction, with all that `jax.vjp` keeps"
-    return [f"backpropagation  {all_of_it}; the plan takes {schedule.peak_bytes / size:.2f} of it"]
+    return [f"backpropagation  {show_bytes(size)} temporaries by prediction, with all that `jax.vjp` keeps"]
 
 
 def proof(schedule: Schedule) -> str:
