@@ -158,7 +158,9 @@ def test_other_spellings(name: str) -> None:
     assert type(found).__name__ == layer
     if layer == "Coupling" or "swapped" in name:
         assert problem(function, found, x) is None
-        assert any(isinstance(one, rules.InvertRule) for one in rules.invert_rules(found, x))
+        inverses = [one for one in rules.invert_rules(found, x) if isinstance(one, rules.InvertRule)]
+        assert inverses
+        assert layer != "Coupling" or "CouplingInverse" in {type(one).__name__ for one in inverses}
 
 
 NOT_LAYERS: dict[str, Any] = {
